@@ -1,0 +1,307 @@
+"""Files: written whole or not at all, under names that stay where they belong.
+
+Every file of this project is written to a temporary sibling, flushed to the disk, and renamed over its final name, so
+that a crash, a full disk or a kill leaves either the old file or the new one. Temporaries are called
+`.sf-tmp-<pid>-<random><suffix>`: readers ignore them, `sweep_temporaries` removes those whose process is gone.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import secrets
+import stat
+import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from sparse_forcing.errors import ConfigError, OutputError
+
+PathLike = str | os.PathLike[str]
+
+TEMPORARY_PREFIX = ".sf-tmp-"
+LOCK_NAME = ".sparse-forcing.lock"
+MAX_NAME_BYTES = 255
+_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS}
+
+
+def _cannot_write(path: Path, error: OSError, size: int | None = None) -> OutputError:
+    needed = f" ({size} bytes)" if size is not None else ""
+    return OutputError(f"cannot write {path}{needed}: {error.strerror or error}")
+
+
+def _resolve_target(path: PathLike) -> Path:
+    """The real file that a write to `path` replaces; refuses folders, devices and names no file system takes."""
+    shown = os.fsdecode(os.fspath(path))
+    if "\0" in shown:
+        raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
+    try:
+        target = Path(os.path.realpath(shown))
+        mode = target.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return target
+    except (OSError, UnicodeEncodeError) as error:
+        raise OutputError(f"cannot write {shown!r}: {error}") from error
+    if stat.S_ISDIR(mode):
+        raise OutputError(f"cannot write {shown}: it is a folder; name a file inside it")
+    if not stat.S_ISREG(mode):
+        raise OutputError(f"cannot write {shown}: it is not a regular file")
+    return target
+
+
+def _fsync_folder(folder: Path) -> None:
+    # A rename is durable only once the folder is; file systems that cannot sync a folder say EINVAL.
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _commit(temporary: Path, target: Path, mode: int) -> None:
+    handle = os.open(temporary, os.O_RDONLY)
+    try:
+        os.fchmod(handle, mode)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    os.replace(temporary, target)
+    _fsync_folder(target.parent)
+
+
+@contextmanager
+def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
+    """Yield an empty temporary file next to `path`; rename it over `path` if the block succeeds, else remove it.
+
+    For writers that want a name (encoders, safetensors). The temporary keeps the suffix of `path`; parent folders are
+    created; the final mode follows the umask even where the writer made a private file.
+
+    Args:
+        path: the final name; a link is followed, folders and devices are refused.
+        size: bytes about to be written, only to name them in the message when they do not fit.
+
+    Raises:
+        OutputError: the folder or file cannot be written, or the disk is full.
+    """
+    target = _resolve_target(path)
+    temporary = target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{target.suffix[:16]}"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    except OSError as error:
+        raise _cannot_write(target, error, size) from error
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
+        try:
+            yield temporary
+        except OSError as error:
+            # Only what a full or read-only disk says is about our file; anything else the block raised passes through.
+            if error.errno in _NO_ROOM:
+                raise _cannot_write(target, error, size) from error
+            raise
+        try:
+            _commit(temporary, target, mode)
+        except OSError as error:
+            raise _cannot_write(target, error, size) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def atomic_write_bytes(path: PathLike, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all. Raises OutputError naming the path and the bytes needed."""
+    with atomic_path(path, size=len(data)) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+
+
+def atomic_write_text(path: PathLike, text: str) -> None:
+    """Write `text` as UTF-8 with the line ends it has. Raises OutputError."""
+    try:
+        data = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise OutputError(
+            f"cannot write {os.fspath(path)!r}: the text is not valid Unicode ({error.reason})"
+        ) from error
+    atomic_write_bytes(path, data)
+
+
+def atomic_write_json(path: PathLike, value: Any) -> None:
+    """Write `value` as indented JSON. NaN and infinity are not JSON: they raise OutputError (write None instead)."""
+    try:
+        text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    except (ValueError, TypeError) as error:
+        raise OutputError(f"cannot write {os.fspath(path)!r} as JSON: {error}") from error
+    atomic_write_text(path, text + "\n")
+
+
+def parse_json(text: str | bytes, *, source: str) -> Any:
+    """Parse JSON strictly: duplicate keys, NaN and infinity are errors. `source` names the text in the message.
+
+    Raises:
+        ConfigError: the text is not valid JSON in this strict sense.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result: dict[str, Any] = {}
+        for key, item in pairs:
+            if key in result:
+                raise ConfigError(f"{source}: key {key!r} appears twice")
+            result[key] = item
+        return result
+
+    def refuse(name: str) -> Any:
+        raise ConfigError(f"{source}: {name} is not a JSON number")
+
+    try:
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{source}: not valid JSON: {error}") from error
+
+
+def read_json(path: PathLike, *, max_bytes: int = 64 << 20) -> Any:
+    """Read a JSON file strictly (see `parse_json`). Raises ConfigError for a missing, huge or invalid file."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
+    if len(data) > max_bytes:
+        raise ConfigError(f"{os.fspath(path)}: larger than {max_bytes} bytes")
+    return parse_json(data, source=os.fspath(path))
+
+
+def sha256_file(path: PathLike) -> str:
+    """Hex SHA-256 of a file, read in pieces. Raises OSError when it cannot be read."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def slug(text: str, *, max_bytes: int = 80) -> str:
+    """Lower-case letters and digits of `text` joined by hyphens, at most `max_bytes` of UTF-8; may be empty."""
+    normal = unicodedata.normalize("NFKC", text[: 4 * max_bytes]).lower()
+    # NFC last: lower() can leave combining sequences that another file system would compose differently.
+    normal = unicodedata.normalize("NFC", normal)
+    words = "".join(c if c.isalnum() else " " for c in normal).split()
+    return "-".join(words).encode("utf-8", "ignore")[:max_bytes].decode("utf-8", "ignore").strip("-")
+
+
+def safe_name(prompt: str, index: int, *, extra: str = "", suffix: str = ".mp4") -> str:
+    """A file name for a prompt: `0003-a-red-ball.mp4`.
+
+    The index comes first, so names of one run are unique and sorted, never reserved, hidden or empty, whatever the
+    prompt holds; `extra` (a seed, a sample number) is appended. At most 255 bytes, no separators.
+    """
+    parts = [f"{index:04d}", slug(prompt), slug(extra, max_bytes=40)]
+    name = "-".join(part for part in parts if part) + suffix
+    if index < 0 or "/" in suffix or len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        raise OutputError(f"cannot make a file name from index {index}, suffix {suffix!r}")
+    return name
+
+
+def check_writable(path: PathLike, *, folder: bool = False) -> Path:
+    """Prove, before any compute, that `path` (a file, or with `folder` a folder) can be written; return it.
+
+    Missing folders are created. A file is probed with a temporary beside it, a folder with a temporary inside it.
+
+    Raises:
+        OutputError: the path is a folder where a file is meant, or the reverse, or cannot be written.
+    """
+    if not folder:
+        target = _resolve_target(path)
+        if len(target.name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
+            raise OutputError(f"cannot write {path}: the name is longer than {MAX_NAME_BYTES} bytes")
+        check_writable(target.parent, folder=True)
+        return Path(path)
+    shown = os.fsdecode(os.fspath(path))
+    if "\0" in shown:
+        raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
+    probe = Path(shown) / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        probe.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)
+        probe.unlink()
+    except FileExistsError as error:
+        raise OutputError(f"cannot write into {shown}: it is a file, not a folder") from error
+    except OSError as error:
+        raise OutputError(f"cannot write into {shown}: {error.strerror or error}") from error
+    return Path(shown)
+
+
+@contextmanager
+def output_lock(path: PathLike) -> Iterator[None]:
+    """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets OutputError at once.
+
+    The lock dies with its process, so a killed run never blocks the next one. Not for network file systems without
+    working locks.
+    """
+    target = Path(path)
+    lock = target / LOCK_NAME if target.is_dir() else target.parent / f"{LOCK_NAME}-{_name_digest(target)}"
+    handle = _take_lock(lock, target)
+    try:
+        yield
+    finally:
+        # Unlinked while held: whoever opened the old file finds another inode under the name and starts over.
+        with suppress(OSError):
+            lock.unlink()
+        os.close(handle)
+
+
+def _name_digest(target: Path) -> str:
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+
+
+def _take_lock(lock: Path, target: Path) -> int:
+    while True:
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _cannot_write(lock, error) from error
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
+            os.close(handle)
+            raise OutputError(
+                f"another run (process {owner}) is writing to {target}; wait for it or choose another output"
+            ) from error
+        with suppress(FileNotFoundError):
+            if os.stat(lock).st_ino == os.fstat(handle).st_ino:
+                os.truncate(handle, 0)
+                os.pwrite(handle, str(os.getpid()).encode(), 0)
+                return handle
+        os.close(handle)
+
+
+def sweep_temporaries(folder: PathLike) -> list[Path]:
+    """Remove temporaries in `folder` whose process no longer runs on this machine; return what was removed."""
+    removed = []
+    for leftover in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        owner = leftover.name[len(TEMPORARY_PREFIX) :].partition("-")[0]
+        if not owner.isdigit() or _alive(int(owner)):
+            continue
+        with suppress(OSError):
+            leftover.unlink()
+            removed.append(leftover)
+    return removed
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,170 @@
+"""Manifests: which videos to judge, and what each was meant to show.
+
+A manifest is a JSONL file, one object a line:
+
+    {"video": "clips/a.mp4", "prompt": "a cat", "index": 0, "seed": 1, "original_prompt": null}
+
+`video` is relative to the manifest. `original_prompt` is what metrics compare against when generation used a rewritten
+`prompt`. A folder works too: a `name.json` beside `name.mp4` (written by `generate`) is read, else the name is taken
+as VBench's `{prompt}-{index}.mp4`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import atomic_write_text, parse_json, read_json
+
+VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg")
+MAX_PROMPT = 100_000  # characters; longer text is a mistake, not a prompt
+_MAX_LINE = 1 << 20
+_FIELDS = ("video", "prompt", "index", "seed", "original_prompt")
+_VBENCH_NAME = re.compile(r"^(?P<prompt>.*)-(?P<index>\d{1,9})$", re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One video: its path, the prompt it was generated from, sample index and seed, the prompt to judge it by."""
+
+    video: Path
+    prompt: str | None = None
+    index: int = 0
+    seed: int | None = None
+    original_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.video.name or "\0" in str(self.video):
+            raise ConfigError(f"video path {str(self.video)!r} is not a file name")
+        for text in (self.prompt, self.original_prompt, str(self.video)):
+            if text is not None:
+                _check_text(text)
+        if self.index < 0:
+            raise ConfigError(f"index must not be negative, not {self.index}")
+
+    @property
+    def text(self) -> str | None:
+        """The prompt that the video is judged against."""
+        return self.prompt if self.original_prompt is None else self.original_prompt
+
+    @property
+    def cluster(self) -> str:
+        """What groups the samples of one prompt: its text, or the video itself where there is none."""
+        return str(self.video) if self.text is None else self.text
+
+
+def load_entries(target: Path) -> list[Entry]:
+    """Entries of a folder, a manifest (.jsonl) or a single video file. Raises ConfigError when there are none."""
+    target = Path(target)
+    if target.is_dir():
+        entries = import_folder(target)
+    elif target.suffix.lower() in VIDEO_SUFFIXES:
+        entries = [_entry_of(target)]
+    elif target.is_file():
+        entries = read_manifest(target)
+    else:
+        raise ConfigError(f"{target}: no such folder, manifest or video")
+    if not entries:
+        raise ConfigError(f"{target}: contains no videos ({', '.join(VIDEO_SUFFIXES)})")
+    return entries
+
+
+def read_manifest(path: Path) -> list[Entry]:
+    """Entries of a JSONL manifest, in order. Raises ConfigError naming the line."""
+    entries: list[Entry] = []
+    seen: dict[Path, int] = {}
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                entry = _parse_line(line, f"{path} line {number}", Path(path).parent)
+                if entry.video in seen:
+                    raise ConfigError(f"{path} line {number}: repeats the video of line {seen[entry.video]}")
+                seen[entry.video] = number
+                entries.append(entry)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text; expected a JSONL manifest") from error
+    return entries
+
+
+def _parse_line(line: str, where: str, base: Path) -> Entry:
+    if len(line) > _MAX_LINE:
+        raise ConfigError(f"{where}: longer than {_MAX_LINE} characters")
+    record = parse_json(line, source=where)
+    if not isinstance(record, dict) or not isinstance(record.get("video"), str):
+        raise ConfigError(f'{where}: expected an object with a "video" path')
+    unknown = sorted(set(record) - set(_FIELDS))
+    if unknown:
+        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+    try:
+        return Entry(**{**_typed(record), "video": base / record["video"]})
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _typed(record: dict[str, Any]) -> dict[str, Any]:
+    for name, kind in (("prompt", str), ("original_prompt", str), ("index", int), ("seed", int)):
+        value = record.get(name)
+        if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+            raise ConfigError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {value!r:.60}")
+    return {**record, "index": record.get("index") or 0}
+
+
+def _check_text(text: str) -> None:
+    if len(text) > MAX_PROMPT:
+        raise ConfigError(f"text of {len(text)} characters; the limit is {MAX_PROMPT}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{text[:40]!r} is not valid Unicode ({error.reason})") from error
+
+
+def import_folder(folder: Path) -> list[Entry]:
+    """Entries of all videos directly inside a folder, by name; see the module for where prompts come from."""
+    videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
+    return [_entry_of(video) for video in videos if not video.name.startswith(".")]
+
+
+def _entry_of(video: Path) -> Entry:
+    sidecar = video.with_suffix(".json")
+    if sidecar.is_file():
+        record = read_json(sidecar)
+        known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
+        try:
+            return Entry(**{**_typed(known), "video": video})
+        except ConfigError as error:
+            raise ConfigError(f"{sidecar}: {error}") from error
+    try:
+        prompt, index = prompt_from_name(video.name)
+    except ConfigError as error:
+        raise ConfigError(f"{str(video)!r}: {error}") from error
+    return Entry(video=video, prompt=prompt, index=index)
+
+
+def prompt_from_name(name: str) -> tuple[str, int]:
+    """VBench's file name -> prompt and sample index; a name without `-{index}` is all prompt."""
+    stem = Path(name).stem
+    match = _VBENCH_NAME.match(stem)
+    prompt, index = (stem, 0) if match is None else (match["prompt"], int(match["index"]))
+    _check_text(prompt)
+    return prompt, index
+
+
+def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
+    """Write entries as JSONL, videos relative to the manifest where they lie below it."""
+    lines = []
+    for entry in entries:
+        record = {name: value for name, value in asdict(entry).items() if value is not None}
+        base = Path(path).parent.resolve()
+        video = entry.video.resolve()
+        record["video"] = str(video.relative_to(base) if video.is_relative_to(base) else video)
+        lines.append(json.dumps(record, ensure_ascii=False))
+    atomic_write_text(path, "".join(line + "\n" for line in lines))

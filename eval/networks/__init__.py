@@ -1,0 +1,1 @@
+"""Networks that VBench's dimensions need, in plain torch, named so that the official weight files load unchanged."""

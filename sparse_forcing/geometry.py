@@ -1,0 +1,171 @@
+"""Frames, tokens, tiles and blocks: the only place where they are computed.
+
+Legend: F latent frames, R x C token rows and columns of one latent frame, N = R * C tokens per frame, T tokens per tile.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoGeometry:
+    """How pixel frames become latent frames and tokens, and how many latent frames make a chunk.
+
+    Args:
+        temporal_stride: pixel frames per latent frame (Wan: 4).
+        spatial_stride: pixels per latent row and column (Wan: 8).
+        first_frame_alone: True when the first latent frame holds a single pixel frame (Wan's causal autoencoder).
+        patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
+        chunk_frames: latent frames generated at a time (Self-Forcing: 3).
+        first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent first frame: 1).
+    """
+
+    temporal_stride: int
+    spatial_stride: int
+    first_frame_alone: bool
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    chunk_frames: int = 3
+    first_chunk_frames: int | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.temporal_stride, self.spatial_stride, self.chunk_frames, *self.patch_size) < 1:
+            raise ConfigError(f"geometry: strides, patch and chunk must be at least 1, got {self}")
+        if self.patch_size[0] != 1:
+            raise ConfigError(f"geometry.patch_size: only one latent frame per token is supported, got {self.patch_size}")
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """Pixel frames that `latent_frames` decode to."""
+        return self.temporal_stride * latent_frames - (self.temporal_stride - 1 if self.first_frame_alone else 0)
+
+    def latent_frames(self, num_frames: int) -> int:
+        """Least number of latent frames that decode to at least `num_frames` pixel frames."""
+        if num_frames < 1:
+            raise ConfigError(f"num_frames: at least 1 pixel frame is needed, got {num_frames}")
+        extra = self.temporal_stride - 1 if self.first_frame_alone else 0
+        return math.ceil((num_frames + extra) / self.temporal_stride)
+
+    def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
+        """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
+        sizes: list[int] = []
+        if start == 0 and self.first_chunk_frames and latent_frames > 0:
+            sizes.append(self.first_chunk_frames)
+        while sum(sizes) < latent_frames:
+            sizes.append(self.chunk_frames)
+        return sizes
+
+    def latent_size(self, height: int, width: int) -> tuple[int, int]:
+        """Latent rows and columns of a `height` x `width` video; raises ConfigError when the size does not fit."""
+        for name, size, patch in (("height", height, self.patch_size[1]), ("width", width, self.patch_size[2])):
+            step = self.spatial_stride * patch
+            if size < step or size % step:
+                raise ConfigError(f"{name}: {size} pixels is not a positive multiple of {step}; try {nearest(size, step)}")
+        return height // self.spatial_stride, width // self.spatial_stride
+
+    def token_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
+        """Token rows and columns of one latent frame."""
+        _, ph, pw = self.patch_size
+        if latent_height % ph or latent_width % pw:
+            raise ConfigError(f"latents: {latent_height}x{latent_width} is not a multiple of the patch {ph}x{pw}")
+        return latent_height // ph, latent_width // pw
+
+
+def nearest(size: int, step: int) -> int:
+    """The positive multiple of `step` nearest to `size`."""
+    return max(step, round(size / step) * step)
+
+
+@dataclass(frozen=True)
+class TileLayout:
+    """Cuts one chunk of F x R x C tokens into spatio-temporal tiles that are contiguous in memory.
+
+    A tile (block) holds at most `tile[0] * tile[1] * tile[2]` tokens; grids that tiles do not divide leave short tiles.
+    """
+
+    frames: int
+    rows: int
+    cols: int
+    tile: tuple[int, int, int]
+
+    @cached_property
+    def _tiles(self) -> list[Tensor]:
+        index = torch.arange(self.frames * self.rows * self.cols).view(self.frames, self.rows, self.cols)
+        return [
+            part.flatten()
+            for frames in index.split(self.tile[0], 0)
+            for rows in frames.split(self.tile[1], 1)
+            for part in rows.split(self.tile[2], 2)
+        ]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.frames * self.rows * self.cols
+
+    @property
+    def num_blocks(self) -> int:
+        return math.prod(math.ceil(n / t) for n, t in zip((self.frames, self.rows, self.cols), self.tile))
+
+    @property
+    def block_tokens(self) -> int:
+        """Capacity of a block in tokens (the full tile, also where this grid only has short ones)."""
+        return math.prod(self.tile)
+
+    @cached_property
+    def order(self) -> Tensor:
+        """[L] token index (frame-major) at each place of the tile order."""
+        return torch.cat(self._tiles)
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """[L] place in tile order of each frame-major token."""
+        return self.order.argsort()
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """[num_blocks] int32 tokens of each block."""
+        return torch.tensor([len(tile) for tile in self._tiles], dtype=torch.int32)
+
+    @property
+    def uniform(self) -> bool:
+        """True when every block is full, so that blocks are a plain view of the tile order."""
+        return self.num_blocks * self.block_tokens == self.num_tokens
+
+    @cached_property
+    def first_frame(self) -> Tensor:
+        """[num_blocks] first frame of each block, relative to the chunk."""
+        return torch.stack([tile[0] // (self.rows * self.cols) for tile in self._tiles])
+
+    @cached_property
+    def padded(self) -> Tensor:
+        """[num_blocks, block_tokens] place in tile order of each block's tokens; padding repeats the block's last token."""
+        starts = torch.cumsum(self.sizes, 0) - self.sizes
+        offset = torch.arange(self.block_tokens)[None].minimum(self.sizes[:, None] - 1)
+        return starts[:, None] + offset
+
+    @cached_property
+    def unpadded(self) -> Tensor:
+        """[L] place of each tile-order token in the padded [num_blocks * block_tokens] sequence."""
+        valid = torch.arange(self.block_tokens)[None] < self.sizes[:, None]
+        return valid.flatten().nonzero().flatten()
+
+    def to_blocks(self, x: Tensor) -> Tensor:
+        """[B, L, H, D] in tile order -> [B, H, num_blocks, block_tokens, D] (a view when every block is full)."""
+        b, _, h, d = x.shape
+        x = x.transpose(1, 2)
+        if not self.uniform:
+            x = x[:, :, self.padded.flatten().to(x.device)]
+        return x.unflatten(2, (self.num_blocks, self.block_tokens)) if x.numel() else x.view(b, h, 0, 0, d)
+
+    def from_blocks(self, x: Tensor) -> Tensor:
+        """[B, H, num_blocks, block_tokens, D] -> [B, L, H, D] in tile order."""
+        x = x.flatten(2, 3)
+        if not self.uniform:
+            x = x[:, :, self.unpadded.to(x.device)]
+        return x.transpose(1, 2)

@@ -1,0 +1,158 @@
+"""Entry points of block selection: compress blocks, score them, keep the best, and update the persistent set.
+
+One chunk of a rollout uses them in this order (Sparse Forcing, arXiv 2604.21221, sections 3 and 4):
+
+    pool_blocks -> choose_blocks (= block_scores + select_blocks) -> build_block_index -> block_sparse_attention
+    after the clean pass: block_scores or the exact block mass -> block_importance -> update_persistent
+
+`pool_blocks` and `block_scores` are differentiable; the choice is not. Nothing synchronises with the host. A faster
+backend is a module `triton_backend` beside this file with `why_unavailable(tensor) -> str | None` and functions named
+and shaped as in `reference`; "auto" uses it on a GPU when it can run.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.kernels.block_selection import reference
+
+BACKENDS = ("auto", "triton", "reference")
+
+
+def pool_blocks(
+    x: Tensor,
+    sizes: Tensor | None = None,
+    weights: Tensor | None = None,
+    projection: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Compress each block to one vector: phi(x) [B, H, N, D] of x [B, H, N, T, D].
+
+    Args:
+        sizes: [N] or [B, H, N], real tokens of each block; None means T everywhere. A block of size 0 gives 0.
+        weights: [H, T] learned position weights, normalised by their absolute sum over real tokens; None (or ones)
+            is the mean.
+        projection: [H, D, D] linear map applied per head as `c @ projection[h]`; None is the identity.
+    """
+    if x.dim() != 5:
+        raise SparseForcingError(f"pool_blocks: x is {list(x.shape)}, need [B, H, N, T, D]")
+    _, H, N, T, D = x.shape
+    if sizes is not None and sizes.shape not in ((N,), x.shape[:3]):
+        raise SparseForcingError(f"pool_blocks: sizes is {list(sizes.shape)}, need [{N}] or {list(x.shape[:3])}")
+    if weights is not None and weights.shape != (H, T):
+        raise SparseForcingError(f"pool_blocks: weights is {list(weights.shape)}, need [{H}, {T}]")
+    if projection is not None and projection.shape != (H, D, D):
+        raise SparseForcingError(f"pool_blocks: projection is {list(projection.shape)}, need [{H}, {D}, {D}]")
+    return _backend(backend, x).pool_blocks(x, sizes, weights, projection)
+
+
+def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float | None = None) -> Tensor:
+    """Raw scores scale * <q, k> [B, H, Nq, Nk] of block vectors [B, H, Nq, D] and [B, H, Nk, D], in float32.
+
+    scale None means 1 / sqrt(D). The scores feed the top-K, the coarse branch and the distillation loss.
+    """
+    if query_blocks.dim() != 4 or key_blocks.dim() != 4 or query_blocks.shape[-1] != key_blocks.shape[-1]:
+        raise SparseForcingError(
+            f"block_scores: {list(query_blocks.shape)} x {list(key_blocks.shape)}, need [B, H, Nq, D] x [B, H, Nk, D]"
+        )
+    return reference.block_scores(query_blocks, key_blocks, _scale(scale, query_blocks))
+
+
+def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """Window positions [B, H, Nq, min(top_k, Nk)] int32 of the highest scores [B, H, Nq, Nk], ascending.
+
+    Ties go to the lower position. own [Nq]: window position of each query block itself, always kept (-1: none).
+    """
+    _check_selection("select_blocks", top_k, own, scores.shape[-2])
+    return _backend(backend, scores).select_blocks(scores, top_k, own)
+
+
+def choose_blocks(
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    *,
+    top_k: int,
+    own: Tensor | None = None,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """select_blocks(block_scores(...)) in one call; a fused backend never stores the whole score matrix."""
+    _check_selection("choose_blocks", top_k, own, query_blocks.shape[-2])
+    module = _backend(backend, query_blocks)
+    scale = _scale(scale, query_blocks)
+    if hasattr(module, "choose_blocks"):
+        return module.choose_blocks(query_blocks, key_blocks, top_k, own, scale)
+    return module.select_blocks(reference.block_scores(query_blocks, key_blocks, scale), top_k, own)
+
+
+def build_block_index(persistent_slots: Tensor, window_slots: Tensor, selected: Tensor) -> Tensor:
+    """Lists for the attention, [B, H, Nq, P + K] int32: the persistent slots, then the selected window slots.
+
+    persistent_slots [B, H, P] and window_slots [B, H, Nk] name pool slots; selected [B, H, Nq, K] are positions in
+    window_slots, so an ascending selection over a chronological window stays chronological.
+    """
+    return reference.build_block_index(persistent_slots, window_slots, selected)
+
+
+def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None = None) -> Tensor:
+    """Importance [B, H, Nc] of each candidate: softmax over candidates of [B, H, Nq, Nc], summed over query blocks.
+
+    query_sizes [Nq] weighs each query block by its real rows, which turns block attention into an estimate of the
+    attention mass per token row; None gives every query block weight 1.
+    """
+    return reference.block_importance(scores_over_candidates, query_sizes)
+
+
+def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """P_t = TopC(P_{t-1} u E_t): split candidate_slots [B, H, Nc] into (kept [B, H, min(C, Nc)], freed [B, H, rest]).
+
+    Both keep the candidates' order (chronological when the candidates are); the earlier candidate wins a tie.
+    """
+    if capacity < 0 or importance.shape != candidate_slots.shape:
+        raise SparseForcingError(
+            f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
+            f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes"
+        )
+    return reference.update_persistent(candidate_slots, importance, capacity)
+
+
+def why_unavailable(backend: str, tensor: Tensor) -> str | None:
+    """Reason why `backend` cannot run on this tensor, or None when it can."""
+    if backend == "reference":
+        return None
+    try:
+        return _triton().why_unavailable(tensor)
+    except ImportError as error:
+        return f"import failed: {error}"
+
+
+def _triton() -> ModuleType:
+    return importlib.import_module("sparse_forcing.kernels.block_selection.triton_backend")
+
+
+def _backend(backend: str, tensor: Tensor) -> ModuleType:
+    if backend not in BACKENDS:
+        raise ConfigError(f"block selection: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        use_triton = tensor.device.type != "cpu" and why_unavailable("triton", tensor) is None
+        return _triton() if use_triton else reference
+    reason = why_unavailable(backend, tensor)
+    if reason is not None:
+        raise ConfigError(f"block selection: backend {backend!r} cannot run here: {reason}")
+    return _triton() if backend == "triton" else reference
+
+
+def _check_selection(name: str, top_k: int, own: Tensor | None, query_blocks: int) -> None:
+    if top_k < 1:
+        raise SparseForcingError(f"{name}: top_k is {top_k}, need at least 1")
+    if own is not None and own.shape != (query_blocks,):
+        raise SparseForcingError(f"{name}: own is {list(own.shape)}, need one window position per query block")
+
+
+def _scale(scale: float | None, query_blocks: Tensor) -> float:
+    return query_blocks.shape[-1] ** -0.5 if scale is None else float(scale)

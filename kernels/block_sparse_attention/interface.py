@@ -1,0 +1,250 @@
+"""Entry point of persistent block-sparse attention: checks, backend choice, custom ops, autograd.
+
+Every query block lists the pool slots it attends to; one softmax runs over the tokens of the listed slots:
+
+    out[i] = sum_j softmax_j(scale * <q_i, k_j>) v_j,      lse[i] = log sum_j exp(scale * <q_i, k_j>)
+
+Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
+M list entries per query block, P persistent entries (the first `num_persistent` of each list).
+
+A backend is a module with three functions, all on tensors whose shapes were checked here (any strides, block_index
+int32, sizes int32 or None):
+
+    why_unavailable(query) -> str | None           the reason it cannot run on this tensor's device and dtype
+    forward(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
+        -> (out in query's dtype, lse, mass)       lse and mass in `accumulation_dtype`, mass [B, H, Nq, 0] if not asked
+    backward(grad_out, grad_lse or None, query, key_pool, value_pool, block_index, query_sizes, key_sizes, out, lse,
+        scale, num_persistent) -> (grad_query, grad_key_pool, grad_value_pool), contiguous, in the inputs' dtype
+
+The reference is plain torch that autograd already understands, so it is called directly; the others sit behind
+`torch.ops.sparse_forcing.block_sparse_attention`, which torch.compile, FakeTensor and checkpointing treat as one op.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.kernels.block_sparse_attention import reference
+
+_MODULES = {"triton": "triton_backend", "cpu": "cpu", "reference": "reference"}
+BACKENDS = ("auto", *_MODULES)
+
+
+class BlockSparseOutput(NamedTuple):
+    """out [B, H, Nq, Tq, D] in query's dtype; lse [B, H, Nq, Tq], natural log; mass [B, H, Nq, M] or None."""
+
+    out: Tensor
+    lse: Tensor
+    mass: Tensor | None
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of lse and mass: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_index: Tensor,
+    *,
+    query_sizes: Tensor | None = None,
+    key_sizes: Tensor | None = None,
+    scale: float | None = None,
+    num_persistent: int = 0,
+    return_mass: bool = False,
+    backend: str = "auto",
+) -> BlockSparseOutput:
+    """Attention of each query block over the pool slots it lists (Sparse Forcing, arXiv 2604.21221, section 3).
+
+    Args:
+        query: [B, H, Nq, Tq, D], padded rows allowed.
+        key_pool, value_pool: [B, H, S, T, D]; B or H may be 1 and is then broadcast.
+        block_index: [B, H, Nq, M] int32, slots without duplicates, -1 only at the end of a row; rows may be empty.
+        query_sizes: [Nq] int32, real rows of each query block; None means Tq everywhere.
+        key_sizes: [B, H, S] int32, real tokens of each slot; None means T everywhere.
+        scale: factor on the scores; None means 1 / sqrt(D).
+        num_persistent: promise that the first so many entries of every row of one (batch, head) are the same slots.
+            A hint for speed: the result never depends on it.
+        return_mass: also return the attention probability of each listed block, summed over real query rows, detached.
+        backend: "auto" (triton on a GPU, cpu on the CPU, else reference) or one of them by name.
+
+    Returns:
+        BlockSparseOutput. Padded and empty rows give out 0 and lse -inf. Differentiable in query, key_pool and
+        value_pool through out and lse; gradients at padding are exactly 0.
+
+    Raises:
+        SparseForcingError (a ValueError): shapes, types or devices do not fit; ConfigError when a forced backend
+        cannot run here, with the reason.
+    """
+    B, H = query.shape[:2] if query.dim() == 5 else (0, 0)
+    key_pool, value_pool = _broadcast_heads(key_pool, B, H), _broadcast_heads(value_pool, B, H)
+    block_index = _broadcast_heads(block_index, B, H).to(torch.int32)
+    key_sizes = None if key_sizes is None else _broadcast_heads(key_sizes, B, H)
+    _check(query, key_pool, value_pool, block_index, query_sizes, key_sizes, num_persistent)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = resolve_backend(backend, query)
+    args = (query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
+    out, lse, mass = reference.forward(*args) if chosen == "reference" else forward_op(*args, chosen)
+    return BlockSparseOutput(out, lse, mass if return_mass else None)
+
+
+def why_unavailable(backend: str, query: Tensor) -> str | None:
+    """Reason why `backend` cannot run on this tensor's device and dtype, or None when it can."""
+    try:
+        return _module(backend).why_unavailable(query)
+    except ImportError as error:
+        return f"import failed: {error}"
+
+
+def resolve_backend(backend: str, query: Tensor) -> str:
+    """Name of the backend that will run; ConfigError if it was forced and cannot."""
+    if backend not in BACKENDS:
+        raise ConfigError(f"block_sparse_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        preferred = "cpu" if query.device.type == "cpu" else "triton"
+        return preferred if why_unavailable(preferred, query) is None else "reference"
+    reason = why_unavailable(backend, query)
+    if reason is not None:
+        raise ConfigError(f"block_sparse_attention: backend {backend!r} cannot run here: {reason}")
+    return backend
+
+
+def _module(backend: str) -> ModuleType:
+    return importlib.import_module(f"sparse_forcing.kernels.block_sparse_attention.{_MODULES[backend]}")
+
+
+def _broadcast_heads(x: Tensor, batch: int, heads: int) -> Tensor:
+    if x.dim() < 2 or x.shape[:2] == (batch, heads) or not all(n in (1, m) for n, m in zip(x.shape, (batch, heads))):
+        return x  # nothing to do, or wrong: _check reports it
+    return x.expand(batch, heads, *x.shape[2:])
+
+
+def _check(
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_index: Tensor,
+    query_sizes: Tensor | None,
+    key_sizes: Tensor | None,
+    num_persistent: int,
+) -> None:
+    def fail(what: str, tensor: Tensor, wanted: str) -> None:
+        raise SparseForcingError(
+            f"block_sparse_attention: {what} is {list(tensor.shape)} {tensor.dtype}, need {wanted}"
+        )
+
+    if query.dim() != 5 or not query.is_floating_point():
+        fail("query", query, "floating point [B, H, Nq, Tq, D]")
+    B, H, Nq, _, D = query.shape
+    for what, pool in (("key_pool", key_pool), ("value_pool", value_pool)):
+        if pool.dim() != 5 or pool.shape[:2] != (B, H) or pool.shape[-1] != D or pool.dtype != query.dtype:
+            fail(what, pool, f"{query.dtype} [{B}, {H}, S, T, {D}] to match query")
+    if value_pool.shape != key_pool.shape:
+        fail("value_pool", value_pool, f"the shape of key_pool {list(key_pool.shape)}")
+    if block_index.dim() != 4 or block_index.shape[:3] != (B, H, Nq):
+        fail("block_index", block_index, f"int32 [{B}, {H}, {Nq}, M]")
+    if query_sizes is not None and (query_sizes.shape != (Nq,) or query_sizes.dtype != torch.int32):
+        fail("query_sizes", query_sizes, f"int32 [{Nq}]")
+    if key_sizes is not None and (key_sizes.shape != key_pool.shape[:3] or key_sizes.dtype != torch.int32):
+        fail("key_sizes", key_sizes, f"int32 {list(key_pool.shape[:3])}")
+    if not 0 <= num_persistent <= block_index.shape[-1]:
+        fail("block_index", block_index, f"at least num_persistent = {num_persistent} entries per row")
+    for tensor in (key_pool, value_pool, block_index, query_sizes, key_sizes):
+        if tensor is not None and tensor.device != query.device:
+            raise SparseForcingError(f"block_sparse_attention: inputs on {query.device} and {tensor.device}")
+
+
+_SHARED = "Tensor query, Tensor key_pool, Tensor value_pool, Tensor block_index, Tensor? query_sizes, Tensor? key_sizes"
+
+
+@torch.library.custom_op(
+    "sparse_forcing::block_sparse_attention",
+    mutates_args=(),
+    schema=f"({_SHARED}, float scale, int num_persistent, bool return_mass, str backend) -> (Tensor, Tensor, Tensor)",
+)
+def forward_op(
+    query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass, backend
+):
+    return _module(backend).forward(
+        query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass
+    )
+
+
+@torch.library.custom_op(
+    "sparse_forcing::block_sparse_attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_out, Tensor? grad_lse, {_SHARED}, Tensor out, Tensor lse, float scale, int num_persistent, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+)
+def backward_op(
+    grad_out,
+    grad_lse,
+    query,
+    key_pool,
+    value_pool,
+    block_index,
+    query_sizes,
+    key_sizes,
+    out,
+    lse,
+    scale,
+    num_persistent,
+    backend,
+):
+    return _module(backend).backward(
+        grad_out,
+        grad_lse,
+        query,
+        key_pool,
+        value_pool,
+        block_index,
+        query_sizes,
+        key_sizes,
+        out,
+        lse,
+        scale,
+        num_persistent,
+    )
+
+
+@forward_op.register_fake
+def _forward_fake(query, key_pool, value_pool, block_index, qs, ks, scale, num_persistent, return_mass, backend):
+    dtype = accumulation_dtype(query.dtype)
+    B, H, Nq, M = block_index.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    return out, lse, query.new_empty((B, H, Nq, M if return_mass else 0), dtype=dtype)
+
+
+@backward_op.register_fake
+def _backward_fake(grad_out, grad_lse, query, key_pool, value_pool, *rest):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key_pool, value_pool))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.scale, ctx.num_persistent, _, ctx.backend = inputs
+    out, lse, mass = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(mass)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_lse, _):
+    *tensors, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        if grad_lse is None:
+            return (None,) * 10
+        grad_out = torch.zeros_like(out)
+    grads = backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, ctx.num_persistent, ctx.backend)
+    return (*grads, *(None,) * 7)
+
+
+forward_op.register_autograd(_differentiate, setup_context=_save)

@@ -19,6 +19,7 @@ from sparse_forcing.scenes.vocabulary import BACKGROUND_RGB, COLOUR_RGB, MOTIONS
 RING_HOLE = 0.55  # inner over outer radius
 _CHUNK_PIXELS = 1 << 16  # drawn together, so that the working set stays in a core's cache
 _POLYGON_EDGES = {"square": 4, "triangle": 3, "star": 5}
+_FIRST_NORMAL = {"square": 0.0, "triangle": pi / 2, "star": -pi / 2}  # clockwise from the right
 _INRADIUS = {"square": 1.0, "triangle": 0.5, "star": cos(2 * pi / 5)}  # of the edge lines, relative to SHAPE_SCALE
 
 
@@ -107,8 +108,7 @@ def _polygon(shape: str, across: Tensor, down: Tensor, angle: Tensor) -> Tensor:
     edges = _POLYGON_EDGES[shape]
     largest = second = None
     for edge in range(edges):
-        # The normal of edge 0 points down, where the triangle and the star have no corner.
-        normal = angle + pi / 2 + 2 * pi * edge / edges
+        normal = angle + _FIRST_NORMAL[shape] + 2 * pi * edge / edges
         along = (across * normal.cos())[..., None, :] + (down * normal.sin())[..., None]
         if largest is None:
             largest = along

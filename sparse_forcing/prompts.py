@@ -1,0 +1,62 @@
+"""Prompts: read from the command line or a file, and refused before any model is loaded when they cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import PathLike
+
+MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
+MAX_FILE_BYTES = 64 << 20
+
+
+def check_prompt(prompt: str, where: str = "prompt") -> str:
+    """Return the prompt without surrounding space. `where` opens the message.
+
+    Raises:
+        ConfigError: empty, huge, not valid Unicode, or holding control characters.
+    """
+    text = prompt.strip()
+    if not text:
+        raise ConfigError(f"{where} is empty; describe what the video shows")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ConfigError(f"{where} has {len(text)} characters; the limit is {MAX_PROMPT_CHARACTERS}")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ConfigError(f"{where} is not valid Unicode text (a lone surrogate); was it cut or wrongly decoded?")
+    control = next((c for c in text if ord(c) < 32 and c not in "\t\n\r"), None)
+    if control is not None:
+        raise ConfigError(f"{where} contains the control character {control!r}")
+    return text
+
+
+def check_prompts(prompts: Iterable[str]) -> list[str]:
+    """Check prompts given one by one; messages count them from 1. Raises ConfigError."""
+    checked = [check_prompt(prompt, f"prompt {number}") for number, prompt in enumerate(prompts, 1)]
+    if not checked:
+        raise ConfigError('no prompt; give one, as in: sparse-forcing generate "a red ball moves to the right"')
+    return checked
+
+
+def read_prompts(path: PathLike) -> list[str]:
+    """Prompts of a UTF-8 text file, one a line; blank lines are skipped.
+
+    Raises:
+        ConfigError: the file cannot be read, is not UTF-8, is huge, holds no prompt, or a line is not a prompt.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from error
+    if len(data) > MAX_FILE_BYTES:
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a list of prompts?")
+    try:
+        lines = data.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ConfigError(f"{path} line {line}: not UTF-8 text") from error
+    prompts = [check_prompt(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not prompts:
+        raise ConfigError(f"{path}: contains no prompts; write one a line")
+    return prompts

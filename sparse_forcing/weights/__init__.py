@@ -1,0 +1,1 @@
+"""Weights: loaded safely, verified by hash, converted from the original layouts."""

@@ -1,0 +1,70 @@
+"""SHA-256 manifests of model folders: weight formats do not notice a flipped bit, so every file is hashed.
+
+`manifest.json` holds {"sha256": {relative path: hex digest}} for every file of the folder, Markdown read-me files aside.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.files import PathLike, atomic_write_json, read_json, sha256_file
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: PathLike) -> dict[str, str]:
+    """Hash every file below `folder` into its manifest.json; return {relative path: SHA-256}. Raises OutputError."""
+    root = Path(folder)
+    hashes = {name: sha256_file(root / name) for name in _content(root)}
+    atomic_write_json(root / MANIFEST, {"sha256": hashes})
+    return hashes
+
+
+def verify_manifest(folder: PathLike) -> dict[str, str] | None:
+    """Check every file below `folder` against its manifest.json; return {relative path: SHA-256}, None without one.
+
+    Raises:
+        WeightsError: a file is missing, was added, or differs by as little as one bit; the message names it.
+    """
+    root = Path(folder)
+    if not (root / MANIFEST).is_file():
+        return None
+    try:
+        manifest = read_json(root / MANIFEST)
+    except ConfigError as error:
+        raise WeightsError(f"{error}; the manifest is damaged") from error
+    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
+        raise WeightsError(f"{root / MANIFEST}: not a manifest of SHA-256 sums")
+    present = set(_content(root))
+    for name, expected in hashes.items():
+        if name not in present:
+            raise WeightsError(f"{root / name}: listed in {MANIFEST} but missing; download or convert the model again")
+        if sha256_file(root / name) != expected:
+            raise WeightsError(f"{root / name}: SHA-256 differs from {MANIFEST}; the file is damaged or was changed")
+    if extra := sorted(present - set(hashes)):
+        raise WeightsError(f"{root / extra[0]}: not listed in {MANIFEST}; remove it or write the manifest again")
+    return dict(hashes)
+
+
+def folder_hash(folder: PathLike) -> str:
+    """One SHA-256 over the weights below `folder`, verified first when it has a manifest: names a model in a report."""
+    root = Path(folder)
+    hashes = verify_manifest(root) or {name: sha256_file(root / name) for name in _content(root)}
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+
+
+def _content(root: Path) -> list[str]:
+    """Relative names of the files that count, sorted: not the manifest, Markdown, hidden files or caches."""
+    if not root.is_dir():
+        raise WeightsError(f"{root}: no such model folder")
+    names = []
+    for path in root.rglob("*"):
+        name = path.relative_to(root)
+        ignored = path.suffix == ".md" or any(part.startswith(".") or part == "__pycache__" for part in name.parts)
+        if path.is_file() and not ignored and name.as_posix() != MANIFEST:
+            names.append(name.as_posix())
+    return sorted(names)

@@ -1,6 +1,6 @@
 """SHA-256 manifests of model folders: weight formats do not notice a flipped bit, so every file is hashed.
 
-`manifest.json` holds {"sha256": {relative path: hex digest}} for every file of the folder, Markdown read-me files aside.
+`manifest.json` holds {"sha256": {relative path: hex digest}} for every file of the folder, Markdown aside.
 """
 
 from __future__ import annotations

@@ -1,0 +1,139 @@
+"""What to generate and into which files: settings, checked, and the list of jobs they mean. No torch here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import safe_name
+from sparse_forcing.prompts import check_prompts, read_prompts
+
+MAX_FRAMES = 1_000_000
+_VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg"}
+# Which memory kinds each knob means something to.
+MEMORY_KNOBS = {
+    "window_frames": ("window", "sink", "sparse"),
+    "sink_frames": ("sink",),
+    "persistent_blocks": ("sparse",),
+    "top_k": ("sparse",),
+    "tile": ("sparse",),
+    "positions": ("full", "window", "sink", "sparse"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What to generate and where to; the command line has one flag for each. None: the model's own default.
+
+    prompts, prompt_file: one of the two; a file holds one prompt a line.
+    model: `tiny`, or a diffusers folder, local or on the hub.
+    output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
+    seed: sample k of every prompt uses seed + k.
+    num_frames, seconds: length, in pixel frames or in seconds; one of the two.
+    memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
+    scale: enlarge every pixel to scale x scale in the mp4.
+    overlay: also write a video in which the persistent blocks light up.
+    skip_existing: leave out videos that are already there.
+    """
+
+    prompts: tuple[str, ...] = ()
+    prompt_file: Path | None = None
+    model: str = "tiny"
+    output: Path = Path("outputs")
+    seed: int = 0
+    num_samples: int = 1
+    num_frames: int | None = None
+    seconds: float | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    memory: Literal["full", "window", "sink", "sparse"] | None = None
+    window_frames: int | None = None
+    sink_frames: int | None = None
+    persistent_blocks: int | None = None
+    top_k: float | None = None
+    tile: tuple[int, int, int] | None = None
+    positions: Literal["absolute", "relative"] | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    scale: int | None = None
+    overlay: bool = False
+    skip_existing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.num_frames is not None and self.seconds is not None:
+            raise ConfigError("give --num-frames or --seconds, not both")
+        if self.prompts and self.prompt_file is not None:
+            raise ConfigError("give prompts or --prompt-file, not both")
+        bounds: dict[str, tuple[float, float]] = {
+            "seed": (0, 2**62), "num_samples": (1, 10**6), "num_frames": (1, MAX_FRAMES), "height": (1, 16384),
+            "width": (1, 16384), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
+        }  # fmt: skip
+        for name, (low, high) in bounds.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise ConfigError(f"{flag(name)} must be between {low:g} and {high:g}, got {value:g}")
+        if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
+            raise ConfigError(f"--seconds must be above 0, got {self.seconds:g}")
+        for name, kinds in MEMORY_KNOBS.items():
+            if getattr(self, name) is not None and self.memory is not None and self.memory not in kinds:
+                raise ConfigError(
+                    f"{flag(name)} has no effect with --memory {self.memory}; it is for {', '.join(kinds)}"
+                )
+        if self.overlay and self.memory not in (None, "sparse"):
+            raise ConfigError(
+                f"--overlay shows persistent blocks, which --memory {self.memory} does not have; use sparse"
+            )
+        if self.output.suffix.lower() in _VIDEO_SUFFIXES - {".mp4"}:
+            raise ConfigError(f"--output {self.output}: only .mp4 files are written")
+
+    @property
+    def to_file(self) -> bool:
+        return self.output.suffix.lower() == ".mp4" and not self.output.is_dir()
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One video to generate. `original_prompt`: what evaluation compares with, when `prompt` is a rewritten one."""
+
+    prompt: str
+    seed: int
+    video: Path
+    sidecar: Path
+    index: int = 0
+    original_prompt: str | None = None
+
+
+def plan(config: GenerateConfig) -> list[Job]:
+    """Jobs of the config's prompts, checked: names stay inside the output and differ. Raises ConfigError."""
+    prompts = read_prompts(config.prompt_file) if config.prompt_file else check_prompts(config.prompts)
+    if config.to_file:
+        if len(prompts) * config.num_samples > 1:
+            raise ConfigError(
+                f"--output {config.output} is one file for {len(prompts) * config.num_samples} videos; give a folder"
+            )
+        sidecar = config.output.with_suffix(".json")
+        return [Job(prompt=prompts[0], seed=config.seed, video=config.output, sidecar=sidecar)]
+    jobs = []
+    for number, prompt in enumerate(prompts):
+        for sample in range(config.num_samples):
+            video = config.output / safe_name(prompt, number, extra=f"seed{config.seed + sample}")
+            jobs.append(
+                Job(
+                    prompt=prompt,
+                    seed=config.seed + sample,
+                    index=sample,
+                    video=video,
+                    sidecar=video.with_suffix(".json"),
+                )
+            )
+    return jobs

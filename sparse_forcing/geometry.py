@@ -1,6 +1,6 @@
 """Frames, tokens, tiles and blocks: the only place where they are computed.
 
-Legend: F latent frames, R x C token rows and columns of one latent frame, N = R * C tokens per frame, T tokens per tile.
+Legend: F latent frames, R x C token rows and columns of a latent frame, N = R * C tokens per frame, T tokens per tile.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class VideoGeometry:
         first_frame_alone: True when the first latent frame holds a single pixel frame (Wan's causal autoencoder).
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
-        first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent first frame: 1).
+        first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
     """
 
     temporal_stride: int
@@ -39,7 +39,9 @@ class VideoGeometry:
         if min(self.temporal_stride, self.spatial_stride, self.chunk_frames, *self.patch_size) < 1:
             raise ConfigError(f"geometry: strides, patch and chunk must be at least 1, got {self}")
         if self.patch_size[0] != 1:
-            raise ConfigError(f"geometry.patch_size: only one latent frame per token is supported, got {self.patch_size}")
+            raise ConfigError(
+                f"geometry.patch_size: only one latent frame per token is supported, got {self.patch_size}"
+            )
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` decode to."""
@@ -66,7 +68,9 @@ class VideoGeometry:
         for name, size, patch in (("height", height, self.patch_size[1]), ("width", width, self.patch_size[2])):
             step = self.spatial_stride * patch
             if size < step or size % step:
-                raise ConfigError(f"{name}: {size} pixels is not a positive multiple of {step}; try {nearest(size, step)}")
+                raise ConfigError(
+                    f"{name}: {size} pixels is not a positive multiple of {step}; try {nearest(size, step)}"
+                )
         return height // self.spatial_stride, width // self.spatial_stride
 
     def token_size(self, latent_height: int, latent_width: int) -> tuple[int, int]:
@@ -144,7 +148,7 @@ class TileLayout:
 
     @cached_property
     def padded(self) -> Tensor:
-        """[num_blocks, block_tokens] place in tile order of each block's tokens; padding repeats the block's last token."""
+        """[num_blocks, block_tokens] place in tile order of each block's tokens; padding repeats the last."""
         starts = torch.cumsum(self.sizes, 0) - self.sizes
         offset = torch.arange(self.block_tokens)[None].minimum(self.sizes[:, None] - 1)
         return starts[:, None] + offset

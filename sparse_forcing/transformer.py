@@ -217,8 +217,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         super().__init__()
         if qk_norm != "rms_norm_across_heads" or image_dim or added_kv_proj_dim or pos_embed_seq_len:
             raise ConfigError(
-                "transformer config: only text-to-video Wan is supported (qk_norm='rms_norm_across_heads', no image_dim, "
-                f"added_kv_proj_dim or pos_embed_seq_len), got qk_norm={qk_norm!r}, image_dim={image_dim!r}"
+                "transformer config: only text-to-video Wan is supported (qk_norm='rms_norm_across_heads', no "
+                f"image_dim, added_kv_proj_dim or pos_embed_seq_len), got qk_norm={qk_norm!r}, image_dim={image_dim!r}"
             )
         if attention_head_dim % 2 or attention_head_dim < 6:
             raise ConfigError(f"attention_head_dim: must be even and at least 6, got {attention_head_dim}")
@@ -321,9 +321,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         tokens = self.proj_out(modulate(layer_norm(tokens, self.config.eps), shift, scale))
         if order is not None:
             tokens = tokens[:, order.argsort()]
-        out = rearrange(
-            tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw
-        )
+        out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
         return self._to_flow(out, hidden_states, sigma)
 
     @staticmethod

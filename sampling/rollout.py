@@ -1,0 +1,183 @@
+"""The rollout: one chunk loop for inference and training.
+
+Per chunk: make room in the memory, denoise while attending to it, then one clean pass at timestep 0 that leaves the
+finished chunk's keys and values (method.md 1). Training runs the same loop with an exit step and gradients.
+
+Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline level [B, F, C, H, W].
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.flow import FlowSchedule, add_noise
+from sparse_forcing.memory import RolloutMemory
+from sparse_forcing.sampling.samplers import guided, sample_chunk
+from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.transformer import CausalWanTransformer3DModel
+
+StepCallback = Callable[[int, int, Tensor], None]
+"""Called after every network evaluation with (chunk, step, current latents of the chunk)."""
+
+
+class NoiseSource(Protocol):
+    """All randomness of a rollout."""
+
+    def chunk(self, frames: int) -> Tensor:
+        """[B, frames, C, H, W] noise a chunk starts from."""
+        ...
+
+    def fresh(self, frames: int) -> Tensor:
+        """[B, frames, C, H, W] noise for re-noising."""
+        ...
+
+
+class SeededNoise:
+    """One generator per sample, so that a sample does not depend on the batch it is generated in."""
+
+    def __init__(
+        self, generators: list[torch.Generator], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
+
+    def chunk(self, frames: int) -> Tensor:
+        draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
+        return torch.stack(draws).to(self.device, self.dtype)
+
+    fresh = chunk
+
+
+@dataclass(frozen=True)
+class RolloutChunk:
+    """A finished chunk.
+
+    latents: [B, f, C, H, W]; start_frame: latent frame it begins at; seconds: wall time of denoising and clean pass;
+    cache_bytes: bytes the memory holds after it.
+    """
+
+    index: int
+    start_frame: int
+    latents: Tensor
+    seconds: float
+    cache_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingRollout:
+    """What differs in training (baseline.md 3.2).
+
+    Args:
+        exit_steps: per chunk, the denoising step whose x0 is the chunk; it alone carries gradients.
+        gradient_from_frame: latent frame from which chunks carry gradients.
+        context_noise: noise the context before the clean pass as Self-Forcing's trainer does (its grid has no zero,
+            so timestep 0 means sigma of the last entry).
+    """
+
+    exit_steps: list[int]
+    gradient_from_frame: int = 0
+    context_noise: bool = False
+
+
+def rollout(
+    model: CausalWanTransformer3DModel,
+    text: Tensor,
+    chunks: list[int],
+    memory: RolloutMemory,
+    noise: NoiseSource,
+    sampler: SamplerConfig,
+    *,
+    unconditional_text: Tensor | None = None,
+    initial_latents: Tensor | None = None,
+    initial_chunks: list[int] | None = None,
+    context_timestep: float = 0.0,
+    training: TrainingRollout | None = None,
+    callback: StepCallback | None = None,
+) -> Iterator[RolloutChunk]:
+    """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
+
+    Args:
+        text: [B, T, text_dim]; unconditional_text: the same for the empty prompt, needed when guidance is not 1.
+        chunks: latent frames of each chunk to generate.
+        initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
+        context_timestep: timestep of the clean pass.
+    """
+    use_guidance = sampler.guidance_scale != 1.0
+    if use_guidance:
+        assert unconditional_text is not None, "guidance needs the unconditional text"
+        text = torch.cat([text, unconditional_text])
+    network = _Network(model, text, memory, sampler.guidance_scale if use_guidance else None, training)
+    start = 0
+    if initial_latents is not None:
+        for given in initial_latents.split(initial_chunks or chunks[:1], 1):
+            memory.begin_chunk(given.shape[1])
+            network.clean(given, 0.0)
+            start += given.shape[1]
+    for index, frames in enumerate(chunks):
+        began = time.perf_counter()
+        memory.begin_chunk(frames)
+        network.begin(index, start, callback)
+        exit_step = training.exit_steps[index] if training else None
+        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), lambda f=frames: noise.fresh(f), exit_step)
+        context = latents.detach()
+        if training and training.context_noise:
+            sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
+            context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
+        network.clean(context, context_timestep)
+        yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)
+        start += frames
+
+
+class _Network:
+    """The model bound to one rollout: text keys and values, guidance, which pass carries gradients."""
+
+    def __init__(
+        self,
+        model: CausalWanTransformer3DModel,
+        text: Tensor,
+        memory: RolloutMemory,
+        guidance_scale: float | None,
+        training: TrainingRollout | None,
+    ) -> None:
+        self.model, self.text, self.memory = model, text, memory
+        self.guidance_scale, self.training = guidance_scale, training
+        with torch.no_grad():
+            self.text_keys_values = model.encode_text(text)
+        self.index, self.start, self.callback = 0, 0, None
+
+    def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
+        self.index, self.start, self.callback = index, start, callback
+
+    def _needs_gradient(self, step: int) -> bool:
+        if self.training is None:
+            return False
+        return step == self.training.exit_steps[self.index] and self.start >= self.training.gradient_from_frame
+
+    def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
+        """v of the current chunk x [B, f, C, H, W]."""
+        gradient = self._needs_gradient(step)
+        with torch.set_grad_enabled(gradient):
+            # In a pass with gradients the text projections take part in it, so they are computed afresh.
+            flow = self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
+        if self.callback is not None:
+            self.callback(self.index, step, x)
+        return flow
+
+    @torch.no_grad()
+    def clean(self, x0: Tensor, timestep: float) -> None:
+        """Leave the finished chunk's keys and values in the memory."""
+        t = torch.tensor(timestep, dtype=torch.float32, device=x0.device)
+        self._run(x0, t, self.memory.clean_pass(), self.text_keys_values)
+
+    def _run(self, x: Tensor, timestep: Tensor, policy, text_keys_values) -> Tensor:
+        doubled = torch.cat([x, x]) if self.guidance_scale is not None else x
+        t = timestep.to(x.device).expand(len(doubled))
+        flow = self.model(
+            doubled.transpose(1, 2), t, self.text, policy=policy, text_keys_values=text_keys_values
+        ).transpose(1, 2)
+        return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)

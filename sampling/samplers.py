@@ -1,0 +1,82 @@
+"""Samplers of one chunk as pure functions of a flow network: `sample_x(flow, x, schedule, ...)`.
+
+`flow(x, timestep, step)` returns v for x [B, f, C, H, W] at a scalar timestep in [0, 1000].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0
+from sparse_forcing.sampling.schedules import SamplerConfig, euler_sigmas, few_step_timesteps
+
+Flow = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def sample_few_step(
+    flow: Flow,
+    x: Tensor,
+    timesteps: Tensor,
+    schedule: FlowSchedule,
+    fresh_noise: Callable[[], Tensor],
+    exit_step: int | None = None,
+) -> Tensor:
+    """Self-Forcing's consistency sampler: x0 at every level, re-noised to the next with fresh noise.
+
+    Args:
+        timesteps: [steps] descending.
+        exit_step: stop after this step and return its x0 (training); the last one when None.
+    """
+    last = len(timesteps) - 1 if exit_step is None else exit_step
+    batch = len(x)
+    for step in range(last + 1):
+        sigma = schedule.sigma_at(timesteps[step]).to(x.device).expand(batch)
+        x0 = flow_to_x0(flow(x, timesteps[step], step), x, sigma)
+        if step < last:
+            x = add_noise(x0, fresh_noise(), schedule.sigma_at(timesteps[step + 1]).to(x.device).expand(batch))
+    return x0
+
+
+def sample_euler(flow: Flow, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Euler steps of dx/dsigma = v from sigmas[0] to sigmas[-1]."""
+    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+        x = x + flow(x, sigma * NUM_TRAIN_TIMESTEPS, step) * (following - sigma).to(x)
+    return x
+
+
+def sample_unipc(flow: Flow, x: Tensor, steps: int, shift: float) -> Tensor:
+    """diffusers' UniPC in flow mode, as Wan samples."""
+    from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
+
+    scheduler = UniPCMultistepScheduler(
+        prediction_type="flow_prediction",
+        use_flow_sigmas=True,
+        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
+        flow_shift=shift,
+    )
+    scheduler.set_timesteps(steps, device=x.device)
+    for step, timestep in enumerate(scheduler.timesteps):
+        x = scheduler.step(flow(x, timestep.float(), step), timestep, x, return_dict=False)[0]
+    return x
+
+
+def sample_chunk(
+    config: SamplerConfig, flow: Flow, x: Tensor, fresh_noise: Callable[[], Tensor], exit_step: int | None = None
+) -> Tensor:
+    """Denoise one chunk of noise x [B, f, C, H, W] with the configured sampler."""
+    if config.kind == "few_step":
+        schedule = FlowSchedule(config.shift)
+        return sample_few_step(flow, x, few_step_timesteps(config), schedule, fresh_noise, exit_step)
+    if config.kind == "euler":
+        return sample_euler(flow, x, euler_sigmas(config))
+    return sample_unipc(flow, x, config.steps, config.shift)
+
+
+def guided(flow: Tensor, guidance_scale: float) -> Tensor:
+    """uncond + w (cond - uncond) of a doubled batch [cond | uncond]."""
+    cond, uncond = flow.chunk(2)
+    return torch.lerp(uncond, cond, guidance_scale)

@@ -1,0 +1,132 @@
+"""The interface of every rollout memory, and the positions they share.
+
+A rollout calls `begin_chunk`, then runs the model any number of times with `denoising_pass()` as its attention policy
+(each pass overwrites the chunk's own entries) and once, on the finished chunk, with `clean_pass()`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.rope import Rotary, rotary_table
+
+CACHE_GRADIENTS = ("none", "detached", "straight_through")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryGeometry:
+    """Sizes a memory is made for.
+
+    Args:
+        rows, cols: tokens of a latent frame.
+        num_layers: self-attention layers.
+        chunk_frames: latent frames of a (usual) chunk.
+        horizon_frames: latent frames the model was trained on; relative positions stay below it.
+        capacity_frames: latent frames the rollout will reach, if known (spares a full memory its growth).
+    """
+
+    rows: int
+    cols: int
+    num_layers: int
+    chunk_frames: int
+    horizon_frames: int
+    capacity_frames: int | None = None
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.rows * self.cols
+
+
+class MemoryPass:
+    """Attention policy of one forward pass over the current chunk."""
+
+    def __init__(self, memory: RolloutMemory, clean: bool) -> None:
+        self.memory = memory
+        self.clean = clean
+        self.order = memory.order
+
+    def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        geometry = self.memory.geometry
+        if (rows, cols) != (geometry.rows, geometry.cols):
+            raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
+        start = self.memory.chunk_position
+        frames = torch.arange(start, start + self.memory.chunk_frames, device=device)
+        return rotary_table(frames, rows, cols, head_dim, dtype)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return self.memory.attend(layer, query, key, value, clean=self.clean)
+
+
+class RolloutMemory(ABC):
+    """Keys and values of earlier chunks, per layer.
+
+    Args:
+        cache_gradient: "none" writes in place (inference). The others never modify a tensor that autograd may hold:
+            "detached" stops gradients at the cache; "straight_through" gives cached entries the clean pass's values
+            and the gradient of the pass that produced the chunk, as Self-Forcing's released weights were trained.
+    """
+
+    def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
+        if cache_gradient not in CACHE_GRADIENTS:
+            raise ConfigError(f"cache_gradient: expected one of {', '.join(CACHE_GRADIENTS)}, got {cache_gradient!r}")
+        self.config = config
+        self.geometry = geometry
+        self.cache_gradient = cache_gradient
+        self.chunk_frames = 0
+        self.chunk_position = 0
+        self.next_frame = 0
+
+    @property
+    def order(self) -> Tensor | None:
+        """Token order of the current chunk's passes (see AttentionPolicy)."""
+        return None
+
+    def begin_chunk(self, frames: int) -> None:
+        """Make room for a chunk of `frames` latent frames: evict, update the persistent set, move positions."""
+        if self.config.window is not None and frames > self.config.window:
+            raise ConfigError(
+                f"memory.window_frames: {self.config.window} is less than a chunk of {frames} latent frames"
+            )
+        self._make_room(frames)
+        start = self.chunk_position + self.chunk_frames
+        if self.config.positions == "relative":
+            anchor = max(self.geometry.horizon_frames, self.config.window or 0) - self.geometry.chunk_frames
+            if start > max(anchor, 0):
+                self._move_positions(max(anchor, 0) - start)
+                start = max(anchor, 0)
+        self.next_frame += self.chunk_frames
+        self.chunk_position, self.chunk_frames = start, frames
+
+    def denoising_pass(self) -> MemoryPass:
+        return MemoryPass(self, clean=False)
+
+    def clean_pass(self) -> MemoryPass:
+        return MemoryPass(self, clean=True)
+
+    def merge_clean(self, stored: Tensor, clean: Tensor) -> Tensor:
+        """What the clean pass leaves in the cache, given what the last denoising pass stored."""
+        if self.cache_gradient == "straight_through":
+            return stored + (clean - stored).detach()
+        return clean
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
+        """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries."""
+
+    @abstractmethod
+    def _make_room(self, frames: int) -> None: ...
+
+    @abstractmethod
+    def _move_positions(self, frames: int) -> None:
+        """Move every cached key by `frames` (negative: into the past), none below its floor."""
+
+    @property
+    @abstractmethod
+    def cache_bytes(self) -> int:
+        """Bytes of every tensor the memory holds now."""

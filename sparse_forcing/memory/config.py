@@ -1,0 +1,68 @@
+"""What a rollout remembers: one configuration for every kind of memory, so that comparisons differ in it alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sparse_forcing.errors import ConfigError
+
+KINDS = ("full", "window", "sink", "sparse")
+POSITIONS = ("absolute", "relative")
+IMPORTANCE = ("coarse", "mass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Kind of memory and its knobs; lengths in latent frames.
+
+    Args:
+        kind: full (Self-Forcing), window, sink (LongLive: window and the video's first frames), sparse (this method).
+        window_frames: recent frames kept, the current chunk included and, as in Self-Forcing, the sink too.
+        sink_frames: first frames of the video that a `sink` memory never drops.
+        tile: latent frames, token rows and token columns of a block (`sparse`).
+        persistent_blocks: blocks per layer and head kept from everything that left the window; 0 for none.
+        top_k: share of a full window's blocks that a query block attends to; 1 for all of them.
+        importance: what persistent blocks are ranked by: "coarse", block attention of representatives (the paper), or
+            "mass", the exact attention mass of the clean pass.
+        positions: absolute (Self-Forcing's) or relative: the current chunk never moves beyond the training horizon
+            and older keys are re-phased when the window moves (method.md 8).
+    """
+
+    kind: str = "sparse"
+    window_frames: int = 6
+    sink_frames: int = 0
+    tile: tuple[int, int, int] = (3, 5, 4)
+    persistent_blocks: int = 64
+    top_k: float = 0.25
+    importance: str = "coarse"
+    positions: str = "relative"
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("kind", self.kind, KINDS),
+            ("positions", self.positions, POSITIONS),
+            ("importance", self.importance, IMPORTANCE),
+        ):
+            if value not in known:
+                raise ConfigError(f"memory.{name}: expected one of {', '.join(known)}, got {value!r}")
+        if self.window_frames < 1:
+            raise ConfigError(f"memory.window_frames: at least 1 latent frame is needed, got {self.window_frames}")
+        if not 0 <= self.sink_frames < self.window_frames:
+            raise ConfigError(
+                f"memory.sink_frames: must be in [0, window_frames = {self.window_frames}), got {self.sink_frames}"
+            )
+        if len(self.tile) != 3 or min(self.tile) < 1:
+            raise ConfigError(f"memory.tile: expected three positive numbers (frames, rows, columns), got {self.tile}")
+        if self.persistent_blocks < 0:
+            raise ConfigError(f"memory.persistent_blocks: cannot be negative, got {self.persistent_blocks}")
+        if not 0 < self.top_k <= 1:
+            raise ConfigError(f"memory.top_k: a share in (0, 1] is needed, got {self.top_k}")
+
+    @property
+    def window(self) -> int | None:
+        """Window in frames, or None for a full memory."""
+        return None if self.kind == "full" else self.window_frames
+
+    @property
+    def sink(self) -> int:
+        return self.sink_frames if self.kind == "sink" else 0

@@ -1,0 +1,117 @@
+"""Dense memories at the granularity of frames: full, window, window and sink (baseline.md 1.6)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.attention import dense_attention
+from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.rope import shift_time
+
+
+@dataclass
+class DenseLayer:
+    """Keys (rotated) and values [B, capacity, H, D] of one layer, in cache order."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class DenseMemory(RolloutMemory):
+    """Every cached frame is visible to the current chunk."""
+
+    def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
+        super().__init__(config, geometry, cache_gradient)
+        self.layers: list[DenseLayer | None] = [None] * geometry.num_layers
+        self.positions: list[int] = []
+        self._floors: list[int] = []
+
+    @property
+    def cached_frames(self) -> int:
+        """Frames before the current chunk."""
+        return len(self.positions)
+
+    def cached(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, tokens, H, D] in cache order, the current chunk last."""
+        state = self.layers[layer]
+        assert state is not None, "nothing cached yet"
+        end = (self.cached_frames + self.chunk_frames) * self.geometry.tokens_per_frame
+        return state.keys[:, :end], state.values[:, :end]
+
+    def _make_room(self, frames: int) -> None:
+        for offset in range(self.chunk_frames):
+            self._floors.append(self.cached_frames if self.cached_frames < self.config.sink else offset)
+            self.positions.append(self.chunk_position + offset)
+        if self.config.window is None:
+            return
+        drop = self.cached_frames + frames - self.config.window
+        if drop > 0:
+            sink = self.config.sink
+            self._drop(sink, min(sink + drop, self.cached_frames))
+
+    def _drop(self, first: int, last: int) -> None:
+        """Forget the cached frames first..last-1."""
+        n, kept = self.geometry.tokens_per_frame, self.cached_frames - last
+        for state in filter(None, self.layers):
+            for name in ("keys", "values"):
+                x = getattr(state, name)
+                rest = x[:, last * n : (last + kept) * n]
+                if self.cache_gradient == "none":
+                    x[:, first * n : (first + kept) * n] = rest.clone()
+                else:
+                    setattr(state, name, torch.cat([x[:, : first * n], rest], 1))
+        del self.positions[first:last], self._floors[first:last]
+
+    def _move_positions(self, frames: int) -> None:
+        moved = [max(p + frames, floor) for p, floor in zip(self.positions, self._floors)]
+        n = self.geometry.tokens_per_frame
+        for state in filter(None, self.layers):
+            past = state.keys[:, : self.cached_frames * n]
+            delta = torch.tensor([new - old for new, old in zip(moved, self.positions)], device=past.device)
+            keys = shift_time(past, delta.repeat_interleave(n)[:, None])
+            if self.cache_gradient == "none":
+                past.copy_(keys)
+            else:
+                state.keys = torch.cat([keys, state.keys[:, self.cached_frames * n :]], 1)
+        self.positions = moved
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
+        start = self.cached_frames * self.geometry.tokens_per_frame
+        end = start + key.shape[1]
+        state = self._room(layer, key, start, end)
+        if self.cache_gradient == "none":
+            state.keys[:, start:end] = key
+            state.values[:, start:end] = value
+            return dense_attention(query, state.keys[:, :end], state.values[:, :end])
+        keys, values = (torch.cat([x[:, :start], new], 1) for x, new in ((state.keys, key), (state.values, value)))
+        out = dense_attention(query, keys, values)
+        if clean:
+            key, value = (
+                self.merge_clean(state.keys[:, start:end], key),
+                self.merge_clean(state.values[:, start:end], value),
+            )
+            keys, values = torch.cat([keys[:, :start], key], 1), torch.cat([values[:, :start], value], 1)
+        state.keys, state.values = keys, values
+        return out
+
+    def _room(self, layer: int, key: Tensor, start: int, end: int) -> DenseLayer:
+        """The layer's buffers, made or grown to hold `end` tokens."""
+        state = self.layers[layer]
+        if state is not None and (state.keys.shape[1] >= end or self.cache_gradient != "none"):
+            return state
+        known = self.config.window or self.geometry.capacity_frames or 0
+        capacity = max(end, known * self.geometry.tokens_per_frame, 0 if state is None else 3 * start // 2)
+        shape = (key.shape[0], capacity, *key.shape[2:])
+        grown = DenseLayer(key.new_zeros(shape), key.new_zeros(shape))
+        if state is not None:
+            grown.keys[:, :start], grown.values[:, :start] = state.keys[:, :start], state.values[:, :start]
+        self.layers[layer] = grown
+        return grown
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(x.nbytes for state in filter(None, self.layers) for x in (state.keys, state.values))

@@ -1,0 +1,267 @@
+"""The sparse memory: a pool of blocks, a window and a persistent set that are only tables of slots (method.md 2-5).
+
+Legend: B batch, H heads, S slots, T tokens per block, D head dim, W window blocks, P persistent blocks, E leaving
+blocks, n blocks of the current chunk. Counts are plain integers, known without looking at tensors: nothing here
+synchronises with the host.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.geometry import TileLayout
+from sparse_forcing.kernels.block_selection.interface import (
+    block_importance,
+    block_scores,
+    build_block_index,
+    choose_blocks,
+    pool_blocks,
+    update_persistent,
+)
+from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
+from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.rope import shift_time
+
+POOLS = ("keys", "values", "representatives")
+"""The tensors of a layer that hold blocks."""
+
+
+@dataclass
+class SparseLayer:
+    """State of one layer. Slots differ per head, because each head keeps blocks of its own.
+
+    keys, values: [B, H, S, T, D] pool (keys rotated); representatives: [B, H, S, D] pooled keys.
+    sizes: [B, H, S] int32 tokens per slot, None while every block is full.
+    position, floor, origin: [B, H, S] first frame in time, least position it may move to, number of the block since
+        the start of the video.
+    persistent: [B, H, P] and window: [B, H, W] slots, in the order of time.
+    queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
+    """
+
+    keys: Tensor
+    values: Tensor
+    representatives: Tensor
+    sizes: Tensor | None
+    position: Tensor
+    floor: Tensor
+    origin: Tensor
+    persistent: Tensor
+    window: Tensor
+    queries: Tensor | None = None
+    mass: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        tensors = (getattr(self, field.name) for field in fields(self))
+        return sum(x.nbytes for x in tensors if x is not None)
+
+
+def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """x [B, H, S, ...] at slots [B, H, N] -> [B, H, N, ...]."""
+    index = slots.reshape(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
+    return x.gather(2, index)
+
+
+class SparseMemory(RolloutMemory):
+    """Persistent blocks and a block-sparse window.
+
+    Args:
+        selectors: per layer, an object with `query_weights`, `key_weights` [H, T] and `query_projection`,
+            `key_projection` [H, D, D] (sparse_forcing.selector.BlockSelector); None for mean pooling.
+        backend: of the attention kernel.
+    """
+
+    def __init__(
+        self,
+        config: MemoryConfig,
+        geometry: MemoryGeometry,
+        cache_gradient: str = "none",
+        *,
+        selectors: list | None = None,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(config, geometry, cache_gradient)
+        self.selectors = selectors
+        self.backend = backend
+        self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
+        self.layout = self._layout(geometry.chunk_frames)
+        self.chunk_blocks: list[int] = []
+        self.window_frames: list[int] = []
+        self.num_persistent = 0
+        self.blocks_seen = 0
+        self._last_blocks = 0
+        self._used_slots = 0
+        full_chunks = config.window_frames // geometry.chunk_frames
+        self.window_capacity = full_chunks * self.layout.num_blocks
+        self.top_k = max(1, math.ceil(config.top_k * self.window_capacity))
+        self.num_slots = config.persistent_blocks + self.window_capacity
+
+    def _layout(self, frames: int) -> TileLayout:
+        return TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
+
+    @property
+    def order(self) -> Tensor | None:
+        return self.layout.order
+
+    def _make_room(self, frames: int) -> None:
+        self.layout = self._layout(frames)
+        leaving = 0
+        while sum(self.window_frames) + frames > self.config.window_frames:
+            self.window_frames.pop(0)
+            leaving += self.chunk_blocks.pop(0)
+        new = self.layout.num_blocks
+        candidates = self.num_persistent + leaving
+        kept = min(self.config.persistent_blocks, candidates)
+        freed = candidates - kept
+        for layer, state in enumerate(self.layers):
+            if state is not None:
+                self._update_layer(layer, state, leaving, new, freed)
+        self.num_persistent = kept
+        self.blocks_seen += self._last_blocks
+        self._last_blocks = new
+        self._used_slots += new - min(new, freed)
+        self.window_frames.append(frames)
+        self.chunk_blocks.append(new)
+
+    def _update_layer(self, layer: int, state: SparseLayer, leaving: int, new: int, freed: int) -> None:
+        """P_t = TopC(P_{t-1} u E_t); the new chunk takes the losers' slots, and unused ones while there are any."""
+        candidates = torch.cat([state.persistent, state.window[:, :, :leaving]], 2)
+        if leaving:
+            kept, free = update_persistent(
+                candidates, self._importance(layer, state, candidates), self.config.persistent_blocks
+            )
+        else:
+            kept, free = candidates, candidates[:, :, :0]
+        fresh = torch.arange(self._used_slots, self._used_slots + new - min(new, freed), device=candidates.device)
+        fresh = fresh.expand(*candidates.shape[:2], -1)
+        state.persistent = kept
+        state.window = torch.cat([state.window[:, :, leaving:], free[:, :, :new], fresh], 2)
+
+    def _importance(self, layer: int, state: SparseLayer, candidates: Tensor) -> Tensor:
+        """[B, H, P + E] the last chunk's block attention over the candidates, summed over its queries."""
+        if state.mass is not None:
+            return gather_slots(state.mass, candidates)
+        assert state.queries is not None, "the persistent set is updated after a clean pass"
+        keys = gather_slots(state.representatives, candidates)
+        return block_importance(block_scores(state.queries, self._project(layer, keys, "key")))
+
+    def _project(self, layer: int, pooled: Tensor, side: str) -> Tensor:
+        """The selector's linear map on pooled vectors [B, H, N, D]; applied late, so that stored representatives can
+        be re-phased in time."""
+        if self.selectors is None:
+            return pooled
+        projection = getattr(self.selectors[layer], f"{side}_projection").to(pooled.dtype)
+        return torch.einsum("bhnd,hde->bhne", pooled, projection)
+
+    def _pool(self, layer: int, blocks: Tensor, side: str) -> Tensor:
+        weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights")
+        sizes = None if self.layout.uniform else self.layout.sizes.to(blocks.device)
+        return pool_blocks(blocks, sizes, weights)
+
+    def _move_positions(self, frames: int) -> None:
+        for state in filter(None, self.layers):
+            moved = (state.position + frames).maximum(state.floor)
+            delta = moved - state.position
+            state.keys = shift_time(state.keys, delta[..., None])
+            state.representatives = shift_time(state.representatives, delta)
+            state.position = moved
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
+        queries, keys, values = (self.layout.to_blocks(x) for x in (query, key, value))
+        state = self._room(layer, keys)
+        n = self.layout.num_blocks
+        own_slots = state.window[:, :, -n:]
+        stored = (
+            {name: gather_slots(getattr(state, name), own_slots) for name in POOLS}
+            if self._keeps_gradient(clean)
+            else {}
+        )
+        self._write(
+            state, own_slots, {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
+        )
+
+        pooled = self._pool(layer, queries, "query")
+        index = self._block_index(layer, state, pooled, n)
+        measure = clean and self.config.importance == "mass"
+        result = block_sparse_attention(
+            queries,
+            state.keys,
+            state.values,
+            index,
+            query_sizes=None if self.layout.uniform else self.layout.sizes.to(query.device),
+            key_sizes=state.sizes,
+            num_persistent=self.num_persistent,
+            return_mass=measure,
+            backend=self.backend,
+        )
+        if clean:
+            state.queries = None if measure else self._project(layer, pooled, "query").detach()
+            if measure:
+                mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=query.device)
+                state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
+        if stored:
+            new = {name: gather_slots(getattr(state, name), own_slots) for name in POOLS}
+            self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in POOLS})
+        return self.layout.from_blocks(result.out)
+
+    def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
+        """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included."""
+        num_window = state.window.shape[2]
+        if self.top_k >= num_window:
+            selected = torch.arange(num_window, dtype=torch.int32, device=pooled_queries.device)
+            selected = selected.expand(*pooled_queries.shape[:3], -1)
+        else:
+            window = self._project(layer, gather_slots(state.representatives, state.window), "key")
+            own = torch.arange(num_window - n, num_window, device=pooled_queries.device)
+            selected = choose_blocks(self._project(layer, pooled_queries, "query"), window, top_k=self.top_k, own=own)
+        return build_block_index(state.persistent, state.window, selected)
+
+    def _keeps_gradient(self, clean: bool) -> bool:
+        return clean and self.cache_gradient == "straight_through"
+
+    def _write(self, state: SparseLayer, slots: Tensor, blocks: dict[str, Tensor]) -> None:
+        """Put the chunk's blocks into its slots; out of place where autograd may hold the pool."""
+        for name, new in blocks.items():
+            pool = getattr(state, name)
+            where = slots.reshape(*slots.shape, *[1] * (new.ndim - 3)).expand_as(new)
+            if self.cache_gradient == "none":
+                pool.scatter_(2, where, new.to(pool.dtype))
+            else:
+                setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
+        if state.sizes is not None:
+            state.sizes = state.sizes.scatter(2, slots, self.layout.sizes.to(slots.device).expand(slots.shape))
+        first = self.layout.first_frame.to(slots.device).expand(slots.shape)
+        state.position = state.position.scatter(2, slots, first + self.chunk_position)
+        state.floor = state.floor.scatter(2, slots, first)
+        numbers = torch.arange(self.layout.num_blocks, device=slots.device) + self.blocks_seen
+        state.origin = state.origin.scatter(2, slots, numbers.expand(slots.shape))
+
+    def _room(self, layer: int, keys: Tensor) -> SparseLayer:
+        """The layer's state, made on its first use with the current chunk's slots at the front of the pool."""
+        state = self.layers[layer]
+        if state is None:
+            b, h, n, t, d = keys.shape
+            table = torch.zeros(b, h, self.num_slots, dtype=torch.long, device=keys.device)
+            uniform = self.layout.uniform and self._layout(self.geometry.chunk_frames).uniform
+            state = SparseLayer(
+                keys=keys.new_zeros(b, h, self.num_slots, t, d),
+                values=keys.new_zeros(b, h, self.num_slots, t, d),
+                representatives=keys.new_zeros(b, h, self.num_slots, d),
+                sizes=None if uniform else table.int(),
+                position=table,
+                floor=table,
+                origin=table,
+                persistent=table[:, :, :0],
+                window=torch.arange(n, device=keys.device).expand(b, h, -1),
+            )
+            self.layers[layer] = state
+        return state
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(state.nbytes for state in filter(None, self.layers))

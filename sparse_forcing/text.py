@@ -1,0 +1,90 @@
+"""Text encoders: a small word-level one for `tiny`, umT5 through transformers for Wan.
+
+Every encoder returns embeddings [B, text_len, dim] whose padded rows are exactly zero: Wan attends to all of them.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Protocol
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from torch import Tensor, nn
+
+from sparse_forcing.errors import ConfigError
+
+PAD, UNKNOWN, EMPTY = 0, 1, 2
+_SPECIAL = ("<pad>", "<unknown>", "<empty>")
+
+
+class TextEncoder(Protocol):
+    text_len: int
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, dim], zero beyond each prompt's tokens."""
+        ...
+
+
+class WordTokenizer:
+    """Lower-cased words over a fixed vocabulary; the empty prompt is a token of its own (unconditional)."""
+
+    def __init__(self, words: list[str], text_len: int) -> None:
+        self.ids = {word: i for i, word in enumerate((*_SPECIAL, *words))}
+        self.text_len = text_len
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def words(self, prompt: str) -> list[str]:
+        return re.findall(r"[a-z]+", prompt.lower())
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        return [word for word in self.words(prompt) if word not in self.ids]
+
+    def __call__(self, prompts: list[str]) -> Tensor:
+        """[B, text_len] ids; longer prompts are cut."""
+        rows = []
+        for prompt in prompts:
+            ids = [self.ids.get(word, UNKNOWN) for word in self.words(prompt)][: self.text_len] or [EMPTY]
+            rows.append(ids + [PAD] * (self.text_len - len(ids)))
+        return torch.tensor(rows, dtype=torch.long)
+
+
+class WordTextEncoder(ModelMixin, ConfigMixin):
+    """Word embeddings and a few transformer layers, trained together with the video model.
+
+    Args:
+        words: the vocabulary, in order (part of the config, so the tokenizer ships with the weights).
+        dim: embedding width (the transformer's text_dim).
+        text_len: tokens of a prompt after padding.
+    """
+
+    @register_to_config
+    def __init__(
+        self, words: list[str], dim: int = 128, num_layers: int = 2, num_heads: int = 4, text_len: int = 32
+    ) -> None:
+        super().__init__()
+        if not words or len(set(words)) != len(words):
+            raise ConfigError("text encoder: the vocabulary must be a non-empty list of distinct words")
+        self.tokenizer = WordTokenizer(list(words), text_len)
+        self.text_len = text_len
+        self.token_embedding = nn.Embedding(len(self.tokenizer), dim)
+        self.position_embedding = nn.Parameter(torch.randn(text_len, dim) * 0.02)
+        layer = nn.TransformerEncoderLayer(
+            dim, num_heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(dim)
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+
+    def forward(self, token_ids: Tensor) -> Tensor:
+        """[B, text_len] ids -> [B, text_len, dim]."""
+        used = token_ids != PAD
+        x = self.token_embedding(token_ids) + self.position_embedding
+        x = self.norm(self.layers(x, src_key_padding_mask=~used))
+        return x * used[..., None]
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        return self(self.tokenizer(prompts).to(self.token_embedding.weight.device))

@@ -1,0 +1,99 @@
+"""Video autoencoders behind one small interface: Wan's through diffusers, and a fixed patch transform for `tiny`.
+
+Legend: pixels [B, 3, F, H, W] in [-1, 1]; latents [B, C, f, h, w], normalised to what the transformer was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Protocol
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_utils import ModelMixin
+from einops import rearrange
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+
+
+class VideoAutoencoder(Protocol):
+    """What the pipeline, the recipes and the evaluator need of an autoencoder."""
+
+    temporal_stride: int
+    spatial_stride: int
+    first_frame_alone: bool
+    latent_channels: int
+
+    def encode(self, pixels: Tensor) -> Tensor: ...
+
+    def decode(self, latents: Tensor) -> Tensor: ...
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Decode latent chunks as they come; the concatenation equals `decode` of the whole video."""
+        ...
+
+
+class PatchAutoencoder(ModelMixin, ConfigMixin):
+    """Principal components of space-time patches: linear, causal, exact to stream, fitted in seconds.
+
+    A patch of temporal_stride x spatial_stride x spatial_stride pixels becomes `latent_channels` numbers, each divided
+    by the square root of its standard deviation ("half-whitened"): large components stay larger, so that layout is
+    decided at higher noise than texture.
+
+    Args:
+        latent_channels: components kept.
+    """
+
+    first_frame_alone = False
+
+    @register_to_config
+    def __init__(self, latent_channels: int = 96, temporal_stride: int = 4, spatial_stride: int = 8) -> None:
+        super().__init__()
+        self.temporal_stride, self.spatial_stride = temporal_stride, spatial_stride
+        self.latent_channels = latent_channels
+        patch = 3 * temporal_stride * spatial_stride**2
+        if not 0 < latent_channels <= patch:
+            raise ConfigError(f"latent_channels: a patch has {patch} numbers, cannot keep {latent_channels}")
+        self.register_buffer("mean", torch.zeros(patch))
+        self.register_buffer("basis", torch.eye(patch)[:latent_channels])
+        self.register_buffer("scale", torch.ones(latent_channels))
+
+    def _to_patches(self, pixels: Tensor) -> Tensor:
+        s = self.spatial_stride
+        return rearrange(pixels, "b c (f t) (h p) (w q) -> b f h w (c t p q)", t=self.temporal_stride, p=s, q=s)
+
+    @torch.no_grad()
+    def fit(self, pixels: Tensor) -> list[float]:
+        """Fit the components to pixels [B, 3, F, H, W]; returns each latent channel's standard deviation."""
+        patches = self._to_patches(pixels).flatten(0, 3).double()
+        mean = patches.mean(0)
+        covariance = torch.cov(patches.T, correction=0)
+        values, vectors = torch.linalg.eigh(covariance)
+        order = values.argsort(descending=True)[: self.latent_channels]
+        basis, std = vectors[:, order].T, values[order].clamp(min=1e-12).sqrt()
+        # An eigenvector's sign is arbitrary; fix it so that a refit on the same data gives the same latents.
+        basis = basis * basis.gather(1, basis.abs().argmax(1, keepdim=True)).sign()
+        for name, value in (("mean", mean), ("basis", basis), ("scale", std.sqrt())):
+            getattr(self, name).copy_(value)
+        return std.sqrt().tolist()
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, F, H, W] with F a multiple of temporal_stride -> [B, C, F/t, H/s, W/s]."""
+        for name, size, step in zip("FHW", pixels.shape[2:], (self.temporal_stride, *[self.spatial_stride] * 2)):
+            if size % step:
+                raise ConfigError(f"pixels: {name} = {size} is not a multiple of {step}")
+        latents = ((self._to_patches(pixels) - self.mean) @ self.basis.T) / self.scale
+        return latents.movedim(-1, 1).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, f, h, w] -> pixels [B, 3, f*t, h*s, w*s], clamped to [-1, 1]."""
+        patches = (latents.movedim(1, -1).to(self.basis.dtype) * self.scale) @ self.basis + self.mean
+        s = self.spatial_stride
+        return rearrange(
+            patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
+        ).clamp(-1, 1)
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for chunk in chunks:
+            yield self.decode(chunk)

@@ -1,0 +1,253 @@
+"""Recipe: pretrain a small causal text-to-video model from nothing, on a CPU, on procedural clips.
+
+Short clips first: one latent frame teaches colours and shapes several times faster per minute than long clips do, so
+most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
+forcing: the sequence [context | noisy], where the context is clean or slightly noisy, so that rollouts tolerate their
+own errors.
+
+    python -m sparse_forcing.training.pretrain --config CONFIG.yaml --out runs/tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.scenes.captions import vocabulary_words
+from sparse_forcing.text import WordTextEncoder
+from sparse_forcing.training.checkpoint import latest_checkpoint, save_checkpoint
+from sparse_forcing.training.data.procedural import procedural_batch, step_seed
+from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.losses import flow_matching_loss, noisy_latents, sample_sigma, unit_variance_weight
+from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.vae import PatchAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of the curriculum: `steps` optimizer steps on clips of `latent_frames`."""
+
+    latent_frames: int
+    batch_size: int
+    steps: int
+    learning_rate: float = 2e-3
+    final_learning_rate: float | None = None
+    warmup_steps: int = 100
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.latent_frames, self.batch_size, self.steps, self.size) < 1:
+            raise ConfigError(f"stages: latent_frames, batch_size, steps and size must be positive, got {self}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything the run depends on; two runs with equal configs and seeds produce equal weights."""
+
+    seed: int = 0
+    num_attention_heads: int = 6
+    attention_head_dim: int = 32
+    num_layers: int = 8
+    ffn_dim: int = 768
+    text_dim: int = 128
+    text_len: int = 32
+    latent_channels: int = 96
+    chunk_frames: int = 2
+    horizon_frames: int = 10
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    shift: float = 6.0
+    sigma_spread: float = 1.4
+    context_noise: float = 0.15
+    caption_dropout: float = 0.1
+    two_object_fraction: float = 0.25
+    checkpoint_minutes: float = 4.0
+    keep_checkpoints: int = 2
+    compile: bool = False
+    stages: tuple[StageConfig, ...] = field(
+        default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
+    )
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
+        if not self.stages:
+            raise ConfigError("stages: at least one stage is needed")
+
+
+class TextToVideo(nn.Module):
+    """The parts that learn together, so that one optimizer, average and checkpoint hold them."""
+
+    def __init__(self, config: PretrainConfig, latent_std: list[float]) -> None:
+        super().__init__()
+        self.text_encoder = WordTextEncoder(vocabulary_words(), dim=config.text_dim, text_len=config.text_len)
+        self.transformer = CausalWanTransformer3DModel(
+            patch_size=(1, 1, 1),
+            num_attention_heads=config.num_attention_heads,
+            attention_head_dim=config.attention_head_dim,
+            in_channels=config.latent_channels,
+            out_channels=config.latent_channels,
+            text_dim=config.text_dim,
+            ffn_dim=config.ffn_dim,
+            num_layers=config.num_layers,
+            chunk_frames=config.chunk_frames,
+            horizon_frames=config.horizon_frames,
+            pooled_text=True,
+            latent_std=latent_std,
+        )
+
+
+def fit_autoencoder(config: PretrainConfig) -> tuple[PatchAutoencoder, list[float]]:
+    """Fit the patch transform on procedural clips of its own seed."""
+    vae = PatchAutoencoder(config.latent_channels)
+    clips = procedural_batch(
+        config.seed, 0, batch_size=1024, num_frames=2 * vae.temporal_stride, size=64, two_object_fraction=0.25,
+        caption_dropout=0.0,
+    )  # fmt: skip
+    return vae, vae.fit(clips.pixels)
+
+
+def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices inside the transformer's blocks, AdamW for everything else."""
+    inner = {
+        name: p
+        for name, p in model.named_parameters()
+        if config.optimizer == "muon" and ".blocks." in name and p.ndim == 2
+    }
+    rest = [p for name, p in model.named_parameters() if name not in inner]
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    ]
+    if inner:
+        optimizers.append(
+            torch.optim.Muon(
+                list(inner.values()), lr=1.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
+            )
+        )
+    return optimizers
+
+
+def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
+    """The stage of a global step and the step's number inside it."""
+    for stage in config.stages:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise IndexError("step beyond the last stage")
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """Warm-up, then constant, or linear towards `final_learning_rate`."""
+    final = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
+    decayed = stage.learning_rate + (final - stage.learning_rate) * step / stage.steps
+    return decayed * min(1.0, (step + 1) / stage.warmup_steps)
+
+
+def training_loss(
+    model: TextToVideo, latents: Tensor, captions: list[str], config: PretrainConfig, step: int
+) -> Tensor:
+    """Flow matching on latents [B, C, F, H, W]; teacher forcing when they span more than one chunk."""
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+    batch, _, frames = latents.shape[:3]
+    chunks = [config.chunk_frames] * (frames // config.chunk_frames) or [frames]
+    if sum(chunks) != frames:
+        raise ConfigError(f"stages.latent_frames: {frames} is not a multiple of chunk_frames {config.chunk_frames}")
+    repeats = torch.tensor(chunks)
+    sigma = sample_sigma(batch, len(chunks), shift=config.shift, spread=config.sigma_spread, generator=generator)
+    sigma = sigma.repeat_interleave(repeats, 1)
+    noise = torch.randn(latents.shape, generator=generator)
+    text = model.text_encoder.encode(captions)
+    inputs: dict = {"policy": ParallelAttention(frames)}
+    if len(chunks) > 1:
+        level = torch.rand(batch, len(chunks), generator=generator) ** 2 * config.context_noise
+        level = level * (torch.rand(batch, 1, generator=generator) < 0.5)
+        level = level.repeat_interleave(repeats, 1)
+        context_noise = torch.randn(latents.shape, generator=generator)
+        inputs = {
+            "policy": ParallelAttention(2 * frames, teacher_forcing_mask(chunks), torch.arange(frames).repeat(2)),
+            "clean_hidden_states": noisy_latents(latents, context_noise, level),
+            "clean_timestep": 1000 * level,
+        }
+    with torch.autocast(latents.device.type, torch.bfloat16):
+        flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
+    return flow_matching_loss(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
+
+
+def train_step(
+    model: TextToVideo, optimizers: list, ema: ParameterEma, vae: PatchAutoencoder, config: PretrainConfig, step: int
+) -> float:
+    """One optimizer step; raises FloatingPointError before touching the weights when the loss is not finite."""
+    stage, stage_step = stage_at(config, step)
+    clips = procedural_batch(
+        config.seed + 1, step, batch_size=stage.batch_size, num_frames=stage.latent_frames * vae.temporal_stride,
+        size=stage.size, two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
+    )  # fmt: skip
+    loss = training_loss(model, vae.encode(clips.pixels), clips.captions, config, step)
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+        raise FloatingPointError(
+            f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; weights left unchanged"
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(stage, stage_step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    ema.update(model)
+    return loss.item()
+
+
+def pretrain(config: PretrainConfig, out: Path) -> None:
+    """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    vae, latent_std = fit_autoencoder(config)
+    model = TextToVideo(config, latent_std)
+    optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
+    parts = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    step = latest_checkpoint(out, parts)
+    if config.compile:
+        for block in model.transformer.blocks:
+            block.compile()
+    total = sum(stage.steps for stage in config.stages)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {total}", flush=True)
+    saved, window, began = time.monotonic(), [], time.monotonic()
+    while step < total:
+        window.append(train_step(model, optimizers, ema, vae, config, step))
+        step += 1
+        if step % 50 == 0 or step == total:
+            seconds = (time.monotonic() - began) / len(window)
+            row = {"step": step, "loss": sum(window) / len(window), "seconds_per_step": seconds}
+            with (out / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            print(f"step {step}/{total} loss {row['loss']:.4f} {seconds:.2f} s/step", flush=True)
+            window, began = [], time.monotonic()
+        if step == total or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
+            saved = time.monotonic()
+
+
+def main() -> None:
+    from sparse_forcing.config import load_config
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
+    args = parser.parse_args()
+    pretrain(load_config(PretrainConfig, args.config, args.set), args.out)
+
+
+if __name__ == "__main__":
+    main()

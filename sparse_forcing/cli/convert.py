@@ -1,0 +1,37 @@
+"""Convert weights to a diffusers folder: original Wan or Self-Forcing checkpoints (.pt, .safetensors, or a folder)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from sparse_forcing.cli.flags import path
+from sparse_forcing.errors import OutputError, WeightsError
+from sparse_forcing.files import check_writable, output_lock
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", type=path, help="weight file or folder; pickled code is refused")
+    parser.add_argument("target", metavar="TARGET", type=path, help="new folder to write")
+    parser.add_argument("--json", action="store_true", help="print the files written and their SHA-256 as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Convert; returns 0. The target must be new or empty: converted weights never mix with older ones."""
+    source, target = arguments.source, arguments.target
+    if not source.exists():
+        raise WeightsError(f"{source}: no such weight file or folder")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise OutputError(f"{target} exists already; name a new folder")
+    check_writable(target, folder=True)
+    from sparse_forcing.weights.convert import convert_checkpoint
+    from sparse_forcing.weights.manifest import write_manifest
+
+    with output_lock(target):
+        convert_checkpoint(source, target)
+        hashes = write_manifest(target)
+    if arguments.json:
+        print(json.dumps({"target": str(target), "sha256": hashes}))
+    else:
+        print(f"{target}: {len(hashes)} files")
+    return 0

@@ -1,0 +1,141 @@
+"""Say what works on this machine, and why not the rest: versions, devices, backends, the embedded model, video."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from sparse_forcing import __version__
+from sparse_forcing.errors import ConfigError, SparseForcingError
+
+EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
+REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
+OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report. `no`: not here, nothing is broken; `broken`: must work and does not."""
+
+    subject: str
+    state: Literal["ok", "no", "broken"]
+    detail: str
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kernels", metavar="ARCH", help="report on every kernel compiled for ARCH, as in sm_90 or gfx942"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON array of findings")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the findings; returns 1 when something that must work is broken."""
+    if arguments.kernels:
+        return _kernel_report(arguments.kernels, as_json=arguments.json)
+    findings = [finding for check in CHECKS for finding in _safely(check)]
+    if arguments.json:
+        print(json.dumps([asdict(finding) for finding in findings]))
+    else:
+        width = max(len(finding.subject) for finding in findings)
+        for finding in findings:
+            print(f"{finding.state:<7} {finding.subject:<{width}}  {finding.detail}")
+    return int(any(finding.state == "broken" for finding in findings))
+
+
+def _safely(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """A doctor survives what it finds: an unexpected exception of one check is its finding."""
+    try:
+        yield from check()
+    except Exception as error:
+        yield Finding(check.__name__.strip("_").replace("_", " "), "broken", _first_line(error))
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:200]
+
+
+def _versions() -> Iterator[Finding]:
+    yield Finding("sparse-forcing", "ok", __version__)
+    yield Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")
+    for name in (*REQUIRED, *OPTIONAL):
+        try:
+            module = importlib.import_module(name)
+            yield Finding(name, "ok", str(getattr(module, "__version__", "")))
+        except ImportError as error:
+            yield Finding(name, "broken" if name in REQUIRED else "no", _first_line(error))
+
+
+def _devices() -> Iterator[Finding]:
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("cpu", "ok", f"{platform.machine()}, {cores} cores, torch uses {torch.get_num_threads()} threads")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = f"{properties.total_memory / 2**30:.0f} GiB"
+            yield Finding(
+                f"cuda:{index}", "ok", f"{properties.name}, {memory}, sm_{properties.major}{properties.minor}"
+            )
+    else:
+        built = torch.version.cuda or torch.version.hip
+        reason = (
+            f"torch is built for {built}, but finds no GPU or driver" if built else "this torch is built for CPUs only"
+        )
+        yield Finding("cuda", "no", reason)
+
+
+def _backends() -> Iterator[Finding]:
+    from sparse_forcing.kernels.compile_report import backend_status
+
+    for name, reason in backend_status().items():
+        yield Finding(f"attention {name}", "no" if reason else "ok", reason or "runs here")
+
+
+def _embedded_model() -> Iterator[Finding]:
+    from sparse_forcing.weights.manifest import folder_hash, verify_manifest
+
+    if verify_manifest(EMBEDDED_MODEL) is None:
+        yield Finding("model tiny", "broken", f"{EMBEDDED_MODEL}: has no manifest of hashes")
+    else:
+        yield Finding("model tiny", "ok", f"hashes match, {folder_hash(EMBEDDED_MODEL)[:16]}")
+
+
+def _video() -> Iterator[Finding]:
+    import av
+    import numpy as np
+
+    from sparse_forcing.video import read_video, write_video
+
+    frames = np.full((8, 32, 32, 3), (200, 40, 30), np.uint8)
+    with tempfile.TemporaryDirectory() as folder:
+        write_video(Path(folder) / "probe.mp4", frames, 16)
+        decoded = read_video(Path(folder) / "probe.mp4")[0]
+    error = int(np.abs(decoded.astype(int) - frames).max())
+    state: Literal["ok", "broken"] = "ok" if error <= 8 else "broken"
+    yield Finding("video", state, f"H.264 through libavcodec {'.'.join(map(str, av.library_versions['libavcodec']))}")
+
+
+def _kernel_report(architecture: str, *, as_json: bool) -> int:
+    from sparse_forcing.kernels.compile_report import static_report
+
+    try:
+        report = static_report(architecture)
+    except SparseForcingError:
+        raise
+    except ImportError as error:
+        raise ConfigError(f"--kernels needs triton ({_first_line(error)})") from error
+    print(json.dumps(report) if as_json else report if isinstance(report, str) else json.dumps(report, indent=2))
+    return 0
+
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _backends, _embedded_model, _video)

@@ -1,0 +1,96 @@
+"""Command-line flags from a config dataclass: names, types and choices are the dataclass's, only the help is added."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from sparse_forcing.errors import ConfigError
+
+T = TypeVar("T")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without abbreviations, whose errors are one line (exit code 2) and suggest the flag that was meant."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As in argparse; an unknown flag names the closest known one."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            self.error(f"unrecognized argument {unknown[0]!r}{hint}")
+        return parsed
+
+
+def whole_number(text: str) -> int:
+    return int(text)
+
+
+def number(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return value
+
+
+def path(text: str) -> Path:
+    if not text or "\0" in text:
+        raise ValueError
+    return Path(text)
+
+
+_PARSERS: dict[Any, Any] = {int: whole_number, float: number, str: str, Path: path}
+for _function, _name in ((whole_number, "whole number"), (number, "number"), (path, "path")):
+    _function.__name__ = _name  # argparse puts it into "invalid ... value"
+
+
+def add_config_flags(parser: argparse.ArgumentParser, cls: type[Any], texts: Mapping[str, str]) -> None:
+    """Add a flag for every field of dataclass `cls` named in `texts` (field -> help), in that order.
+
+    A field that is not given on the command line is left to the dataclass: its default stays in one place.
+    """
+    hints = typing.get_type_hints(cls)
+    for field, text in texts.items():
+        shape = _shape(hints[field], cls.__dataclass_fields__[field].default)
+        parser.add_argument(f"--{field.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **shape)
+
+
+def read_config(cls: type[T], arguments: argparse.Namespace) -> T:
+    """Build dataclass `cls` from the parsed flags that are its fields. Raises ConfigError through its validation."""
+    fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    given = {name: value for name, value in vars(arguments).items() if name in fields}
+    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+
+
+def _shape(hint: Any, default: Any) -> dict[str, Any]:
+    """Keyword arguments of add_argument for a type hint."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
+    origin, kinds = typing.get_origin(hint), typing.get_args(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+    if origin is typing.Literal:
+        return {"choices": kinds}
+    if origin is tuple and kinds[-1] is Ellipsis:
+        return {"nargs": "+", "action": "extend", "type": _PARSERS[kinds[0]], "metavar": _metavar(kinds[0])}
+    if origin is tuple:
+        return {"nargs": len(kinds), "type": _PARSERS[kinds[0]], "metavar": _metavar(kinds[0])}
+    return {"type": _PARSERS[hint], "metavar": _metavar(hint)}
+
+
+def _metavar(kind: type) -> str:
+    return {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]

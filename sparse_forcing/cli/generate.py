@@ -1,0 +1,139 @@
+"""Generate videos from prompts: an mp4 for each, written as its chunks arrive, and a JSON file beside it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from typing import Any
+
+from sparse_forcing.cli.flags import add_config_flags, read_config
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.sampling.jobs import GenerateConfig, Job, plan
+
+SUITES = ("vbench",)
+FLAGS = {
+    "prompt_file": "read prompts from a text file, one a line",
+    "model": "`tiny` (embedded, the default), or a diffusers folder, local or on the hub",
+    "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
+    "seed": "sample k of a prompt uses seed + k (default: 0)",
+    "num_samples": "videos for each prompt (default: 1)",
+    "num_frames": "length in frames; what does not fill whole chunks is generated and cut off",
+    "seconds": "length in seconds, instead of --num-frames",
+    "height": "pixels",
+    "width": "pixels",
+    "num_inference_steps": "denoising steps of a chunk",
+    "guidance_scale": "classifier-free guidance; 1 is none",
+    "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, or the window's "
+    "best blocks and a persistent set (default: the model's)",
+    "window_frames": "latent frames in the window, the current chunk included",
+    "sink_frames": "latent frames kept from the start of the video",
+    "persistent_blocks": "blocks for each layer and head kept from all that left the window",
+    "top_k": "share of the window's blocks that a query block sees, above 0 up to 1",
+    "tile": "latent frames, token rows and token columns of a block",
+    "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
+    "device": "cpu, cuda, ... (default: the GPU if there is one)",
+    "dtype": "number format of the weights (default: the model's)",
+    "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
+    "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "skip_existing": "leave out videos that are there already",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
+    add_config_flags(parser, GenerateConfig, FLAGS)
+    parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
+    parser.add_argument("--shard", metavar="I/N", default="0/1", help="with --suite: every N-th prompt from the I-th")
+    parser.add_argument("--check", action="store_true", help="check each video against its caption (model tiny)")
+    parser.add_argument("--json", action="store_true", help="print one JSON array of what was written")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Generate; returns 0, or 1 when `--check` finds a video unlike its caption. Checks come before heavy imports."""
+    config = read_config(GenerateConfig, arguments)
+    jobs = _suite_jobs(config, arguments) if arguments.suite else plan(config)
+    if arguments.check:
+        from sparse_forcing.scenes.captions import parse_caption
+
+        for job in jobs:
+            parse_caption(job.prompt, required=("colour",))
+
+    from sparse_forcing.cli.progress import TerminalProgress
+    from sparse_forcing.sampling.generate import generate
+
+    with TerminalProgress() as progress:
+        records = generate(config, jobs, progress)
+    for record in records:
+        if arguments.check:
+            record["caption_check"] = _check_caption(record)
+        if not arguments.json:
+            print(_line(record))
+    if arguments.json:
+        print(json.dumps(records))
+    return int(any(not record["caption_check"]["all"] for record in records if arguments.check))
+
+
+def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[Job]:
+    """VBench's prompts: videos in OUTPUT/videos under the official names, sidecars apart in OUTPUT/sidecars.
+
+    The official tool takes the file type from whatever it lists first, so its folder must hold nothing but videos.
+    """
+    from sparse_forcing.eval.suites import SAMPLES, vbench_work_list
+
+    if config.prompts or config.prompt_file:
+        raise ConfigError(f"--suite {arguments.suite} brings its own prompts; give none")
+    if config.to_file:
+        raise ConfigError(f"--output {config.output}: --suite {arguments.suite} writes a folder")
+    if config.overlay:
+        raise ConfigError(f"--overlay would put files among those of --suite {arguments.suite}; leave one of them out")
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", arguments.shard)
+    if not match:
+        raise ConfigError(f"--shard {arguments.shard!r}: write it as I/N, as in 0/4")
+    samples = arguments.num_samples if "num_samples" in arguments else SAMPLES
+    work = vbench_work_list(samples, (int(match[1]), int(match[2])))
+    jobs = {}
+    for prompt, name, original, index in work:
+        video = config.output / "videos" / name
+        sidecar = config.output / "sidecars" / f"{name}.json"
+        if not (video.exists() and sidecar.exists()):
+            jobs[name] = Job(
+                prompt=prompt,
+                original_prompt=original,
+                index=index,
+                seed=config.seed + index,
+                video=video,
+                sidecar=sidecar,
+            )
+    return list(jobs.values())
+
+
+def _check_caption(record: dict[str, Any]) -> dict[str, bool | None]:
+    """What the caption checker says of the written file, at the size it was generated in; None: not in the caption."""
+    import torch
+
+    from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
+    from sparse_forcing.video import read_video
+
+    frames, scale = read_video(record["path"])[0], record["scale"]
+    count, height, width, _ = frames.shape
+    native = frames.reshape(count, height // scale, scale, width // scale, scale, 3).mean((2, 4)).round()
+    result = check_clip(torch.from_numpy(native.astype("uint8")).permute(0, 3, 1, 2), record["prompt"])
+    return {"all": result.all, **{name: result.verdict(name) for name in ATTRIBUTES}}
+
+
+def _line(record: dict[str, Any]) -> str:
+    size = f"{record['width']}x{record['height']}"
+    speed = record["generated_fps_with_decoding"]
+    parts = [
+        f"{record['num_frames']} frames of {size}",
+        f"first after {record['time_to_first_frame']:.2f} s",
+        f"{speed:.1f} frames/s" if speed else "",
+        f"cache {record['cache_bytes_peak'] / 1e6:.1f} MB",
+    ]
+    line = f"{record['path']}: {', '.join(part for part in parts if part)}"
+    if "caption_check" in record:
+        check = record["caption_check"]
+        verdicts = (f"{name} {'right' if value else 'wrong'}" for name, value in check.items() if value is not None)
+        line += f"\n{record['prompt']!r}: {', '.join(verdicts)}"
+    return line

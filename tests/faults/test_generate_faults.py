@@ -1,0 +1,293 @@
+"""`generate` against bad prompts, outputs, interruptions and rivals (faults 20 to 23, 26, 27)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sparse_forcing.cli import main
+from sparse_forcing.files import output_lock
+from sparse_forcing.video import read_video
+
+
+def run(*arguments: object) -> int:
+    return main(["generate", *map(str, arguments)])
+
+
+def files_below(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def one_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("sparse-forcing generate: error: ")
+    return captured.err
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no prompt"),
+        ([""], "prompt 1 is empty"),
+        (["fine", " \n "], "prompt 2 is empty"),
+        (["x" * 1_000_000], "1000000 characters"),
+        (["a\udc80b"], "not valid Unicode"),
+        (["a\0b"], "control character"),
+        (["p", "--prompt-file", "x"], "not both"),
+        (["p", "--num-frames", "9", "--seconds", "1"], "not both"),
+        (["p", "--num-frames", "0"], "--num-frames must be between 1"),
+        (["p", "--num-frames", "-8"], "--num-frames must be between 1"),
+        (["p", "--num-frames", "eight"], "invalid whole number value: 'eight'"),
+        (["p", "--seconds", "nan"], "invalid number value: 'nan'"),
+        (["p", "--seconds", "-1"], "--seconds must be above 0"),
+        (["p", "--guidance-scale", "inf"], "invalid number value"),
+        (["p", "--seed", "-1"], "--seed must be between 0"),
+        (["p", "--seed", "1e30"], "invalid whole number"),
+        (["p", "--memory", "sprase"], "invalid choice: 'sprase'"),
+        (["p", "--memory", "full", "--top-k", "0.5"], "--top-k has no effect with --memory full"),
+        (["p", "--memory", "window", "--overlay"], "--overlay shows persistent blocks"),
+        (["p", "--output", "x.gif"], "only .mp4"),
+        (["p", "q", "--output", "x.mp4"], "one file for 2 videos"),
+        (["p", "--num-samples", "2", "--output", "x.mp4"], "one file for 2 videos"),
+        (["p", "--num-frame", "8"], "did you mean --num-frames?"),
+        (["p", "--suite", "vbench"], "brings its own prompts"),
+        (["--suite", "vbench", "--shard", "4/4"], "shard 4/4"),
+        (["--suite", "vbench", "--shard", "-1/4"], "--shard"),
+        (["p", "--output", "/proc/x"], "cannot write into /proc/x"),
+        (["p", "--output", "/proc/x.mp4"], "cannot write into /proc"),
+        (["a purple thought", "--check"], "unknown words thought"),
+    ],
+)
+def test_bad_input_is_one_line_before_any_model_is_loaded(
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(*arguments) == 2
+    assert message in one_line(capsys)
+    assert files_below(tmp_path) == []
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "contains no prompts"),
+        (b"\n \n\r\n", "contains no prompts"),
+        (b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
+        (b"fine\n" + b"x" * 30_000, "line 2 has 30000 characters"),
+        (b"fine\na\x00b", "line 2 contains the control character"),
+    ],
+)
+def test_bad_prompt_file_names_the_line(
+    content: bytes, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "p.txt").write_bytes(content)
+    assert run("--prompt-file", tmp_path / "p.txt", "--output", tmp_path / "out") == 2
+    assert message in one_line(capsys)
+    assert run("--prompt-file", tmp_path / "none.txt", "--output", tmp_path / "out") == 2
+    assert "cannot read prompts" in one_line(capsys)
+
+
+def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_path: Path) -> None:
+    from sparse_forcing.sampling.jobs import GenerateConfig, plan
+
+    (tmp_path / "p.txt").write_text("\ufeff" + "a red ball\r\n" * 100_000, "utf-8")
+    jobs = plan(GenerateConfig(prompt_file=tmp_path / "p.txt", output=tmp_path / "out"))
+    assert len({job.video for job in jobs}) == 100_000
+    assert {job.prompt for job in jobs} == {"a red ball"}
+
+
+@pytest.mark.usefixtures("stub")
+def test_hostile_prompts_stay_inside_the_folder(tmp_path: Path) -> None:
+    prompts = ["../x", "/abs", "a\nb", "CON", "字" * 100, "🎈", ".", "same", "same", "$(touch x)"]
+    assert run(*prompts, "--output", tmp_path / "out") == 0
+    written = files_below(tmp_path)
+    assert len(written) == 2 * len(prompts)
+    assert all(name.startswith("out/0") and name.count("/") == 1 for name in written)
+    records = [json.loads((tmp_path / name).read_text("utf-8")) for name in written if name.endswith(".json")]
+    assert sorted(record["prompt"] for record in records) == sorted(prompts)
+
+
+def test_sidecar_tells_what_was_made(stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [
+        "a ball",
+        "--output",
+        tmp_path / "clip.mp4",
+        "--num-frames",
+        20,
+        "--seed",
+        7,
+        "--memory",
+        "window",
+        "--json",
+    ]
+    assert run(*arguments, "--num-inference-steps", 3, "--window-frames", 5) == 0
+    captured = capsys.readouterr()
+    assert "4 more were made and cut off" in captured.err
+    record = json.loads((tmp_path / "clip.json").read_text())
+    assert json.loads(captured.out) == [record | {"path": str(tmp_path / "clip.mp4")}]
+    assert (record["prompt"], record["seed"], record["video"]) == ("a ball", 7, "clip.mp4")
+    assert (record["num_frames"], record["trimmed_frames"], record["fps"]) == (20, 4, 16)
+    assert record["weights_sha256"] == "0" * 64
+    assert record["versions"]["sparse-forcing"]
+    assert record["settings"]["memory"] | {"kind": "window", "window_frames": 5} == record["settings"]["memory"]
+    assert record["settings"]["num_inference_steps"] == 3
+    assert record["seconds_per_chunk"] == [0.5] * 3
+    assert record["generated_fps_without_decoding"] == pytest.approx(24 / 1.5)
+    assert record["generated_fps_with_decoding"] == pytest.approx(24 / 1.875)
+    assert record["cache_bytes_peak"] == 3000
+    assert 0 < record["time_to_first_frame"] < record["wall_seconds"]
+    assert stub.calls[0]["num_frames"] == 20
+    frames, info = read_video(tmp_path / "clip.mp4")
+    assert len(frames) == 20
+    assert (info.height, info.width) == (256, 256)
+
+
+def test_seconds_become_frames_and_scale_is_obeyed(stub, tmp_path: Path) -> None:
+    assert run("p", "--seconds", 1.5, "--scale", 1, "--height", 24, "--width", 40, "--output", tmp_path / "c.mp4") == 0
+    assert read_video(tmp_path / "c.mp4")[0].shape == (24, 24, 40, 3)
+
+
+@pytest.mark.usefixtures("stub")
+def test_overlay_lights_up_persistent_blocks_only(tmp_path: Path) -> None:
+    assert run("p", "--overlay", "--scale", 1, "--output", tmp_path / "c.mp4", "--height", 48, "--width", 48) == 0
+    assert files_below(tmp_path) == ["c.json", "c.mp4", "overlay/c.mp4"]
+    plain = read_video(tmp_path / "c.mp4")[0].astype(float)
+    overlay = read_video(tmp_path / "overlay" / "c.mp4")[0].astype(float)
+    np.testing.assert_allclose(overlay[:, 16:, 16:], 0.4 * plain[:, 16:, 16:], atol=4)
+    assert (overlay[:, :6, :6, 0] > plain[:, :6, :6, 0] + 40).all()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("encoder"), KeyboardInterrupt(), MemoryError()])
+def test_failure_midway_leaves_neither_video_nor_sidecar(
+    stub, tmp_path: Path, error: BaseException, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "c.mp4").write_bytes(b"old")
+
+    def fail(index: int) -> None:
+        if index == 1:
+            raise error
+
+    stub.on_chunk = fail
+    arguments = ("p", "--num-frames", 32, "--output", tmp_path / "c.mp4", "--overlay")
+    if isinstance(error, RuntimeError):
+        with pytest.raises(RuntimeError):
+            run(*arguments)
+    elif isinstance(error, KeyboardInterrupt):
+        assert run(*arguments) == 130
+        assert "interrupted" in capsys.readouterr().err
+    else:
+        assert run(*arguments) == 2
+        assert "out of memory at size" in one_line(capsys)
+    assert files_below(tmp_path) == ["c.mp4"]
+    assert (tmp_path / "c.mp4").read_bytes() == b"old"
+
+
+def test_failing_encoder_leaves_nothing(stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import av
+
+    from sparse_forcing import video
+
+    class Failing(video.VideoWriter):
+        def write(self, frames: object) -> None:
+            super().write(frames)
+            if self.frames_written > 8:
+                raise av.error.ExternalError(1, "encoder")
+
+    monkeypatch.setattr(video, "VideoWriter", Failing)
+    with pytest.raises(av.error.ExternalError):
+        run("p", "--output", tmp_path / "c.mp4")
+    assert files_below(tmp_path) == []
+
+
+def test_termination_cleans_up(stub, tmp_path: Path) -> None:
+    def terminate(index: int) -> None:
+        if index == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stub.on_chunk = terminate
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        run("p", "--output", tmp_path / "c.mp4")
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert files_below(tmp_path) == []
+
+
+def test_finished_videos_survive_a_later_failure_and_are_skipped(stub, tmp_path: Path) -> None:
+    def interrupt(index: int) -> None:
+        if len(stub.calls) == 2:
+            raise KeyboardInterrupt
+
+    stub.on_chunk = interrupt
+    assert run("one", "two", "--output", tmp_path) == 130
+    assert files_below(tmp_path) == ["0000-one-seed0.json", "0000-one-seed0.mp4"]
+    stub.on_chunk = lambda index: None
+    assert run("one", "two", "--output", tmp_path, "--skip-existing") == 0
+    assert [call["prompt"] for call in stub.calls] == ["one", "two", "two"]
+
+
+@pytest.mark.usefixtures("stub")
+def test_same_seed_gives_the_same_bytes_in_any_company(tmp_path: Path) -> None:
+    def digest(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert run("other", "p", "--num-samples", 2, "--output", tmp_path / "many") == 0
+    assert run("p", "--seed", 1, "--output", tmp_path / "one.mp4") == 0
+    assert digest(tmp_path / "many" / "0001-p-seed1.mp4") == digest(tmp_path / "one.mp4")
+    assert digest(tmp_path / "many" / "0001-p-seed0.mp4") != digest(tmp_path / "one.mp4")
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_second_run_into_one_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with output_lock(tmp_path):
+        assert run("p", "--output", tmp_path) == 2
+    assert "another run" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_file_where_a_folder_is_meant_and_the_reverse(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    assert run("p", "--output", tmp_path / "file") == 2
+    assert "it is a file, not a folder" in one_line(capsys)
+    (tmp_path / "file.mp4").mkdir()
+    assert run("p", "--output", tmp_path / "file" / "c.mp4") == 2
+    assert "cannot write into" in one_line(capsys)
+
+
+def test_warnings_of_the_model_are_shown_once_and_kept(
+    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import warnings
+
+    stub.on_chunk = lambda index: warnings.warn("prompt cut after 24 words", UserWarning, stacklevel=1)
+    assert run("p", "--output", tmp_path / "c.mp4") == 0
+    assert capsys.readouterr().err.count("prompt cut after 24 words") == 1
+    assert json.loads((tmp_path / "c.json").read_text())["warnings"] == ["prompt cut after 24 words"]
+
+
+def test_suite_writes_official_names_apart_from_sidecars_and_resumes(stub, tmp_path: Path) -> None:
+    arguments = ("--suite", "vbench", "--shard", "0/400", "--num-samples", 2, "--output", tmp_path)
+    assert run(*arguments) == 0
+    made = len(stub.calls)
+    videos = os.listdir(tmp_path / "videos")
+    assert made == len(videos) == len(os.listdir(tmp_path / "sidecars")) > 2
+    assert all(name.endswith(("-0.mp4", "-1.mp4")) for name in videos)
+    record = json.loads((tmp_path / "sidecars" / f"{videos[0]}.json").read_text("utf-8"))
+    assert videos[0].startswith(record["original_prompt"])
+    (tmp_path / "videos" / videos[0]).unlink()
+    assert run(*arguments) == 0
+    assert len(stub.calls) == made + 1

@@ -2,77 +2,101 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal, get_args
+import json
+import sys
+from typing import Any
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.aggregate import Totals, aggregate, read_scores
+from sparse_forcing.eval.options import EvaluateConfig, Mode, Suite
 
-Suite = Literal["offline", "drift", "vbench", "vbench-long"]
-Mode = Literal["strict", "vbench-compatible"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateConfig:
-    """Options of an evaluation; the command line has one flag for each, spelled with hyphens.
-
-    target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate`.
-    suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
-    metrics: only these metrics of the suite.
-    output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
-    compare: results.json files (or folders holding one) of earlier runs to compare with.
-    aggregate: a JSON of dimension scores; prints VBench's quality, semantic and total, measures nothing.
-    json: print one JSON object instead of a table.
-    weights: folder with the user's weight files (searched in subfolders too), default the environment's VBENCH_CACHE_DIR.
-    mode: strict (fixed) or vbench-compatible (quirks kept) where VBench has quirks.
-    official_results: files written by the official tool; their dimensions are taken over, named as imported.
-    plugins: `name=module:function` factories for networks this package does not carry (interpolator, dreamsim, ...).
-    stand_ins: folders of transformers models, `detector=FOLDER`, `captioner=FOLDER`; totals are refused with them.
-    cache: folder of resumable per-video results and features. Default: `cache` inside the output folder.
-    workers: processes. device: torch device of the networks.
-    max_frames, max_pixels: decoding bounds of one video (pixels over all its frames).
-    strict_exit: exit 1 when any video failed (otherwise only when all did).
-    report: write the HTML page. embed_videos: put small videos into the page itself.
-    resamples: bootstrap resamples of the 95 % intervals.
-    """
-
-    target: Path | None = None
-    suite: Suite = "offline"
-    metrics: tuple[str, ...] = ()
-    output: Path | None = None
-    compare: tuple[Path, ...] = ()
-    aggregate: Path | None = None
-    json: bool = False
-    weights: Path | None = None
-    mode: Mode = "strict"
-    official_results: tuple[Path, ...] = ()
-    plugins: tuple[str, ...] = ()
-    stand_ins: tuple[str, ...] = ()
-    cache: Path | None = None
-    workers: int = 1
-    device: str = "cpu"
-    max_frames: int = 20_000
-    max_pixels: int = 1 << 30
-    strict_exit: bool = False
-    report: bool = True
-    embed_videos: bool = True
-    resamples: int = 2000
-
-    def __post_init__(self) -> None:
-        if self.suite not in get_args(Suite):
-            raise ConfigError(f"suite {self.suite!r} is unknown; choose one of {', '.join(get_args(Suite))}")
-        if self.mode not in get_args(Mode):
-            raise ConfigError(f"mode {self.mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
-        if (self.target is None) == (self.aggregate is None):
-            raise ConfigError("give either a folder or manifest to evaluate, or --aggregate SCORES.json")
-        for name in ("workers", "max_frames", "max_pixels", "resamples"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+__all__ = ["EvaluateConfig", "Mode", "Suite", "evaluate"]
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Run the evaluation; returns the exit code: 0, or 1 when videos failed (see `strict_exit`), 2 for a refused total.
+    """Run the evaluation; returns the exit code: 0, 1 when videos failed (see `strict_exit`), 2 for a refused total.
 
-    Bad input raises a SparseForcingError, which the command line prints as one line (exit 2).
+    Prints a table (or with `json` one JSON object) to standard output, and one line for each failed video to standard
+    error. Bad input raises a SparseForcingError, which the command line prints as one line (exit 2).
     """
-    raise NotImplementedError
+    if config.aggregate is not None:
+        totals = aggregate(*read_scores(config.aggregate))
+        print(json.dumps(totals.as_json()) if config.json else _totals_line(totals))
+        if totals.refused:
+            print(f"{config.aggregate}: {totals.refused}", file=sys.stderr)
+        return 2 if totals.refused else 0
+    return _measure(config)
+
+
+def _totals_line(totals: Totals) -> str:
+    numbers = {"quality": totals.quality, "semantic": totals.semantic, "total": totals.total}
+    return "  ".join(f"{name} {'-' if value is None else f'{value:.2f} %'}" for name, value in numbers.items())
+
+
+def _measure(config: EvaluateConfig) -> int:
+    # Imported here: aggregating scores must not wait for torch.
+    from sparse_forcing.eval import results as result_files
+    from sparse_forcing.eval.manifest import load_entries
+    from sparse_forcing.eval.report import write_report
+    from sparse_forcing.eval.run import Runner
+    from sparse_forcing.files import atomic_write_text, check_writable, output_lock
+
+    assert config.target is not None
+    entries = load_entries(config.target)
+    others = [result_files.load_results(path) for path in config.compare]
+    folder = check_writable(config.output_folder, folder=True)
+    check_writable(config.cache_folder, folder=True)
+    with output_lock(folder):
+        runner = Runner(config)
+        for name, reason in runner.skipped.items():
+            if config.suite.startswith("vbench") or config.metrics:
+                print(f"{name}: not measured, {reason}", file=sys.stderr)
+        records = _with_progress(runner, entries)
+        results = result_files.build_results(runner, records)
+        atomic_write_text(folder / "results.json", result_files.to_json(results))
+        atomic_write_text(folder / "videos.csv", result_files.to_csv(results))
+        if config.report:
+            write_report(folder / "report.html", [results, *others], embed_videos=config.embed_videos)
+    print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
+    failed = len(results["failures"])
+    return 1 if failed == len(entries) or (failed and config.strict_exit) else 0
+
+
+def _with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    from sparse_forcing.eval.run import measure_all
+
+    console = Console(stderr=True)
+    columns = ("measuring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(entries))
+
+        def report(record: dict[str, Any]) -> None:
+            progress.advance(task)
+            if "error" in record:
+                # Not through rich: a path with brackets is not markup, and a line must stay one line.
+                print(record["error"], file=sys.stderr)
+
+        return measure_all(runner, entries, report)
+
+
+def _digest(results: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What `--json` prints: the results without the videos."""
+    return {key: value for key, value in results.items() if key != "videos"} | {"output": folder}
+
+
+def _table(results: dict[str, Any], folder: str) -> str:
+    lines = [f"{'metric':26} {'score':>8}  {'95 % interval':19} {'videos':>6}  aggregation"]
+    for name, entry in results["metrics"].items():
+        interval = entry["interval"]
+        shown = f"[{interval[0]:.4f}, {interval[1]:.4f}]" if interval else "-"
+        mark = " (stand-in)" if entry["stand_in"] else ""
+        score = f"{entry['score']:8.4f}"
+        lines.append(f"{name:26} {score}  {shown:19} {entry['videos']:6}  {entry['aggregation']}{mark}")
+    if "totals" in results:
+        lines.append(_totals_line(Totals(**{key: results["totals"][key] for key in ("quality", "semantic", "total")})))
+        if "refused" in results["totals"]:
+            lines.append(results["totals"]["refused"])
+    lines.append(f"{results['videos_measured']} videos measured, {len(results['failures'])} failed; see {folder}")
+    return "\n".join(lines)

@@ -61,7 +61,11 @@ def prompt_index() -> dict[str, PromptInfo]:
 
 
 def vbench_work_list(
-    samples: int = SAMPLES, shard: tuple[int, int] = (0, 1), *, extended: bool = True, flicker_samples: int | None = None
+    samples: int = SAMPLES,
+    shard: tuple[int, int] = (0, 1),
+    *,
+    extended: bool = True,
+    flicker_samples: int | None = None,
 ) -> Iterator[tuple[str, str, str, int]]:
     """Yield (prompt to generate from, file name, original prompt, sample index) for the whole VBench layout.
 

@@ -1,0 +1,31 @@
+"""Appearance style: cosine of CLIP ViT-B/32 between every frame and the style words of the prompt."""
+
+from __future__ import annotations
+
+from sparse_forcing.eval.features import network_features, unit
+from sparse_forcing.eval.registry import Measurement, metric
+from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.suites import prompt_index
+from sparse_forcing.eval.transforms import clip_input_pil
+from sparse_forcing.eval.view import View
+
+
+@metric(
+    "appearance_style",
+    suites=("vbench", "vbench-long"),
+    needs=("clip_b32", "tokenizer"),
+    needs_text=True,
+    pooled=True,
+)
+def appearance_style(view: View, resources: Resources) -> Measurement:
+    """VBench appearance style (CLIP ViT-B/32): frames against the style named in the prompt."""
+    info = prompt_index().get(view.text or "")
+    style = info.auxiliary.get("appearance_style", {}).get("appearance_style") if info else None
+    if style is None:
+        return Measurement(value=None, details={"reason": "not one of VBench's style prompts"})
+    frames = network_features(view, resources, "clip_b32", clip_input_pil, lambda clip, x: clip.encode_image(x))
+    network = resources.network("clip_b32")
+    tokens = resources.network("tokenizer")(style, network.context, truncate=False)
+    text = resources.features("clip_b32", tokens, lambda clip, x: clip.encode_text(x))
+    similarities = unit(frames) @ unit(text)[0]
+    return Measurement(value=float(similarities.mean()), count=len(similarities))

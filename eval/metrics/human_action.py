@@ -1,0 +1,26 @@
+"""Human action: whether an action recogniser names the prompt's action among its five best, with a score of .85."""
+
+from __future__ import annotations
+
+from sparse_forcing.eval.registry import Measurement, metric
+from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.semantic import FRAMES
+from sparse_forcing.eval.suites import prompt_index
+from sparse_forcing.eval.transforms import middle_frames
+from sparse_forcing.eval.view import View
+
+PREFIX = "A person is "
+TOP, MIN_SCORE, DECIMALS = 5, 0.85, 4
+
+
+@metric("human_action", suites=("vbench", "vbench-long"), needs=("actions",), needs_text=True)
+def human_action(view: View, resources: Resources) -> Measurement:
+    """1 if the action of the prompt is recognised, else 0."""
+    info = prompt_index().get(view.text or "")
+    if info is None or "human_action" not in info.dimensions:
+        return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
+    action = info.prompt.removeprefix(PREFIX).lower()
+    scores = resources.network("actions")(view.frames[middle_frames(len(view), FRAMES)])
+    best = sorted(scores, key=lambda name: -scores[name])[:TOP]
+    named = {name.lower() for name in best if round(scores[name], DECIMALS) >= MIN_SCORE}
+    return Measurement(value=float(action in named))

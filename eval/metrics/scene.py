@@ -1,0 +1,30 @@
+"""Scene: share of frames whose caption contains every word of the scene, from whatever captioner the run has."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from sparse_forcing.eval.registry import Measurement, metric
+from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.semantic import FRAMES
+from sparse_forcing.eval.suites import prompt_index
+from sparse_forcing.eval.transforms import middle_frames
+from sparse_forcing.eval.view import View
+
+
+@metric("scene", suites=("vbench", "vbench-long"), needs=("captioner",), needs_text=True, pooled=True)
+def scene(view: View, resources: Resources) -> Measurement:
+    """Share of frames whose caption names the scene of the prompt."""
+    info = prompt_index().get(view.text or "")
+    wanted = info.auxiliary.get("scene") if info else None
+    if wanted is None:
+        return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
+    words = wanted["scene"]["scene"].split()
+    captions = resources.network("captioner").caption(view.frames[middle_frames(len(view), FRAMES)])
+    hits = [all(_contains(caption, word, resources.compatible) for word in words) for caption in captions]
+    return Measurement(value=float(np.mean(hits)), count=len(hits))
+
+
+def _contains(caption: str, word: str, anywhere: bool) -> bool:
+    """VBench looks for the letters anywhere ("bar" in "barn"); strict mode for the word."""
+    return word in caption if anywhere else word.lower() in caption.lower().replace(",", " ").replace(".", " ").split()

@@ -1,0 +1,74 @@
+"""Weight files of the user: found by their official names, hashed, read without executing what is in them."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from sparse_forcing.errors import WeightsError
+
+StateDict = dict[str, torch.Tensor]
+
+
+def read_state_dict(path: Path) -> StateDict:
+    """Tensors of a weight file: .safetensors, a plain .pth, or OpenAI's TorchScript .pt.
+
+    Pickled objects other than tensors are refused. A nested `model` or `state_dict` is unwrapped, a `module.` prefix
+    removed. Raises WeightsError.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            content: object = load_file(path)
+        elif _is_torchscript(path):
+            content = torch.jit.load(path, map_location="cpu").state_dict()
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many unrelated types for a damaged or hostile file
+        raise WeightsError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from error
+    for wrapper in ("model", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: expected a dictionary of tensors")
+    return {name.removeprefix("module."): value for name, value in content.items()}
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("/code/" in name for name in archive.namelist())
+
+
+def load_into(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, ignore: tuple[str, ...] = ()) -> None:
+    """Load every parameter as float32, in evaluation mode; names and shapes must fit exactly, `ignore` aside."""
+    wanted = module.state_dict()
+    given = {name: value for name, value in state.items() if name not in ignore}
+    problems = [f"missing {name}" for name in wanted if name not in given]
+    problems += [f"unexpected {name}" for name in given if name not in wanted]
+    problems += [
+        f"{name} has shape {list(given[name].shape)}, expected {list(value.shape)}"
+        for name, value in wanted.items()
+        if name in given and given[name].shape != value.shape
+    ]
+    if problems:
+        raise WeightsError(f"{path}: does not fit {type(module).__name__}: {'; '.join(problems[:4])} ({len(problems)})")
+    module.load_state_dict({name: value.to(wanted[name].dtype) for name, value in given.items()})
+    module.requires_grad_(False).eval()
+
+
+def need(state: Mapping[str, torch.Tensor], name: str, path: Path) -> torch.Tensor:
+    """A tensor that decides the architecture; WeightsError where the file lacks it."""
+    if name not in state:
+        raise WeightsError(f"{path}: has no {name}; is it the right file?")
+    return state[name]
+
+
+def count_blocks(state: Mapping[str, torch.Tensor], prefix: str) -> int:
+    """How many numbered blocks follow a prefix: `blocks.0.`, `blocks.1.`, ... -> 2."""
+    return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})

@@ -1,0 +1,83 @@
+"""The options of an evaluation: one field for each flag of `sparse-forcing evaluate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+from sparse_forcing.errors import ConfigError
+
+Suite = Literal["offline", "drift", "vbench", "vbench-long"]
+Mode = Literal["strict", "vbench-compatible"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Options of an evaluation; the command line has one flag for each, spelled with hyphens.
+
+    target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate`.
+    suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
+    metrics: only these metrics of the suite.
+    output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
+    compare: results.json files (or folders holding one) of earlier runs to compare with.
+    aggregate: a JSON of dimension scores; prints VBench's quality, semantic and total, measures nothing.
+    json: print one JSON object instead of a table.
+    weights: folder with the user's weight files, searched in subfolders too; default: VBENCH_CACHE_DIR, if set.
+    mode: strict (fixed) or vbench-compatible (quirks kept) where VBench has quirks.
+    official_results: files written by the official tool; their dimensions are taken over, named as imported.
+    plugins: `name=module:function` factories for networks this package does not carry (interpolator, dreamsim, ...).
+    stand_ins: folders of transformers models, `detector=FOLDER`, `captioner=FOLDER`; totals are refused with them.
+    static_filter: judge temporal flickering on static videos only, at most five a prompt (VBench's protocol; RAFT).
+    cache: folder of resumable per-video results and features. Default: `cache` inside the output folder.
+    workers: processes. device: torch device of the networks.
+    max_frames, max_pixels: decoding bounds of one video (pixels over all its frames).
+    strict_exit: exit 1 when any video failed (otherwise only when all did).
+    report: write the HTML page. embed_videos: put small videos into the page itself.
+    resamples: bootstrap resamples of the 95 % intervals.
+    """
+
+    target: Path | None = None
+    suite: Suite = "offline"
+    metrics: tuple[str, ...] = ()
+    output: Path | None = None
+    compare: tuple[Path, ...] = ()
+    aggregate: Path | None = None
+    json: bool = False
+    weights: Path | None = None
+    mode: Mode = "strict"
+    official_results: tuple[Path, ...] = ()
+    plugins: tuple[str, ...] = ()
+    stand_ins: tuple[str, ...] = ()
+    static_filter: bool = False
+    cache: Path | None = None
+    workers: int = 1
+    device: str = "cpu"
+    max_frames: int = 20_000
+    max_pixels: int = 1 << 30
+    strict_exit: bool = False
+    report: bool = True
+    embed_videos: bool = True
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        if self.suite not in get_args(Suite):
+            raise ConfigError(f"suite {self.suite!r} is unknown; choose one of {', '.join(get_args(Suite))}")
+        if self.mode not in get_args(Mode):
+            raise ConfigError(f"mode {self.mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
+        if (self.target is None) == (self.aggregate is None):
+            raise ConfigError("give either a folder or manifest to evaluate, or --aggregate SCORES.json")
+        for name in ("workers", "max_frames", "max_pixels", "resamples"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def output_folder(self) -> Path:
+        """Where results go."""
+        assert self.target is not None, "an aggregation writes nothing"
+        return self.output or self.target.parent / f"evaluation-{self.suite}"
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where resumable work is kept."""
+        return self.cache or self.output_folder / "cache"

@@ -1,0 +1,252 @@
+"""From records of videos to the results of a run: scores with intervals, totals, drift, provenance; JSON and CSV."""
+
+from __future__ import annotations
+
+import csv
+import importlib.metadata
+import io
+import json
+import platform
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.aggregate import DIMENSIONS, aggregate
+from sparse_forcing.eval.registry import Metric
+from sparse_forcing.eval.run import Record, Runner
+from sparse_forcing.eval.statistics import percentile_interval, resample_ratio, summarize
+from sparse_forcing.eval.suites import vbench_prompts
+from sparse_forcing.files import read_json
+
+SCHEMA = 1
+STAND_INS = ("detector", "captioner", "actions")  # what these measure is not VBench's
+STATIC_PER_PROMPT = 5
+_PACKAGES = ("sparse-forcing", "torch", "numpy", "av", "opencv-python-headless", "transformers", "pyiqa")
+DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
+
+
+def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
+    """Everything `results.json` holds."""
+    config = runner.config
+    good = [record for record in records if "error" not in record]
+    metrics = {metric.name: summary for metric in runner.metrics if (summary := _summary(runner, metric, good))}
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "suite": config.suite,
+        "mode": config.mode,
+        "target": str(config.target),
+        "videos_measured": len(good),
+        "metrics": metrics | _official(config.official_results, metrics),
+        "skipped": runner.skipped,
+        "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
+        "versions": _versions(),
+        "networks": runner.fingerprints,
+        "settings": {
+            "resamples": config.resamples,
+            "static_filter": config.static_filter,
+            "decoder": "PyAV, whole video, RGB24",
+        },
+    }
+    if config.suite.startswith("vbench"):
+        results["totals"] = totals(results["metrics"])
+    if config.suite == "drift":
+        results["drift"] = summarize_drift(good, config.resamples)
+    results["videos"] = [{key: value for key, value in record.items() if key != "from_cache"} for record in records]
+    return results
+
+
+def _summary(runner: Runner, metric: Metric, records: list[Record]) -> dict[str, Any] | None:
+    rows = [(record, record["metrics"][metric.name]) for record in records if metric.name in record["metrics"]]
+    rows = [(record, row) for record, row in rows if row["value"] is not None]
+    if metric.name == "temporal_flickering" and runner.config.static_filter:
+        rows = _first_static(rows)
+    if not rows:
+        return None
+    # VBench-Long's official result weighs clips, its strict reading videos.
+    pooled = runner.config.mode == "vbench-compatible" if runner.config.suite == "vbench-long" else metric.pooled
+    summary = summarize(
+        [row["value"] for _, row in rows],
+        [row["count"] for _, row in rows],
+        [cluster(record) for record, _ in rows],
+        pooled=pooled,
+        resamples=runner.config.resamples,
+    )
+    result: dict[str, Any] = {
+        "score": summary.pooled_mean if pooled else summary.video_mean,
+        "aggregation": "pooled" if pooled else "video mean",
+        "video_mean": summary.video_mean,
+        "pooled_mean": summary.pooled_mean,
+        "interval": summary.interval,
+        "videos": summary.videos,
+        "prompts": summary.prompts,
+        "summary": metric.summary,
+        "higher_is_better": metric.higher_is_better,
+        "stand_in": any(name in STAND_INS for name in metric.needs),
+    }
+    if metric.name in DIMENSIONS and runner.config.suite.startswith("vbench"):
+        result["prompts_expected"] = _prompts_of(metric.name)
+    return result
+
+
+def cluster(record: Record) -> str:
+    """What groups the samples of one prompt."""
+    text = record["original_prompt"] if record["original_prompt"] is not None else record["prompt"]
+    return record["video"] if text is None else text
+
+
+def _prompts_of(dimension: str) -> int:
+    return len({row.prompt for row in vbench_prompts() if dimension in row.dimensions})
+
+
+def _first_static(rows: list[tuple[Record, dict[str, Any]]]) -> list[tuple[Record, dict[str, Any]]]:
+    kept: dict[str, list] = defaultdict(list)
+    for record, row in sorted(rows, key=lambda pair: pair[0]["index"]):
+        if row["details"].get("static") and len(kept[cluster(record)]) < STATIC_PER_PROMPT:
+            kept[cluster(record)].append((record, row))
+    return [pair for pairs in kept.values() for pair in pairs]
+
+
+def _official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
+    """Dimensions from `*_eval_results.json` files of the official tool, `{dimension: [score, videos]}`."""
+    imported: dict[str, Any] = {}
+    for path in paths:
+        content = read_json(path)
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: expected the official tool's {{dimension: [score, videos]}}")
+        for name, value in content.items():
+            score = value[0] if isinstance(value, list) and value else value
+            if name not in DIMENSIONS or isinstance(score, bool) or not isinstance(score, (int, float)):
+                raise ConfigError(f"{path}: {name!r} is not a VBench dimension with a score")
+            if not 0 <= score <= 1:
+                raise ConfigError(f"{path}: {name} is {score}; expected a fraction between 0 and 1")
+            if name in measured or name in imported:
+                raise ConfigError(f"{path}: {name} is measured or imported already")
+            videos = value[1] if isinstance(value, list) and len(value) > 1 and isinstance(value[1], list) else []
+            imported[name] = {
+                "score": float(score),
+                "aggregation": "official tool",
+                "interval": None,
+                "videos": len(videos),
+                "imported_from": str(path),
+                "summary": f"imported from {path.name}",
+                "higher_is_better": True,
+                "stand_in": False,
+            }
+    return imported
+
+
+def totals(metrics: dict[str, Any]) -> dict[str, Any]:
+    """VBench's totals of measured and imported dimensions, or why there are none; which prompts are not covered."""
+    scores = {name: entry["score"] for name, entry in metrics.items() if name in DIMENSIONS}
+    stand_ins = [name for name in scores if metrics[name]["stand_in"]]
+    result = aggregate(scores, stand_ins).as_json()
+    partial = {
+        name: f"{entry['prompts']} of {entry['prompts_expected']} prompts"
+        for name, entry in metrics.items()
+        if entry.get("prompts_expected", 0) > entry.get("prompts", 0)
+    }
+    return result | ({"incomplete": partial} if partial else {})
+
+
+def summarize_drift(records: list[Record], resamples: int) -> dict[str, Any]:
+    """Means over videos of every drift number with intervals, and mean curves with a band."""
+    by_metric: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
+    for record in records:
+        for name, numbers in record["drift"]["metrics"].items():
+            by_metric[name].append((cluster(record), numbers))
+    summary = {}
+    for name, rows in by_metric.items():
+        numbers = {key: _mean_of([(prompt, row[key]) for prompt, row in rows], resamples) for key in DRIFT_NUMBERS}
+        summary[name] = {**numbers, "curve": mean_curve([(prompt, row["curve"]) for prompt, row in rows], resamples)}
+        longest = max(rows, key=lambda pair: len(pair[1]["times"]))[1]["times"]
+        summary[name]["times"] = longest
+    opening = mean_curve([(cluster(record), record["drift"]["opening"]["curve"]) for record in records], resamples)
+    ratios = {
+        name: _mean_of([(cluster(record), record["drift"]["ratios"].get(name)) for record in records], resamples)
+        for name in ("saturation", "contrast", "detail", "brightness")
+    }
+    verdicts = [record["drift"]["repetition"]["repeats"] for record in records]
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return {
+        "metrics": summary,
+        "opening_similarity": opening,
+        "late_early_ratios": ratios,
+        "no_repeat_share": 1.0 - sum(known) / len(known) if known else None,
+        "no_repeat_videos": len(known),
+    }
+
+
+def _mean_of(rows: list[tuple[str, float | None]], resamples: int) -> dict[str, Any] | None:
+    known = [(prompt, value) for prompt, value in rows if value is not None]
+    if not known:
+        return None
+    prompts, values = zip(*known)
+    summary = summarize(values, [1.0] * len(values), prompts, resamples=resamples)
+    return {"mean": summary.video_mean, "interval": summary.interval, "videos": summary.videos}
+
+
+def mean_curve(rows: list[tuple[str, list[float]]], resamples: int) -> dict[str, Any]:
+    """Mean of curves of different lengths at each window, with a 95 % band over prompts where there are two."""
+    length = max((len(curve) for _, curve in rows), default=0)
+    mean, low, high = [], [], []
+    for at in range(length):
+        by_prompt: dict[str, list[float]] = defaultdict(list)
+        for prompt, curve in rows:
+            if at < len(curve):
+                by_prompt[prompt].append(curve[at])
+        sums = np.array([sum(values) for values in by_prompt.values()])
+        counts = np.array([len(values) for values in by_prompt.values()], dtype=float)
+        mean.append(float(sums.sum() / counts.sum()))
+        if len(sums) > 1:
+            bounds = percentile_interval(resample_ratio(sums, counts, resamples=min(resamples, 500), seed=0))
+        else:
+            bounds = (mean[-1], mean[-1])
+        low.append(bounds[0])
+        high.append(bounds[1])
+    return {"mean": mean, "low": low, "high": high}
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def load_results(path: Path) -> dict[str, Any]:
+    """Results of an earlier run: its results.json or the folder that holds it. Raises ConfigError."""
+    file = path / "results.json" if path.is_dir() else path
+    content = read_json(file)
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "metrics" not in content:
+        raise ConfigError(f"{file}: not a results.json of this tool (schema {SCHEMA})")
+    return content | {"file": str(file)}
+
+
+def to_csv(results: dict[str, Any]) -> str:
+    """One row a video, one column a metric; failed videos have only their error."""
+    names = sorted({name for record in results["videos"] for name in record.get("metrics", {})})
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    fixed = ["video", "prompt", "index", "seed", "frames", "fps", "height", "width", "sha256"]
+    writer.writerow([*fixed, *names, "error"])
+    for record in results["videos"]:
+        values = [record.get("metrics", {}).get(name, {}).get("value") for name in names]
+        cells = [record.get(key) for key in fixed] + values + [record.get("error")]
+        writer.writerow(["" if cell is None else _safe_cell(cell) for cell in cells])
+    return buffer.getvalue()
+
+
+def _safe_cell(cell: object) -> object:
+    """Text that a spreadsheet would run as a formula gets a quote in front."""
+    return f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
+
+
+def to_json(results: dict[str, Any]) -> str:
+    """The content of results.json."""
+    return json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n"

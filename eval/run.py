@@ -1,0 +1,228 @@
+"""Measuring videos one by one: decode, measure, write the record, forget. What is recorded is never measured again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_forcing.errors import ConfigError, SparseForcingError, VideoError
+from sparse_forcing.eval.drift import DriftSettings, analyse
+from sparse_forcing.eval.long import long_measurement
+from sparse_forcing.eval.manifest import Entry
+from sparse_forcing.eval.metrics.dynamic_degree import is_static
+from sparse_forcing.eval.options import EvaluateConfig
+from sparse_forcing.eval.registry import Measurement, Metric, suite_metrics
+from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.suites import prompt_index
+from sparse_forcing.eval.view import FeatureStore, View, open_clip
+from sparse_forcing.files import atomic_write_json, sha256_file
+
+RECORD_VERSION = 1  # raised when the layout of a record changes
+# Prompts outside VBench: the dimensions that need nothing but the video and its text.
+CUSTOM_DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "overall_consistency",
+)
+Record = dict[str, Any]
+
+
+class Runner:
+    """The metrics of a suite with their networks, ready to measure one video after the other."""
+
+    def __init__(self, config: EvaluateConfig) -> None:
+        self.config = config
+        self.resources = Resources(
+            weights=config.weights,
+            device=config.device,
+            mode=config.mode,
+            plugins=_pairs(config.plugins, "plugin"),
+            stand_ins=_pairs(config.stand_ins, "stand-in"),
+        )
+        self.metrics: list[Metric] = []
+        self.skipped: dict[str, str] = {}
+        for metric in suite_metrics(config.suite, config.metrics):
+            reasons = [reason for name in metric.needs if (reason := self.resources.missing(name))]
+            if reasons:
+                self.skipped[metric.name] = "; ".join(reasons)
+            else:
+                self.metrics.append(metric)
+        if not self.metrics:
+            reasons_text = "; ".join(f"{name}: {reason}" for name, reason in self.skipped.items())
+            raise ConfigError(f"no metric of suite {config.suite} can be measured ({reasons_text})")
+        if config.static_filter and self.resources.missing("raft"):
+            raise ConfigError(f"the static filter {self.resources.missing('raft')}")
+        self.store = FeatureStore(config.cache_folder)
+        self.fingerprints = self._load_networks()
+
+    def _load_networks(self) -> dict[str, str]:
+        """Load every network now: a damaged weight file must end the run before the first video."""
+        names = {name for metric in self.metrics for name in metric.needs}
+        if self.config.static_filter:
+            names.add("raft")
+        for name in sorted(names):
+            self.resources.network(name)
+        return {name: self.resources.fingerprint(name) for name in sorted(names)}
+
+    def record_path(self, digest: str, entry: Entry) -> Path:
+        """Where the record of a video lies: by everything its numbers depend on."""
+        depends = {
+            "record": RECORD_VERSION,
+            "video": digest,
+            "text": entry.text,
+            "suite": self.config.suite,
+            "mode": self.config.mode,
+            "static_filter": self.config.static_filter,
+            "metrics": {metric.name: metric.version for metric in self.metrics},
+            "networks": self.fingerprints,
+        }
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
+        return self.config.cache_folder / "records" / key[:2] / f"{key}.json"
+
+    def attempt(self, entry: Entry) -> Record:
+        """The record of a video; when anything about it fails, a record whose `error` is one line."""
+        base = {
+            "video": str(entry.video),
+            "prompt": entry.prompt,
+            "original_prompt": entry.original_prompt,
+            "index": entry.index,
+            "seed": entry.seed,
+        }
+        try:
+            return {**base, **self._measured(entry)}
+        except SparseForcingError as error:
+            return {**base, "error": _one_line(str(error))}
+        except Exception as error:  # one strange file must not end a run over thousands
+            return {**base, "error": _one_line(f"{entry.video}: {type(error).__name__}: {error}")}
+
+    def _measured(self, entry: Entry) -> Record:
+        try:
+            path = self.record_path(sha256_file(entry.video), entry)
+        except OSError as error:
+            raise VideoError(f"{entry.video}: cannot be read ({error.strerror})") from error
+        if path.is_file():
+            try:
+                return {**json.loads(path.read_text(encoding="utf-8")), "from_cache": True}
+            except (OSError, ValueError):
+                pass  # a damaged record is measured again
+        record = self._measure(entry)
+        atomic_write_json(path, record)
+        return {**record, "from_cache": False}
+
+    def _measure(self, entry: Entry) -> Record:
+        limits = {"max_frames": self.config.max_frames, "max_pixels": self.config.max_pixels}
+        clip = open_clip(entry, **limits, store=self.store)
+        view = clip.whole()
+        frames, height, width = clip.frames.shape[:3]
+        record: Record = {
+            "sha256": clip.sha256,
+            "frames": frames,
+            "fps": clip.fps,
+            "height": height,
+            "width": width,
+            "metrics": {},
+        }
+        for metric in self.metrics:
+            measurement = self._apply(metric, view)
+            if measurement is not None:
+                record["metrics"][metric.name] = {
+                    "value": measurement.value,
+                    "count": float(measurement.count),
+                    "details": measurement.details,
+                }
+        if self.config.suite == "drift":
+            record["drift"] = analyse(view, self.metrics, self.resources, DriftSettings())
+        return record
+
+    def _apply(self, metric: Metric, view: View) -> Measurement | None:
+        """A metric on a video, None when it is not one of the video's dimensions or needs a prompt there is not."""
+        if self.config.suite.startswith("vbench") and metric.name not in dimensions_of(view.text):
+            return None
+        if (metric.needs_text and view.text is None) or len(view) < metric.min_frames:
+            return None
+        compute = long_measurement if self.config.suite == "vbench-long" else _plain
+        measurement = compute(metric, view, self.resources)
+        if metric.name == "temporal_flickering" and self.config.static_filter:
+            measurement.details["static"] = is_static(view, self.resources)
+        return measurement
+
+
+def _plain(metric: Metric, view: View, resources: Resources) -> Measurement:
+    return metric.compute(view, resources)
+
+
+def dimensions_of(text: str | None) -> tuple[str, ...]:
+    """VBench dimensions judged on a prompt."""
+    info = prompt_index().get(text or "")
+    return CUSTOM_DIMENSIONS if info is None else info.dimensions
+
+
+def _pairs(options: tuple[str, ...], kind: str) -> Mapping[str, str]:
+    pairs = [option.partition("=") for option in options]
+    for name, separator, value in pairs:
+        if not (name and separator and value):
+            raise ConfigError(f"{kind} {name!r}: expected NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+_runner: Runner | None = None
+
+
+def _start_worker(config: EvaluateConfig) -> None:
+    global _runner
+    torch.set_num_threads(1)
+    _runner = Runner(config)
+
+
+def _work(entry: Entry) -> Record:
+    assert _runner is not None, "the worker was not started"
+    return _runner.attempt(entry)
+
+
+def measure_all(
+    runner: Runner, entries: list[Entry], on_record: Callable[[Record], None] = lambda record: None
+) -> list[Record]:
+    """Records of all entries, in their order; `on_record` is called as each is finished."""
+    workers = min(runner.config.workers, len(entries))
+    finished: dict[int, Record] = {}
+    for number, record in _serial(runner, entries) if workers == 1 else _parallel(runner.config, entries, workers):
+        finished[number] = record
+        on_record(record)
+    return [finished[number] for number in range(len(entries))]
+
+
+def _serial(runner: Runner, entries: list[Entry]) -> Iterator[tuple[int, Record]]:
+    for number, entry in enumerate(entries):
+        yield number, runner.attempt(entry)
+
+
+def _parallel(config: EvaluateConfig, entries: list[Entry], workers: int) -> Iterator[tuple[int, Record]]:
+    # Spawned, not forked: threads of torch and OpenCV do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _start_worker, (config,)) as pool:
+        jobs = {pool.submit(_work, entry): number for number, entry in enumerate(entries)}
+        try:
+            for job in as_completed(jobs):
+                yield jobs[job], job.result()
+        except BrokenProcessPool as error:
+            message = "a worker process died (out of memory?); what is measured is kept: run again, with fewer workers"
+            raise ConfigError(message) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from sparse_forcing.errors import ConfigError
@@ -9,6 +10,8 @@ from sparse_forcing.files import PathLike
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
 def check_prompt(prompt: str, where: str = "prompt") -> str:
@@ -22,11 +25,10 @@ def check_prompt(prompt: str, where: str = "prompt") -> str:
         raise ConfigError(f"{where} is empty; describe what the video shows")
     if len(text) > MAX_PROMPT_CHARACTERS:
         raise ConfigError(f"{where} has {len(text)} characters; the limit is {MAX_PROMPT_CHARACTERS}")
-    if any("\ud800" <= c <= "\udfff" for c in text):
+    if _SURROGATE.search(text):
         raise ConfigError(f"{where} is not valid Unicode text (a lone surrogate); was it cut or wrongly decoded?")
-    control = next((c for c in text if ord(c) < 32 and c not in "\t\n\r"), None)
-    if control is not None:
-        raise ConfigError(f"{where} contains the control character {control!r}")
+    if control := _CONTROL.search(text):
+        raise ConfigError(f"{where} contains the control character {control[0]!r}")
     return text
 
 

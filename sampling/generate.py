@@ -36,7 +36,7 @@ class Progress:
 
     def note(self, message: str) -> None: ...
     def begin(self, job: Job, number: int, total: int) -> None: ...
-    def frames(self, done: int, target: int | None) -> None: ...
+    def frames(self, done: int, target: int) -> None: ...
     def end(self, record: dict[str, Any]) -> None: ...
 
 
@@ -119,9 +119,12 @@ def generate_video(
     import torch
 
     memory = memory_config(config, pipe.default_memory)
-    target = config.num_frames or (max(1, round(config.seconds * pipe.fps)) if config.seconds else None)
-    if target is not None and target > MAX_FRAMES:
-        raise ConfigError(f"--seconds {config.seconds:g} are {target} frames; at most {MAX_FRAMES} are made")
+    defaults = pipe.config
+    wanted = max(1.0, config.seconds * pipe.fps) if config.seconds else config.num_frames or defaults.num_frames
+    if wanted > MAX_FRAMES:
+        raise ConfigError(f"--seconds {config.seconds:g} are {wanted:g} frames; at most {MAX_FRAMES} are made")
+    target = round(wanted)
+    guidance = defaults.sampler.guidance_scale if config.guidance_scale is None else config.guidance_scale
     clip = _Clip(config, job, pipe.fps, target)
     with _explained_out_of_memory(config, memory), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
@@ -144,8 +147,12 @@ def generate_video(
         "weights_sha256": pipe.weights_sha256,
         "versions": versions(),
         "settings": {
-            **{name: getattr(config, name) for name in ("num_inference_steps", "guidance_scale", "dtype")},
-            "device": resolve_device(config.device),
+            "num_inference_steps": config.num_inference_steps or defaults.sampler.steps,
+            "guidance_scale": defaults.sampler.guidance_scale
+            if config.guidance_scale is None
+            else config.guidance_scale,
+            "device": str(pipe.device),
+            "dtype": str(pipe.dtype).removeprefix("torch."),
             "memory": to_plain(memory),
         },
         **clip.summary(),
@@ -159,7 +166,7 @@ def generate_video(
 class _Clip:
     """The files of one job while its chunks arrive, and what was measured on the way."""
 
-    def __init__(self, config: GenerateConfig, job: Job, fps: float, target: int | None) -> None:
+    def __init__(self, config: GenerateConfig, job: Job, fps: float, target: int) -> None:
         self.config, self.job, self.fps, self.target = config, job, fps, target
         self.written = self.trimmed = self.cache_bytes = 0
         self.seconds: list[float] = []
@@ -179,7 +186,7 @@ class _Clip:
         if self.first_frame is None:
             self.first_frame = time.perf_counter() - self._began
         frames = np.asarray(chunk.frames, dtype=np.float32)
-        room = len(frames) if self.target is None else min(len(frames), self.target - self.written)
+        room = min(len(frames), self.target - self.written)
         self.trimmed += len(frames) - room
         self.seconds.append(float(chunk.seconds))
         self.decode_seconds.append(float(chunk.decode_seconds))

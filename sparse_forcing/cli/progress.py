@@ -48,7 +48,7 @@ class TerminalProgress(Progress):
         elif total > 1:
             self.note(text)
 
-    def frames(self, done: int, target: int | None) -> None:
+    def frames(self, done: int, target: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=target)
 

@@ -1,6 +1,6 @@
 """SHA-256 manifests of model folders: weight formats do not notice a flipped bit, so every file is hashed.
 
-`manifest.json` holds {"sha256": {relative path: hex digest}} for every file of the folder, Markdown aside.
+`manifest.json` holds {"files": {relative path: hex digest}} for every file of the folder, Markdown aside.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def write_manifest(folder: PathLike) -> dict[str, str]:
     """Hash every file below `folder` into its manifest.json; return {relative path: SHA-256}. Raises OutputError."""
     root = Path(folder)
     hashes = {name: sha256_file(root / name) for name in _content(root)}
-    atomic_write_json(root / MANIFEST, {"sha256": hashes})
+    atomic_write_json(root / MANIFEST, {"files": hashes})
     return hashes
 
 
@@ -35,16 +35,17 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
         manifest = read_json(root / MANIFEST)
     except ConfigError as error:
         raise WeightsError(f"{error}; the manifest is damaged") from error
-    hashes = manifest.get("sha256") if isinstance(manifest, dict) else None
+    hashes = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
         raise WeightsError(f"{root / MANIFEST}: not a manifest of SHA-256 sums")
-    present = set(_content(root))
     for name, expected in hashes.items():
-        if name not in present:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise WeightsError(f"{root / MANIFEST}: {name!r:.100} lies outside the folder")
+        if not (root / name).is_file():
             raise WeightsError(f"{root / name}: listed in {MANIFEST} but missing; download or convert the model again")
         if sha256_file(root / name) != expected:
             raise WeightsError(f"{root / name}: SHA-256 differs from {MANIFEST}; the file is damaged or was changed")
-    if extra := sorted(present - set(hashes)):
+    if extra := sorted(set(_content(root)) - set(hashes)):
         raise WeightsError(f"{root / extra[0]}: not listed in {MANIFEST}; remove it or write the manifest again")
     return dict(hashes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ class StubPipeline:
 
     fps = 16.0
     chunk_frames = 8
+    device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(num_frames=16, sampler=SimpleNamespace(steps=4, guidance_scale=2.0))
     weights_sha256 = "0" * 64
     default_memory = MemoryConfig(kind="sparse", window_frames=6, tile=(1, 4, 4))
 
@@ -37,13 +40,11 @@ class StubPipeline:
         self.on_chunk = on_chunk
         self.calls: list[dict[str, Any]] = []
 
-    def stream(
-        self, prompt: str, *, num_frames: int | None, generator: torch.Generator, **settings: Any
-    ) -> Iterator[Chunk]:
+    def stream(self, prompt: str, *, num_frames: int, generator: torch.Generator, **settings: Any) -> Iterator[Chunk]:
         self.calls.append({"prompt": prompt, "num_frames": num_frames, **settings})
         height, width = settings["height"] or 32, settings["width"] or 32
         tint = torch.rand(3, generator=generator).numpy() * 0.5 + (zlib.crc32(prompt.encode()) % 100) / 250
-        for index in range(-(-(num_frames or 16) // self.chunk_frames)):
+        for index in range(-(-num_frames // self.chunk_frames)):
             self.on_chunk(index)
             frames = np.broadcast_to(tint, (self.chunk_frames, height, width, 3)).astype(np.float32).copy()
             frames[:, :8, :8] = index / 20

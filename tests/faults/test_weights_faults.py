@@ -186,7 +186,7 @@ def test_missing_added_and_damaged_manifest_entries_are_named(tmp_path: Path) ->
     (tmp_path / "a").unlink()
     with pytest.raises(WeightsError, match="a: listed in"):
         verify_manifest(tmp_path)
-    for text in ("[]", "{", '{"sha256": {"b": 3}}', '{"sha256": {"../a": "0"}}'):
+    for text in ("[]", "{", '{"files": {"b": 3}}', '{"files": {"../a": "0"}}'):
         (tmp_path / "manifest.json").write_text(text)
         with pytest.raises(WeightsError, match="manifest"):
             verify_manifest(tmp_path)

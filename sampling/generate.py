@@ -148,9 +148,7 @@ def generate_video(
         "versions": versions(),
         "settings": {
             "num_inference_steps": config.num_inference_steps or defaults.sampler.steps,
-            "guidance_scale": defaults.sampler.guidance_scale
-            if config.guidance_scale is None
-            else config.guidance_scale,
+            "guidance_scale": guidance,
             "device": str(pipe.device),
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "memory": to_plain(memory),

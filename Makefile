@@ -1,0 +1,47 @@
+# make demo   a video from a prompt        make test   every check and test
+# Both create .venv when it is missing and need nothing but Python 3.10 or later with venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+OUTPUT ?= outputs/demo.mp4
+PROMPT ?= a large red circle moves to the right on a black background
+TESTS ?= tests
+export PROMPT
+
+RUN := $(VENV)/bin/python
+# torch first and alone: whichever build of this range is at hand is taken, the small CPU build where there is no other.
+TORCH := torch>=2.9,<2.14
+
+.PHONY: demo test check format clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check
+
+test: check
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+
+check: $(VENV)/.installed-dev
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
+	$(RUN) -m pip install --quiet -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -112,11 +112,11 @@ def block_causal_mask(chunks: list[int], *, window: int | None = None, sink: int
     return mask
 
 
-def teacher_forcing_mask(chunks: list[int]) -> Tensor:
+def teacher_forcing_mask(chunks: list[int], *, window: int | None = None, sink: int = 0) -> Tensor:
     """[2F, 2F] mask of the sequence [clean | noisy]: clean chunk i sees clean chunks <= i, noisy chunk i sees clean
-    chunks < i and itself."""
+    chunks < i and itself, both within `window` and `sink` (see block_causal_mask)."""
     total = sum(chunks)
-    causal = block_causal_mask(chunks)
+    causal = block_causal_mask(chunks, window=window, sink=sink)
     own = torch.block_diag(*[torch.ones(size, size, dtype=torch.bool) for size in chunks]).bool()
     nothing = torch.zeros(total, total, dtype=torch.bool)
     return torch.cat([torch.cat([causal, nothing], 1), torch.cat([causal & ~own, own], 1)])

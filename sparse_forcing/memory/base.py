@@ -6,6 +6,7 @@ A rollout calls `begin_chunk`, then runs the model any number of times with `den
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
@@ -50,6 +51,11 @@ class MemoryPass:
         self.memory = memory
         self.clean = clean
         self.order = memory.order
+        # Gradient checkpointing runs a layer a second time in the backward pass, when the rollout has moved on: the
+        # second run sees the memory as it was before this pass, and leaves the real one alone.
+        keeps_history = torch.is_grad_enabled() and memory.cache_gradient != "none"
+        self._before = memory.snapshot() if keeps_history else None
+        self._written: set[int] = set()
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         geometry = self.memory.geometry
@@ -60,7 +66,11 @@ class MemoryPass:
         return rotary_table(frames, rows, cols, head_dim, dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return self.memory.attend(layer, query, key, value, clean=self.clean)
+        memory = self.memory
+        if self._before is not None:
+            memory = self._before if layer in self._written else memory
+            self._written.add(layer)
+        return memory.attend(layer, query, key, value, clean=self.clean)
 
 
 class RolloutMemory(ABC):
@@ -108,6 +118,13 @@ class RolloutMemory(ABC):
 
     def clean_pass(self) -> MemoryPass:
         return MemoryPass(self, clean=True)
+
+    def snapshot(self) -> RolloutMemory:
+        """A memory with the same state that changes on its own; tensors are shared, so nothing may be written in place
+        (cache_gradient other than "none")."""
+        twin = copy.copy(self)
+        vars(twin).update({name: list(value) for name, value in vars(self).items() if isinstance(value, list)})
+        return twin
 
     def merge_clean(self, stored: Tensor, clean: Tensor) -> Tensor:
         """What the clean pass leaves in the cache, given what the last denoising pass stored."""

@@ -82,26 +82,35 @@ class DenseMemory(RolloutMemory):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
         start = self.cached_frames * self.geometry.tokens_per_frame
         end = start + key.shape[1]
+        if self.cache_gradient != "none":
+            return self._attend_out_of_place(layer, query, key, value, start, clean)
         state = self._room(layer, key, start, end)
-        if self.cache_gradient == "none":
-            state.keys[:, start:end] = key
-            state.values[:, start:end] = value
-            return dense_attention(query, state.keys[:, :end], state.values[:, :end])
-        keys, values = (torch.cat([x[:, :start], new], 1) for x, new in ((state.keys, key), (state.values, value)))
+        state.keys[:, start:end] = key
+        state.values[:, start:end] = value
+        return dense_attention(query, state.keys[:, :end], state.values[:, :end])
+
+    def _attend_out_of_place(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, start: int, clean: bool
+    ) -> Tensor:
+        """The same where autograd may hold the cache: the layer gets new tensors and a new state."""
+        old = self.layers[layer] or DenseLayer(key.new_empty(0, 0), value.new_empty(0, 0))
+        pairs = ((old.keys, key), (old.values, value))
+        # Passes without gradients must not cut the history that earlier chunks carry (straight-through).
+        with torch.enable_grad():
+            keys, values = (torch.cat([x[:, :start], new], 1) if start else new for x, new in pairs)
         out = dense_attention(query, keys, values)
         if clean:
-            key, value = (
-                self.merge_clean(state.keys[:, start:end], key),
-                self.merge_clean(state.values[:, start:end], value),
-            )
-            keys, values = torch.cat([keys[:, :start], key], 1), torch.cat([values[:, :start], value], 1)
-        state.keys, state.values = keys, values
+            with torch.enable_grad():
+                keys, values = (
+                    torch.cat([x[:, :start], self.merge_clean(x[:, start:], new)], 1) for x, new in pairs
+                )
+        self.layers[layer] = DenseLayer(keys, values)
         return out
 
     def _room(self, layer: int, key: Tensor, start: int, end: int) -> DenseLayer:
         """The layer's buffers, made or grown to hold `end` tokens."""
         state = self.layers[layer]
-        if state is not None and (state.keys.shape[1] >= end or self.cache_gradient != "none"):
+        if state is not None and state.keys.shape[1] >= end:
             return state
         known = self.config.window or self.geometry.capacity_frames or 0
         capacity = max(end, known * self.geometry.tokens_per_frame, 0 if state is None else 3 * start // 2)

@@ -8,7 +8,7 @@ synchronises with the host.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -142,6 +142,7 @@ class SparseMemory(RolloutMemory):
         state.persistent = kept
         state.window = torch.cat([state.window[:, :, leaving:], free[:, :, :new], fresh], 2)
 
+    @torch.no_grad()
     def _importance(self, layer: int, state: SparseLayer, candidates: Tensor) -> Tensor:
         """[B, H, P + E] the last chunk's block attention over the candidates, summed over its queries."""
         if state.mass is not None:
@@ -176,17 +177,13 @@ class SparseMemory(RolloutMemory):
         state = self._room(layer, keys)
         n = self.layout.num_blocks
         own_slots = state.window[:, :, -n:]
-        stored = (
-            {name: gather_slots(getattr(state, name), own_slots) for name in POOLS}
-            if self._keeps_gradient(clean)
-            else {}
-        )
-        self._write(
-            state, own_slots, {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
-        )
+        pools = {name: getattr(state, name) for name in POOLS}
+        new = {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
+        self._write(state, own_slots, new)
 
         pooled = self._pool(layer, queries, "query")
-        index = self._block_index(layer, state, pooled, n)
+        with torch.no_grad():
+            index = self._block_index(layer, state, pooled, n)
         measure = clean and self.config.importance == "mass"
         result = block_sparse_attention(
             queries,
@@ -204,9 +201,10 @@ class SparseMemory(RolloutMemory):
             if measure:
                 mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=query.device)
                 state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
-        if stored:
-            new = {name: gather_slots(getattr(state, name), own_slots) for name in POOLS}
-            self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in POOLS})
+        if clean and self.cache_gradient == "straight_through":
+            with torch.enable_grad():
+                stored = {name: gather_slots(pools[name], own_slots) for name in POOLS}
+                self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in POOLS})
         return self.layout.from_blocks(result.out)
 
     def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
@@ -221,9 +219,6 @@ class SparseMemory(RolloutMemory):
             selected = choose_blocks(self._project(layer, pooled_queries, "query"), window, top_k=self.top_k, own=own)
         return build_block_index(state.persistent, state.window, selected)
 
-    def _keeps_gradient(self, clean: bool) -> bool:
-        return clean and self.cache_gradient == "straight_through"
-
     def _write(self, state: SparseLayer, slots: Tensor, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd may hold the pool."""
         for name, new in blocks.items():
@@ -232,7 +227,9 @@ class SparseMemory(RolloutMemory):
             if self.cache_gradient == "none":
                 pool.scatter_(2, where, new.to(pool.dtype))
             else:
-                setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
+                # Passes without gradients must not cut the history that earlier chunks carry (straight-through).
+                with torch.enable_grad():
+                    setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
         if state.sizes is not None:
             state.sizes = state.sizes.scatter(2, slots, self.layout.sizes.to(slots.device).expand(slots.shape))
         first = self.layout.first_frame.to(slots.device).expand(slots.shape)
@@ -260,8 +257,25 @@ class SparseMemory(RolloutMemory):
                 window=torch.arange(n, device=keys.device).expand(b, h, -1),
             )
             self.layers[layer] = state
+        elif self.cache_gradient != "none":
+            state = self.layers[layer] = replace(state)  # a snapshot may hold the old one
         return state
 
     @property
     def cache_bytes(self) -> int:
         return sum(state.nbytes for state in filter(None, self.layers))
+
+    def persistent_map(self) -> Tensor | None:
+        """Where the persistent blocks come from: [f, rows, cols] in [0, 1], the share of layers and heads that keep a
+        block of this place (of whatever chunk) for the first sample; None while there are none."""
+        states = [state for state in self.layers if state is not None and state.persistent.shape[2]]
+        if not states:
+            return None
+        n = self.layout.num_blocks
+        kept = torch.zeros(n, device=states[0].keys.device)
+        for state in states:
+            place = gather_slots(state.origin, state.persistent)[0] % n
+            kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
+        sizes = self.layout.sizes.to(kept.device)
+        tokens = kept.repeat_interleave(sizes)[self.layout.inverse.to(kept.device)]
+        return tokens.view(self.layout.frames, self.layout.rows, self.layout.cols)

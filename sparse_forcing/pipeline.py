@@ -1,0 +1,382 @@
+"""Text to video: weights, text, rollout, streaming decode. diffusers' names throughout.
+
+pipe = SparseForcingPipeline.from_pretrained("tiny")
+video = pipe("a small red circle moves right on a black background").frames[0]
+for chunk in pipe.stream("a large blue star spins clockwise on white", num_frames=400): ...
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_forcing.config import build_config
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.files import atomic_write_json, sha256_file
+from sparse_forcing.geometry import VideoGeometry
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
+from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.text import TextEncoder, WordTextEncoder
+from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.vae import PatchAutoencoder, VideoAutoencoder
+
+EMBEDDED_MODELS = Path(__file__).parent / "models"
+PIPELINE_FILE = "pipeline.json"
+MANIFEST_FILE = "manifest.json"
+OUTPUT_TYPES = ("np", "pt", "latent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """Defaults of a model: what `pipe(prompt)` does when nothing else is said.
+
+    Args:
+        fps: pixel frames per second the model was trained at.
+        height, width, num_frames: pixels and pixel frames of a default video.
+        text_encoder, vae: kinds of the parts beside the transformer.
+    """
+
+    fps: float = 16.0
+    height: int = 480
+    width: int = 832
+    num_frames: int = 81
+    negative_prompt: str = ""
+    text_encoder: str = "umt5"
+    vae: str = "wan"
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Frames as soon as they exist.
+
+    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
+    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    """
+
+    index: int
+    frames: np.ndarray
+    latents: Tensor
+    seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    persistent: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class SparseForcingPipelineOutput:
+    """frames: one video per prompt and sample: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents."""
+
+    frames: Any
+
+
+class SparseForcingPipeline:
+    """A transformer, its text encoder and its autoencoder, bound to a geometry and defaults."""
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer3DModel,
+        text_encoder: TextEncoder,
+        vae: VideoAutoencoder,
+        config: PipelineConfig,
+        weights_sha256: str | None = None,
+    ) -> None:
+        self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
+        self.config, self.weights_sha256 = config, weights_sha256
+        self.geometry = VideoGeometry(
+            temporal_stride=vae.temporal_stride,
+            spatial_stride=vae.spatial_stride,
+            first_frame_alone=vae.first_frame_alone,
+            patch_size=tuple(transformer.config.patch_size),
+            chunk_frames=transformer.config.chunk_frames,
+        )
+
+    @property
+    def fps(self) -> float:
+        return self.config.fps
+
+    @property
+    def default_memory(self) -> MemoryConfig:
+        return self.config.memory
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    def to(self, device: str | torch.device) -> SparseForcingPipeline:
+        for part in (self.transformer, self.text_encoder, self.vae):
+            part.to(device)
+        return self
+
+    @classmethod
+    def from_pretrained(cls, model: str, torch_dtype: torch.dtype | None = None) -> SparseForcingPipeline:
+        """Load the embedded model by name, or a folder that `save_pretrained` wrote.
+
+        Raises:
+            WeightsError: unknown model, missing or damaged file.
+        """
+        folder = find_model(model)
+        digest = verify_manifest(folder)
+        try:
+            tree = json.loads((folder / PIPELINE_FILE).read_text())
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{folder / PIPELINE_FILE}: cannot be read ({error})") from error
+        config = build_config(PipelineConfig, tree, source=str(folder / PIPELINE_FILE))
+        if (config.vae, config.text_encoder) != ("patch", "words"):
+            raise WeightsError(f"{folder}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
+        dtype = torch_dtype or torch.float32
+        transformer = _load(CausalWanTransformer3DModel, folder / "transformer").to(dtype)
+        text_encoder = _load(WordTextEncoder, folder / "text_encoder").to(dtype)
+        return cls(transformer.eval(), text_encoder.eval(), _load(PatchAutoencoder, folder / "vae"), config, digest)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads, hashes included."""
+        folder = Path(folder)
+        for name in ("transformer", "text_encoder", "vae"):
+            getattr(self, name).save_pretrained(folder / name)
+        atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
+        files = {str(p.relative_to(folder)): sha256_file(p) for p in _model_files(folder)}
+        atomic_write_json(folder / MANIFEST_FILE, {"files": files})
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, dim]; warns of words the embedded model never learned and of prompts that are cut."""
+        tokenizer = getattr(self.text_encoder, "tokenizer", None)
+        if hasattr(tokenizer, "unknown_words"):
+            unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
+            if unknown:
+                warnings.warn(f"this model does not know: {', '.join(unknown[:8])}", stacklevel=2)
+            if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
+                warnings.warn(f"prompt cut to its first {tokenizer.text_len} words", stacklevel=2)
+        return self.text_encoder.encode(prompts)
+
+    def stream(
+        self,
+        prompt: str | list[str] | None,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        image: np.ndarray | None = None,
+        video: np.ndarray | None = None,
+        memory: MemoryConfig | None = None,
+        callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Iterator[VideoChunk]:
+        """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
+
+        Args:
+            num_frames: pixel frames to cover, those of `video` not counted.
+            latents: [B, F, C, h, w] noise of the whole video instead of random noise.
+            image, video: [H, W, 3] or [F, H, W, 3] in [0, 1] to continue from; they must fill whole chunks (an image
+                is held for one chunk).
+            memory: kind of memory; the model's default when None.
+        """
+        config = self.config
+        sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
+        height, width = height or config.height, width or config.width
+        latent_height, latent_width = self.geometry.latent_size(height, width)
+        rows, cols = self.geometry.token_size(latent_height, latent_width)
+        text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
+        initial = self._initial_latents(image, video, len(text))
+        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames or config.num_frames))
+        given = 0 if initial is None else initial.shape[1]
+        state = make_memory(
+            memory or config.memory,
+            MemoryGeometry(
+                rows=rows,
+                cols=cols,
+                num_layers=self.transformer.config.num_layers,
+                chunk_frames=self.geometry.chunk_frames,
+                horizon_frames=self.transformer.config.horizon_frames,
+                capacity_frames=sum(chunks) + given,
+            ),
+        )
+        unconditional = None
+        if sampler.guidance_scale != 1.0:
+            negative = config.negative_prompt if negative_prompt is None else negative_prompt
+            unconditional = self.text_encoder.encode([negative] * len(text)).to(text)
+        shape = (self.vae.latent_channels, latent_height, latent_width)
+        parts = rollout(
+            self.transformer,
+            text,
+            chunks,
+            state,
+            self._noise(generator, latents, len(text), shape),
+            sampler,
+            unconditional_text=unconditional,
+            initial_latents=initial,
+            initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
+            callback=callback_on_step_end,
+        )
+        yield from self._decode(parts, state, single=isinstance(prompt, str) and num_videos_per_prompt == 1)
+
+    @torch.no_grad()
+    def _decode(self, parts: Iterator[RolloutChunk], memory: RolloutMemory, single: bool) -> Iterator[VideoChunk]:
+        """Decode chunks as they come, timing model and decoder apart."""
+        arrived: list[RolloutChunk] = []
+
+        def latents() -> Iterator[Tensor]:
+            for part in parts:
+                arrived.append(part)
+                yield part.latents.transpose(1, 2)
+
+        began = time.perf_counter()
+        for pixels in self.vae.decode_stream(latents()):
+            part = arrived.pop()
+            frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
+            decode_seconds = time.perf_counter() - began - part.seconds
+            lit = memory.persistent_map() if hasattr(memory, "persistent_map") else None
+            yield VideoChunk(
+                index=part.index,
+                frames=frames[0] if single else frames,
+                latents=part.latents,
+                seconds=part.seconds,
+                decode_seconds=max(0.0, decode_seconds),
+                cache_bytes=part.cache_bytes,
+                persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
+            )
+            began = time.perf_counter()
+
+    @staticmethod
+    def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
+        """[f, rows, cols] -> [F, H, W] by repetition."""
+        return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()
+
+    def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ConfigError("prompt: give either prompt or prompt_embeds")
+        if repeats < 1:
+            raise ConfigError(f"num_videos_per_prompt: at least 1, got {repeats}")
+        if prompt_embeds is None:
+            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+            if not prompts:
+                raise ConfigError("prompt: the list is empty")
+            prompt_embeds = self.encode_prompt(prompts)
+        return prompt_embeds.to(self.device, self.dtype).repeat_interleave(repeats, 0)
+
+    def _noise(self, generator: Any, latents: Tensor | None, batch: int, shape: tuple[int, int, int]) -> NoiseSource:
+        generators = list(generator) if isinstance(generator, list | tuple) else None
+        if generators is None:
+            # One stream per sample: a sample's noise must not depend on how many others are generated with it.
+            seed = torch.seed() if generator is None else generator.initial_seed()
+            generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+        if len(generators) != batch:
+            raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
+        seeded = SeededNoise(generators, shape, self.device, self.dtype)
+        return seeded if latents is None else _GivenNoise(latents.to(self.device, self.dtype), seeded)
+
+    def _initial_latents(self, image: Any, video: Any, batch: int) -> Tensor | None:
+        if image is not None and video is not None:
+            raise ConfigError("image and video: give one of them")
+        if image is None and video is None:
+            return None
+        chunk_pixels = self.geometry.temporal_stride * self.geometry.chunk_frames
+        frames = np.repeat(np.asarray(image)[None], chunk_pixels, 0) if video is None else np.asarray(video)
+        if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) % chunk_pixels:
+            raise ConfigError(
+                f"video: expected [F, H, W, 3] with F a multiple of {chunk_pixels} frames, got {list(frames.shape)}"
+            )
+        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] * 2 - 1
+        latents = self.vae.encode(pixels.to(self.device))
+        return latents.transpose(1, 2).to(self.dtype).expand(batch, -1, -1, -1, -1)
+
+    def __call__(
+        self, prompt: str | list[str] | None = None, *, output_type: str = "np", **kwargs: Any
+    ) -> SparseForcingPipelineOutput:
+        """Generate whole videos: the arguments of `stream`, the chunks joined and cut to `num_frames`."""
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        batch = [prompt] if isinstance(prompt, str) else prompt
+        chunks = list(self.stream(batch, **kwargs))
+        if output_type == "latent":
+            return SparseForcingPipelineOutput(torch.cat([chunk.latents for chunk in chunks], 1))
+        frames = np.concatenate([chunk.frames for chunk in chunks], 1)
+        frames = frames[:, : kwargs.get("num_frames") or self.config.num_frames]
+        if output_type == "pt":
+            return SparseForcingPipelineOutput(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
+        return SparseForcingPipelineOutput(frames)
+
+
+class _GivenNoise:
+    """Noise of the whole video given by the caller; re-noising still draws."""
+
+    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
+        self.latents, self.seeded, self.used = latents, seeded, 0
+
+    def chunk(self, frames: int) -> Tensor:
+        part = self.latents[:, self.used : self.used + frames]
+        if part.shape[1] < frames:
+            raise ConfigError(f"latents: {self.latents.shape[1]} latent frames are fewer than the video needs")
+        self.used += frames
+        return part
+
+    def fresh(self, frames: int) -> Tensor:
+        return self.seeded.fresh(frames)
+
+
+def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
+    """The sampler with what the caller changed; a step list only fits its own length."""
+    changes = {name: v for name, v in (("steps", steps), ("guidance_scale", guidance_scale)) if v is not None}
+    if steps is not None and steps != sampler.steps:
+        changes["step_list"] = None
+    return SamplerConfig(**{**asdict(sampler), **changes})
+
+
+def find_model(model: str) -> Path:
+    """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
+    for folder in (EMBEDDED_MODELS / model, Path(model)):
+        if (folder / PIPELINE_FILE).is_file():
+            return folder
+    known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
+    raise WeightsError(
+        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE}"
+    )
+
+
+def _model_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+
+
+def verify_manifest(folder: Path) -> str:
+    """Check every file of a model folder against its manifest; returns the manifest's sha256."""
+    manifest = folder / MANIFEST_FILE
+    try:
+        files = json.loads(manifest.read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        raise WeightsError(f"{manifest}: cannot be read ({error})") from error
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file():
+            raise WeightsError(f"{path}: missing; reinstall the model")
+        if sha256_file(path) != digest:
+            raise WeightsError(f"{path}: damaged (sha256 differs from {MANIFEST_FILE}); reinstall the model")
+    return sha256_file(manifest)
+
+
+def _load(cls: Any, folder: Path) -> Any:
+    try:
+        return cls.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise WeightsError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

@@ -76,7 +76,7 @@ def as_rgb(video: Tensor) -> Tensor:
 def measure_background(rgb: Tensor) -> Background:
     """The colour that fills most of every frame of ``rgb`` [F, 3, S, S]."""
     median = rgb.flatten(2).median(-1).values
-    distance = (rgb - median[:, :, None, None]).norm(dim=1)
+    distance = _length(rgb - median[:, :, None, None])
     return Background(rgb=median, plain=(distance < PLAIN_DISTANCE).float().mean((1, 2)))
 
 
@@ -86,11 +86,16 @@ def track_objects(rgb: Tensor, background: Background, colours: Sequence[str]) -
     A single object is whatever differs from the measured background, whatever its colour.
     """
     offset = rgb - background.rgb[:, :, None, None]
-    distance = offset.norm(dim=1)
+    distance = _length(offset)
     strong = float(distance.flatten()[::7].quantile(0.995))
     seen = distance > max(40.0, 0.3 * strong)
     parts = _split(offset, distance * seen, background, colours) if len(colours) > 1 else [torch.ones_like(seen)]
     return [_track(rgb, background, distance * part, seen & part) for part in parts]
+
+
+def _length(offset: Tensor) -> Tensor:
+    """Euclidean length over the channels of [F, 3, S, S]."""
+    return offset.square().sum(1).sqrt_()
 
 
 def _split(offset: Tensor, distance: Tensor, background: Background, colours: Sequence[str]) -> list[Tensor]:
@@ -99,7 +104,13 @@ def _split(offset: Tensor, distance: Tensor, background: Background, colours: Se
     for _ in range(3):
         length = rays.square().sum(-1, keepdim=True)
         share = torch.einsum("fchw,fnc->fnhw", offset, rays / length).clamp(0, 1.2)
-        residual = (offset[:, None] - share[:, :, None] * rays[..., None, None]).norm(dim=2)
+        residual = torch.stack(
+            [
+                _length(offset - share[:, number, None] * ray[..., None, None])
+                for number, ray in enumerate(rays.unbind(1))
+            ],
+            1,
+        )
         nearest = residual.argmin(1)
         votes = torch.stack([(nearest == number) * distance for number in range(len(colours))], 1)
         owner = avg_pool2d(votes, 5, 1, 2).argmax(1)
@@ -161,9 +172,13 @@ def _moments(weight: Tensor, x: Tensor, y: Tensor, grid: Tensor) -> dict[int, Te
     """Angular Fourier moments of the folds that a rotation of each shape leaves unchanged."""
     across, down = (_wrap(grid - centre[:, None]) for centre in (x, y))
     place = torch.complex(*torch.broadcast_tensors(across[:, None], down[:, :, None]))
-    distance = place.abs().clamp(min=1e-6)
-    unit, mass = place / distance, weight * distance.square()
-    return {fold: (mass * unit**fold).sum((1, 2)) for fold in FOLDS.values()}
+    square = across.square()[:, None] + down.square()[:, :, None]
+    unit = place * square.clamp(min=1e-9).rsqrt()
+    power, moments = unit * unit * (weight * square), {}
+    for fold in sorted(FOLDS.values()):  # 3, 4, 5: one more factor each; powers of complex tensors are slow
+        power = power * unit
+        moments[fold] = power.sum((1, 2))
+    return moments
 
 
 @lru_cache(maxsize=1)

@@ -32,17 +32,14 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints one line, no traceback, for input that cannot be used."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = PROGRAM
+    name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
     previous = signal.signal(signal.SIGTERM, _terminated)
+    _printable(sys.stdout)
     try:
-        _printable(sys.stdout)
-        if not arguments or arguments[0] not in COMMANDS:
-            return _top_level(arguments)
-        name = f"{PROGRAM} {arguments[0]}"
-        command = importlib.import_module(f"sparse_forcing.cli.{arguments[0]}")
-        parser = Parser(prog=name, description=command.__doc__)
-        command.add_arguments(parser)
-        return command.run(parser.parse_args(arguments[1:]))
+        try:
+            return _top_level(arguments) if name == PROGRAM else _command(name, arguments)
+        finally:
+            sys.stdout.flush()  # here, where a reader that is gone can still be handled
     except SparseForcingError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -50,11 +47,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader of our output is gone; without this, Python complains again at exit.
+        # Without this, Python complains at exit that it cannot flush.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _command(name: str, arguments: list[str]) -> int:
+    command = importlib.import_module(f"sparse_forcing.cli.{arguments[0]}")
+    parser = Parser(prog=name, description=command.__doc__)
+    command.add_arguments(parser)
+    return command.run(parser.parse_args(arguments[1:]))
 
 
 def _top_level(arguments: list[str]) -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing import __version__
-from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
@@ -97,8 +97,9 @@ def _devices() -> Iterator[Finding]:
 def _backends() -> Iterator[Finding]:
     from sparse_forcing.kernels.compile_report import backend_status
 
-    for name, reason in backend_status().items():
-        yield Finding(f"attention {name}", "no" if reason else "ok", reason or "runs here")
+    for row in backend_status():
+        state: Literal["ok", "no"] = "no" if row["status"] == "unavailable" else "ok"
+        yield Finding(f"{row['operation']} {row['backend']}", state, row["reason"] or row["status"])
 
 
 def _embedded_model() -> Iterator[Finding]:
@@ -129,15 +130,14 @@ def _video() -> Iterator[Finding]:
 
 
 def _kernel_report(architecture: str, *, as_json: bool) -> int:
-    from sparse_forcing.kernels.compile_report import static_report
-
+    """Print what the compiler makes of every kernel for an architecture, beside the recorded figures."""
     try:
-        report = static_report(architecture)
-    except SparseForcingError:
-        raise
+        from sparse_forcing.kernels.compile_report import as_table, static_report
+
+        rows = static_report(architecture)
     except ImportError as error:
         raise ConfigError(f"--kernels needs triton ({_first_line(error)})") from error
-    print(json.dumps(report) if as_json else report if isinstance(report, str) else json.dumps(report, indent=2))
+    print(json.dumps(rows) if as_json else as_table(rows))
     return 0
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 
 from sparse_forcing.cli.flags import add_config_flags, path, read_config
-from sparse_forcing.eval.evaluate import EvaluateConfig
+from sparse_forcing.eval.options import EvaluateConfig
 
 FLAGS = {
     "suite": "offline and drift need no weights; vbench and vbench-long need --weights (default: offline)",
     "metrics": "only these metrics of the suite",
     "output": "folder for the results (default: evaluation-SUITE beside the target)",
-    "compare": "results of earlier runs to compare with",
+    "compare": "results of earlier runs, or more videos, to compare with",
     "aggregate": "compute VBench's totals from a JSON of dimension scores, measuring nothing",
     "json": "print one JSON object instead of a table",
     "weights": "folder with weight files for the networks of VBench",
@@ -19,6 +19,7 @@ FLAGS = {
     "official_results": "take over dimensions from files that the official tool wrote",
     "plugins": "networks from other modules, NAME=MODULE:FUNCTION",
     "stand_ins": "transformers models in place of VBench's own, detector=FOLDER or captioner=FOLDER",
+    "static_filter": "judge temporal flickering on static videos only (VBench's protocol)",
     "cache": "folder for resumable results of each video",
     "workers": "processes (default: 1)",
     "device": "torch device of the networks (default: cpu)",
@@ -32,9 +33,7 @@ FLAGS = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "target", metavar="TARGET", nargs="?", type=path, default=argparse.SUPPRESS, help="folder, manifest or video"
-    )
+    parser.add_argument("target", metavar="TARGET", nargs="?", type=path, help="folder, manifest or video")
     add_config_flags(parser, EvaluateConfig, FLAGS)
 
 

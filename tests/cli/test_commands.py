@@ -1,0 +1,158 @@
+"""What the commands print and leave behind, beyond `generate` (tests/faults/test_generate_faults.py)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from sparse_forcing.cli import doctor, main
+from sparse_forcing.errors import SparseForcingError
+from sparse_forcing.video import probe
+
+
+def test_data_writes_captioned_clips_that_do_not_depend_on_how_many(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--num-frames", "8", "--size", "32", "--seed", "5"]
+    assert main(["data", str(tmp_path / "a"), "--num-clips", "3", "--json", *sizes]) == 0
+    assert json.loads(capsys.readouterr().out) == {"manifest": str(tmp_path / "a" / "manifest.jsonl"), "clips": 3}
+    assert main(["data", str(tmp_path / "b"), "--num-clips", "1", *sizes]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "a" / "manifest.jsonl").read_text().splitlines()]
+    assert len({row["seed"] for row in rows}) == 3
+    assert all(row["prompt"] for row in rows)
+    assert probe(tmp_path / "a" / rows[2]["video"]).frames == 8
+    first = [hashlib.sha256((tmp_path / name / "000000.mp4").read_bytes()).hexdigest() for name in "ab"]
+    assert first[0] == first[1]
+
+
+def test_data_manifest_is_what_evaluation_reads(tmp_path: Path) -> None:
+    from sparse_forcing.eval.manifest import load_entries
+
+    assert main(["data", str(tmp_path), "--num-clips", "2", "--num-frames", "8", "--size", "32"]) == 0
+    assert [entry.video.name for entry in load_entries(tmp_path / "manifest.jsonl")] == ["000000.mp4", "000001.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
+        (["data", "OUT", "--seed", "-1"], "--seed"),
+        (["data", "/proc/x"], "cannot write into"),
+        (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
+        (["train", "pretrain", "--output", "OUT", "--set", "sede=1"], "sede: unknown setting; did you mean seed?"),
+        (["train", "pretrain", "--output", "OUT", "--set", "seed=x"], "seed: expected a whole number"),
+        (["convert", "/none.pt", "OUT"], "/none.pt: no such"),
+        (["convert", __file__, "/etc"], "/etc exists already"),
+        (["evaluate", "OUT", "--aggregate", "x.json"], "error"),
+        (["evaluate", "OUT", "--suite", "vbnch"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path / "out") if word == "OUT" else word for word in arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith(f"sparse-forcing {arguments[0]}: error: ")
+    assert message in captured.err
+
+
+def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_forcing.training import pretrain
+
+    seen = []
+    monkeypatch.setattr(pretrain, "pretrain", lambda config, output: seen.append((config.seed, output)))
+    (tmp_path / "c.yaml").write_text("seed: 3\nema_decay: 9e-1\n")
+    arguments = [
+        "train",
+        "pretrain",
+        "--config",
+        str(tmp_path / "c.yaml"),
+        "--set",
+        "seed=4",
+        "--output",
+        str(tmp_path),
+    ]
+    assert main(arguments) == 0
+    assert seen == [(4, tmp_path)]
+
+
+def test_convert_refuses_a_folder_in_use_and_writes_hashes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = types.ModuleType("sparse_forcing.weights.convert")
+    fake.convert_checkpoint = lambda source, target: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sparse_forcing.weights.convert", fake)
+    (tmp_path / "w.pt").write_bytes(b"x")
+    assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["sha256"]) == ["config.json"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "manifest.json"]
+    assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_doctor_reports_every_check_and_survives_a_broken_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def _video():
+        raise RuntimeError("no codec\nsecond line")
+
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._versions, doctor._devices, doctor._backends, _video))
+    assert main(["doctor", "--json"]) == 1
+    findings = {row["subject"]: row for row in json.loads(capsys.readouterr().out)}
+    assert findings["torch"]["state"] == "ok"
+    assert findings["cpu"]["state"] == "ok"
+    assert findings["block_sparse_attention reference"]["state"] == "ok"
+    assert findings["video"] == {"subject": "video", "state": "broken", "detail": "RuntimeError: no codec"}
+
+
+def test_doctor_notices_a_missing_requirement(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "einops", None)
+    monkeypatch.setattr(doctor, "REQUIRED", ("einops",))
+    monkeypatch.setattr(doctor, "OPTIONAL", ("surely_not_installed",))
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._versions,))
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if "einops" in line or "surely" in line] == ["broken", "no"]
+
+
+def test_doctor_checks_the_embedded_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparse_forcing.weights.manifest import write_manifest
+
+    monkeypatch.setattr(doctor, "EMBEDDED_MODEL", tmp_path)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._embedded_model, doctor._video))
+    (tmp_path / "w.safetensors").write_bytes(b"weights")
+    write_manifest(tmp_path)
+    assert main(["doctor"]) == 0
+    (tmp_path / "w.safetensors").write_bytes(b"weightz")
+    assert main(["doctor"]) == 1
+    assert "SHA-256 differs" in capsys.readouterr().out
+
+
+def test_error_is_one_line_whatever_the_message_holds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(arguments: object) -> int:
+        raise SparseForcingError("two\n  lines")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == "sparse-forcing doctor: error: two lines\n"
+
+
+def test_closed_pipe_is_quiet() -> None:
+    root = Path(__file__).resolve().parents[2]
+    command = f"(sleep 0.1; exec {sys.executable} -m sparse_forcing --help) | true"
+    done = subprocess.run(["sh", "-c", command], cwd=root, capture_output=True, text=True)
+    assert done.stderr == ""

@@ -11,7 +11,6 @@ constants of the official repository at commit 45e79ec. Raw scores are fractions
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +104,9 @@ def read_scores(path: Path) -> tuple[dict[str, float], set[str]]:
     Takes `{name: fraction}`, the official tool's `{name: [fraction, details]}`, and this tool's own `results.json`.
     Names may be spelled with spaces. Raises ConfigError for anything else, percentages included.
     """
-    content = _load_json(path)
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected an object of dimension names and fractions")
     if "metrics" in content and "schema" in content:
         content = {name: entry for name, entry in content["metrics"].items() if name in DIMENSIONS}
     scores: dict[str, float] = {}
@@ -123,25 +125,6 @@ def read_scores(path: Path) -> tuple[dict[str, float], set[str]]:
             value = value[0]
         scores[name] = _fraction(path, name, value)
     return scores, stand_ins
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_refuse_repeats)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected an object of dimension names and fractions")
-    return content
-
-
-def _refuse_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key is given twice")
-    return found
 
 
 def _fraction(path: Path, name: str, value: object) -> float:

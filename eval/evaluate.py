@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 from sparse_forcing.eval.aggregate import Totals, aggregate, read_scores
@@ -42,7 +43,7 @@ def _measure(config: EvaluateConfig) -> int:
 
     assert config.target is not None
     entries = load_entries(config.target)
-    others = [result_files.load_results(path) for path in config.compare]
+    others = [_saved_or_entries(path) for path in config.compare]
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with output_lock(folder):
@@ -50,15 +51,32 @@ def _measure(config: EvaluateConfig) -> int:
         for name, reason in runner.skipped.items():
             if config.suite.startswith("vbench") or config.metrics:
                 print(f"{name}: not measured, {reason}", file=sys.stderr)
-        records = _with_progress(runner, entries)
-        results = result_files.build_results(runner, records)
+        results = result_files.build_results(runner, _with_progress(runner, entries))
         atomic_write_text(folder / "results.json", result_files.to_json(results))
         atomic_write_text(folder / "videos.csv", result_files.to_csv(results))
+        compared = [_measured(runner, path, other) for path, other in zip(config.compare, others)]
         if config.report:
-            write_report(folder / "report.html", [results, *others], embed_videos=config.embed_videos)
+            write_report(folder / "report.html", [results, *compared], embed_videos=config.embed_videos)
     print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
     failed = len(results["failures"])
     return 1 if failed == len(entries) or (failed and config.strict_exit) else 0
+
+
+def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:
+    """What `--compare` names: results of an earlier run, or videos that are still to be measured."""
+    from sparse_forcing.eval.manifest import load_entries
+    from sparse_forcing.eval.results import load_results
+
+    saved = path.suffix == ".json" or (path / "results.json").is_file()
+    return load_results(path) if saved else load_entries(path)
+
+
+def _measured(runner: Any, path: Path, other: dict[str, Any] | list[Any]) -> dict[str, Any]:
+    from sparse_forcing.eval.results import build_results
+
+    if isinstance(other, dict):
+        return other
+    return build_results(runner, _with_progress(runner, other)) | {"target": str(path)}
 
 
 def _with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:

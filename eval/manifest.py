@@ -99,7 +99,7 @@ def _parse_line(line: str, where: str, base: Path) -> Entry:
     if len(line) > _MAX_LINE:
         raise ConfigError(f"{where}: longer than {_MAX_LINE} characters")
     record = parse_json(line, source=where)
-    if not isinstance(record, dict) or not isinstance(record.get("video"), str):
+    if not isinstance(record, dict) or not isinstance(record.get("video"), str) or not record["video"]:
         raise ConfigError(f'{where}: expected an object with a "video" path')
     unknown = sorted(set(record) - set(_FIELDS))
     if unknown:

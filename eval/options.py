@@ -20,7 +20,7 @@ class EvaluateConfig:
     suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
     metrics: only these metrics of the suite.
     output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
-    compare: results.json files (or folders holding one) of earlier runs to compare with.
+    compare: what to compare with: results.json files, folders holding one, or more videos to measure.
     aggregate: a JSON of dimension scores; prints VBench's quality, semantic and total, measures nothing.
     json: print one JSON object instead of a table.
     weights: folder with the user's weight files, searched in subfolders too; default: VBENCH_CACHE_DIR, if set.

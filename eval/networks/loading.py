@@ -1,4 +1,4 @@
-"""Weight files of the user: found by their official names, hashed, read without executing what is in them."""
+"""Weight files of the user, read without executing what is in them, and fitted to the networks here."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from sparse_forcing.errors import WeightsError
+from sparse_forcing.weights.safe_load import check_state_dict, load_weights
 
 StateDict = dict[str, torch.Tensor]
 
@@ -21,15 +21,7 @@ def read_state_dict(path: Path) -> StateDict:
     Pickled objects other than tensors are refused. A nested `model` or `state_dict` is unwrapped, a `module.` prefix
     removed. Raises WeightsError.
     """
-    try:
-        if path.suffix == ".safetensors":
-            content: object = load_file(path)
-        elif _is_torchscript(path):
-            content = torch.jit.load(path, map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many unrelated types for a damaged or hostile file
-        raise WeightsError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]:.120})") from error
+    content = _read_torchscript(path) if _is_torchscript(path) else load_weights(path)
     for wrapper in ("model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
@@ -45,19 +37,20 @@ def _is_torchscript(path: Path) -> bool:
         return any("/code/" in name for name in archive.namelist())
 
 
+def _read_torchscript(path: Path) -> StateDict:
+    # TorchScript's own restricted interpreter, not Python's: the archive can compute tensors but not reach the machine.
+    try:
+        return torch.jit.load(path, map_location="cpu").state_dict()
+    except (RuntimeError, ValueError) as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{path}: not a readable TorchScript archive ({first_line:.200})") from error
+
+
 def load_into(module: nn.Module, state: Mapping[str, torch.Tensor], path: Path, ignore: tuple[str, ...] = ()) -> None:
     """Load every parameter as float32, in evaluation mode; names and shapes must fit exactly, `ignore` aside."""
     wanted = module.state_dict()
     given = {name: value for name, value in state.items() if name not in ignore}
-    problems = [f"missing {name}" for name in wanted if name not in given]
-    problems += [f"unexpected {name}" for name in given if name not in wanted]
-    problems += [
-        f"{name} has shape {list(given[name].shape)}, expected {list(value.shape)}"
-        for name, value in wanted.items()
-        if name in given and given[name].shape != value.shape
-    ]
-    if problems:
-        raise WeightsError(f"{path}: does not fit {type(module).__name__}: {'; '.join(problems[:4])} ({len(problems)})")
+    check_state_dict(wanted, given, source=str(path))
     module.load_state_dict({name: value.to(wanted[name].dtype) for name, value in given.items()})
     module.requires_grad_(False).eval()
 

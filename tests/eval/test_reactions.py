@@ -1,0 +1,111 @@
+"""Every metric of the offline suite moves the way it should, and further the stronger the damage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+import pytest
+
+from sparse_forcing.eval.registry import suite_metrics
+from sparse_forcing.eval.resources import Resources
+from tests.eval.conftest import clip_of, moving_disc, score
+
+FRAMES = moving_disc()
+OTHER = moving_disc(seed=5, color=(30, 90, 200))
+BLUE = moving_disc(color=(30, 90, 220))
+Damage = Callable[[float], np.ndarray]
+
+
+def freeze(strength: float) -> np.ndarray:
+    """The last `strength` of the clip stands still."""
+    last = round(len(FRAMES) * (1 - strength))
+    return FRAMES[np.minimum(np.arange(len(FRAMES)), max(0, last - 1))]
+
+
+def shuffle(strength: float) -> np.ndarray:
+    """Frames displaced by up to `strength` of the clip."""
+    random = np.random.default_rng(0)
+    return FRAMES[np.argsort(np.arange(len(FRAMES)) + random.uniform(0, strength * len(FRAMES), len(FRAMES)))]
+
+
+def noise(strength: float) -> np.ndarray:
+    """Gaussian noise that is new in every frame."""
+    grain = np.random.default_rng(0).normal(0, 60 * strength, FRAMES.shape)
+    return np.clip(FRAMES + grain, 0, 255).astype(np.uint8)
+
+
+def blur(strength: float) -> np.ndarray:
+    """Gaussian blur."""
+    return np.stack([cv2.GaussianBlur(frame, (0, 0), 0.01 + 4 * strength) for frame in FRAMES])
+
+
+def color_drift(strength: float) -> np.ndarray:
+    """Colours that move away steadily."""
+    ramp = np.linspace(0, 80 * strength, len(FRAMES))[:, None, None, None] * np.array([1.0, 0.1, -0.7])
+    return np.clip(FRAMES + ramp, 0, 255).astype(np.uint8)
+
+
+def identity_switch(strength: float) -> np.ndarray:
+    """The disc turns into another one half way."""
+    later = (np.arange(len(FRAMES)) >= len(FRAMES) // 2)[:, None, None, None]
+    return np.where(later, (1 - strength) * FRAMES + strength * BLUE, FRAMES).astype(np.uint8)
+
+
+def cut(strength: float) -> np.ndarray:
+    """Another scene half way."""
+    later = (np.arange(len(FRAMES)) >= len(FRAMES) // 2)[:, None, None, None]
+    return np.where(later, (1 - strength) * FRAMES + strength * OTHER, FRAMES).astype(np.uint8)
+
+
+def speed_up(strength: float) -> np.ndarray:
+    """Up to five times the speed."""
+    return moving_disc(speed=1 + 4 * strength)
+
+
+CASES = [
+    (freeze, "moving_share", "falls"),
+    (freeze, "motion_magnitude", "falls"),
+    (shuffle, "warp_smoothness", "falls"),
+    (shuffle, "pixel_stability", "falls"),
+    (shuffle, "motion_magnitude", "rises"),
+    (noise, "pixel_stability", "falls"),
+    (noise, "warp_smoothness", "falls"),
+    (noise, "picture_quality", "falls"),
+    (noise, "detail", "rises"),
+    (blur, "detail", "falls"),
+    (blur, "contrast", "falls"),
+    (color_drift, "color_stability", "falls"),
+    (color_drift, "appearance_consistency", "falls"),
+    (identity_switch, "appearance_consistency", "falls"),
+    (identity_switch, "shot_continuity", "falls"),
+    (identity_switch, "color_stability", "falls"),
+    (cut, "shot_continuity", "falls"),
+    (cut, "appearance_consistency", "falls"),
+    (cut, "pixel_stability", "falls"),
+    (speed_up, "motion_magnitude", "rises"),
+    (speed_up, "pixel_stability", "falls"),
+]
+
+
+@pytest.mark.parametrize(("damage", "name", "direction"), CASES, ids=[f"{c[0].__name__}-{c[1]}" for c in CASES])
+def test_a_metric_is_monotone_in_the_strength(damage: Damage, name: str, direction: str) -> None:
+    values = np.array([score(name, damage(strength)) for strength in (0.0, 0.25, 0.5, 1.0)])
+    steps = np.diff(values) if direction == "rises" else -np.diff(values)
+    assert (steps > 0).all(), values
+
+
+def test_a_plain_picture_has_no_picture_quality() -> None:
+    plain = np.full((4, 64, 64, 3), 90, np.uint8)
+    metric = {entry.name: entry for entry in suite_metrics("offline")}["picture_quality"]
+    assert metric.compute(clip_of(plain).whole(), Resources()).value is None
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 7, 5), (5, 16, 200), (3, 130, 33)])
+def test_odd_sizes_are_measured(shape: tuple[int, int, int]) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    for metric in suite_metrics("offline"):
+        if not metric.needs_text and len(frames) >= metric.min_frames:
+            value = metric.compute(clip_of(frames).whole(), Resources()).value
+            assert value is None or np.isfinite(value), metric.name

@@ -1,0 +1,166 @@
+"""How the CPU backend cuts its work into cache-sized pieces and gathers the blocks of a piece.
+
+Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
+M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys. Per-row tensors are stored
+[B * H * Nq, Tq, ...], lists [B * H * Nq, M].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+WIDE_ROWS = 256  # query rows that share one gather of the persistent blocks
+
+
+class Piece(NamedTuple):
+    """Query blocks and list entries that are processed together.
+
+    Narrow (`heads` is None): `items` ranges over all query blocks of all heads, one item each.
+    Wide: an item is one of the `heads` heads in `items`, made of the rows of the query blocks `blocks` of that head,
+    whose lists agree on `entries`.
+    """
+
+    heads: int | None
+    items: slice
+    blocks: slice
+    entries: slice
+    first: bool  # no other piece has touched these rows yet
+
+    def rows(self, x: Tensor) -> Tensor:
+        """View [n, R, ...] of x [B * H * Nq, Tq, ...]."""
+        if self.heads is None:
+            return x if self.items.stop - self.items.start == len(x) else x[self.items]
+        return x.unflatten(0, (self.heads, -1))[self.items, self.blocks].flatten(1, 2)
+
+    def lists(self, x: Tensor) -> Tensor:
+        """[n, m] of x [B * H * Nq, M]."""
+        if self.heads is None:
+            return x[self.items, self.entries]
+        return x.unflatten(0, (self.heads, -1))[self.items, self.blocks.start, self.entries]
+
+    def put_lists(self, x: Tensor, values: Tensor) -> None:
+        """Write values [n, m, R] into x [B * H * Nq, M, Tq]."""
+        if self.heads is None:
+            x[self.items, self.entries] = values
+        else:
+            target = x.unflatten(0, (self.heads, -1))[self.items, self.blocks, self.entries]
+            target.copy_(values.unflatten(-1, (target.shape[1], x.shape[-1])).transpose(1, 2))
+
+
+def cut_pieces(
+    lists: tuple[int, int, int], rows: int, num_persistent: int, block_bytes: int, row_bytes: int, budget: int
+) -> Iterator[Piece]:
+    """Wide pieces over the persistent entries, then narrow pieces over the others, each of at most `budget` bytes.
+
+    Args:
+        lists: (B * H, Nq, M).
+        rows: Tq.
+        block_bytes, row_bytes: what one listed block needs in a piece, and what it needs more for each query row.
+    """
+    BH, Nq, M = lists
+    if not BH * Nq * M:
+        return
+
+    def fit(items: int, entries: int, item_rows: int) -> tuple[int, int]:
+        """Items of a piece and entries per item, as even as possible."""
+        blocks = max(1, budget // (block_bytes + row_bytes * item_rows))
+        entries = -(-entries // -(-entries // blocks))
+        pieces = -(-items // max(1, blocks // entries))
+        return -(-items // pieces), entries
+
+    if BH * Nq * M * (block_bytes + row_bytes * rows) <= budget:
+        num_persistent = 0  # everything fits in one piece
+    if num_persistent:
+        group = -(-Nq // -(-Nq * rows // max(WIDE_ROWS, rows)))
+        n, m = fit(BH, num_persistent, group * rows)
+        for h in range(0, BH, n):
+            for i in range(0, Nq, group):
+                for e in range(0, num_persistent, m):
+                    entries = slice(e, min(e + m, num_persistent))
+                    yield Piece(BH, slice(h, h + n), slice(i, i + group), entries, first=e == 0)
+    if num_persistent < M:
+        n, m = fit(BH * Nq, M - num_persistent, rows)
+        for i in range(0, BH * Nq, n):
+            for e in range(num_persistent, M, m):
+                entries = slice(e, min(e + m, M))
+                yield Piece(None, slice(i, min(i + n, BH * Nq)), slice(None), entries, first=e == 0)
+
+
+class BlockTable:
+    """A pool [B, H, S, T, D] read as a table of blocks, with the table row of every listed block."""
+
+    def __init__(self, pool: Tensor, slots: Tensor):
+        """slots [B * H * Nq, M] int32, without -1."""
+        B, H, S, T, D = pool.shape
+        stride_b, stride_h, stride_s, stride_t, stride_d = pool.stride()
+        whole_blocks = stride_d == 1 and stride_t == D and stride_s >= T * D
+        if whole_blocks and stride_b % stride_s == 0 and stride_h % stride_s == 0:  # also broadcast heads, slot ranges
+            step_b, step_h = stride_b // stride_s, stride_h // stride_s
+            length = (B - 1) * step_b + (H - 1) * step_h + S
+            self.table = pool.as_strided((length, T * D), (stride_s, 1))
+        else:
+            step_b, step_h = H * S, S
+            self.table = pool.reshape(-1, T * D)
+        self.rows = add_offset(slots, (B, H), (step_b, step_h))
+        self.head_dim = D
+
+    def gather(self, piece: Piece, buffer: Buffer) -> Tensor:
+        """[n, L, D] blocks of a piece in `buffer`, whose type they take."""
+        rows = piece.lists(self.rows)
+        memory = buffer.view(rows.numel(), self.table.shape[1])
+        if buffer.dtype == self.table.dtype:
+            torch.index_select(self.table, 0, rows.flatten(), out=memory)
+        else:
+            memory.copy_(torch.index_select(self.table, 0, rows.flatten()))
+        return memory.view(len(rows), -1, self.head_dim)
+
+
+def add_offset(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:
+    """slots [B * H * Nq, M] of each head -> rows of a table in which batch b, head h starts at b step_b + h step_h."""
+    if heads == (1, 1):
+        return slots
+    start = torch.arange(heads[0], dtype=torch.int32).view(-1, 1) * steps[0]
+    start = start + torch.arange(heads[1], dtype=torch.int32) * steps[1]
+    return (slots.unflatten(0, (start.numel(), -1)) + start.view(-1, 1, 1)).flatten(0, 1)
+
+
+class Buffer:
+    """Memory that every piece uses again: it stays in the cache and costs no page faults."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+        self._memory = torch.empty(0, dtype=dtype)
+
+    def view(self, *shape: int) -> Tensor:
+        """Contiguous tensor of this shape with undefined contents."""
+        size = math.prod(shape)
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size, dtype=self.dtype)
+        return self._memory[:size].view(shape)
+
+
+def listed_sizes(block_index: Tensor, key_sizes: Tensor | None, tokens: int) -> Tensor | None:
+    """Real tokens of every listed block [B * H * Nq, M], 0 for -1; None when every one of them is full."""
+    if not block_index.numel():
+        return None
+    if key_sizes is None:
+        sizes = torch.where(block_index < 0, 0, tokens) if int(block_index.amin()) < 0 else None
+        return None if sizes is None else sizes.flatten(0, 2)
+    sizes = key_sizes.unsqueeze(2).expand(*block_index.shape[:3], -1)
+    sizes = sizes.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
+    return sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
+
+
+def padded_keys(sizes: Tensor | None, piece: Piece, tokens: int) -> Tensor | None:
+    """[n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
+    if sizes is None:
+        return None
+    listed = piece.lists(sizes)
+    if int(listed.amin()) == tokens:
+        return None
+    return (torch.arange(tokens) >= listed.unsqueeze(-1)).view(len(listed), -1, 1)

@@ -41,8 +41,8 @@ def forward_pointer(
 ):  # fmt: skip
     """One program: query block `program_id(0)` of head `program_id(1)`, [BLOCK_Q, BLOCK_D] rows against its list.
 
-    Padding is masked at the load, so it may hold anything, NaN included. row_mass [B*H, Nq, M, BLOCK_Q] (MASS only)
-    receives m + log2(sum_c p) of every visited block; `block_mass` turns it into attention mass once lse is known.
+    Padding is masked at the load, so it may hold anything, NaN included. row_mass [B*H, Nq, M, 2, BLOCK_Q] (MASS
+    only) receives m and sum_c p of every visited block; `block_mass` turns them into attention mass once lse is known.
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -71,8 +71,9 @@ def forward_pointer(
             q, k, v, m, total, acc, scale_log2, columns, size, RAGGED_K or T != BLOCK_K, PRECISION
         )
         if MASS:
-            visited = (head * query_blocks + block) * list_length + i
-            tl.store(row_mass + visited * BLOCK_Q + rows, m + tl.math.log2(block_total))
+            visited = row_mass + ((head * query_blocks + block) * list_length + i) * (2 * BLOCK_Q)
+            tl.store(visited + rows, m)
+            tl.store(visited + BLOCK_Q + rows, block_total)
 
     o, row_lse = finish_softmax(m, total, acc, rows < query_size)
     first = (head * query_blocks + block) * Tq
@@ -122,8 +123,9 @@ def forward_tma(
             q, k, v, m, total, acc, scale_log2, columns, T, T != BLOCK_K, PRECISION
         )
         if MASS:
-            visited = (head * query_blocks + block) * list_length + i
-            tl.store(row_mass + visited * BLOCK_Q + rows, m + tl.math.log2(block_total))
+            visited = row_mass + ((head * query_blocks + block) * list_length + i) * (2 * BLOCK_Q)
+            tl.store(visited + rows, m)
+            tl.store(visited + BLOCK_Q + rows, block_total)
 
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
     o, row_lse = finish_softmax(m, total, acc, rows < query_size)

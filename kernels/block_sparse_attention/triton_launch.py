@@ -54,14 +54,18 @@ class Architecture:
 
 _AMPERE = Architecture(
     smem=163 * 1024,
-    warps={"forward_pointer": (4, 8, 8), "backward_dq_pointer": (4, 8, 8), "backward_dkdv_pointer": (4, 8, 8)},
+    warps={"backward_dkdv_pointer": (4, 8, 8)},  # 4 warps spill; forward and dq lose by 8, see README
 )
+_KEYS_UNPIPELINED = {"backward_dkdv_pointer": (2, 1, 1)}  # a second buffer costs the registers that 64 x 128 sums need
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": _AMPERE,
-    "sm_90": Architecture(smem=227 * 1024, tma=True, pair=True),
-    "sm_100": Architecture(smem=227 * 1024, tma=True),
-    "sm_120": Architecture(smem=99 * 1024),
-    "gfx942": Architecture(smem=64 * 1024),
+    "sm_90": Architecture(smem=227 * 1024, tma=True, pair=True, stages=_KEYS_UNPIPELINED),
+    "sm_100": Architecture(smem=227 * 1024, tma=True, stages=_KEYS_UNPIPELINED),
+    "sm_120": Architecture(smem=99 * 1024, warps={"backward_dkdv_pointer": (4, 8, 8)}),
+    "gfx942": Architecture(
+        smem=64 * 1024,
+        stages={name: (1, 1, 1) for name in ("forward_pointer", "backward_dq_pointer", "backward_dkdv_pointer")},
+    ),
 }
 RELATIVES = {
     "sm_86": "sm_80",
@@ -233,7 +237,7 @@ def plan_forward(
 
     _, _, rows, _ = problem.sizes
     counts = list_counts(index)
-    row_mass = torch.empty((B, H, Nq, M, rows), dtype=torch.float32, device=query.device) if return_mass else None
+    row_mass = torch.empty((B, H, Nq, M, 2, rows), dtype=torch.float32, device=query.device) if return_mass else None
     name = f"forward_{variant}"
     args = problem.common() | {
         "out": out, "lse": lse, "row_mass": row_mass, "block_index": index, "counts": counts, "list_length": M,

@@ -82,10 +82,10 @@ def block_mass(
     row_mass, lse, counts, query_sizes, mass, query_blocks, list_length,
     Tq: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
-    """mass[i, j] = sum over real rows r of 2^(row_mass[i, j, r] - lse_2[i, r]): the probability block j received.
+    """mass[i, j] = sum over real rows r of total[i, j, r] 2^(m[i, j, r] - lse_2[i, r]): the probability of block j.
 
-    row_mass holds log2 of each visited block's row sums (see `forward_pointer`), so nothing overflows: the exponent is
-    at most 0. One program per query block; entries past the list give 0.
+    row_mass holds the running maximum m and the row sums `total` of each visited block (see `forward_pointer`). m is at
+    most lse_2, so nothing overflows. One program per query block; entries past the list give 0.
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -97,8 +97,9 @@ def block_mass(
     count = tl.load(counts + which)
     for offset in tl.range(0, list_length, BLOCK_M):
         at = offset + entries
-        place = (which * list_length + at)[:, None] * BLOCK_Q + rows[None, :]
-        share = tl.load(row_mass + place, mask=(at < count)[:, None], other=float("-inf"))
-        tl.store(
-            mass + which * list_length + at, tl.sum(tl.math.exp2(share - row_lse[None, :]), 1), mask=at < list_length
-        )
+        place = (which * list_length + at)[:, None] * (2 * BLOCK_Q) + rows[None, :]
+        listed = (at < count)[:, None]
+        m = tl.load(row_mass + place, mask=listed, other=float("-inf"))
+        total = tl.load(row_mass + place + BLOCK_Q, mask=listed, other=0.0)
+        share = tl.sum(total * tl.math.exp2(m - row_lse[None, :]), 1)
+        tl.store(mass + which * list_length + at, share, mask=at < list_length)

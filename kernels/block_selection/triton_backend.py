@@ -1,0 +1,182 @@
+"""The Triton backend of block selection; same functions and shapes as reference.py, no host synchronisation.
+
+Bytes: `pool_blocks` reads x once and writes 1 / T of it; `choose_blocks` reads the block vectors (again 1 / T) and
+writes the selected positions. README.md counts them for the 4680 x 32760 case.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparse_forcing.kernels.block_selection import reference
+from sparse_forcing.kernels.block_selection import triton_select as kernels
+from sparse_forcing.kernels.block_sparse_attention import triton_backend as attention
+from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch
+
+MAX_WINDOW = 4096  # scores of a row that fit in registers; a longer window is scored and selected in torch
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_unavailable(tensor: Tensor) -> str | None:
+    """Reason why the kernels cannot run on this tensor, or None."""
+    if tensor.dtype not in _DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    return attention.why_unavailable(tensor[..., :1, :1])
+
+
+def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> Tensor:
+    """[B, H, N, T, D] -> [B, H, N, D] in x's dtype; differentiable in x, weights and projection."""
+    pooled = pool_op(x, sizes, weights)
+    if projection is not None:
+        pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
+    return pooled.to(x.dtype)
+
+
+def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    """[B, H, Nq, Nk] -> [B, H, Nq, min(top_k, Nk)] int32 window positions, ascending."""
+    if not 0 < scores.shape[-1] <= MAX_WINDOW or scores.numel() == 0:
+        return reference.select_blocks(scores, top_k, own)
+    launch, selected = plan_select(scores.detach().float().contiguous(), top_k, own)
+    _run(launch, scores.device)
+    return selected
+
+
+def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
+    """Scores and top-K fused: [B, H, Nq, D] x [B, H, Nk, D] -> [B, H, Nq, min(top_k, Nk)] int32, ascending."""
+    fits = 0 < key_blocks.shape[-2] <= MAX_WINDOW and key_blocks.shape[:2] == query_blocks.shape[:2]
+    if not fits or query_blocks.numel() == 0:
+        scores = reference.block_scores(query_blocks, key_blocks, scale)
+        return reference.select_blocks(scores, top_k, own)
+    launch, selected = plan_choose(query_blocks.detach(), key_blocks.detach(), top_k, own, scale)
+    _run(launch, query_blocks.device)
+    return selected
+
+
+def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Top-C: [B, H, Nc] slots -> (kept [B, H, min(C, Nc)], freed [B, H, rest]), both in candidate order."""
+    candidates = candidate_slots.shape[-1]
+    kept = min(capacity, candidates)
+    if kept in (0, candidates) or candidates > MAX_WINDOW:
+        return reference.update_persistent(candidate_slots, importance, capacity)
+    launch, winners, losers = plan_update(candidate_slots, importance, kept)
+    _run(launch, importance.device)
+    return winners, losers
+
+
+def _run(launch: Launch, device: torch.device) -> None:
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        launch.run()
+
+
+def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], num_warps: int) -> Launch:
+    return Launch(kernel=kernel, grid=grid, args=args, options={"num_warps": num_warps, "enable_fp_fusion": True})
+
+
+def plan_pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> tuple[Launch, Tensor]:
+    """The pooling launch and its result, [B, H, N, D] float32."""
+    B, H, N, T, D = x.shape
+    pooled = torch.empty((B, H, N, D), dtype=torch.float32, device=x.device)
+    args = {
+        "x": x, "pooled": pooled, "heads": H, "blocks": N, "T": T, "D": D,
+        "sizes": None if sizes is None else sizes.expand(B, H, N).contiguous(), "RAGGED": sizes is not None,
+        "weights": None if weights is None else weights.contiguous(), "WEIGHTED": weights is not None,
+        "BLOCK_T": triton.next_power_of_2(T), "BLOCK_D": triton.next_power_of_2(D),
+        **{f"sx{axis}": stride for axis, stride in zip("bhntd", x.stride())},
+    }  # fmt: skip
+    return _launch(kernels.pool_kernel, (N, B * H), args, 4), pooled
+
+
+def _rows_and_warps(window: int) -> tuple[int, int, int]:
+    """(rows per program, padded window, warps): the keys stay within about 64 registers per thread."""
+    padded = max(16, triton.next_power_of_2(window))
+    return 16, padded, 4 if padded <= 256 else 8 if padded <= 1024 else 16
+
+
+def plan_choose(q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float) -> tuple[Launch, Tensor]:
+    """The fused scores + top-K launch and its result."""
+    B, H, Nq, D = q.shape
+    window = k.shape[-2]
+    rows, padded, warps = _rows_and_warps(window)
+    kept = min(top_k, window)
+    selected = torch.empty((B, H, Nq, kept), dtype=torch.int32, device=q.device)
+    args = {
+        "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own, "selected":
+        selected, "scale": scale, "query_blocks": Nq, "window": window, "kept": kept, "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)), "ROWS": rows, "BLOCK_N": padded, "OWN": own is not None,
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+    }  # fmt: skip
+    return _launch(kernels.choose_kernel, (triton.cdiv(Nq, rows), B * H), args, warps), selected
+
+
+def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch, Tensor]:
+    """The top-K launch on stored scores and its result."""
+    B, H, Nq, window = scores.shape
+    _, padded, warps = _rows_and_warps(window)
+    kept = min(top_k, window)
+    selected = torch.empty((B, H, Nq, kept), dtype=torch.int32, device=scores.device)
+    args = {
+        "scores_ptr": scores, "own": own, "selected": selected, "query_blocks": Nq, "window": window, "kept": kept,
+        "ROWS": 4, "BLOCK_N": padded, "OWN": own is not None,
+    }  # fmt: skip
+    return _launch(kernels.select_kernel, (triton.cdiv(Nq, 4), B * H), args, warps), selected
+
+
+def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, Tensor, Tensor]:
+    """The Top-C launch and its two results."""
+    B, H, candidates = slots.shape
+    winners = torch.empty((B, H, kept), dtype=slots.dtype, device=slots.device)
+    losers = torch.empty((B, H, candidates - kept), dtype=slots.dtype, device=slots.device)
+    args = {
+        "slots": slots.contiguous(), "importance": importance.detach().float().contiguous(), "kept_slots": winners,
+        "freed_slots": losers, "candidates": candidates, "capacity": kept, "BLOCK_N":
+        triton.next_power_of_2(candidates), }  # fmt: skip
+    return _launch(kernels.update_kernel, (B * H, 1), args, 4), winners, losers
+
+
+@torch.library.custom_op("sparse_forcing::pool_blocks", mutates_args=())
+def pool_op(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> Tensor:
+    """[B, H, N, T, D] -> weighted mean [B, H, N, D] float32 (no projection)."""
+    launch, pooled = plan_pool(x, sizes, weights)
+    if pooled.numel() > 0:
+        _run(launch, x.device)
+    return pooled
+
+
+@pool_op.register_fake
+def _pool_fake(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:3], x.shape[4]), dtype=torch.float32)
+
+
+def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+    """With u_t = w_t / sum |w|:  dx_t = u_t dc,  du_t = <dc, x_t>,  dw_t = (du_t - sign(w_t) sum_s du_s u_s) / sum
+    |w|."""
+    x, sizes, weights = ctx.saved_tensors
+    T = x.shape[3]
+    w = torch.ones((1, 1, 1, T), device=x.device) if weights is None else weights.float()[:, None, :]
+    valid = valid_tokens(sizes, T)
+    if valid is not None:
+        w = w * valid
+    total = w.abs().sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1)
+    u = w / total
+    grad_x = (u.unsqueeze(-1) * grad.unsqueeze(-2)).to(x.dtype) if ctx.needs_input_grad[0] else None
+    grad_w = None
+    if ctx.needs_input_grad[2]:
+        values = x.float() if valid is None else x.float().masked_fill(~valid.unsqueeze(-1), 0)
+        du = torch.einsum("bhnd,bhntd->bhnt", grad, values)
+        dw = (du - w.sign() * (du * u).sum(-1, keepdim=True)) / total
+        grad_w = (dw if valid is None else dw * valid).sum(dim=(0, 2)).to(weights.dtype)
+    return grad_x, None, grad_w
+
+
+pool_op.register_autograd(_pool_differentiate, setup_context=_pool_save)

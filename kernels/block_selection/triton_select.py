@@ -1,0 +1,134 @@
+"""Kernels of block selection: pooling in one pass, scores and row-wise top-K without storing a score matrix, Top-C.
+
+The choice is exact and deterministic: the K-th largest score of a row is found bit by bit (32 counting steps),
+everything above it is kept, and among equals the lowest positions. Indices come out ascending from a running count,
+so nothing is sorted and no atomics are used.
+
+Shape legend: N blocks, T tokens per block, D head dim, Nq query blocks, Nk window blocks, R rows of a program.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def pool_kernel(
+    x, sizes, weights, pooled, sxb, sxh, sxn, sxt, sxd, heads, blocks,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """pooled [B*H, N, D] float32: sum_t w_t x_t / sum_t |w_t| over the real tokens of block program_id(0).
+
+    x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
+    """
+    block = tl.program_id(0)
+    head = tl.program_id(1).to(tl.int64)
+    batch, of_batch = head // heads, head % heads
+    tokens, dims = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
+    size = tl.load(sizes + head * blocks + block) if RAGGED else T
+    real = tokens < tl.minimum(size, T)
+    w = real.to(tl.float32)
+    if WEIGHTED:
+        w = tl.load(weights + of_batch * T + tokens, mask=real, other=0.0).to(tl.float32)
+    base = x + batch * sxb + of_batch * sxh + block.to(tl.int64) * sxn
+    place = tokens.to(tl.int64)[:, None] * sxt + dims.to(tl.int64)[None, :] * sxd
+    values = tl.load(base + place, mask=real[:, None] & (dims < D)[None, :], other=0.0).to(tl.float32)
+    total = tl.sum(tl.abs(w), 0)
+    mean = tl.sum(values * w[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(pooled + (head * blocks + block) * D + dims, mean, mask=dims < D)
+
+
+@triton.jit
+def _ordered(scores):
+    """float32 -> uint32 with the same order; -0 equals 0. The smallest real number maps above 0."""
+    bits = (scores + 0.0).to(tl.int32, bitcast=True)
+    signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return signed.to(tl.uint32, bitcast=True) ^ 0x80000000
+
+
+@triton.jit
+def _keep_largest(keys, kept):
+    """[R, N] bool: the `kept` largest keys of each row, lower positions first among equals. Keys of 0 never count."""
+    probe = tl.max(tl.zeros_like(keys), 1) + 0x80000000
+    threshold = tl.zeros_like(probe)
+    for _ in range(32):  # the largest value that at least `kept` keys reach, from the highest bit down
+        candidate = threshold | probe
+        enough = tl.sum((keys >= candidate[:, None]).to(tl.int32), 1) >= kept
+        threshold = tl.where(enough, candidate, threshold)
+        probe = probe >> 1
+    above = keys > threshold[:, None]
+    equal = (keys == threshold[:, None]) & (keys > 0)
+    room = kept - tl.sum(above.to(tl.int32), 1)
+    return above | (equal & (tl.cumsum(equal.to(tl.int32), 1) <= room[:, None]))
+
+
+@triton.jit
+def _write_ascending(selected, positions, out, rows, row_stride, written):
+    """Store the positions of the selected columns of each row, ascending, at out + row * row_stride."""
+    place = tl.cumsum(selected.to(tl.int32), 1) - 1
+    tl.store(out + (rows * row_stride)[:, None] + place, positions, mask=selected & written[:, None])
+
+
+@triton.jit(do_not_specialize=["query_blocks", "window"])
+def choose_kernel(
+    query_blocks_ptr, key_blocks_ptr, own, selected, scale, query_blocks, window, kept,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    OWN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """selected [B*H, Nq, kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only, [ROWS,
+    BLOCK_N].
+
+    query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous.
+    """
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    inside = rows < query_blocks
+    q_place = (head * query_blocks + rows)[:, None] * D + dims[None, :]
+    k_place = (head * window + columns)[None, :] * D + dims[:, None]
+    q = tl.load(query_blocks_ptr + q_place, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
+    k = tl.load(key_blocks_ptr + k_place, mask=(columns < window)[None, :] & (dims < D)[:, None], other=0.0)
+    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    if OWN:
+        mine = tl.load(own + rows, mask=inside, other=-1)
+        scores = tl.where(columns[None, :] == mine[:, None], float("inf"), scores)
+    keys = tl.where((columns < window)[None, :], _ordered(scores), 0)
+    spread = columns[None, :] + tl.zeros([ROWS, BLOCK_N], tl.int32)
+    _write_ascending(_keep_largest(keys, kept), spread, selected, head * query_blocks + rows, kept, inside)
+
+
+@triton.jit(do_not_specialize=["query_blocks", "window"])
+def select_kernel(
+    scores_ptr, own, selected, query_blocks, window, kept,
+    ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
+):  # fmt: skip
+    """`choose_kernel` from stored scores [B*H, Nq, Nk] float32."""
+    head = tl.program_id(1).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.arange(0, BLOCK_N)
+    inside = rows < query_blocks
+    place = (head * query_blocks + rows)[:, None] * window + columns[None, :]
+    listed = inside[:, None] & (columns < window)[None, :]
+    scores = tl.load(scores_ptr + place, mask=listed, other=0.0)
+    if OWN:
+        mine = tl.load(own + rows, mask=inside, other=-1)
+        scores = tl.where(columns[None, :] == mine[:, None], float("inf"), scores)
+    keys = tl.where((columns < window)[None, :], _ordered(scores), 0)
+    spread = columns[None, :] + tl.zeros([ROWS, BLOCK_N], tl.int32)
+    _write_ascending(_keep_largest(keys, kept), spread, selected, head * query_blocks + rows, kept, inside)
+
+
+@triton.jit(do_not_specialize=["candidates"])
+def update_kernel(slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr):
+    """Top-C of one head's candidates: kept_slots [B*H, C] and freed_slots [B*H, Nc - C], both in candidate order."""
+    head = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK_N)[None, :]
+    listed = columns < candidates
+    score = tl.load(importance + head * candidates + columns, mask=listed, other=0.0)
+    slot = tl.load(slots + head * candidates + columns, mask=listed, other=-1)
+    winner = _keep_largest(tl.where(listed, _ordered(score), 0), capacity)
+    row, always = head + tl.zeros([1], tl.int64), tl.full([1], True, tl.int1)
+    _write_ascending(winner, slot, kept_slots, row, capacity, always)
+    _write_ascending(listed & (winner == 0), slot, freed_slots, row, candidates - capacity, always)

@@ -5,14 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0
-from sparse_forcing.sampling.schedules import SamplerConfig, euler_sigmas, few_step_timesteps
+from sparse_forcing.sampling.schedules import SamplerConfig, euler_sigmas, few_step_timesteps, wan_levels
 
 Flow = Callable[[Tensor, Tensor, int], Tensor]
 
@@ -48,8 +49,12 @@ def sample_euler(flow: Flow, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-def sample_unipc(flow: Flow, x: Tensor, steps: int, shift: float) -> Tensor:
-    """diffusers' UniPC in flow mode, as Wan samples."""
+def sample_unipc(flow: Flow, x: Tensor, steps: int, shift: float, levels: Sequence[float] | None = None) -> Tensor:
+    """diffusers' UniPC in flow mode, as Wan samples.
+
+    Args:
+        levels: [steps] noise levels before the shift; diffusers' own, which start at 1, when None.
+    """
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
@@ -58,7 +63,10 @@ def sample_unipc(flow: Flow, x: Tensor, steps: int, shift: float) -> Tensor:
         num_train_timesteps=NUM_TRAIN_TIMESTEPS,
         flow_shift=shift,
     )
-    scheduler.set_timesteps(steps, device=x.device)
+    if levels is None:
+        scheduler.set_timesteps(steps, device=x.device)
+    else:
+        scheduler.set_timesteps(device=x.device, sigmas=np.asarray(levels))
     for step, timestep in enumerate(scheduler.timesteps):
         x = scheduler.step(flow(x, timestep.float(), step), timestep, x, return_dict=False)[0]
     return x
@@ -73,7 +81,8 @@ def sample_chunk(
         return sample_few_step(flow, x, few_step_timesteps(config), schedule, fresh_noise, exit_step)
     if config.kind == "euler":
         return sample_euler(flow, x, euler_sigmas(config))
-    return sample_unipc(flow, x, config.steps, config.shift)
+    levels = wan_levels(config.steps) if config.kind == "wan_unipc" else None
+    return sample_unipc(flow, x, config.steps, config.shift, levels)
 
 
 def guided(flow: Tensor, guidance_scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, shift_sigma
 
-SAMPLERS = ("few_step", "euler", "unipc")
+SAMPLERS = ("few_step", "euler", "unipc", "wan_unipc")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +18,8 @@ class SamplerConfig:
     """How a chunk is denoised.
 
     Args:
-        kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, or unipc (diffusers).
+        kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
+            grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
         steps: network evaluations per chunk (two per step with guidance).
         shift: of the noise grid.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
@@ -53,3 +54,8 @@ def few_step_timesteps(config: SamplerConfig) -> Tensor:
 def euler_sigmas(config: SamplerConfig) -> Tensor:
     """[steps + 1] sigmas from 1 to 0, uniform before the shift."""
     return shift_sigma(torch.linspace(1, 0, config.steps + 1), config.shift)
+
+
+def wan_levels(steps: int) -> list[float]:
+    """[steps] uniform noise levels of Wan's own UniPC, before the shift: from 0.999 towards 0."""
+    return torch.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, steps + 1, dtype=torch.float64)[:-1].tolist()

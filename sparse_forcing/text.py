@@ -5,15 +5,21 @@ Every encoder returns embeddings [B, text_len, dim] whose padded rows are exactl
 
 from __future__ import annotations
 
+import html
 import re
-from typing import Protocol
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from transformers import UMT5EncoderModel
 
 PAD, UNKNOWN, EMPTY = 0, 1, 2
 _SPECIAL = ("<pad>", "<unknown>", "<empty>")
@@ -88,3 +94,60 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
 
     def encode(self, prompts: list[str]) -> Tensor:
         return self(self.tokenizer(prompts).to(self.token_embedding.weight.device))
+
+
+def clean_prompt(prompt: str) -> str:
+    """Wan's cleaning: mojibake repaired (where ftfy is installed), HTML entities decoded twice, spaces collapsed."""
+    if find_spec("ftfy") is not None:
+        import ftfy
+
+        prompt = ftfy.fix_text(prompt)
+    return " ".join(html.unescape(html.unescape(prompt)).split())
+
+
+class UMT5TextEncoder(nn.Module):
+    """Wan's text encoder: umT5 through transformers, embeddings zeroed beyond the prompt's tokens.
+
+    Args:
+        encoder: transformers' UMT5EncoderModel.
+        tokenizer: its tokenizer (anything called like one).
+        text_len: tokens of a prompt after padding.
+    """
+
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Any, text_len: int = 512) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False).eval()
+        self.tokenizer = tokenizer
+        self.text_len = text_len
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | Path, *, text_len: int = 512, torch_dtype: torch.dtype | None = None
+    ) -> UMT5TextEncoder:
+        """Load `text_encoder` and `tokenizer` of a local diffusers Wan folder. Raises WeightsError."""
+        from transformers import AutoTokenizer, UMT5EncoderModel
+
+        folder = Path(folder)
+        try:
+            encoder = UMT5EncoderModel.from_pretrained(
+                folder / "text_encoder", dtype=torch_dtype, local_files_only=True, use_safetensors=True
+            )
+            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{folder}: no readable umT5 encoder ({str(error).splitlines()[0]})") from error
+        return cls(encoder, tokenizer, text_len)
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, dim]; longer prompts are cut."""
+        batch = self.tokenizer(
+            [clean_prompt(prompt) for prompt in prompts],
+            padding="max_length",
+            max_length=self.text_len,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, used = (batch[name].to(self.encoder.device) for name in ("input_ids", "attention_mask"))
+        return self.encoder(ids, used).last_hidden_state * used[..., None]

@@ -6,15 +6,19 @@ Legend: pixels [B, 3, F, H, W] in [-1, 1]; latents [B, C, f, h, w], normalised t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, WeightsError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
 
 
 class VideoAutoencoder(Protocol):
@@ -97,3 +101,68 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
+
+
+class WanAutoencoder(nn.Module):
+    """Wan's causal video autoencoder (diffusers' AutoencoderKLWan) with latents normalised per channel.
+
+    It works frame by frame with a feature cache, so a stream needs no overlap between chunks and equals the whole.
+    The first latent frame holds one pixel frame, every other one `temporal_stride`.
+    """
+
+    first_frame_alone = True
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        if vae.config.patch_size is not None:
+            raise ConfigError("autoencoder: only Wan 2.1's is supported; this one cuts pixels into patches")
+        self.vae = vae.requires_grad_(False).eval()
+        self.temporal_stride = vae.config.scale_factor_temporal
+        self.spatial_stride = vae.config.scale_factor_spatial
+        self.latent_channels = vae.config.z_dim
+        for name in ("mean", "std"):
+            values = torch.tensor(getattr(vae.config, f"latents_{name}"), dtype=torch.float32)
+            self.register_buffer(name, values.view(-1, 1, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> WanAutoencoder:
+        """Load a local diffusers folder (the `vae` of a Wan folder). Raises WeightsError."""
+        from diffusers import AutoencoderKLWan
+
+        try:
+            vae = AutoencoderKLWan.from_pretrained(
+                folder, torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise WeightsError(f"{folder}: no readable autoencoder ({str(error).splitlines()[0]})") from error
+        return cls(vae)
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, 1 + t k, H, W] -> the posterior's mean, normalised, [B, C, 1 + k, H/s, W/s]."""
+        extra = (pixels.shape[2] - 1) % self.temporal_stride
+        if extra:
+            raise ConfigError(
+                f"pixels: {pixels.shape[2]} frames do not fit the autoencoder; it takes 1 + a multiple of "
+                f"{self.temporal_stride}, {pixels.shape[2] - extra} for example"
+            )
+        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
+        return ((mean - self.mean) / self.std).to(pixels.dtype)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, f, h, w] -> pixels [B, 3, 1 + t (f - 1), h*s, w*s] in [-1, 1]."""
+        return next(self.decode_stream([latents]))
+
+    @torch.no_grad()
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Pixels of each chunk of a video that starts with the first one. Streams keep their caches to themselves."""
+        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
+        first = True
+        for chunk in chunks:
+            z = (chunk.float() * self.std + self.mean).to(self.vae.dtype)
+            frames = []
+            for latent in z.split(1, 2):
+                hidden = self.vae.post_quant_conv(latent)
+                frames.append(self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first))
+                first = False
+            yield torch.cat(frames, 2).clamp(-1, 1).to(chunk.dtype)

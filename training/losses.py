@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.flow import add_noise, shift_sigma
+from sparse_forcing.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma
 
 
 def sample_sigma(batch: int, groups: int, *, shift: float, spread: float, generator: torch.Generator) -> Tensor:
@@ -32,3 +32,35 @@ def noisy_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 def flow_matching_loss(flow: Tensor, latents: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
     """mean(weight * |v - (noise - x0)|^2)."""
     return (weight * (flow.float() - (noise - latents)) ** 2).mean()
+
+
+def per_chunk(draws: Tensor, chunks: list[int]) -> Tensor:
+    """[B, F] draws -> [B, F] where every frame of a chunk takes the draw of the chunk's first frame."""
+    starts = torch.tensor(chunks).cumsum(0) - torch.tensor(chunks)
+    return draws[:, starts].repeat_interleave(torch.tensor(chunks, device=draws.device), 1)
+
+
+def forcing_loss(flow: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
+    """Teacher- and diffusion-forcing loss: flow error weighted by the schedule's training weight, in float32.
+
+    Args:
+        flow, latents, noise: [B, F, C, H, W]; timestep: [B, F], constant inside a chunk.
+    """
+    error = (flow.float() - (noise - latents).float()).square().flatten(2).mean(-1)
+    return (error * schedule.training_weight_at(timestep)).mean()
+
+
+def ode_inputs(trajectory: Tensor, index: Tensor) -> Tensor:
+    """Pick per frame a state of the teacher's trajectory: [B, S, F, C, H, W] at [B, F] -> [B, F, C, H, W]."""
+    where = index[:, None, :, None, None, None].expand(-1, 1, -1, *trajectory.shape[3:])
+    return trajectory.gather(1, where).squeeze(1)
+
+
+def ode_regression_loss(flow: Tensor, x_t: Tensor, x0: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
+    """Mean squared error of the student's x0 against the teacher's end point, over frames that carry noise.
+
+    Args:
+        flow, x_t, x0: [B, F, C, H, W]; timestep: [B, F], 0 for frames that are already clean.
+    """
+    prediction = flow_to_x0(flow, x_t, schedule.sigma_at(timestep))
+    return (prediction - x0).square()[timestep != 0].mean()

@@ -1,0 +1,62 @@
+"""Golden vae_tiny: Wan's autoencoder behind this project's interface, whole and streamed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.vae import WanAutoencoder
+from tests.golden.golden_cases import Case, assert_close
+
+KIND = "vae_tiny"
+
+
+def autoencoder(case: Case) -> WanAutoencoder:
+    from diffusers import AutoencoderKLWan
+    from safetensors.torch import load_file
+
+    recorded = case.tensors
+    vae = AutoencoderKLWan(
+        **case.json["config"],
+        latents_mean=recorded["out.latents_mean"].tolist(), latents_std=recorded["out.latents_std"].tolist(),
+    )  # fmt: skip
+    vae.load_state_dict(load_file(case._beside("weights_vae_diffusers.safetensors")))
+    return WanAutoencoder(vae)
+
+
+def latents_of(case: Case) -> Tensor:
+    """The recorded z is what the decoder sees; the transformer's latents are normalised."""
+    recorded = case.tensors
+    mean, std = (recorded[f"out.latents_{name}"].view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    return (recorded["in.z"] - mean) / std
+
+
+def test_decode(case: Case) -> None:
+    assert_close(autoencoder(case).decode(latents_of(case)), case.tensors["out.decoded"], 1e-5)
+
+
+def test_first_frame_alone(case: Case) -> None:
+    vae, latents = autoencoder(case), latents_of(case)
+    assert_close(vae.decode(latents[:, :, :1]), case.tensors["out.decoded_first_frame_only"], 1e-5)
+
+
+def test_encode_is_normalised(case: Case) -> None:
+    recorded = case.tensors
+    latents = autoencoder(case).encode(recorded["in.pixels"])
+    assert_close(latents, recorded["out.enc_normalized"], 1e-5)
+
+
+def test_streaming_equals_the_whole(case: Case) -> None:
+    vae, latents = autoencoder(case), latents_of(case)
+    whole = vae.decode(latents)
+    for sizes in ([1] * latents.shape[2], [latents.shape[2]], [1, latents.shape[2] - 1]):
+        parts = list(vae.decode_stream(latents.split(sizes, 2)))
+        assert torch.equal(torch.cat(parts, 2), whole)
+        assert [part.shape[2] for part in parts] == [4 * n - 3 * (i == 0) for i, n in enumerate(sizes)]
+
+
+def test_two_streams_at_once_do_not_mix(case: Case) -> None:
+    vae, latents = autoencoder(case), latents_of(case)
+    first, second = (vae.decode_stream(x.split(1, 2)) for x in (latents, -latents))
+    mixed = [torch.cat(pair, 0) for pair in zip(first, second)]
+    assert torch.equal(torch.cat(mixed, 2), torch.cat([vae.decode(latents), vae.decode(-latents)]))

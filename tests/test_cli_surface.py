@@ -25,7 +25,7 @@ SURFACE = {
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
     "--plugins --stand-ins --static-filter --cache --workers --device --max-frames --max-pixels --strict-exit "
     "--report --no-report --embed-videos --no-embed-videos --resamples",
-    "convert": "SOURCE TARGET --json",
+    "convert": "SOURCE TARGET --part --head-dim --json",
     "data": "OUTPUT --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
     "doctor": "--kernels --json",
 }

@@ -5,20 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 
-from sparse_forcing.cli.flags import path
-from sparse_forcing.errors import OutputError, WeightsError
+from sparse_forcing.cli.flags import path, whole_number
+from sparse_forcing.errors import ConfigError, OutputError, WeightsError
 from sparse_forcing.files import check_writable, output_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE", type=path, help="weight file or folder; pickled code is refused")
     parser.add_argument("target", metavar="TARGET", type=path, help="new folder to write")
+    parser.add_argument(
+        "--part", metavar="NAME", help="part of the checkpoint (default: generator_ema, else generator)"
+    )
+    parser.add_argument(
+        "--head-dim", type=whole_number, metavar="N", default=128, help="numbers in an attention head (default: 128)"
+    )
     parser.add_argument("--json", action="store_true", help="print the files written and their SHA-256 as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Convert; returns 0. The target must be new or empty: converted weights never mix with older ones."""
     source, target = arguments.source, arguments.target
+    if arguments.head_dim < 1:
+        raise ConfigError(f"--head-dim must be at least 1, got {arguments.head_dim}")
     if not source.exists():
         raise WeightsError(f"{source}: no such weight file or folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -28,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_forcing.weights.manifest import write_manifest
 
     with output_lock(target):
-        convert_checkpoint(source, target)
+        convert_checkpoint(source, target, which=arguments.part, head_dim=arguments.head_dim)
         hashes = write_manifest(target)
     if arguments.json:
         print(json.dumps({"target": str(target), "sha256": hashes}))

@@ -88,7 +88,7 @@ def test_convert_refuses_a_folder_in_use_and_writes_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = types.ModuleType("sparse_forcing.weights.convert")
-    fake.convert_checkpoint = lambda source, target: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
+    fake.convert_checkpoint = lambda source, target, **options: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparse_forcing.weights.convert", fake)
     (tmp_path / "w.pt").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), "--json"]) == 0

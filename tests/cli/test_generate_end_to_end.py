@@ -1,0 +1,138 @@
+"""`generate` with a real pipeline: untrained weights in a folder, every memory, and equal bytes from any process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_forcing.cli import main
+from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.text import WordTextEncoder
+from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.video import read_video
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder: two layers, untrained, 32x32 pixels, chunks of two latent frames."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    transformer = CausalWanTransformer3DModel(
+        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=16,
+        ffn_dim=32, num_layers=2, chunk_frames=2, horizon_frames=8,
+    )  # fmt: skip
+    config = PipelineConfig(
+        fps=16.0, height=32, width=32, num_frames=24, text_encoder="words", vae="patch",
+        sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
+        memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, top_k=0.5),
+    )  # fmt: skip
+    text = WordTextEncoder(["a", "red", "ball"], dim=16, num_heads=2, text_len=4)
+    SparseForcingPipeline(transformer, text, PatchAutoencoder(8), config).save_pretrained(folder)
+    return folder
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("memory", ["full", "window", "sink", "sparse"])
+def test_every_memory_generates_and_reports_its_cache(model: Path, tmp_path: Path, memory: str) -> None:
+    flags = {"sink": ["--sink-frames", "1"], "sparse": ["--overlay", "--top-k", "0.25"]}.get(memory, [])
+    target = tmp_path / "c.mp4"
+    arguments = ["generate", "a red ball", "--model", str(model), "--output", str(target), "--num-frames", "30"]
+    assert main([*arguments, "--memory", memory, *flags]) == 0
+    record = json.loads((tmp_path / "c.json").read_text())
+    assert read_video(target)[0].shape == (30, 256, 256, 3)
+    assert record["num_frames"] == 30
+    assert record["trimmed_frames"] == 2
+    assert record["settings"]["memory"]["kind"] == memory
+    assert record["cache_bytes_peak"] > 0
+    assert len(record["seconds_per_chunk"]) == 4
+    assert (tmp_path / "overlay" / "c.mp4").exists() == (memory == "sparse")
+
+
+def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_path: Path) -> None:
+    arguments = ["generate", "a red ball", "--model", str(model), "--seed", "3"]
+    assert main([*arguments, "--output", str(tmp_path / "one.mp4")]) == 0
+    folder = tmp_path / "many"
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_forcing",
+        "generate",
+        "a ball",
+        "a red ball",
+        "--num-samples",
+        "2",
+        "--seed",
+        "2",
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    subprocess.run([*command, "--model", str(model), "--output", str(folder)], cwd=ROOT, env=environment, check=True)
+    assert digest(folder / "0001-a-red-ball-seed3.mp4") == digest(tmp_path / "one.mp4")
+    assert digest(folder / "0001-a-red-ball-seed2.mp4") != digest(tmp_path / "one.mp4")
+
+
+def test_a_longer_video_begins_with_the_shorter_one(model: Path, tmp_path: Path) -> None:
+    for frames in (16, 32):
+        target = tmp_path / f"{frames}.mp4"
+        arguments = ["generate", "a ball", "--model", str(model), "--num-frames", str(frames), "--output", str(target)]
+        assert main(arguments) == 0
+    short, long = (read_video(tmp_path / f"{frames}.mp4")[0].astype(int) for frames in (16, 32))
+    assert abs(short - long[:16]).mean() < 2  # the encoder looks ahead; the pictures are the same
+
+
+def test_unknown_and_surplus_words_are_mentioned(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["generate", "a red ball and a mauve zebra", "--model", str(model), "--num-frames", "8"]
+    assert main([*arguments, "--output", str(tmp_path / "c.mp4")]) == 0
+    error = capsys.readouterr().err
+    assert "does not know: and, mauve, zebra" in error
+    assert "cut to its first 4 words" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--height", "33"], "33"),
+        (["--memory", "window", "--window-frames", "1"], "window"),
+        (["--memory", "sink", "--window-frames", "4", "--sink-frames", "4"], "sink"),
+        (["--top-k", "0"], "top_k"),
+    ],
+)
+def test_settings_the_model_cannot_take_are_one_line(
+    model: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a ball", "--model", str(model), "--output", str(tmp_path / "c.mp4"), *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_flipped_bit_in_the_model_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(model, damaged)
+    weights = next((damaged / "transformer").glob("*.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    assert main(["generate", "a ball", "--model", str(damaged), "--output", str(tmp_path / "out" / "c.mp4")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert weights.name in captured.err

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparse_forcing.errors import VideoError
 from sparse_forcing.eval.networks.raft import pad_to_stride
 from sparse_forcing.eval.registry import Measurement, metric
 from sparse_forcing.eval.resources import Resources
@@ -15,6 +16,7 @@ from sparse_forcing.eval.view import View
 
 ITERATIONS = 20
 SAMPLE_FPS = 8
+SMALLEST = 113  # pixels: padded to 128, the coarsest of RAFT's four levels has two cells; with one it is undefined
 TOP = 0.05
 STATIC_TOP = 0.02
 
@@ -51,9 +53,15 @@ def is_dynamic(scores: np.ndarray, frames: int, short_side: int) -> bool:
     return int((scores > threshold).sum()) >= round(4 * frames / 16.0)
 
 
+def _too_small() -> Measurement:
+    return Measurement(value=None, details={"reason": f"RAFT needs pictures of at least {SMALLEST} pixels"})
+
+
 @metric("dynamic_degree", suites=("vbench", "vbench-long"), needs=("raft",), min_frames=2)
 def dynamic_degree(view: View, resources: Resources) -> Measurement:
     """VBench dynamic degree (RAFT): 1 if enough sampled pairs move, else 0."""
+    if min(view.frames.shape[1:3]) < SMALLEST:
+        return _too_small()
     step = max(1, round(view.fps / SAMPLE_FPS))
     scores = pair_scores(view, resources, step)
     sampled = len(range(0, len(view), step))
@@ -65,13 +73,20 @@ def dynamic_degree(view: View, resources: Resources) -> Measurement:
 @metric("flow_magnitude", suites=("drift",), needs=("raft",), higher_is_better=None, min_frames=2)
 def flow_magnitude_per_second(view: View, resources: Resources) -> Measurement:
     """Dynamic degree as a magnitude: speed of the fastest 5 % of pixels (RAFT), in short sides per second."""
+    if min(view.frames.shape[1:3]) < SMALLEST:
+        return _too_small()
     step = max(1, round(view.fps / SAMPLE_FPS))
     scores = pair_scores(view, resources, step) * view.fps / step / min(view.frames.shape[1:3])
     return Measurement(value=float(scores.mean()) if len(scores) else None, count=max(1, len(scores)))
 
 
 def is_static(view: View, resources: Resources) -> bool:
-    """VBench's static filter: few consecutive pairs move, and neither do first and last frame against each other."""
+    """VBench's static filter: few consecutive pairs move, and neither do first and last frame against each other.
+
+    Raises VideoError for pictures smaller than RAFT can see.
+    """
+    if min(view.frames.shape[1:3]) < SMALLEST:
+        raise VideoError(f"{view.clip.entry.video}: the static filter needs pictures of at least {SMALLEST} pixels")
 
     def score(first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return np.float64(top_mean(flow_magnitude(first, second, resources), STATIC_TOP))

@@ -164,31 +164,32 @@ def plain_raft_encoder(x: torch.Tensor, s: State, p: str) -> torch.Tensor:
     return conv(x, s, f"{p}.conv2")
 
 
-def bilinear_at(picture: torch.Tensor, x: float, y: float) -> torch.Tensor:
-    """Value of [h, w] at (x, y), zero outside."""
-    x0, y0 = math.floor(x), math.floor(y)
-    total = picture.new_zeros(())
-    for row, column in ((y0, x0), (y0, x0 + 1), (y0 + 1, x0), (y0 + 1, x0 + 1)):
-        if 0 <= row < picture.shape[0] and 0 <= column < picture.shape[1]:
-            total = total + (1 - abs(x - column)) * (1 - abs(y - row)) * picture[row, column]
+def bilinear_at(picture: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Values of [h, w] at points (x, y), zero outside."""
+    height, width = picture.shape
+    total = torch.zeros_like(x)
+    for row, column in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        i, j = y.floor().long() + row, x.floor().long() + column
+        inside = (i >= 0) & (i < height) & (j >= 0) & (j < width)
+        values = picture[i.clamp(0, height - 1), j.clamp(0, width - 1)]
+        total = total + inside * (1 - (x - j).abs()) * (1 - (y - i).abs()) * values
     return total
 
 
 def plain_lookup(first: torch.Tensor, second: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
-    """Correlation features [4 * 81, h, w]; features [C, h, w], points [2, h, w] as (x, y)."""
+    """Correlation features [4 * 81, h, w]; features [C, h, w], points [2, h, w] as (x, y); x varies slowest."""
     channels, height, width = first.shape
     out = torch.zeros(4 * 81, height, width)
+    window = torch.arange(-4.0, 5.0)
     for i in range(height):
         for j in range(width):
             volume = (first[:, i, j, None, None] * second).sum(0) / math.sqrt(channels)
             for level in range(4):
                 if level:
                     volume = F.avg_pool2d(volume[None, None], 2)[0, 0]
-                for a in range(9):
-                    for b in range(9):
-                        x = float(points[0, i, j]) / 2**level + a - 4
-                        y = float(points[1, i, j]) / 2**level + b - 4
-                        out[level * 81 + a * 9 + b, i, j] = bilinear_at(volume, x, y)
+                x = (points[0, i, j] / 2**level + window)[:, None].expand(9, 9)
+                y = (points[1, i, j] / 2**level + window)[None].expand(9, 9)
+                out[level * 81 : level * 81 + 81, i, j] = bilinear_at(volume, x, y).flatten()
     return out
 
 

@@ -110,6 +110,7 @@ def examples(
 ) -> list[tuple[str, Any]]:
     """(label, Launch) of every kernel the launch table of architecture `name` can pick, on typical tensors."""
     from sparse_forcing.kernels.block_sparse_attention.triton_launch import (
+        UNIONS,
         Problem,
         architecture,
         plan_backward,
@@ -140,7 +141,8 @@ def examples(
     even, ragged = problem(), problem(rows, sizes)
     if architecture(name).pair and tokens > 32 and head_dim in (64, 128) and dtype != torch.float32:
         add("shared", [plan_forward(even, num_persistent=M, specialise=True, variant="pair").launches[1]])
-        add("union", [plan_forward(even, specialise=True, variant="pair").launches[1]])
+        if UNIONS:
+            add("union", [plan_forward(even, specialise=True, variant="pair").launches[1]])
     plain = plan_forward(even)
     add("", plain.launches)
     add("", plan_backward(even, q, plain.lse, plain.out, plain.lse).launches)

@@ -34,7 +34,7 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
     padded_keys,
 )
 
-PIECE_BYTES = 4 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
+PIECE_BYTES = 2 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
 LOWEST = -1e30  # running maximum of an empty row: finite, so that -inf - LOWEST stays -inf instead of NaN
 LOG2E = math.log2(math.e)
 
@@ -70,25 +70,26 @@ def forward(
     acc = torch.empty_like(q) if M else torch.zeros_like(q)
     peak, total = q.new_full(q.shape[:-1], LOWEST), q.new_zeros(q.shape[:-1])
     mass = _Mass(q, M) if return_mass else None
-    blocks, scores = Buffer(q.dtype), Buffer(q.dtype)  # values overwrite keys: half the cache
+    k_buffer, s_buffer = Buffer(q.dtype), Buffer(q.dtype)
+    v_buffer, p_buffer = _product_buffers(query, k_buffer, s_buffer)  # values overwrite keys: half the cache
 
     for piece in _pieces(query, T, M, num_persistent, buffers=1):
         acc_p, peak_p, total_p = piece.rows(acc), piece.rows(peak).unsqueeze(1), piece.rows(total).unsqueeze(1)
         padded = padded_keys(sizes, piece, T)
-        s = _bmm(keys.gather(piece, blocks), piece.rows(q).mT, scores)
+        s = _bmm(keys.gather(piece, k_buffer), piece.rows(q).mT, s_buffer)
         if padded is not None:
             s.masked_fill_(padded, float("-inf"))
         decay = _raise_peak(s, peak_p, piece.first)
         s.sub_(peak_p).exp2_()
-        v = values.gather(piece, blocks)
-        if padded is not None:
-            v.masked_fill_(padded, 0)  # its weight is 0, but 0 * NaN is NaN
         if decay is None:
-            torch.bmm(s.mT, v, out=acc_p)
             torch.sum(s, 1, keepdim=True, out=total_p)
         else:
-            acc_p.mul_(decay.mT).baddbmm_(s.mT, v)
+            acc_p.mul_(decay.mT)
             total_p.mul_(decay).add_(s.sum(1, keepdim=True))
+        v = values.gather(piece, v_buffer)
+        if padded is not None:
+            v.masked_fill_(padded, 0)  # its weight is 0, but 0 * NaN is NaN
+        _add_product(acc_p, p_buffer.hold(s).mT, v, first=piece.first)
         if mass is not None:
             mass.add(piece, s, peak_p)
 
@@ -120,7 +121,7 @@ def backward(
     """See interface.py. Recomputes p = exp(s - lse) piece by piece; ds = p (dp - delta), delta = <dout, out> - dlse."""
     B, H, S, T, D = key_pool.shape
     silent = (lse == float("-inf")).flatten(0, 2)  # padded or empty rows: p = 0 and no gradient, whatever arrives
-    q, do = _rows(query, silent, scale * LOG2E), _rows(grad_out, silent, 1.0)
+    q2, q, do = _rows(query, silent, scale * LOG2E), _rows(query, silent, scale), _rows(grad_out, silent, 1.0)
     lse2 = lse.flatten(0, 2).mul(LOG2E).masked_fill_(silent, float("inf"))
     delta = (do * out.flatten(0, 2)).sum(-1)
     if grad_lse is not None:
@@ -137,7 +138,7 @@ def backward(
         q_p, do_p, target = piece.rows(q), piece.rows(do), piece.lists(targets).flatten()
         padded = padded_keys(sizes, piece, T)
         k, v = keys.gather(piece, k_buffer), values.gather(piece, v_buffer)
-        p = _bmm(k, q_p.mT, p_buffer)
+        p = _bmm(k, piece.rows(q2).mT, p_buffer)
         if padded is not None:
             p.masked_fill_(padded, float("-inf"))
             k.masked_fill_(padded, 0)
@@ -148,8 +149,8 @@ def backward(
         piece.rows(dq).baddbmm_(ds.mT, k)
         dk.index_add_(0, target, torch.bmm(ds, q_p, out=k).view(-1, T * D))
 
-    dq, dk = dq.mul_(scale).view(query.shape), dk.div_(LOG2E).view(key_pool.shape)
-    return dq.to(query.dtype), dk.to(query.dtype), dv.view(key_pool.shape).to(query.dtype)
+    dq, dk, dv = dq.mul_(scale).view(query.shape), dk.view(key_pool.shape), dv.view(key_pool.shape)
+    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
 
 
 def _pieces(query: Tensor, tokens: int, entries: int, num_persistent: int, buffers: int) -> Iterator[Piece]:
@@ -180,6 +181,21 @@ def _rows(x: Tensor, drop: Tensor | None, factor: float) -> Tensor:
     return rows if drop is None else rows.masked_fill_(drop.unsqueeze(-1), 0)
 
 
+def _product_buffers(query: Tensor, *same: Buffer) -> tuple[Buffer, ...]:
+    """Buffers for the factors of P V: bfloat16 for bfloat16 input where oneDNN multiplies it fast, else `same`."""
+    if query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return tuple(Buffer(torch.bfloat16) for _ in same)
+    return same
+
+
+def _add_product(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """acc = a @ b at first, acc += a @ b later, batched; acc may be of a wider type than the factors."""
+    if acc.dtype == a.dtype:
+        acc.baddbmm_(a, b, beta=0 if first else 1)
+    else:
+        acc.copy_(torch.bmm(a, b)) if first else acc.add_(torch.bmm(a, b))
+
+
 def _bmm(a: Tensor, b: Tensor, buffer: Buffer) -> Tensor:
     return torch.bmm(a, b, out=buffer.view(len(a), a.shape[1], b.shape[2]))
 
@@ -187,8 +203,10 @@ def _bmm(a: Tensor, b: Tensor, buffer: Buffer) -> Tensor:
 def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:
     """Raise peak [n, 1, R] to the maximum of s [n, L, R] over keys; factor on what was accumulated, None at first."""
     n, L, R = s.shape
-    lanes = math.gcd(L, max(1, 64 // R))  # a reduction over few columns is slow: reduce `lanes` rows of keys at once
-    high = s.view(n, L // lanes, lanes * R).amax(1).view(n, lanes, R).amax(1, keepdim=True)
+    if R < 32:  # a reduction over few columns is slow: reduce several rows of keys side by side first
+        lanes = math.gcd(L, 64 // R)
+        s = s.view(n, L // lanes, lanes * R).amax(1).view(n, lanes, R)
+    high = s.amax(1, keepdim=True)
     if first:
         peak.copy_(high.clamp_(min=LOWEST))
         return None

@@ -143,6 +143,10 @@ class Buffer:
             self._memory = torch.empty(size, dtype=self.dtype)
         return self._memory[:size].view(shape)
 
+    def hold(self, x: Tensor) -> Tensor:
+        """x in this buffer's type: x itself when it has it."""
+        return x if x.dtype == self.dtype else self.view(*x.shape).copy_(x)
+
 
 def listed_sizes(block_index: Tensor, key_sizes: Tensor | None, tokens: int) -> Tensor | None:
     """Real tokens of every listed block [B * H * Nq, M], 0 for -1; None when every one of them is full."""

@@ -185,10 +185,11 @@ def forward_pair(
     * rows are taken from the flattened [Nq * Tq, D], so that Tq = 60 wastes 8 of 128 rows and needs no row mask: a
       row past the pair is computed and dropped.
 
-    Form matters to the compiler (Triton 3.6 to 3.9): query must come by descriptor, out must not cost shared memory,
-    and row maxima of several score tiles must come from one reduction (join, or a reduction of three operands),
-    because the pass that splits the 128 rows over two warp groups cannot trace back through a second one.
+    Form matters to the pass that splits the 128 rows over two warp groups. query must come by descriptor, and the row
+    maxima of several score tiles from one reduction, because the pass cannot trace back through a second one.
+    Triton before 3.9 splits neither that reduction nor the slices of out: there GROUP is 2, UNION off and PIECES 1.
     """
+    tl.static_assert(GROUP == 3 or not UNION)
     BLOCK_Q: tl.constexpr = 128
     pair = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
@@ -222,9 +223,6 @@ def forward_pair(
                 top = tl.maximum(top, tl.where(listed2, x2, LOWEST))
             else:
                 top = tl.max(tl.maximum(tl.maximum(s0, s1), s2), 1)
-        elif UNION:
-            x0, x1 = tl.split(tl.max(tl.join(s0, s1), 1))
-            top = tl.maximum(tl.where(listed0, x0, LOWEST), tl.where(listed1, x1, LOWEST))
         else:
             top = tl.max(tl.maximum(s0, s1), 1)
         m_new = tl.maximum(m, top * scale_log2)

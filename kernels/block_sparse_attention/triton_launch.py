@@ -28,6 +28,8 @@ from sparse_forcing.kernels.block_sparse_attention.triton_lists import (
     pair_lists,
 )
 
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+UNIONS = TRITON >= (3, 9)  # older compilers cannot partition the three-slot kernel, see `forward_pair`
 MAX_BLOCK = 128  # rows or tokens per block; 64 is what the kernels are tuned for
 MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
@@ -210,7 +212,7 @@ def choose_forward(problem: Problem, num_persistent: int, return_mass: bool, spe
     Nq, _, _, _ = problem.sizes
     M, D, Tq = problem.block_index.shape[-1], problem.query.shape[-1], problem.query.shape[3]
     flat = problem.query.stride(2) == Tq * problem.query.stride(3)
-    worthwhile = 248 * (num_persistent + 2 * (M - num_persistent)) <= 357 * M
+    worthwhile = 248 * (num_persistent + 2 * (M - num_persistent)) <= 357 * M if UNIONS else num_persistent == M
     if arch.pair and specialise and not return_mass and worthwhile and flat and D in (64, 128) and Nq > 1:
         return "pair"
     return "tma"
@@ -262,7 +264,7 @@ def _plan_mass(problem: Problem, row_mass: Tensor | None, lse: Tensor, counts: T
 def _plan_pair(problem: Problem, out: Tensor, lse: Tensor, *, shared: bool) -> list[Launch]:
     """The union lists, then the warp-specialised kernel over them."""
     B, H, Nq, M = problem.block_index.shape
-    pairs, group = (Nq + 1) // 2, 3
+    pairs, group = (Nq + 1) // 2, 3 if UNIONS else 2
     width = (M if shared else 2 * M) + group
     codes = torch.empty((B, H, pairs, width), dtype=torch.int32, device=out.device)
     counts = torch.empty((B, H, pairs), dtype=torch.int32, device=out.device)
@@ -275,7 +277,7 @@ def _plan_pair(problem: Problem, out: Tensor, lse: Tensor, *, shared: bool) -> l
     unused = {"key_sizes", "RAGGED_K", "PRECISION", "BLOCK_Q", "BLOCK_D", "sqd", "skd", "svd"}
     args = {name: value for name, value in common.items() if name not in unused} | {
         "out": out, "lse": lse, "codes": codes, "counts": counts, "list_length": width, "UNION": not shared,
-        "GROUP": group, "PIECES": 16 if common["D"] == 128 else 1, "SPECIALISE": True, "STAGES": 2,
+        "GROUP": group, "PIECES": 16 if UNIONS and common["D"] == 128 else 1, "SPECIALISE": True, "STAGES": 2,
     }  # fmt: skip
     return [
         _launch(pair_lists, (pairs, B * H), listing, num_warps=4),

@@ -73,4 +73,16 @@ def install() -> None:
     builder.create_fp_to_fp, builder.binary_op = create_fp_to_fp, binary_op
     for name in _CASTS:  # these captured the old cast when the class was made
         setattr(builder, name, lambda self, source, kind: self.cast_impl(source, kind))
+    _index_scalars()
     builder._bf16_installed = True
+
+
+def _index_scalars() -> None:
+    """Triton 3.6 turns one-element arrays into loop bounds with int(), which numpy 2.5 refuses."""
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched

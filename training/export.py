@@ -1,6 +1,6 @@
 """Turn a pretraining checkpoint into the model folder that the package ships and `from_pretrained` loads.
 
-    python -m sparse_forcing.training.export runs/tiny --config training/configs/tiny.yaml --out sparse_forcing/models/tiny
+    python -m sparse_forcing.training.export runs/tiny --config training/configs/tiny.yaml --out MODEL_FOLDER
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
 from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.pretrain import PretrainConfig, TextToVideo, fit_autoencoder
+from sparse_forcing.training.pretrain import PretrainConfig, start
 
 TINY = PipelineConfig(
     fps=float(FRAME_RATE),
@@ -34,8 +34,7 @@ TINY = PipelineConfig(
 
 def averaged_pipeline(run: Path, config: PretrainConfig) -> SparseForcingPipeline:
     """The pipeline of a run's newest complete checkpoint, with averaged weights."""
-    vae, latent_std = fit_autoencoder(config)
-    model = TextToVideo(config, latent_std)
+    vae, model = start(config)
     ema = ParameterEma(model, config.ema_decay)
     if not latest_checkpoint(run, {"ema": ema}):
         raise WeightsError(f"{run}: no complete checkpoint")

@@ -50,7 +50,10 @@ class StageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Everything the run depends on; two runs with equal configs and seeds produce equal weights."""
+    """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
+
+    `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
+    """
 
     seed: int = 0
     num_attention_heads: int = 6
@@ -74,6 +77,7 @@ class PretrainConfig:
     checkpoint_minutes: float = 4.0
     keep_checkpoints: int = 2
     compile: bool = False
+    init_from: str | None = None
     stages: tuple[StageConfig, ...] = field(
         default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
     )
@@ -115,6 +119,20 @@ def fit_autoencoder(config: PretrainConfig) -> tuple[PatchAutoencoder, list[floa
         caption_dropout=0.0,
     )  # fmt: skip
     return vae, vae.fit(clips.pixels)
+
+
+def start(config: PretrainConfig) -> tuple[PatchAutoencoder, TextToVideo]:
+    """Autoencoder and model: fresh, or those of `init_from`."""
+    if config.init_from is None:
+        vae, latent_std = fit_autoencoder(config)
+        return vae, TextToVideo(config, latent_std)
+    from sparse_forcing.pipeline import SparseForcingPipeline
+
+    pipe = SparseForcingPipeline.from_pretrained(config.init_from)
+    model = TextToVideo(config, list(pipe.transformer.config.latent_std))
+    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+    return pipe.vae, model
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -212,8 +230,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    vae, latent_std = fit_autoencoder(config)
-    model = TextToVideo(config, latent_std)
+    vae, model = start(config)
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)

@@ -36,11 +36,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet "$(TORCH)"
-	$(RUN) -m pip install --quiet -e .
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -e .
 	touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/.installed
-	$(RUN) -m pip install --quiet -e ".[dev]"
+	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet -e ".[dev]"
 	touch $@
 
 clean:

@@ -11,7 +11,7 @@ import dataclasses
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
@@ -61,13 +61,17 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
             jobs = waiting
         if not jobs:
             return []
+        from sparse_forcing.sampling.conditioning import read_start, start_arguments
+
+        start = read_start(config)
         began = time.perf_counter()
         pipe = load_pipeline(config)
         loaded = time.perf_counter() - began
+        given = start_arguments(config, start, pipe)
         records = []
         for number, job in enumerate(jobs, 1):
             progress.begin(job, number, len(jobs))
-            records.append(generate_video(pipe, config, job, progress, model_load_seconds=loaded))
+            records.append(generate_video(pipe, config, job, progress, given, model_load_seconds=loaded))
             progress.end(records[-1])
         return records
 
@@ -113,9 +117,18 @@ def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig
 
 
 def generate_video(
-    pipe: Any, config: GenerateConfig, job: Job, progress: Progress, *, model_load_seconds: float
+    pipe: Any,
+    config: GenerateConfig,
+    job: Job,
+    progress: Progress,
+    given: Mapping[str, np.ndarray],
+    *,
+    model_load_seconds: float,
 ) -> dict[str, Any]:
-    """Stream one video into its file and write its sidecar; returns the sidecar. Nothing is left behind on failure."""
+    """Stream one video into its file and write its sidecar; returns the sidecar. Nothing is left behind on failure.
+
+    `given`: further arguments of `pipe.stream`, what the video starts from.
+    """
     import torch
 
     memory = memory_config(config, pipe.default_memory)
@@ -130,7 +143,7 @@ def generate_video(
         stream = pipe.stream(
             job.prompt, height=config.height, width=config.width, num_frames=target,
             num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed), memory=memory,
+            generator=torch.Generator("cpu").manual_seed(job.seed), memory=memory, **given,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)
@@ -152,6 +165,8 @@ def generate_video(
             "device": str(pipe.device),
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "memory": to_plain(memory),
+            "image": to_plain(config.image),
+            "video": to_plain(config.video),
         },
         **clip.summary(),
         "model_load_seconds": model_load_seconds,

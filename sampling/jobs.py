@@ -32,6 +32,7 @@ class GenerateConfig:
     model: `tiny`, or a diffusers folder, local or on the hub.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
+    image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
     scale: enlarge every pixel to scale x scale in the mp4.
@@ -45,6 +46,8 @@ class GenerateConfig:
     output: Path = Path("outputs")
     seed: int = 0
     num_samples: int = 1
+    image: Path | None = None
+    video: Path | None = None
     num_frames: int | None = None
     seconds: float | None = None
     height: int | None = None
@@ -69,6 +72,8 @@ class GenerateConfig:
             raise ConfigError("give --num-frames or --seconds, not both")
         if self.prompts and self.prompt_file is not None:
             raise ConfigError("give prompts or --prompt-file, not both")
+        if self.image is not None and self.video is not None:
+            raise ConfigError("give --image or --video, not both")
         bounds: dict[str, tuple[float, float]] = {
             "seed": (0, 2**62), "num_samples": (1, 10**6), "num_frames": (1, MAX_FRAMES), "height": (1, 16384),
             "width": (1, 16384), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),

@@ -18,6 +18,8 @@ FLAGS = {
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
     "num_samples": "videos for each prompt (default: 1)",
+    "image": "start from a picture (scaled and cut to the size that is generated)",
+    "video": "go on from a video; only what follows is written",
     "num_frames": "length in frames; what does not fill whole chunks is generated and cut off",
     "seconds": "length in seconds, instead of --num-frames",
     "height": "pixels",

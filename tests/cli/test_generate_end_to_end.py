@@ -1,4 +1,4 @@
-"""`generate` with a real pipeline: untrained weights in a folder, every memory, and equal bytes from any process."""
+"""`generate` with a real pipeline: random weights in a folder, every memory, and equal bytes from any process."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparse_forcing.cli import main
 from sparse_forcing.memory.config import MemoryConfig
@@ -19,20 +21,22 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder
-from sparse_forcing.video import read_video
+from sparse_forcing.video import read_video, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder: two layers, untrained, 32x32 pixels, chunks of two latent frames."""
+    """A model folder: two layers of random weights, 32x32 pixels, chunks of two latent frames."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     transformer = CausalWanTransformer3DModel(
         patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=16,
         ffn_dim=32, num_layers=2, chunk_frames=2, horizon_frames=8,
     )  # fmt: skip
+    for parameter in transformer.parameters():  # as initialised, its output is zero whatever it sees
+        torch.nn.init.normal_(parameter, std=0.3)
     config = PipelineConfig(
         fps=16.0, height=32, width=32, num_frames=24, text_encoder="words", vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
@@ -94,6 +98,41 @@ def test_a_longer_video_begins_with_the_shorter_one(model: Path, tmp_path: Path)
     assert abs(short - long[:16]).mean() < 2  # the encoder looks ahead; the pictures are the same
 
 
+def test_start_from_a_picture_or_go_on_from_a_video(model: Path, tmp_path: Path) -> None:
+    picture = np.zeros((20, 40, 3), np.uint8)
+    picture[:, 20:] = (250, 120, 20)
+    Image.fromarray(picture).save(tmp_path / "p.png")
+    write_video(tmp_path / "v.mp4", np.stack([picture] * 19), 16)
+    arguments = ["generate", "a ball", "--model", str(model), "--num-frames", "8", "--seed", "1", "--output"]
+    for name, flags in {"none": [], "image": ["--image", "p.png"], "video": ["--video", "v.mp4"]}.items():
+        flags = [str(tmp_path / flag) if "." in flag else flag for flag in flags]
+        assert main([*arguments, str(tmp_path / f"{name}.mp4"), *flags]) == 0
+        assert read_video(tmp_path / f"{name}.mp4")[1].frames == 8
+    assert len({digest(tmp_path / f"{name}.mp4") for name in ("none", "image", "video")}) == 3
+
+
+def test_damaged_start_is_one_line_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad").write_bytes(b"<html>")
+    for flag, message in (("--image", "not a readable image"), ("--video", "not a readable video")):
+        arguments = [
+            "generate",
+            "p",
+            "--model",
+            "none",
+            flag,
+            str(tmp_path / "bad"),
+            "--output",
+            str(tmp_path / "c.mp4"),
+        ]
+        assert main(arguments) == 2
+        captured = capsys.readouterr()
+        assert captured.err.count("\n") == 1
+        assert message in captured.err
+    assert [path.name for path in tmp_path.iterdir()] == ["bad"]
+
+
 def test_unknown_and_surplus_words_are_mentioned(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -111,16 +150,19 @@ def test_unknown_and_surplus_words_are_mentioned(
         (["--memory", "window", "--window-frames", "1"], "window"),
         (["--memory", "sink", "--window-frames", "4", "--sink-frames", "4"], "sink"),
         (["--top-k", "0"], "top_k"),
+        (["--video", "SHORT"], "5 frames are less than one chunk of 8"),
     ],
 )
 def test_settings_the_model_cannot_take_are_one_line(
     model: Path, tmp_path: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_video(tmp_path / "short.mp4", np.zeros((5, 32, 32, 3), np.uint8), 16)
+    flags = [str(tmp_path / "short.mp4") if flag == "SHORT" else flag for flag in flags]
     assert main(["generate", "a ball", "--model", str(model), "--output", str(tmp_path / "c.mp4"), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1
     assert message in captured.err
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["short.mp4"]
 
 
 def test_a_flipped_bit_in_the_model_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

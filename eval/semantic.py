@@ -51,8 +51,8 @@ class StandInDetector:
         from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModelForZeroShotObjectDetection.from_pretrained(folder, local_files_only=True).to(device)
-        self.model.eval()
+        model: Any = AutoModelForZeroShotObjectDetection.from_pretrained(folder, local_files_only=True)
+        self.model = model.to(device).eval()
         self.device, self.min_score = device, min_score
 
     @torch.inference_mode()
@@ -78,7 +78,8 @@ class StandInCaptioner:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         self.processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True).to(device).eval()
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, local_files_only=True)
+        self.model = model.to(device).eval()
         self.device = device
 
     @torch.inference_mode()

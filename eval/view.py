@@ -21,7 +21,7 @@ from sparse_forcing.files import atomic_write_bytes, sha256_file
 from sparse_forcing.video import read_video
 
 FrameFunction = Callable[[np.ndarray], np.ndarray]
-PairFunction = Callable[[np.ndarray, np.ndarray], np.ndarray]
+PairFunction = Callable[[np.ndarray, np.ndarray], float]
 
 
 class FeatureStore:
@@ -120,14 +120,14 @@ class View:
     def pairs(self, key: str, compute: PairFunction, step: int = 1) -> np.ndarray:
         """compute(a, b) for frames (0, step), (step, 2 step), ... of this view, each pair of frames at most once.
 
-        Returns [P, ...]; P may be 0.
+        Returns [P]; P may be 0.
         """
         memo = self.clip.memo
         values = []
         for first in range(self.start, self.stop - step, step):
             name = f"{key}:{first}:{first + step}"
             if name not in memo:
-                memo[name] = np.asarray(compute(self.clip.frames[first], self.clip.frames[first + step]))
+                memo[name] = np.array(compute(self.clip.frames[first], self.clip.frames[first + step]))
             values.append(memo[name])
         return np.stack(values) if values else np.zeros(0)
 

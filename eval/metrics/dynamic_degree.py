@@ -39,7 +39,7 @@ def flow_magnitude(first: np.ndarray, second: np.ndarray, resources: Resources) 
 def pair_scores(view: View, resources: Resources, step: int) -> np.ndarray:
     """Largest-5-% mean flow of frames (0, step), (step, 2 step), ...: [P]."""
     key = f"raft top {TOP}:{resources.fingerprint('raft')}"
-    return view.pairs(key, lambda a, b: np.float64(top_mean(flow_magnitude(a, b, resources), TOP)), step)
+    return view.pairs(key, lambda a, b: top_mean(flow_magnitude(a, b, resources), TOP), step)
 
 
 def is_dynamic(scores: np.ndarray, frames: int, short_side: int) -> bool:
@@ -88,8 +88,8 @@ def is_static(view: View, resources: Resources) -> bool:
     if min(view.frames.shape[1:3]) < SMALLEST:
         raise VideoError(f"{view.clip.entry.video}: the static filter needs pictures of at least {SMALLEST} pixels")
 
-    def score(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        return np.float64(top_mean(flow_magnitude(first, second, resources), STATIC_TOP))
+    def score(first: np.ndarray, second: np.ndarray) -> float:
+        return top_mean(flow_magnitude(first, second, resources), STATIC_TOP)
 
     threshold = 3.0 * min(view.frames.shape[1:3]) / 256.0
     allowed = round(2 * len(view) / 16.0)

@@ -9,9 +9,9 @@ from sparse_forcing.eval.resources import Resources
 from sparse_forcing.eval.view import View
 
 
-def mean_absolute_difference(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def mean_absolute_difference(first: np.ndarray, second: np.ndarray) -> float:
     """Mean |a - b| over pixels and channels of two uint8 frames [H, W, 3], in 0..255."""
-    return np.abs(first.astype(np.int16) - second).mean()
+    return float(np.abs(first.astype(np.int16) - second).mean())
 
 
 def flicker_score(view: View) -> Measurement:

@@ -22,7 +22,8 @@ FROZEN = 0.5  # grey levels: below it two frames are the same picture
 
 @lru_cache(maxsize=1)
 def _estimator() -> Any:
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    # OpenCV's type stubs do not know this function.
+    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
 
 
 def _scaled(frame: np.ndarray) -> np.ndarray:
@@ -38,13 +39,13 @@ def dense_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return _estimator().calc(grey[0], grey[1], None)
 
 
-def fastest_motion(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def fastest_motion(first: np.ndarray, second: np.ndarray) -> float:
     """Mean displacement of the fastest 5 % of pixels, as a share of the short side."""
     if np.array_equal(first, second):
-        return np.float64(0.0)
+        return 0.0
     magnitude = np.linalg.norm(dense_flow(first, second), axis=-1).ravel()
     count = max(1, int(TOP * magnitude.size))
-    return np.float64(np.partition(magnitude, -count)[-count:].mean() / SHORT_SIDE)
+    return float(np.partition(magnitude, -count)[-count:].mean() / SHORT_SIDE)
 
 
 def middle_error(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> float:
@@ -86,10 +87,10 @@ def warp_smoothness(view: View, resources: Resources) -> Measurement:
 def moving_share(view: View, resources: Resources) -> Measurement:
     """Share of consecutive frames that differ at all: 0 for a frozen video."""
 
-    def differs(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    def differs(first: np.ndarray, second: np.ndarray) -> float:
         # The most different of 8x8 regions: a small moving object must not count as frozen.
         change = np.abs(first.astype(np.int16) - second).mean(axis=2).astype(np.float32)
-        return np.float64(cv2.resize(change, (8, 8), interpolation=cv2.INTER_AREA).max() > FROZEN)
+        return float(cv2.resize(change, (8, 8), interpolation=cv2.INTER_AREA).max() > FROZEN)
 
     moving = view.pairs("differs", differs)
     return Measurement(value=float(moving.mean()), count=len(moving))

@@ -37,11 +37,11 @@ class Progress:
     def note(self, message: str) -> None: ...
     def begin(self, job: Job, number: int, total: int) -> None: ...
     def frames(self, done: int, target: int) -> None: ...
-    def end(self, record: dict[str, Any]) -> None: ...
+    def end(self) -> None: ...
 
 
-def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None) -> list[dict[str, Any]]:
-    """Generate every job; returns their sidecar records in order.
+def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """Generate every job; yields its sidecar record (and `path`) as soon as its files are complete.
 
     Raises:
         SparseForcingError: bad settings, weights or output; all that can be known before loading is checked before.
@@ -49,31 +49,31 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
     progress = progress or Progress()
     for folder in dict.fromkeys(path.parent for job in jobs for path in (job.video, job.sidecar)):
         check_writable(folder, folder=True)
+    if config.to_file:
+        check_writable(config.output)
     with output_lock(config.output):
-        for job in jobs:
-            check_writable(job.video) if config.to_file else None
         for folder in dict.fromkeys(job.video.parent for job in jobs):
             sweep_temporaries(folder)
-        if config.skip_existing:
-            waiting = [job for job in jobs if not (job.video.exists() and job.sidecar.exists())]
-            if len(waiting) < len(jobs):
-                progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
-            jobs = waiting
-        if not jobs:
-            return []
-        from sparse_forcing.sampling.conditioning import read_start, start_arguments
+        waiting = [job for job in jobs if not (config.skip_existing and job.video.exists() and job.sidecar.exists())]
+        if len(waiting) < len(jobs):
+            progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
+        if waiting:
+            yield from _generate_all(config, waiting, progress)
 
-        start = read_start(config)
-        began = time.perf_counter()
-        pipe = load_pipeline(config)
-        loaded = time.perf_counter() - began
-        given = start_arguments(config, start, pipe)
-        records = []
-        for number, job in enumerate(jobs, 1):
-            progress.begin(job, number, len(jobs))
-            records.append(generate_video(pipe, config, job, progress, given, model_load_seconds=loaded))
-            progress.end(records[-1])
-        return records
+
+def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progress) -> Iterator[dict[str, Any]]:
+    from sparse_forcing.sampling.conditioning import read_start, start_arguments
+
+    start = read_start(config)
+    began = time.perf_counter()
+    pipe = load_pipeline(config)
+    loaded = time.perf_counter() - began
+    given = start_arguments(config, start, pipe)
+    for number, job in enumerate(jobs, 1):
+        progress.begin(job, number, len(jobs))
+        record = generate_video(pipe, config, job, progress, given, model_load_seconds=loaded)
+        progress.end()
+        yield record
 
 
 def load_pipeline(config: GenerateConfig) -> Any:
@@ -276,14 +276,19 @@ def versions() -> dict[str, str]:
 def _collected_warnings(progress: Progress) -> Iterator[list[str]]:
     """Show once what the model warns of (a prompt cut at the token limit, unknown words); keep it for the sidecar."""
     messages: list[str] = []
-    with warnings.catch_warnings(record=True) as caught:
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if category is not UserWarning:
+            shown(message, category, *where)
+        elif str(message) not in messages:
+            messages.append(str(message))
+            progress.note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
         warnings.simplefilter("always", UserWarning)
-        try:
-            yield messages
-        finally:
-            messages += dict.fromkeys(str(item.message) for item in caught if item.category is UserWarning)
-            for message in messages:
-                progress.note(f"warning: {message}")
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield messages
 
 
 @contextmanager

@@ -64,13 +64,14 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_forcing.cli.progress import TerminalProgress
     from sparse_forcing.sampling.generate import generate
 
+    records = []
     with TerminalProgress() as progress:
-        records = generate(config, jobs, progress)
-    for record in records:
-        if arguments.check:
-            record["caption_check"] = _check_caption(record)
-        if not arguments.json:
-            print(_line(record))
+        for record in generate(config, jobs, progress):
+            if arguments.check:
+                record["caption_check"] = _check_caption(record)
+            if not arguments.json:
+                print(_line(record), flush=True)
+            records.append(record)
     if arguments.json:
         print(json.dumps(records))
     return int(any(not record["caption_check"]["all"] for record in records if arguments.check))

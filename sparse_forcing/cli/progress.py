@@ -10,41 +10,30 @@ from sparse_forcing.sampling.jobs import Job
 
 
 class TerminalProgress(Progress):
-    """Frames of the current video as they are made; use as a context manager."""
+    """Frames of the current video as they are made. Use as a context manager: it takes the bar away on the way out."""
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
 
     def __enter__(self) -> TerminalProgress:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self.end()
 
     def note(self, message: str) -> None:
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
             print(message, file=sys.stderr, flush=True)
 
     def begin(self, job: Job, number: int, total: int) -> None:
         text = f"{number}/{total} {' '.join(job.prompt.split())[:50]}"
-        if self._bar is not None:
+        if sys.stderr.isatty():
+            self._bar = _bar()
             self._task = self._bar.add_task(text, total=None)
+            self._bar.start()
         elif total > 1:
             self.note(text)
 
@@ -52,6 +41,16 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=target)
 
-    def end(self, record: dict[str, Any]) -> None:
+    def end(self) -> None:
+        # Stopped between videos, so that what is printed on stdout does not run into it.
         if self._bar is not None:
-            self._bar.remove_task(self._task)
+            self._bar.stop()
+            self._bar = None
+
+
+def _bar() -> Any:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)

@@ -7,7 +7,6 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 
 from __future__ import annotations
 
-import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -21,18 +20,19 @@ from torch import Tensor
 
 from sparse_forcing.config import build_config
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import atomic_write_json, sha256_file
+from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.text import TextEncoder, WordTextEncoder
+from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder, VideoAutoencoder
+from sparse_forcing.vae import PatchAutoencoder, VideoAutoencoder, WanAutoencoder
+from sparse_forcing.weights.manifest import MANIFEST, folder_hash, write_manifest
+from sparse_forcing.weights.safe_load import check_safetensors
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
 PIPELINE_FILE = "pipeline.json"
-MANIFEST_FILE = "manifest.json"
 OUTPUT_TYPES = ("np", "pt", "latent")
 
 
@@ -125,33 +125,39 @@ class SparseForcingPipeline:
 
     @classmethod
     def from_pretrained(cls, model: str, torch_dtype: torch.dtype | None = None) -> SparseForcingPipeline:
-        """Load the embedded model by name, or a folder that `save_pretrained` wrote.
+        """Load an embedded model by name, a folder that `save_pretrained` wrote, or a diffusers Wan folder.
 
         Raises:
             WeightsError: unknown model, missing or damaged file.
         """
         folder = find_model(model)
-        digest = verify_manifest(folder)
-        try:
-            tree = json.loads((folder / PIPELINE_FILE).read_text())
-        except (OSError, ValueError) as error:
-            raise WeightsError(f"{folder / PIPELINE_FILE}: cannot be read ({error})") from error
-        config = build_config(PipelineConfig, tree, source=str(folder / PIPELINE_FILE))
-        if (config.vae, config.text_encoder) != ("patch", "words"):
-            raise WeightsError(f"{folder}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
-        dtype = torch_dtype or torch.float32
-        transformer = _load(CausalWanTransformer3DModel, folder / "transformer").to(dtype)
-        text_encoder = _load(WordTextEncoder, folder / "text_encoder").to(dtype)
-        return cls(transformer.eval(), text_encoder.eval(), _load(PatchAutoencoder, folder / "vae"), config, digest)
+        if (folder / MANIFEST).is_file():
+            digest = folder_hash(folder)
+        else:  # a foreign folder, tens of gigabytes with its text encoder: name it by its transformer
+            digest = folder_hash(folder / "transformer")
+        config = _read_config(folder)
+        for path in folder.rglob("*.safetensors"):
+            check_safetensors(path)
+        transformer = _load(CausalWanTransformer3DModel, folder / "transformer", torch_dtype or torch.float32)
+        text_encoder: TextEncoder
+        vae: VideoAutoencoder
+        if config.text_encoder == "words":
+            text_encoder = _load(WordTextEncoder, folder / "text_encoder", torch_dtype or torch.float32)
+        else:
+            text_encoder = UMT5TextEncoder.from_pretrained(folder, torch_dtype=torch_dtype)
+        if config.vae == "patch":
+            vae = _load(PatchAutoencoder, folder / "vae", torch.float32)
+        else:
+            vae = WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=torch_dtype)
+        return cls(transformer, text_encoder, vae, config, digest)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` loads, hashes included."""
+        """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
         folder = Path(folder)
         for name in ("transformer", "text_encoder", "vae"):
             getattr(self, name).save_pretrained(folder / name)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
-        files = {str(p.relative_to(folder)): sha256_file(p) for p in _model_files(folder)}
-        atomic_write_json(folder / MANIFEST_FILE, {"files": files})
+        write_manifest(folder)
 
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor:
@@ -347,36 +353,26 @@ def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float
 def find_model(model: str) -> Path:
     """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
-        if (folder / PIPELINE_FILE).is_file():
+        if (folder / PIPELINE_FILE).is_file() or (folder / "transformer" / "config.json").is_file():
             return folder
     known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     raise WeightsError(
-        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE}"
+        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE} "
+        "or a diffusers transformer"
     )
 
 
-def _model_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_FILE)
+def _read_config(folder: Path) -> PipelineConfig:
+    """The folder's defaults; a diffusers folder has none and gets Wan's."""
+    path = folder / PIPELINE_FILE
+    config = build_config(PipelineConfig, read_json(path), source=str(path)) if path.is_file() else PipelineConfig()
+    if config.vae not in ("patch", "wan") or config.text_encoder not in ("words", "umt5"):
+        raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
+    return config
 
 
-def verify_manifest(folder: Path) -> str:
-    """Check every file of a model folder against its manifest; returns the manifest's sha256."""
-    manifest = folder / MANIFEST_FILE
+def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     try:
-        files = json.loads(manifest.read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise WeightsError(f"{manifest}: cannot be read ({error})") from error
-    for name, digest in files.items():
-        path = folder / name
-        if not path.is_file():
-            raise WeightsError(f"{path}: missing; reinstall the model")
-        if sha256_file(path) != digest:
-            raise WeightsError(f"{path}: damaged (sha256 differs from {MANIFEST_FILE}); reinstall the model")
-    return sha256_file(manifest)
-
-
-def _load(cls: Any, folder: Path) -> Any:
-    try:
-        return cls.from_pretrained(folder, local_files_only=True)
+        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise WeightsError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

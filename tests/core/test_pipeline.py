@@ -8,11 +8,12 @@ import torch
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import MANIFEST_FILE, PipelineConfig, SparseForcingPipeline
+from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.weights.manifest import MANIFEST
 
 PROMPT = "a red ball"
 
@@ -172,13 +173,13 @@ def test_a_flipped_bit_or_a_missing_file_is_named(pipe, tmp_path):
     data = bytearray(weights.read_bytes())
     data[-5] ^= 1
     weights.write_bytes(data)
-    with pytest.raises(WeightsError, match=r"diffusion_pytorch_model.safetensors: damaged"):
+    with pytest.raises(WeightsError, match=r"diffusion_pytorch_model.safetensors: SHA-256 differs"):
         SparseForcingPipeline.from_pretrained(str(folder))
     weights.unlink()
     with pytest.raises(WeightsError, match="missing"):
         SparseForcingPipeline.from_pretrained(str(folder))
-    (folder / MANIFEST_FILE).unlink()
-    with pytest.raises(WeightsError, match="manifest"):
+    (folder / MANIFEST).unlink()
+    with pytest.raises(WeightsError, match="transformer: cannot be loaded"):
         SparseForcingPipeline.from_pretrained(str(folder))
 
 

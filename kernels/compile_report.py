@@ -8,7 +8,8 @@ figure to compare is `slots`: instructions that one warp scheduler issues per 64
 The compiler works where `TRITON_INTERPRET` is not set; no driver is needed. Run this module as a program to print the
 table for an architecture:
 
-    python -m sparse_forcing.kernels.compile_report sm_90
+    python -m sparse_forcing.kernels.compile_report sm_90            # [tokens per block] [head dim]
+    python -m sparse_forcing.kernels.compile_report --record         # after a change that is meant to move the figures
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Target:
     smem: int  # bytes per multiprocessor
     smem_block: int  # bytes one program may use
     warps: int
-    schedulers: int = 4
+    reserved: int = 1024  # bytes of shared memory the driver keeps per program
 
 
 TARGETS = {
@@ -54,7 +55,14 @@ TARGETS = {
     ),
     "sm_120": Target(backend="cuda", arch=120, warp=32, registers=65536, smem=100 << 10, smem_block=99 << 10, warps=48),
     "gfx942": Target(
-        backend="hip", arch="gfx942", warp=64, registers=131072, smem=64 << 10, smem_block=64 << 10, warps=32
+        backend="hip",
+        arch="gfx942",
+        warp=64,
+        registers=131072,
+        smem=64 << 10,
+        smem_block=64 << 10,
+        warps=32,
+        reserved=0,
     ),
 }
 _TENSOR_OPS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
@@ -147,9 +155,25 @@ def examples(
     add("", plain.launches)
     add("", plan_backward(even, q, plain.lse, plain.out, plain.lse).launches)
     add("mass", plan_forward(even, return_mass=True).launches)
+    add("", selection_examples(name, tokens, head_dim, dtype))
     add("ragged", plan_forward(ragged).launches)
     add("ragged", plan_backward(ragged, q, None, plain.out, plain.lse).launches)
     return found
+
+
+def selection_examples(name: str, tokens: int, head_dim: int, dtype: torch.dtype) -> list[Any]:
+    """Launches of the selection kernels at the paper's size: 78 query blocks, 546 window blocks, 12 heads."""
+    from sparse_forcing.kernels.block_selection import triton_backend as selection
+
+    x = torch.empty(1, 12, 78, tokens, head_dim, dtype=dtype)
+    q, k = (torch.empty(1, 12, n, head_dim, dtype=dtype) for n in (78, 546))
+    own = torch.zeros(78, dtype=torch.int32)
+    slots, importance = torch.zeros(1, 12, 142, dtype=torch.int32), torch.zeros(1, 12, 142)
+    return [
+        selection.plan_pool(x, None, torch.ones(12, tokens))[0],
+        selection.plan_choose(q, k, 137, own, 1.0, arch=name)[0],
+        selection.plan_update(slots, importance, 64)[0],
+    ]
 
 
 def compile_launch(launch: Any) -> Any:
@@ -173,9 +197,18 @@ def static_report(
     return rows
 
 
-def load_recorded() -> dict[str, dict[str, int]]:
+def load_recorded() -> dict[str, dict[str, float | None]]:
     """Recorded issue slots per architecture and kernel (head dim 128, 64-token blocks, bfloat16)."""
     return json.loads(RECORDED.read_text())["slots"] if RECORDED.exists() else {}
+
+
+def record(names: list[str]) -> None:
+    """Rewrite compile_report.json with what the installed compiler makes of the kernels."""
+    import triton
+
+    slots = load_recorded() | {name: {row["kernel"]: row["slots"] for row in static_report(name)} for name in names}
+    text = json.dumps({"triton": triton.__version__, "unit": "issue slots per 64x64 pair", "slots": slots}, indent=2)
+    RECORDED.write_text(text + "\n")
 
 
 def describe(compiled: Any, name: str, launch: Any = None) -> dict[str, Any]:
@@ -247,7 +280,7 @@ def occupancy(target: Target, registers: int, warps: int, smem: int) -> int:
         return 0
     per_warp = -(-registers * target.warp // 256) * 256
     by_registers = target.registers // max(per_warp, 1) // warps
-    return min(by_registers, target.smem // (smem + 1024), target.warps // warps)
+    return min(by_registers, target.smem // max(smem + target.reserved, 1), target.warps // warps)
 
 
 def _cuobjdump(cubin: bytes) -> tuple[str, str]:
@@ -324,5 +357,7 @@ def as_table(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else "sm_90"
-    print(as_table(static_report(name, *map(int, sys.argv[2:4]))))
+    if sys.argv[1:2] == ["--record"]:
+        record(sys.argv[2:] or list(TARGETS))
+    else:
+        print(as_table(static_report(sys.argv[1] if len(sys.argv) > 1 else "sm_90", *map(int, sys.argv[2:4]))))

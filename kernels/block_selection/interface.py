@@ -108,7 +108,9 @@ def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None 
     return reference.block_importance(scores_over_candidates, query_sizes)
 
 
-def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+def update_persistent(
+    candidate_slots: Tensor, importance: Tensor, capacity: int, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
     """P_t = TopC(P_{t-1} u E_t): split candidate_slots [B, H, Nc] into (kept [B, H, min(C, Nc)], freed [B, H, rest]).
 
     Both keep the candidates' order (chronological when the candidates are); the earlier candidate wins a tie.
@@ -118,7 +120,7 @@ def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int
             f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
             f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes"
         )
-    return reference.update_persistent(candidate_slots, importance, capacity)
+    return _backend(backend, importance).update_persistent(candidate_slots, importance, capacity)
 
 
 def why_unavailable(backend: str, tensor: Tensor) -> str | None:

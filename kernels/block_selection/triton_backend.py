@@ -17,9 +17,9 @@ from sparse_forcing.kernels.block_selection import reference
 from sparse_forcing.kernels.block_selection import triton_select as kernels
 from sparse_forcing.kernels.block_sparse_attention import triton_backend as attention
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch, architecture
 
-MAX_WINDOW = 4096  # scores of a row that fit in registers; a longer window is scored and selected in torch
+MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -75,7 +75,9 @@ def _run(launch: Launch, device: torch.device) -> None:
 
 
 def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], num_warps: int) -> Launch:
-    return Launch(kernel=kernel, grid=grid, args=args, options={"num_warps": num_warps, "enable_fp_fusion": True})
+    return Launch(
+        kernel=kernel, grid=grid, args=args, options={"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    )
 
 
 def plan_pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> tuple[Launch, Tensor]:
@@ -95,10 +97,12 @@ def plan_pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> tuple[
 def _rows_and_warps(window: int) -> tuple[int, int, int]:
     """(rows per program, padded window, warps): the keys stay within about 64 registers per thread."""
     padded = max(16, triton.next_power_of_2(window))
-    return 16, padded, 4 if padded <= 256 else 8 if padded <= 1024 else 16
+    return 16, padded, 4 if padded <= 256 else 8 if padded <= 512 else 16
 
 
-def plan_choose(q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float) -> tuple[Launch, Tensor]:
+def plan_choose(
+    q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float, arch: str | None = None
+) -> tuple[Launch, Tensor]:
     """The fused scores + top-K launch and its result."""
     B, H, Nq, D = q.shape
     window = k.shape[-2]
@@ -108,8 +112,8 @@ def plan_choose(q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: flo
     args = {
         "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own, "selected":
         selected, "scale": scale, "query_blocks": Nq, "window": window, "kept": kept, "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)), "ROWS": rows, "BLOCK_N": padded, "OWN": own is not None,
-        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "STEP": 16, "ROWS": rows, "BLOCK_N": padded, "OWN": own is not None,
+        "PRECISION": architecture(arch or attention.target(q.device)).precision if q.dtype == torch.float32 else "tf32",
     }  # fmt: skip
     return _launch(kernels.choose_kernel, (triton.cdiv(Nq, rows), B * H), args, warps), selected
 

@@ -74,23 +74,28 @@ def _write_ascending(selected, positions, out, rows, row_stride, written):
 @triton.jit(do_not_specialize=["query_blocks", "window"])
 def choose_kernel(
     query_blocks_ptr, key_blocks_ptr, own, selected, scale, query_blocks, window, kept,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     OWN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """selected [B*H, Nq, kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only, [ROWS,
     BLOCK_N].
 
-    query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous.
+    query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
+    memory holds a slice of all key blocks instead of all of them.
     """
     head = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
-    q_place = (head * query_blocks + rows)[:, None] * D + dims[None, :]
-    k_place = (head * window + columns)[None, :] * D + dims[:, None]
-    q = tl.load(query_blocks_ptr + q_place, mask=inside[:, None] & (dims < D)[None, :], other=0.0)
-    k = tl.load(key_blocks_ptr + k_place, mask=(columns < window)[None, :] & (dims < D)[:, None], other=0.0)
-    scores = tl.dot(q, k, input_precision=PRECISION) * scale
+    q_row = query_blocks_ptr + (head * query_blocks + rows)[:, None] * D
+    k_row = key_blocks_ptr + (head * window + columns)[None, :] * D
+    scores = tl.zeros([ROWS, BLOCK_N], tl.float32)
+    for offset in tl.range(0, D, STEP):
+        at = offset + dims
+        q = tl.load(q_row + at[None, :], mask=inside[:, None] & (at < D)[None, :], other=0.0)
+        k = tl.load(k_row + at[:, None], mask=(columns < window)[None, :] & (at < D)[:, None], other=0.0)
+        scores = tl.dot(q, k, scores, input_precision=PRECISION)
+    scores = scores * scale
     if OWN:
         mine = tl.load(own + rows, mask=inside, other=-1)
         scores = tl.where(columns[None, :] == mine[:, None], float("inf"), scores)

@@ -1,0 +1,272 @@
+"""Triton kernels under the interpreter, against float64. Run by test_triton_interpreter.py with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_forcing.kernels.testing import interpreter_bf16
+
+interpreter_bf16.install()
+
+from sparse_forcing.errors import SparseForcingError  # noqa: E402
+from sparse_forcing.kernels.block_selection import reference as selection_reference  # noqa: E402
+from sparse_forcing.kernels.block_selection import triton_backend as selection  # noqa: E402
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
+from sparse_forcing.kernels.block_sparse_attention.triton_backend import specialised_difference  # noqa: E402
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import UNIONS, plan_forward  # noqa: E402
+from sparse_forcing.kernels.block_sparse_attention.triton_lists import inverse_lists  # noqa: E402
+from tests.kernels.triton_jobs.common import answer, check, error, guarded, measured, problem, strided  # noqa: E402
+
+torch.set_num_threads(1)
+needs_unions = pytest.mark.skipif(not UNIONS, reason="this Triton cannot partition the union kernel (needs 3.9)")
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("p", "variant"),
+    [
+        pytest.param(problem(2, 2, 3, 15, 5, 13, 24, ragged=True), "pointer", id="float32-ragged"),
+        pytest.param(problem(dtype=F16), "pointer", id="float16"),
+        pytest.param(problem(H=1, Tq=60, T=60, D=64, dtype=BF16), "pointer", id="bfloat16-60-tokens"),
+        pytest.param(problem(H=1, Tq=64, T=64, D=64, dtype=BF16), "tma", id="tma-64-tokens"),
+        pytest.param(problem(H=1, Tq=60, T=60, D=80, dtype=F16), "tma", id="tma-60-tokens-head-80"),
+    ],
+)
+def test_forward_mass_and_gradients(p, variant):
+    check(p, measured(p, variant, variant, mass=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1, 1, 1, 1), (1, 3, 2, 32, 4, 7, 8, 4), (2, 1, 4, 5, 6, 48, 100, 5)])
+def test_pointer_kernels_at_odd_shapes(shape, dtype):
+    p = problem(*shape, dtype=dtype, ragged=True, seed=3)
+    check(p, measured(p, "pointer", "pointer", mass=True))
+
+
+@pytest.mark.slow
+def test_largest_head_dim():
+    p = problem(1, 1, 2, 16, 3, 16, 256, 2, lengths=[2, 1])
+    check(p, measured(p, "pointer", "pointer"))
+
+
+@needs_unions
+@pytest.mark.slow
+@pytest.mark.parametrize(("tokens", "lengths"), [(64, [4, 2, 3]), (60, [0, 4, 0])])
+def test_pair_kernel_on_the_union_of_two_lists(tokens, lengths):
+    p = problem(1, 1, 3, tokens, 6, tokens, 64, 4, dtype=BF16, lengths=lengths)
+    check(p, measured(p, "pair", None))
+
+
+@needs_unions
+@pytest.mark.slow
+def test_pair_kernel_is_not_misled_by_a_neighbour_with_far_larger_scores():
+    p = problem(1, 1, 2, 64, 4, 64, 64, 2, dtype=BF16, scale=1.0, lengths=[2, 2])
+    p.block_index.copy_(torch.tensor([[0, 1], [2, 3]]))
+    p.key_pool[:, :, 2:] *= 40  # scores of hundreds, only in the odd block's list
+    check(p, measured(p, "pair", None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", [2, 3])
+def test_pair_kernel_on_a_shared_list(length):
+    p = problem(1, 1, 3, 60, 5, 60, 64, 3, dtype=F16, lengths=[length] * 3)
+    p.block_index.copy_(p.block_index[:, :, :1].expand_as(p.block_index))
+    check(p, measured(p, "pair", None, shared=True))
+
+
+@pytest.mark.slow
+def test_self_check_of_the_specialised_kernel_passes():
+    assert specialised_difference(torch.device("cpu"), head_dim=64) < 1e-2
+
+
+@pytest.mark.parametrize(("slots", "lengths"), [(5, [0, 0, 0]), (1, [1, 0, 1]), (3, [3, 3, 3])])
+def test_empty_single_and_full_lists(slots, lengths):
+    p = problem(S=slots, M=max(slots, 1), lengths=lengths)
+    check(p, measured(p, "pointer", "pointer", mass=True))
+
+
+def test_density_one_equals_dense_attention():
+    p = problem(1, 2, 3, 16, 3, 16, 32, 3, lengths=[3, 3, 3])
+    found = measured(p, "pointer", None)["out"]
+    flat = [x.double().flatten(2, 3) for x in (p.query, p.key_pool, p.value_pool)]
+    dense = torch.nn.functional.scaled_dot_product_attention(*flat)
+    assert error(found.flatten(2, 3), dense) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_large_logits(dtype):
+    p = problem(dtype=dtype, scale=30.0)
+    wanted, found = answer(p), measured(p, "pointer", "pointer")
+    check(p, {name: found[name] for name in ("out", "lse")}, wanted)
+    # A gradient here is a small difference of large terms: it scales with the logits, and so does its rounding.
+    assert max(error(found[name], wanted[name]) for name in ("dq", "dk", "dv")) < (2e-5 if dtype == F32 else 5e-2)
+
+
+def test_padding_may_hold_nan():
+    p = problem(Tq=12, T=12, ragged=True, seed=1)
+    wanted = answer(p)
+    rows, tokens = torch.arange(12) >= p.query_sizes[:, None], torch.arange(12) >= p.key_sizes[..., None]
+    p.query[:, :, rows] = float("nan")
+    p.key_pool[tokens] = float("nan")
+    p.value_pool[tokens] = float("nan")
+    check(p, measured(p, "pointer", "pointer", mass=True), wanted)
+
+
+def test_strided_inputs_between_nan():
+    p = problem(Tq=13, T=11, D=24, seed=2)
+    check(p, measured(strided(p), "pointer", "pointer", mass=True), answer(p))
+
+
+@pytest.mark.parametrize("variant", ["pointer", "tma"])
+def test_strides_beyond_32_bits(variant):
+    tokens = 64 if variant == "tma" else 16
+    p = problem(1, 1, 2, tokens, 3, tokens, 16, 2, dtype=F16, lengths=[2, 2])
+    far = 2**30 + 64  # third slot at 2^31: untouched pages of the buffer cost no memory
+    try:
+        buffer = torch.empty(2 * far + tokens * 16, dtype=F16)
+    except RuntimeError:
+        pytest.skip("the machine does not reserve 4 GiB of address space")
+    pool = buffer.as_strided((1, 1, 3, tokens, 16), (0, 0, far, 16, 1))
+    pool.copy_(p.key_pool)
+    if variant == "tma":  # full blocks are read as one matrix; a far head takes the same arithmetic
+        p = problem(1, 2, 2, tokens, 2, tokens, 16, 2, dtype=F16, lengths=[2, 2])
+        pool = buffer.as_strided((1, 2, 2, tokens, 16), (0, 2 * far - 2048, tokens * 16, 16, 1))
+        pool.copy_(p.key_pool)
+    check(p, measured(replace(p, key_pool=pool), variant, variant))
+
+
+def test_two_runs_agree_bitwise():
+    p = problem(S=3, M=3, dtype=BF16)
+    first, second = (measured(p, "pointer", "pointer", mass=True) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.data())
+def test_any_shape_and_lists(data):
+    def number(low: int, high: int) -> int:
+        return data.draw(st.integers(low, high))
+
+    Nq, S = number(1, 4), number(1, 6)
+    M = number(1, S)
+    lengths = [number(0, M) for _ in range(Nq)]
+    p = problem(
+        number(1, 2), number(1, 2), Nq, number(1, 20), S, number(1, 20), number(1, 40), M,
+        ragged=data.draw(st.booleans()), seed=number(0, 99), lengths=lengths,
+    )  # fmt: skip
+    check(p, measured(p, "pointer", "pointer", mass=True))
+
+
+def test_public_call_differentiates_through_out_and_lse():
+    p = problem(2, 2, 3, 16, 5, 16, 32, 3, ragged=True)
+    leaves = [x.clone().requires_grad_() for x in (p.query, p.key_pool, p.value_pool)]
+    result = block_sparse_attention(
+        *leaves, p.block_index, query_sizes=p.query_sizes, key_sizes=p.key_sizes, return_mass=True, backend="triton"
+    )
+    wanted = answer(p)
+    grad_lse = torch.Generator().manual_seed(99)
+    grad_out = torch.randn(p.query.shape, generator=grad_lse)
+    grad_rows = torch.randn(p.query.shape[:-1], generator=grad_lse).masked_fill(result.lse == float("-inf"), 0)
+    grads = torch.autograd.grad((result.out, result.lse), leaves, (grad_out, grad_rows))
+    check(p, dict(zip(("out", "lse", "mass", "dq", "dk", "dv"), (*result, *grads))), wanted)
+
+
+def test_empty_list_dimension_and_impossible_sizes():
+    p = problem(M=1)
+    result = block_sparse_attention(p.query, p.key_pool, p.value_pool, p.block_index[..., :0], backend="triton")
+    assert not result.out.any()
+    assert bool((result.lse == float("-inf")).all())
+    with pytest.raises(SparseForcingError, match="scale"):
+        problem(scale=-1.0)
+    with pytest.raises(SparseForcingError, match="head dim"):
+        problem(D=300)
+
+
+def test_inverse_lists_name_every_visitor_in_order():
+    p = problem(2, 3, 6, 1, 7, 1, 1, 4, seed=5)
+    start, visitors = inverse_lists(p.block_index, 7)
+    for b, h, slot in torch.cartesian_prod(torch.arange(2), torch.arange(3), torch.arange(7)).tolist():
+        found = visitors[b, h, start[b, h, slot] : start[b, h, slot + 1]].tolist()
+        assert found == [i for i in range(6) if slot in p.block_index[b, h, i].tolist()]
+
+
+@pytest.mark.parametrize("M", [1, 5, 40])
+def test_pair_lists_are_unions(M):
+    p = problem(1, 2, 5, 64, 50, 64, 64, M, dtype=F16, seed=M)
+    with guarded():
+        plan = plan_forward(p, variant="pair", num_persistent=0)
+        plan.launches[0].run()
+    codes, counts = (plan.launches[0].args[name] for name in ("codes", "counts"))
+    group = plan.launches[0].args["GROUP"]
+    for h in range(2):
+        for pair in range(3):
+            entries = codes[0, h, pair, : counts[0, h, pair]].tolist()
+            assert len(entries) % group == 0
+            for half in range(min(2, 5 - 2 * pair)):
+                listed = [e >> 2 for e in entries if e >> half & 1]
+                wanted = [s for s in p.block_index[0, h, 2 * pair + half].tolist() if s >= 0]
+                assert sorted(listed) == sorted(wanted)
+            assert {e >> 2 for e in entries if not e & 3} <= {e >> 2 for e in entries if e & 3}
+
+
+# --- selection ------------------------------------------------------------------------------------------------------
+
+
+def _scores(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randint(-3, 4, shape, generator=torch.Generator().manual_seed(seed)).float() / 2  # many ties
+
+
+@pytest.mark.parametrize(("window", "top_k"), [(23, 6), (16, 1), (5, 9)])
+def test_selection_equals_the_reference_with_ties(window, top_k):
+    scores = _scores(window, 1, 2, 5, window)
+    scores[0, 0, 0, 0] = -0.0
+    for own in (None, torch.tensor([0, window - 1, 2, -1, 3])):
+        with guarded():
+            found = selection.select_blocks(scores, top_k, own)
+        assert torch.equal(found, selection_reference.select_blocks(scores, top_k, own))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_fused_scores_and_selection_equal_the_reference(dtype):
+    q, k = _scores(1, 1, 2, 19, 24).to(dtype), _scores(2, 1, 2, 37, 24).to(dtype)  # exact in bfloat16
+    own = torch.arange(19)
+    with guarded():
+        found = selection.choose_blocks(q, k, 7, own, 0.25)
+    assert torch.equal(found, selection_reference.select_blocks(selection_reference.block_scores(q, k, 0.25), 7, own))
+
+
+@pytest.mark.parametrize("capacity", [0, 1, 5, 12, 13, 20])
+def test_memory_update_equals_the_reference(capacity):
+    slots = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:26].reshape(1, 2, 13).to(torch.int32)
+    importance = _scores(3, 1, 2, 13)
+    with guarded():
+        found = selection.update_persistent(slots, importance, capacity)
+    wanted = selection_reference.update_persistent(slots, importance, capacity)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+@pytest.mark.parametrize("sizes", [None, torch.tensor([5, 0, 3], dtype=torch.int32)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_pooling_and_its_gradients_equal_the_reference(sizes, weighted):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 2, 3, 5, 24, generator=generator)
+    extra = (
+        [torch.randn(2, 5, generator=generator), torch.randn(2, 24, 24, generator=generator)]
+        if weighted
+        else [None, None]
+    )
+    results = []
+    for module in (selection, selection_reference):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (x, *extra)]
+        with guarded():
+            pooled = module.pool_blocks(leaves[0], sizes, leaves[1], leaves[2])
+        results.append((pooled, *torch.autograd.grad(pooled.square().sum(), [t for t in leaves if t is not None])))
+    for found, wanted in zip(*results):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)

@@ -108,16 +108,14 @@ class BlockTable:
             self.table = pool.reshape(-1, T * D)
         self.rows = add_offset(slots, (B, H), (step_b, step_h))
         self.head_dim = D
+        self.raw = Buffer(pool.dtype)
 
     def gather(self, piece: Piece, buffer: Buffer) -> Tensor:
         """[n, L, D] blocks of a piece in `buffer`, whose type they take."""
         rows = piece.lists(self.rows)
-        memory = buffer.view(rows.numel(), self.table.shape[1])
-        if buffer.dtype == self.table.dtype:
-            torch.index_select(self.table, 0, rows.flatten(), out=memory)
-        else:
-            memory.copy_(torch.index_select(self.table, 0, rows.flatten()))
-        return memory.view(len(rows), -1, self.head_dim)
+        raw = buffer if buffer.dtype == self.table.dtype else self.raw
+        blocks = torch.index_select(self.table, 0, rows.flatten(), out=raw.view(rows.numel(), self.table.shape[1]))
+        return buffer.hold(blocks).view(len(rows), -1, self.head_dim)
 
 
 def add_offset(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:

@@ -27,7 +27,7 @@ SURFACE = {
     "--plugins --stand-ins --static-filter --cache --workers --device --max-frames --max-pixels --strict-exit "
     "--report --no-report --embed-videos --no-embed-videos --resamples",
     "convert": "SOURCE TARGET --part --head-dim --json",
-    "data": "OUTPUT --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
+    "data": "WHAT OUTPUT --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
     "doctor": "--kernels --json",
 }
 WITHOUT_TORCH = """
@@ -95,7 +95,7 @@ def test_help_describes_every_flag_and_prints_to_stdout(command: str, capsys: py
         (["train", "pretrain", "--output", "x", "--config", "/none.yaml"], 2),
         (["evaluate"], 2),
         (["convert", "/none", "x"], 2),
-        (["data", "x", "--num-clips", "0"], 2),
+        (["data", "clips", "x", "--num-clips", "0"], 2),
     ],
 )
 def test_help_and_bad_arguments_never_import_torch(arguments: list[str], code: int, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": "judge a folder of videos",
     "bench": "measure attention on this machine, after checking it",
     "convert": "turn Wan or Self-Forcing weights into a diffusers folder",
-    "data": "render captioned clips to train on",
+    "data": "make data to train on",
     "doctor": "say what works on this machine, and why not the rest",
 }
 

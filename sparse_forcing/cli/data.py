@@ -1,4 +1,4 @@
-"""Render captioned clips of moving shapes: mp4 files and a manifest of their captions, the same for the same seed."""
+"""Make data to train on. `clips`: captioned clips of moving shapes, mp4 files with a manifest, equal for equal seeds."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_text, check_writable, output_lock
 
+KINDS = ("clips",)
 SPLITS = ("train", "heldout", "all")
 MANIFEST = "manifest.jsonl"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", metavar="WHAT", choices=KINDS, help=f"one of: {', '.join(KINDS)}")
     parser.add_argument("output", metavar="OUTPUT", type=path, help="folder to write")
     parser.add_argument("--num-clips", type=whole_number, default=16, metavar="N", help="default: 16")
     parser.add_argument("--num-frames", type=whole_number, default=80, metavar="N", help="default: 80")

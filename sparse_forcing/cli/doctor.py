@@ -103,15 +103,12 @@ def _backends() -> Iterator[Finding]:
 
 
 def _embedded_model() -> Iterator[Finding]:
-    from sparse_forcing.files import sha256_file
-    from sparse_forcing.weights.manifest import MANIFEST, verify_manifest
+    from sparse_forcing.weights.manifest import folder_hash, verify_manifest
 
     if verify_manifest(EMBEDDED_MODEL) is None:
         yield Finding("model tiny", "broken", f"{EMBEDDED_MODEL}: has no manifest of hashes")
     else:
-        yield Finding(
-            "model tiny", "ok", f"all hashes match, weights_sha256 {sha256_file(EMBEDDED_MODEL / MANIFEST)[:16]}"
-        )
+        yield Finding("model tiny", "ok", f"all hashes match, weights_sha256 {folder_hash(EMBEDDED_MODEL)[:16]}")
 
 
 def _video() -> Iterator[Finding]:

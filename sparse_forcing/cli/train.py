@@ -11,9 +11,11 @@ from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import check_writable
 
-# stage: (module, config class, function of config and output folder)
+# stage: (module, config class, function of config and output folder that may return an exit code)
 STAGES = {
     "pretrain": ("sparse_forcing.training.pretrain", "PretrainConfig", "pretrain"),
+    "forcing": ("sparse_forcing.training.forcing", "ForcingConfig", "train"),
+    "distill": ("sparse_forcing.training.distill", "DistillConfig", "train"),
 }
 
 
@@ -25,12 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train; returns 0 when the stage is complete."""
+    """Train; returns 0 when the stage is complete, 143 when it stopped early to be resumed."""
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise ConfigError(f"--config {arguments.config}: no such file")
     check_writable(arguments.output, folder=True)
     module, config_class, function = STAGES[arguments.stage]
     recipe = importlib.import_module(module)
     config = load_config(getattr(recipe, config_class), arguments.config, arguments.set)
-    getattr(recipe, function)(config, arguments.output)
-    return 0
+    return getattr(recipe, function)(config, arguments.output) or 0

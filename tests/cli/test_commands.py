@@ -20,9 +20,9 @@ def test_data_writes_captioned_clips_that_do_not_depend_on_how_many(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = ["--num-frames", "8", "--size", "32", "--seed", "5"]
-    assert main(["data", str(tmp_path / "a"), "--num-clips", "3", "--json", *sizes]) == 0
+    assert main(["data", "clips", str(tmp_path / "a"), "--num-clips", "3", "--json", *sizes]) == 0
     assert json.loads(capsys.readouterr().out) == {"manifest": str(tmp_path / "a" / "manifest.jsonl"), "clips": 3}
-    assert main(["data", str(tmp_path / "b"), "--num-clips", "1", *sizes]) == 0
+    assert main(["data", "clips", str(tmp_path / "b"), "--num-clips", "1", *sizes]) == 0
     rows = [json.loads(line) for line in (tmp_path / "a" / "manifest.jsonl").read_text().splitlines()]
     assert len({row["seed"] for row in rows}) == 3
     assert all(row["prompt"] for row in rows)
@@ -34,16 +34,16 @@ def test_data_writes_captioned_clips_that_do_not_depend_on_how_many(
 def test_data_manifest_is_what_evaluation_reads(tmp_path: Path) -> None:
     from sparse_forcing.eval.manifest import load_entries
 
-    assert main(["data", str(tmp_path), "--num-clips", "2", "--num-frames", "8", "--size", "32"]) == 0
+    assert main(["data", "clips", str(tmp_path), "--num-clips", "2", "--num-frames", "8", "--size", "32"]) == 0
     assert [entry.video.name for entry in load_entries(tmp_path / "manifest.jsonl")] == ["000000.mp4", "000001.mp4"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["data", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
-        (["data", "OUT", "--seed", "-1"], "--seed"),
-        (["data", "/proc/x"], "cannot write into"),
+        (["data", "clips", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
+        (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
+        (["data", "clips", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "OUT", "--set", "sede=1"], "sede: unknown setting; did you mean seed?"),
         (["train", "pretrain", "--output", "OUT", "--set", "seed=x"], "seed: expected a whole number"),

@@ -360,4 +360,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--record"]:
         record(sys.argv[2:] or list(TARGETS))
     else:
-        print(as_table(static_report(sys.argv[1] if len(sys.argv) > 1 else "sm_90", *map(int, sys.argv[2:4]))))
+        name, tokens, head_dim = (sys.argv[1:] + ["sm_90", "64", "128"][len(sys.argv) - 1 :])[:3]
+        print(as_table(static_report(name, int(tokens), int(head_dim))))

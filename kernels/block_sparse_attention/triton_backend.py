@@ -105,7 +105,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key_pool and value_pool, contiguous, in their type; bitwise the same on every run."""
     if query.numel() == 0 or block_index.shape[-1] == 0 or key_pool.shape[2] == 0:
-        return tuple(torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key_pool, value_pool))
+        zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key_pool, value_pool)]
+        return zeros[0], zeros[1], zeros[2]
     problem = _problem(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale)
     plan = plan_backward(problem, grad_out, grad_lse, out, lse)
     run(plan.launches, query.device)

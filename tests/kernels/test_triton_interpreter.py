@@ -1,4 +1,4 @@
-"""Triton kernels on the CPU interpreter. Triton chooses between interpreting and compiling when it is imported, so every
+"""Triton kernels on the CPU interpreter. Triton chooses between interpreting and compiling when it is imported, so each
 job is a process of its own; the tests themselves are in triton_jobs/.
 """
 
@@ -18,7 +18,7 @@ JOBS = Path(__file__).with_name("triton_jobs")
 OLDEST = "SPARSE_FORCING_OLDEST_TRITON"  # a folder made by: pip install --target FOLDER --no-deps triton==3.6.0
 
 
-def run_job(name: str, marks: str, *, interpret: bool, extra_path: str = "") -> None:
+def run_job(name: str, marks: str, *, interpret: bool, extra_path: str = "", only: str = "") -> None:
     """Run one file of triton_jobs under pytest in a fresh process; its output becomes the failure message."""
     env = dict(os.environ) | {"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1" if interpret else "0"}
     paths = [extra_path, str(ROOT), env.get("PYTHONPATH", "")]
@@ -34,6 +34,7 @@ def run_job(name: str, marks: str, *, interpret: bool, extra_path: str = "") -> 
         "no:cacheprovider",
         "--durations=3",
     ]
+    command += ["-k", only] if only else []
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, f"{name} ({marks}) failed:\n{done.stdout[-6000:]}\n{done.stderr[-2000:]}"
 

@@ -1,4 +1,4 @@
-"""Make data to train on. `clips`: captioned clips of moving shapes, mp4 files with a manifest, equal for equal seeds."""
+"""Make data to train on. `clips`: captioned clips of moving shapes as mp4 files, and their manifest."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from sparse_forcing.attention import AttentionPolicy, ParallelAttention, dense_attention
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.rope import Rotary, apply_rotary
+from sparse_forcing.selector import BlockSelector
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: cross-attention keys and values [B, text tokens, H, D]."""
@@ -141,14 +142,21 @@ class Attention(nn.Module):
 
 
 class CausalWanBlock(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float) -> None:
+    def __init__(
+        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None
+    ) -> None:
         super().__init__()
         self.eps = eps
+        self.selector = BlockSelector(heads, selector_tokens, dim // heads) if selector_tokens else None
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps)
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values of embedded text [B, T, C]."""
+        return self.attn2.keys_values(text)
 
     def forward(
         self,
@@ -185,6 +193,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         pooled_text: add the mean text token to the time embedding.
         latent_std: per-channel standard deviation of the latents; when given, inputs and outputs are preconditioned
             so that the network sees and predicts unit variance at every noise level (forward still returns the flow).
+        selector_tokens: tokens of a block of the sparse memory, to give every layer a learned block selector; None
+            selects by mean pooling.
     """
 
     _supports_gradient_checkpointing = True
@@ -213,6 +223,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         horizon_frames: int = 21,
         pooled_text: bool = False,
         latent_std: list[float] | None = None,
+        selector_tokens: int | None = None,
     ) -> None:
         super().__init__()
         if qk_norm != "rms_norm_across_heads" or image_dim or added_kv_proj_dim or pos_embed_seq_len:
@@ -230,7 +241,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         self.patch_embedding = nn.Conv3d(in_channels, dim, tuple(patch_size), tuple(patch_size))
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
-            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps) for _ in range(num_layers)
+            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens)
+            for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -252,10 +264,15 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.condition_embedder.time_proj.weight)
         nn.init.zeros_(self.proj_out.weight)
 
+    @property
+    def selectors(self) -> list[BlockSelector] | None:
+        """The learned selector of each layer, for a sparse memory; None: mean pooling."""
+        return [block.selector for block in self.blocks] if self.config.selector_tokens else None
+
     def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues:
         """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout."""
         text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        return [block.attn2.keys_values(text) for block in self.blocks]
+        return [block.encode_text(text) for block in self.blocks]
 
     def forward(
         self,

@@ -1,19 +1,30 @@
-"""Checkpoints by a commit protocol: temporary folder, files flushed, manifest with hashes last, rename, then prune."""
+"""Checkpoints by a commit protocol: temporary folder, files flushed, manifest with hashes last, rename, then prune.
+
+`out/step-N` exists only when it is complete. It holds one file per part (model, optimizers, averages) with whole
+tensors, so that it loads at any number of processes, and each process's random state.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 
-from sparse_forcing.errors import WeightsError
+from sparse_forcing.errors import OutputError, SparseForcingError, WeightsError
 from sparse_forcing.files import sha256_file
+from sparse_forcing.training.parallel import any_rank, barrier, full_state, rank, shard_like, world_size
 
 _MANIFEST = "manifest.json"
+_TEMPORARY = ".tmp-step-"
 
 
 class Stateful(Protocol):
@@ -21,51 +32,211 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
+class RandomState:
+    """State of this process's global random generators, as a part that each process saves for itself."""
+
+    def state_dict(self) -> dict[str, Any]:
+        version, numbers, gauss = random.getstate()
+        state: dict[str, Any] = {"torch": torch.get_rng_state(), "python": [version, list(numbers), gauss]}
+        if torch.cuda.is_available():
+            state["cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
+        torch.set_rng_state(state["torch"])
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"])
+
+
+class _Saving:
+    """Collects the first failure of this process, so that all processes keep calling collectives in step."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, SparseForcingError) as error:
+            self.error = self.error or error
+
+    def agree(self, what: str) -> None:
+        """Raise on every process when one of them failed."""
+        if any_rank(self.error is not None):
+            raise OutputError(f"cannot save {what}: {self.error or 'another process failed'}") from self.error
+
+
 def _write(path: Path, data: Any) -> None:
-    with path.open("wb") as file:
-        torch.save(data, file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with path.open("wb") as file:
+            torch.save(data, file)
+            _flush(file)
+    except (OSError, RuntimeError) as error:
+        # torch reports a full disk as a RuntimeError of its zip writer.
+        raise OutputError(f"cannot write {path} ({_size(data)} bytes): {str(error).splitlines()[0]}") from error
 
 
-def save_checkpoint(out: Path, step: int, parts: dict[str, Stateful], config: dict, *, keep: int = 2) -> Path:
-    """Write every part's state under `out/step-N`; older checkpoints go only after the new one is complete."""
-    final, temporary = out / f"step-{step:08d}", out / f".tmp-step-{step:08d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+def _flush(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _size(data: Any) -> int:
+    if isinstance(data, torch.Tensor):
+        return data.nbytes
+    values = data.values() if isinstance(data, dict) else data if isinstance(data, (list, tuple)) else ()
+    return sum(_size(value) for value in values)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(
+    out: Path, step: int, parts: dict[str, Stateful], config: dict, *, keep: int = 2, random_state: bool = False
+) -> Path:
+    """Write every part's state under `out/step-N`; older checkpoints go only after the new one is complete.
+
+    Every process must call it; when one fails, all raise and the checkpoints before are untouched.
+
+    Args:
+        keep: complete checkpoints that stay, at least two.
+        random_state: also save every process's random state.
+
+    Raises:
+        OutputError: what could not be written, and how many bytes it needs.
+    """
+    final, temporary = out / f"step-{step:08d}", out / f"{_TEMPORARY}{step:08d}"
+    saving = _Saving()
+    with saving.attempt():
+        if rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+    saving.agree(str(final))
     for name, part in parts.items():
-        _write(temporary / f"{name}.pt", part.state_dict())
-    files = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-    (temporary / _MANIFEST).write_text(json.dumps({"step": step, "files": files, "config": config}, indent=1))
+        state = full_state(part.state_dict())
+        if rank() == 0 and saving.error is None:
+            with saving.attempt():
+                _write(temporary / f"{name}.pt", state)
+    if random_state and saving.error is None:
+        with saving.attempt():
+            _write(temporary / f"random-{rank()}.pt", RandomState().state_dict())
+    saving.agree(str(final))
+    if rank() == 0:
+        with saving.attempt():
+            _commit(temporary, final, {"step": step, "processes": world_size(), "config": config})
+    saving.agree(str(final))
+    if rank() == 0:
+        _prune(out, max(keep, 2))
+    barrier()
+    return final
+
+
+def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    manifest["files"] = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
+    with (temporary / _MANIFEST).open("w") as file:
+        json.dump(manifest, file, indent=1)
+        _flush(file)
+    _sync_folder(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
-    for old in sorted(out.glob("step-*"))[: -max(keep, 2)]:
-        shutil.rmtree(old)
-    return final
+    _sync_folder(final.parent)
+
+
+def _prune(out: Path, keep: int) -> None:
+    """Remove checkpoints beyond the newest `keep` complete ones, and what interrupted saves left."""
+    complete = [folder for folder in sorted(out.glob("step-*"), reverse=True) if (folder / _MANIFEST).is_file()]
+    for old in [*complete[keep:], *out.glob(f"{_TEMPORARY}*")]:
+        try:
+            shutil.rmtree(old)
+        except OSError as error:
+            warnings.warn(f"cannot remove the old checkpoint {old}: {error}", stacklevel=2)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files all match it. Raises WeightsError naming the file that does not."""
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text())
+        files, _ = manifest["files"], manifest["step"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{folder}: incomplete checkpoint (no readable {_MANIFEST}); use an older one") from error
+    for name, digest in files.items():
+        try:
+            found = sha256_file(folder / name)
+        except OSError as error:
+            raise WeightsError(f"{folder / name}: missing from the checkpoint; use an older one") from error
+        if found != digest:
+            raise WeightsError(f"{folder / name}: SHA-256 differs from the manifest; the file is damaged")
+    return manifest
 
 
 def is_complete(folder: Path) -> bool:
     """True when the manifest exists and every file matches its hash."""
     try:
-        files = json.loads((folder / _MANIFEST).read_text())["files"]
-        return all(sha256_file(folder / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+        read_manifest(folder)
+    except WeightsError:
         return False
+    return True
 
 
-def load_checkpoint(folder: Path, parts: dict[str, Stateful]) -> int:
-    """Load every part; returns the step. Raises WeightsError when the checkpoint is damaged."""
-    if not is_complete(folder):
-        raise WeightsError(f"{folder}: checkpoint is incomplete or damaged; resume from an older one")
+def load_checkpoint(
+    folder: Path, parts: dict[str, Stateful], *, random_state: bool = False, allow_missing_random: bool = False
+) -> int:
+    """Load every part; returns the step.
+
+    Args:
+        random_state: also restore this process's random state.
+        allow_missing_random: go on with the present one when the checkpoint has none for this process.
+
+    Raises:
+        WeightsError: damaged, of another model, or without the random state of this process.
+    """
+    manifest = read_manifest(folder)
     for name, part in parts.items():
-        part.load_state_dict(torch.load(folder / f"{name}.pt", weights_only=True))
-    return json.loads((folder / _MANIFEST).read_text())["step"]
+        path = folder / f"{name}.pt"
+        if path.name not in manifest["files"]:
+            raise WeightsError(f"{folder}: has no {name!r}; it holds {', '.join(sorted(manifest['files']))}")
+        _load_part(path, part)
+    if random_state:
+        path = folder / f"random-{rank()}.pt"
+        if path.name in manifest["files"]:
+            _load_part(path, RandomState())
+        elif not allow_missing_random:
+            raise WeightsError(
+                f"{folder}: no random state for process {rank()} (saved by {manifest.get('processes', 1)}, "
+                f"now {world_size()}); resume with as many, or set allow_missing_random"
+            )
+    return manifest["step"]
 
 
-def latest_checkpoint(out: Path, parts: dict[str, Stateful]) -> int:
-    """Load the newest complete checkpoint of `out` into `parts`; 0 when there is none."""
+def _load_part(path: Path, part: Stateful) -> None:
+    try:
+        part.load_state_dict(_cut(torch.load(path, weights_only=True), part))
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{path}: does not fit this run ({str(error)[:400]})") from error
+
+
+def _cut(state: dict[str, Any], part: Stateful) -> dict[str, Any]:
+    """Whole tensors cut as the part's own are (nothing changes for parts that are not sharded)."""
+    if isinstance(part, torch.optim.Optimizer):
+        parameters = [p for group in part.param_groups for p in group["params"]]
+        cut = {i: {k: shard_like(v, parameters[i]) for k, v in s.items()} for i, s in state["state"].items()}
+        return {**state, "state": cut}
+    own = part.state_dict() if isinstance(part, nn.Module) or hasattr(part, "shadow") else {}
+    return {name: shard_like(value, own.get(name)) for name, value in state.items()}
+
+
+def latest_checkpoint(out: Path, parts: dict[str, Stateful], **options: bool) -> int:
+    """Load the newest complete checkpoint of `out` into `parts`; 0 when there is none. Options: `load_checkpoint`."""
     for folder in sorted(out.glob("step-*"), reverse=True):
         if is_complete(folder):
-            return load_checkpoint(folder, parts)
-        print(f"skipping {folder}: incomplete or damaged", flush=True)
+            return load_checkpoint(folder, parts, **options)
+        warnings.warn(f"skipping {folder}: incomplete or damaged", stacklevel=2)
     return 0

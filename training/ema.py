@@ -27,6 +27,13 @@ class ParameterEma:
         torch._foreach_lerp_(shadow, [p.float() for p in parameters], 1 - decay)
 
     @torch.no_grad()
+    def reset(self, module: nn.Module) -> None:
+        """Forget the past: the averages become the present weights."""
+        self.updates = 0
+        for name, parameter in module.named_parameters():
+            self.shadow[name].copy_(parameter)
+
+    @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
         for name, parameter in module.named_parameters():
             parameter.copy_(self.shadow[name])

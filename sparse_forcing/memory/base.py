@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -125,6 +126,11 @@ class RolloutMemory(ABC):
         twin = copy.copy(self)
         vars(twin).update({name: list(value) for name, value in vars(self).items() if isinstance(value, list)})
         return twin
+
+    def history(self) -> AbstractContextManager:
+        """Context of writes to the cache: passes without gradients must not cut the history that earlier chunks carry
+        when gradients go straight through; when they stop at the cache, nothing may carry any."""
+        return torch.enable_grad() if self.cache_gradient == "straight_through" else nullcontext()
 
     def merge_clean(self, stored: Tensor, clean: Tensor) -> Tensor:
         """What the clean pass leaves in the cache, given what the last denoising pass stored."""

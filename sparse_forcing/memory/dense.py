@@ -95,15 +95,12 @@ class DenseMemory(RolloutMemory):
         """The same where autograd may hold the cache: the layer gets new tensors and a new state."""
         old = self.layers[layer] or DenseLayer(key.new_empty(0, 0), value.new_empty(0, 0))
         pairs = ((old.keys, key), (old.values, value))
-        # Passes without gradients must not cut the history that earlier chunks carry (straight-through).
-        with torch.enable_grad():
+        with self.history():
             keys, values = (torch.cat([x[:, :start], new], 1) if start else new for x, new in pairs)
         out = dense_attention(query, keys, values)
         if clean:
-            with torch.enable_grad():
-                keys, values = (
-                    torch.cat([x[:, :start], self.merge_clean(x[:, start:], new)], 1) for x, new in pairs
-                )
+            with self.history():
+                keys, values = (torch.cat([x[:, :start], self.merge_clean(x[:, start:], new)], 1) for x, new in pairs)
         self.layers[layer] = DenseLayer(keys, values)
         return out
 

@@ -26,9 +26,10 @@ from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.rope import shift_time
+from sparse_forcing.selector import coarse_attention, selection_loss
 
-POOLS = ("keys", "values", "representatives")
-"""The tensors of a layer that hold blocks."""
+POOLS = ("keys", "values", "representatives", "value_representatives")
+"""The tensors of a layer that hold blocks; the last one only with a learned selector."""
 
 
 @dataclass
@@ -41,6 +42,7 @@ class SparseLayer:
         the start of the video.
     persistent: [B, H, P] and window: [B, H, W] slots, in the order of time.
     queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
+    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only.
     """
 
     keys: Tensor
@@ -54,6 +56,8 @@ class SparseLayer:
     window: Tensor
     queries: Tensor | None = None
     mass: Tensor | None = None
+    value_representatives: Tensor | None = None
+    key_projection: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +71,11 @@ def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
     return x.gather(2, index)
 
 
+def _map(pooled: Tensor, projection: Tensor) -> Tensor:
+    """A linear map per head: [B, H, N, D] by [H, D, D]."""
+    return torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
+
+
 class SparseMemory(RolloutMemory):
     """Persistent blocks and a block-sparse window.
 
@@ -74,6 +83,10 @@ class SparseMemory(RolloutMemory):
         selectors: per layer, an object with `query_weights`, `key_weights` [H, T] and `query_projection`,
             `key_projection` [H, D, D] (sparse_forcing.selector.BlockSelector); None for mean pooling.
         backend: of the attention kernel.
+
+    Attributes:
+        distilled_layers: layers whose passes with gradients append the selector's distillation loss to
+            `selector_losses`; empty unless a recipe sets it.
     """
 
     def __init__(
@@ -88,6 +101,8 @@ class SparseMemory(RolloutMemory):
         super().__init__(config, geometry, cache_gradient)
         self.selectors = selectors
         self.backend = backend
+        self.distilled_layers: frozenset[int] = frozenset()
+        self.selector_losses: list[Tensor] = []
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
         self.layout = self._layout(geometry.chunk_frames)
         self.chunk_blocks: list[int] = []
@@ -149,18 +164,19 @@ class SparseMemory(RolloutMemory):
             return gather_slots(state.mass, candidates)
         assert state.queries is not None, "the persistent set is updated after a clean pass"
         keys = gather_slots(state.representatives, candidates)
-        return block_importance(block_scores(state.queries, self._project(layer, keys, "key")))
+        if state.key_projection is not None:
+            keys = _map(keys, state.key_projection)
+        return block_importance(block_scores(state.queries, keys))
 
     def _project(self, layer: int, pooled: Tensor, side: str) -> Tensor:
         """The selector's linear map on pooled vectors [B, H, N, D]; applied late, so that stored representatives can
         be re-phased in time."""
         if self.selectors is None:
             return pooled
-        projection = getattr(self.selectors[layer], f"{side}_projection").to(pooled.dtype)
-        return torch.einsum("bhnd,hde->bhne", pooled, projection)
+        return _map(pooled, getattr(self.selectors[layer], f"{side}_projection"))
 
     def _pool(self, layer: int, blocks: Tensor, side: str) -> Tensor:
-        weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights")
+        weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
         sizes = None if self.layout.uniform else self.layout.sizes.to(blocks.device)
         return pool_blocks(blocks, sizes, weights)
 
@@ -177,8 +193,10 @@ class SparseMemory(RolloutMemory):
         state = self._room(layer, keys)
         n = self.layout.num_blocks
         own_slots = state.window[:, :, -n:]
-        pools = {name: getattr(state, name) for name in POOLS}
         new = {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
+        if self.selectors is not None:
+            new["value_representatives"] = self._pool(layer, values, "value")
+        pools = {name: getattr(state, name) for name in new}
         self._write(state, own_slots, new)
 
         pooled = self._pool(layer, queries, "query")
@@ -196,16 +214,56 @@ class SparseMemory(RolloutMemory):
             return_mass=measure,
             backend=self.backend,
         )
+        out = result.out
+        if self.selectors is not None:
+            out = out + self._coarse(layer, state, pooled)
+            if layer in self.distilled_layers and torch.is_grad_enabled():
+                self.selector_losses.append(self._selector_loss(layer, state, queries.detach()))
         if clean:
+            if self.selectors is not None:
+                # A copy: outside a layer's pass its parameters may be sharded away.
+                state.key_projection = self.selectors[layer].key_projection.detach().clone()
             state.queries = None if measure else self._project(layer, pooled, "query").detach()
             if measure:
                 mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=query.device)
                 state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
         if clean and self.cache_gradient == "straight_through":
-            with torch.enable_grad():
-                stored = {name: gather_slots(pools[name], own_slots) for name in POOLS}
-                self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in POOLS})
-        return self.layout.from_blocks(result.out)
+            with self.history():
+                stored = {name: gather_slots(pool, own_slots) for name, pool in pools.items()}
+                self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in pools})
+        return self.layout.from_blocks(out)
+
+    def _coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
+        """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory."""
+        assert self.selectors is not None
+        assert state.value_representatives is not None
+        slots = torch.cat([state.persistent, state.window], 2)
+        keys = self._project(layer, gather_slots(state.representatives, slots), "key")
+        out = coarse_attention(
+            self._project(layer, pooled_queries, "query"), keys, gather_slots(state.value_representatives, slots)
+        )
+        return (self.selectors[layer].gate.to(out.dtype)[:, None, None] * out).unsqueeze(3)
+
+    def _selector_loss(self, layer: int, state: SparseLayer, queries: Tensor) -> Tensor:
+        """KL between the true attention mass of the window's blocks and the selector's softmax."""
+        assert self.selectors is not None
+        window = state.window
+        sizes = None if state.sizes is None else gather_slots(state.sizes, window)
+        keys = gather_slots(state.keys.detach(), window)
+        scores = block_scores(
+            self._project(layer, self._pool(layer, queries, "query"), "query"),
+            self._project(layer, pool_blocks(keys, sizes, self.selectors[layer].key_weights), "key"),
+        )
+        with torch.no_grad():
+            everything = torch.arange(window.shape[2], dtype=torch.int32, device=window.device)
+            index = everything.expand(*queries.shape[:3], -1)
+            values = gather_slots(state.values.detach(), window)
+            mass = block_sparse_attention(
+                queries, keys, values, index, key_sizes=sizes, return_mass=True, backend=self.backend,
+                query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device),
+            ).mass  # fmt: skip
+        assert mass is not None
+        return selection_loss(scores, mass)
 
     def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
         """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included."""
@@ -227,8 +285,7 @@ class SparseMemory(RolloutMemory):
             if self.cache_gradient == "none":
                 pool.scatter_(2, where, new.to(pool.dtype))
             else:
-                # Passes without gradients must not cut the history that earlier chunks carry (straight-through).
-                with torch.enable_grad():
+                with self.history():
                     setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
         if state.sizes is not None:
             state.sizes = state.sizes.scatter(2, slots, self.layout.sizes.to(slots.device).expand(slots.shape))
@@ -249,6 +306,7 @@ class SparseMemory(RolloutMemory):
                 keys=keys.new_zeros(b, h, self.num_slots, t, d),
                 values=keys.new_zeros(b, h, self.num_slots, t, d),
                 representatives=keys.new_zeros(b, h, self.num_slots, d),
+                value_representatives=None if self.selectors is None else keys.new_zeros(b, h, self.num_slots, d),
                 sizes=None if uniform else table.int(),
                 position=table,
                 floor=table,

@@ -1,0 +1,210 @@
+"""Recipe: flow matching of a video model, as a bidirectional teacher or as the start of a causal student.
+
+* `bidirectional`: one noise level per clip, every frame sees every frame; the teacher (real score) of distillation.
+* `diffusion`: one noise level per chunk, chunks see earlier noisy chunks (diffusion forcing).
+* `teacher`: one noise level per chunk, chunks see earlier clean chunks (teacher forcing).
+
+With a memory other than `full`, teacher forcing runs chunk by chunk through that memory, exactly as inference does:
+window, block selection, eviction and the persistent set are active while the weights learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from sparse_forcing.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.flow import FlowSchedule, add_noise
+from sparse_forcing.memory import MemoryConfig, SparseMemory
+from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.training.data.sources import DataConfig, make_source
+from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.loop import LoopConfig, run
+from sparse_forcing.training.losses import forcing_loss, unit_variance_weight
+from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.stage import (
+    Metrics,
+    autocast,
+    draw_number,
+    export_pipeline,
+    generators,
+    memory_of,
+    noise_like,
+    optimizer_step,
+    prepare,
+)
+from sparse_forcing.training.validation import write_samples
+
+MODES = ("bidirectional", "diffusion", "teacher")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForcingConfig:
+    """Flow matching of one model.
+
+    Args:
+        model: pipeline folder (or `tiny`) that gives text encoder, autoencoder and the starting weights.
+        memory: what a chunk sees of the past; the model's default when None.
+        shift: of the noise grid that levels are drawn from.
+        weighting: "schedule" (Self-Forcing's bell around t = 500), or "unit_variance" (squared error of the
+            preconditioned network output, for models with latent_std).
+        context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
+        selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
+        selector_layers: layers the distillation loss looks at per step, drawn anew each time.
+    """
+
+    loop: LoopConfig
+    model: str = "tiny"
+    mode: str = "teacher"
+    data: DataConfig = field(default_factory=DataConfig)
+    memory: MemoryConfig | None = None
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=1e-4, betas=(0.9, 0.98)))
+    ema_decay: float = 0.99
+    shift: float = 5.0
+    weighting: str = "schedule"
+    context_noise: float = 0.0
+    selector_weight: float = 0.0
+    selector_layers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.weighting not in ("schedule", "unit_variance"):
+            raise ConfigError(f"weighting: expected schedule or unit_variance, got {self.weighting!r}")
+        if not 0 <= self.context_noise < 1 or not 0 < self.ema_decay < 1 or self.selector_weight < 0:
+            raise ConfigError("context_noise must be in [0, 1), ema_decay in (0, 1), selector_weight not negative")
+        if self.mode != "teacher" and self.memory is not None and self.memory.kind == "sparse":
+            raise ConfigError("memory.kind: sparse is trained chunk by chunk, which only mode: teacher does")
+
+
+class ForcingRecipe:
+    """State and steps of one run."""
+
+    def __init__(self, config: ForcingConfig, accelerator: Accelerator) -> None:
+        self.config, self.device = config, accelerator.device
+        self.pipe = SparseForcingPipeline.from_pretrained(config.model).to(accelerator.device)
+        self.model = self.pipe.transformer
+        self.memory = config.memory or self.pipe.default_memory
+        if config.mode != "teacher":
+            self.memory = replace(self.memory, kind="full") if config.memory is None else config.memory
+        if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
+            raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
+        prepare(self.model, config.loop, self.device, train=True)
+        self.source = make_source(config.data, config.loop.seed + 1, self.pipe.vae)
+        self.schedule = FlowSchedule(config.shift)
+        self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
+        self.ema = ParameterEma(self.model, config.ema_decay)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        size, frames = config.data.size, config.data.latent_frames
+        self.geometry = f"micro_batch {config.loop.micro_batch}, {frames} latent frames, {size} pixels"
+
+    def update(self, step: int) -> Metrics:
+        return optimizer_step(
+            self.model, self.optimizer, self.config.loop, self.config.optimizer, step,
+            lambda micro_batch: self.losses(step, micro_batch), name="flow", ema=self.ema,
+        )  # fmt: skip
+
+    def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
+        """The one loss of a micro-batch."""
+        config = self.config
+        draw = draw_number(config.loop, step, micro_batch)
+        latents, prompts = self.source.clips(draw, config.loop.micro_batch)
+        latents = latents.to(self.device)
+        with torch.no_grad():
+            text = self.pipe.text_encoder.encode(prompts)
+        sources = generators(config.loop.seed, draw, len(latents), stream=2)
+        chunks = self.chunks(latents.shape[1])
+        timestep, noise = self.levels(sources, chunks), noise_like(latents, sources)
+        noisy = add_noise(latents, noise, self.schedule.sigma_at(timestep))
+        with autocast(self.device, config.loop):
+            flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
+        yield self.flow_loss(flow, latents, noise, timestep) + config.selector_weight * extra
+
+    def chunks(self, frames: int) -> list[int]:
+        size = self.model.config.chunk_frames
+        if frames % size:
+            raise ConfigError(f"data.latent_frames: {frames} is not a multiple of the model's chunk of {size} frames")
+        return [size] * (frames // size)
+
+    def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
+        """[B, F] timesteps from the shifted grid, one per chunk (or per clip)."""
+        count = 1 if self.config.mode == "bidirectional" else len(chunks)
+        index = torch.stack([torch.randint(0, len(self.schedule.timesteps), (count,), generator=g) for g in sources])
+        frames = torch.tensor([sum(chunks)] if count == 1 else chunks)
+        return self.schedule.timesteps[index].repeat_interleave(frames, 1).to(self.device)
+
+    def flow(
+        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],
+        sources: list[torch.Generator],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Flow [B, F, C, H, W] of the noisy latents, and the selector's loss (0 without one)."""
+        frames, nothing = noisy.shape[1], noisy.new_zeros(())
+        window, sink = self.memory.window, self.memory.sink
+        if self.config.mode == "bidirectional":
+            return self.run(noisy, timestep[:, 0], text, ParallelAttention(frames)), nothing
+        if self.config.mode == "diffusion":
+            mask = block_causal_mask(chunks, window=window, sink=sink)
+            return self.run(noisy, timestep, text, ParallelAttention(frames, mask)), nothing
+        level = self.context_levels(sources, chunks)
+        context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
+        if self.memory.kind != "full":
+            return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks)
+        policy = ParallelAttention(2 * frames, teacher_forcing_mask(chunks), torch.arange(frames).repeat(2))
+        inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
+        return self.run(noisy, timestep, text, policy, **inputs), nothing
+
+    def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy, **inputs: Tensor) -> Tensor:
+        return self.model(noisy.transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
+
+    def context_levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
+        """[B, F] noise of the context: squared uniform draws, so that most of it is nearly clean."""
+        level = torch.stack([torch.rand(len(chunks), generator=g) for g in sources]) ** 2 * self.config.context_noise
+        return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
+
+    def flow_through_memory(
+        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
+        memory = memory_of(self.model, self.memory, noisy, cache_gradient="detached")
+        if self.config.selector_weight and isinstance(memory, SparseMemory):
+            memory.distilled_layers = self.sampled_layers(int(timestep.sum().item()))
+        parts, start = [], 0
+        for frames in chunks:
+            part = slice(start, start + frames)
+            memory.begin_chunk(frames)
+            parts.append(self.run(noisy[:, part], timestep[:, start], text, memory.denoising_pass()))
+            with torch.no_grad():
+                self.run(context[:, part], level[:, start], text, memory.clean_pass())
+            start += frames
+        losses = getattr(memory, "selector_losses", [])
+        extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
+        return torch.cat(parts, 1), extra
+
+    def sampled_layers(self, seed: int) -> frozenset[int]:
+        layers = len(self.model.blocks)
+        order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
+        return frozenset(order[: min(self.config.selector_layers, layers)].tolist())
+
+    def flow_loss(self, flow: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+        if self.config.weighting == "schedule":
+            return forcing_loss(flow, latents, noise, timestep, self.schedule)
+        weight = unit_variance_weight(timestep.cpu() / 1000, self.model.config.latent_std)
+        error = (flow.float() - (noise - latents)).square().transpose(1, 2)
+        return (error * (weight.to(error) if isinstance(weight, Tensor) else weight)).mean()
+
+    def validate(self, step: int, folder: Path) -> None:
+        write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+
+    def export(self, folder: Path) -> None:
+        export_pipeline(self.pipe, self.model, self.ema, folder, memory=self.memory)
+
+
+def train(config: ForcingConfig, out: Path) -> int:
+    """Run or resume the stage; returns 0, or 143 after SIGTERM."""
+    return run(lambda accelerator: ForcingRecipe(config, accelerator), config.loop, config, out)

@@ -1,0 +1,68 @@
+"""What keeps a run from ruining itself: stop on numbers that are not finite, stop cleanly when asked to."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import torch
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.training.parallel import any_rank
+
+STOPPED = 143
+"""Exit code after SIGTERM: 128 + 15, as a shell reports it."""
+
+
+class StopRequest:
+    """Turns SIGTERM into a question that the loop asks between steps; a second one ends the process at once.
+
+    with StopRequest() as stop: ... if stop.requested(): save and leave
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: signal.Handlers | None = None
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(STOPPED)
+        self._asked = True
+
+    def __enter__(self) -> StopRequest:
+        self._previous = signal.signal(signal.SIGTERM, self._handle)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, _type: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self) -> bool:
+        """True on every process as soon as one of them was asked to stop."""
+        return any_rank(self._asked)
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Refuse losses and gradient norms that are NaN or infinite, on every process if it happens on one.
+
+    Call it before the optimizer's step. Raises FloatingPointError.
+    """
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if any_rank(bool(bad)):
+        what = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another process has a non-finite value"
+        raise FloatingPointError(f"step {step}: {what}; weights left unchanged, the last checkpoint is good")
+
+
+@contextmanager
+def explained_out_of_memory(step: int, geometry: str) -> Iterator[None]:
+    """Say what was being computed and what to lower; nothing is retried with other settings behind the user's back."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of memory in step {step} ({geometry}); lower micro_batch (the global batch stays, gradients "
+            "accumulate), turn on gradient_checkpointing, shard with parallel: fsdp, or shorten the rollout"
+        ) from error

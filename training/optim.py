@@ -1,0 +1,50 @@
+"""AdamW with a learning-rate schedule that is a function of the step, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparse_forcing.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; the schedule is a linear warm-up, then constant, linear or cosine to `final_fraction` of the rate."""
+
+    learning_rate: float = 2e-6
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    schedule: str = "constant"
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0:
+            raise ConfigError(f"learning_rate: must be positive, got {self.learning_rate}")
+        if self.schedule not in ("constant", "linear", "cosine"):
+            raise ConfigError(f"schedule: expected constant, linear or cosine, got {self.schedule!r}")
+        if not 0 <= self.final_fraction <= 1 or self.warmup_steps < 0:
+            raise ConfigError("final_fraction must be in [0, 1] and warmup_steps not negative")
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step out of `steps`."""
+        warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        done = min(1.0, step / max(1, steps))
+        fall = {"constant": 0.0, "linear": done, "cosine": (1 - math.cos(math.pi * done)) / 2}[self.schedule]
+        return self.learning_rate * warm * (1 - (1 - self.final_fraction) * fall)
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters."""
+    trainable = [p for p in parameters if p.requires_grad]
+    return torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate

@@ -1,0 +1,126 @@
+"""Several processes as one: gradients averaged explicitly, parameters replicated or sharded per block (FSDP2).
+
+Self-forcing runs the network many times per backward pass, which DistributedDataParallel's reducer does not expect; the
+gradients of a step are averaged once, after its last micro-batch, in flat buckets. Without a process group every
+function here does nothing, so one process needs no launcher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+BUCKET_ELEMENTS = 1 << 25
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _device() -> torch.device:
+    cuda = dist.is_initialized() and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+
+def any_rank(flag: bool) -> bool:
+    """True on every process when it is true on one."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(float(flag), device=_device())
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return bool(value.item())
+
+
+def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
+    """Average of equally named numbers over processes."""
+    if world_size() == 1 or not values:
+        return values
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+    dist.all_reduce(total)
+    return dict(zip(values, (total / world_size()).tolist()))
+
+
+@torch.no_grad()
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over processes; a parameter without one counts as zero.
+
+    Sharded parameters are left alone: FSDP averages theirs in the backward pass.
+    """
+    if world_size() == 1:
+        return
+    bucket: list[Tensor] = []
+    for parameter in parameters:
+        if not parameter.requires_grad or isinstance(parameter, DTensor):
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        bucket.append(parameter.grad)
+        if sum(x.numel() for x in bucket) >= BUCKET_ELEMENTS:
+            _average(bucket)
+            bucket = []
+    if bucket:
+        _average(bucket)
+
+
+def _average(tensors: list[Tensor]) -> None:
+    flat = torch.cat([x.flatten().float() for x in tensors])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for x, part in zip(tensors, flat.split([x.numel() for x in tensors])):
+        x.copy_(part.view_as(x))
+
+
+def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: torch.dtype | None = None) -> nn.Module:
+    """FSDP2 over all processes, one unit per transformer block; sharded parameters are DTensors.
+
+    Args:
+        param_dtype: type of gathered parameters in computation (bfloat16); the shards keep theirs.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+    mesh = init_device_mesh(_device().type, (world_size(),))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
+    if param_dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    for block in model.get_submodule("blocks").children():
+        fully_shard(block, **options)
+        register_fsdp_forward_method(block, "encode_text")
+    fully_shard(model, **options)
+    register_fsdp_forward_method(model, "encode_text")
+    return model
+
+
+def full_state(state: Any) -> Any:
+    """A state dict with every sharded tensor whole again, on the CPU. All processes must call it together."""
+    if isinstance(state, DTensor):
+        return state.full_tensor().cpu()
+    if isinstance(state, Tensor):
+        return state.detach().cpu()
+    if isinstance(state, dict):
+        return {key: full_state(value) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return type(state)(full_state(value) for value in state)
+    return state
+
+
+def shard_like(whole: Any, template: Tensor | None) -> Any:
+    """Cut a whole tensor as `template` is cut; anything else comes back as it is."""
+    if isinstance(template, DTensor) and isinstance(whole, Tensor) and whole.shape == template.shape:
+        whole = whole.to(template.device)
+        return distribute_tensor(whole, template.device_mesh, template.placements, src_data_rank=None)
+    return whole

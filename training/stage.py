@@ -1,0 +1,127 @@
+"""What the recipes share: loading a model, the frozen parts around it, one micro-batched optimizer step, exports."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.guard import check_finite
+from sparse_forcing.training.loop import LoopConfig, clip_gradients
+from sparse_forcing.training.optim import OptimizerConfig, set_rate
+from sparse_forcing.training.parallel import average_gradients, full_state, rank, shard
+from sparse_forcing.transformer import CausalWanTransformer3DModel
+
+Metrics = dict[str, float]
+
+
+def draw_number(loop: LoopConfig, step: int, micro_batch: int) -> int:
+    """Number of a micro-batch since the start of training, the same however many processes share the work."""
+    return step * loop.micro_batches + micro_batch
+
+
+def generators(seed: int, draw: int, count: int, *, stream: int) -> list[torch.Generator]:
+    """One random generator per sample of a draw; `stream` keeps purposes apart."""
+    base = (seed * 1_000_003 + draw) * 65_536
+    return [torch.Generator().manual_seed((base + sample) * 16 + stream) for sample in range(count)]
+
+
+def noise_like(x: Tensor, sources: list[torch.Generator]) -> Tensor:
+    """Normal noise of x's shape, sample by sample."""
+    return torch.stack([torch.randn(x.shape[1:], generator=g) for g in sources]).to(x)
+
+
+def autocast(device: torch.device, loop: LoopConfig) -> torch.autocast:
+    """Computation in the configured type. Without autocast's cache: it would keep a weight that was first used without
+    gradients, and later passes with gradients would lose theirs."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=loop.dtype == "bfloat16", cache_enabled=False)
+
+
+def prepare(model: nn.Module, loop: LoopConfig, device: torch.device, *, train: bool) -> nn.Module:
+    """Put a network where it computes, sharded if configured; frozen when it is not trained."""
+    model.requires_grad_(train)
+    model.to(device)
+    if train and hasattr(model, "gradient_checkpointing"):
+        model.gradient_checkpointing = loop.gradient_checkpointing
+    if loop.parallel == "fsdp":
+        shard(model, param_dtype=torch.bfloat16 if loop.dtype == "bfloat16" else None)
+    return model
+
+
+def memory_of(
+    model: CausalWanTransformer3DModel, config: MemoryConfig, latents: Tensor, *, cache_gradient: str = "none"
+) -> RolloutMemory:
+    """An empty memory for latents [B, F, C, H, W]."""
+    _, ph, pw = model.config.patch_size
+    geometry = MemoryGeometry(
+        rows=latents.shape[3] // ph,
+        cols=latents.shape[4] // pw,
+        num_layers=model.config.num_layers,
+        chunk_frames=model.config.chunk_frames,
+        horizon_frames=model.config.horizon_frames,
+    )
+    return make_memory(config, geometry, cache_gradient=cache_gradient, selectors=model.selectors)
+
+
+def optimizer_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loop: LoopConfig,
+    config: OptimizerConfig,
+    step: int,
+    losses: Callable[[int], Iterable[Tensor]],
+    *,
+    name: str,
+    ema: ParameterEma | None = None,
+) -> Metrics:
+    """One step of one network: the mean loss of this process's micro-batches, averaged gradients, guard, update.
+
+    Args:
+        losses: micro-batch number -> terms whose sum is the micro-batch's loss; each is backpropagated at once, so
+            that its graph is freed before the next is built.
+        name: of the network in metrics and messages.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    own = loop.own_micro_batches()
+    total = 0.0
+    for micro_batch in own:
+        for loss in losses(micro_batch):
+            (loss / len(own)).backward()
+            total += loss.item() / len(own)
+    average_gradients(parameters)
+    norm = clip_gradients(parameters, loop.max_grad_norm)
+    check_finite(step, {f"{name} loss": total, f"{name} gradient norm": norm})
+    set_rate(optimizer, config.rate(step, loop.steps))
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if ema is not None:
+        ema.update(model)
+    return {f"{name}_loss": total, f"{name}_gradient_norm": norm}
+
+
+def export_pipeline(
+    base: SparseForcingPipeline, model: CausalWanTransformer3DModel, ema: ParameterEma | None, folder: Path,
+    **changes: object,
+) -> None:  # fmt: skip
+    """Write `base` with the trained (averaged) transformer as a folder of diffusers' layout.
+
+    Args:
+        changes: fields of the pipeline's config that training changed (sampler, memory).
+    """
+    state = full_state({**model.state_dict(), **(ema.shadow if ema is not None else {})})
+    if rank() != 0:
+        return
+    fresh = CausalWanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    fresh.load_state_dict(state)
+    SparseForcingPipeline(
+        fresh,
+        base.text_encoder,
+        base.vae,
+        replace(base.config, **changes),  # type: ignore[arg-type]
+    ).save_pretrained(folder)

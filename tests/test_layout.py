@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -41,6 +43,14 @@ def test_no_module_shadows_a_dependency() -> None:
         "numpy",
         "yaml",
     }
+
+
+def test_make_installs_the_torch_that_the_package_asks_for_and_ci_runs_make_test() -> None:
+    torch_range = re.search(r'"(torch>=[^"]+)"', (ROOT / "pyproject.toml").read_text())
+    assert torch_range is not None
+    assert f"TORCH := {torch_range[1]}\n" in (ROOT / "Makefile").read_text()
+    assert "exec make test" in (ROOT / ".ci" / "run").read_text()
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
 
 
 def is_ours(names: list[str]) -> bool:

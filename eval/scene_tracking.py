@@ -42,6 +42,7 @@ class Track:
     """One object in F frames.
 
     ``rgb`` [F, 3]; ``visible`` [F] bool; ``x``, ``y`` [F] in [0, 1); ``radius`` [F] of the circle of equal area;
+    ``stray`` [F] the area, in frames, of whatever else is there;
     ``overlap`` [F, shapes] the best intersection over union with each shape, and ``size`` [F, shapes] the radius of
     the size that this fit stands for; ``moments`` fold -> complex [F], whose argument is fold times the angle.
     """
@@ -51,6 +52,7 @@ class Track:
     x: Tensor
     y: Tensor
     radius: Tensor
+    stray: Tensor
     overlap: Tensor
     size: Tensor
     moments: dict[int, Tensor]
@@ -99,27 +101,31 @@ def _length(offset: Tensor) -> Tensor:
 
 
 def _split(offset: Tensor, distance: Tensor, background: Background, colours: Sequence[str]) -> list[Tensor]:
-    """One mask [F, S, S] per colour; every pixel is in exactly one.  The colours move to what is really there."""
-    rays = torch.tensor([COLOUR_RGB[name] for name in colours]).float() - background.rgb[:, None]  # [F, N, 3]
-    for _ in range(3):
-        length = rays.square().sum(-1, keepdim=True)
-        share = torch.einsum("fchw,fnc->fnhw", offset, rays / length).clamp(0, 1.2)
-        residual = torch.stack(
-            [
-                _length(offset - share[:, number, None] * ray[..., None, None])
-                for number, ray in enumerate(rays.unbind(1))
-            ],
-            1,
-        )
-        nearest = residual.argmin(1)
-        votes = torch.stack([(nearest == number) * distance for number in range(len(colours))], 1)
-        owner = avg_pool2d(votes, 5, 1, 2).argmax(1)
-        masks = [owner == number for number in range(len(colours))]
-        for number, mask in enumerate(masks):
-            core = mask & (distance > 0.7 * (distance * mask).amax((1, 2), keepdim=True)) & (distance > 0)
-            if bool(core.any()):
-                rays[:, number] = (offset * core[:, None]).sum((0, 2, 3)) / core.sum()
-    return masks
+    """One mask [F, S, S] for each of two colours; every pixel is in exactly one.
+
+    A pixel belongs to the colour whose mixture with the background comes nearest.  The colours start at the
+    caption's and move to what is really there; at last neighbours decide together.
+    """
+    rays = torch.tensor([COLOUR_RGB[name] for name in colours]).float() - background.rgb[:, None]  # [F, 2, 3]
+    pixels = offset.flatten(2)
+    for step in range(3):
+        along, length = (rays @ pixels).unflatten(-1, offset.shape[-2:]), rays.square().sum(-1)[..., None, None]
+        share = (along / length).clamp(0, 1.2)
+        excess = share * (share * length - 2 * along)  # |offset - share ray|^2 - |offset|^2
+        first = excess[:, 0] < excess[:, 1]
+        if step < 2:
+            masks = (first, ~first)
+            rays = torch.stack(
+                [_mean_offset(offset, distance * mask, ray) for mask, ray in zip(masks, rays.unbind(1))], 1
+            )
+    first = avg_pool2d(torch.where(first, distance, -distance), 5, 1, 2) > 0
+    return [first, ~first]
+
+
+def _mean_offset(offset: Tensor, distance: Tensor, otherwise: Tensor) -> Tensor:
+    """Mean over the clip of the pixels farthest from the background, one ray a frame; ``otherwise`` if none."""
+    core = (distance > 0.7 * distance.amax((1, 2), keepdim=True))[:, None]
+    return (offset * core).sum((0, 2, 3)).div(core.sum()).expand_as(otherwise) if bool(core.any()) else otherwise
 
 
 def _track(rgb: Tensor, background: Background, distance: Tensor, seen: Tensor) -> Track:
@@ -145,16 +151,18 @@ def _track(rgb: Tensor, background: Background, distance: Tensor, seen: Tensor) 
         x = (x + (near.sum(1) * across).sum(1) / mass) % 1
         y = (y + (near.sum(2) * down).sum(1) / mass) % 1
     radius = (area.clamp(min=1e-6) / pi).sqrt()
-    overlap, size = _match(weight, x, y, radius, total)
+    patch = _patch(weight, x, y, radius)
+    overlap, size = _match(patch, radius)
     return Track(
         rgb=colour,
         visible=area > LEAST_AREA,
         x=x,
         y=y,
         radius=radius,
+        stray=total - area,
         overlap=overlap,
         size=size,
-        moments=_moments(near, x, y, grid),
+        moments=_moments(patch),
     )
 
 
@@ -168,17 +176,31 @@ def _wrap(offset: Tensor) -> Tensor:
     return (offset + 0.5) % 1 - 0.5
 
 
-def _moments(weight: Tensor, x: Tensor, y: Tensor, grid: Tensor) -> dict[int, Tensor]:
+def _patch(weight: Tensor, x: Tensor, y: Tensor, radius: Tensor) -> Tensor:
+    """The object on a grid of its own, [F, K*K], centred and scaled by its radius."""
+    side = weight.shape[-1]
+    reach = _REACH * radius[:, None] * _cells()
+    # On a canvas twice the frame's side, normalised coordinates are frame sides from the frame's centre.
+    columns, rows = (x[:, None] - 0.5 + reach)[:, None], (y[:, None] - 0.5 + reach)[:, :, None]
+    where = torch.stack(torch.broadcast_tensors(columns, rows), -1)
+    before, after = side // 2, side - side // 2
+    canvas = pad(weight[:, None], (before, after, before, after), mode="circular")
+    return grid_sample(canvas, where, align_corners=False).flatten(1)
+
+
+def _cells() -> Tensor:
+    """Cell centres of the patch in [-1, 1]."""
+    return (torch.arange(_CELLS) + 0.5) / _CELLS * 2 - 1
+
+
+def _moments(patch: Tensor) -> dict[int, Tensor]:
     """Angular Fourier moments of the folds that a rotation of each shape leaves unchanged."""
-    across, down = (_wrap(grid - centre[:, None]) for centre in (x, y))
-    place = torch.complex(*torch.broadcast_tensors(across[:, None], down[:, :, None]))
-    square = across.square()[:, None] + down.square()[:, :, None]
-    unit = place * square.clamp(min=1e-9).rsqrt()
-    power, moments = unit * unit * (weight * square), {}
-    for fold in sorted(FOLDS.values()):  # 3, 4, 5: one more factor each; powers of complex tensors are slow
-        power = power * unit
-        moments[fold] = power.sum((1, 2))
-    return moments
+    place = torch.complex(*torch.broadcast_tensors(_cells(), _cells()[:, None])).flatten()
+    inside = place.abs().square() * (place.abs() < 1)
+    return {
+        fold: patch.to(torch.complex64) @ (inside * torch.polar(torch.ones_like(inside), fold * place.angle()))
+        for fold in FOLDS.values()
+    }
 
 
 @lru_cache(maxsize=1)
@@ -199,23 +221,11 @@ def _templates() -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat(masks).flatten(1), torch.tensor(numbers), torch.tensor(sizes)
 
 
-def _match(weight: Tensor, x: Tensor, y: Tensor, radius: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _match(patch: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
     """Overlap with the best template of each shape [F, shapes], and the size radius of that template."""
     masks, numbers, sizes = _templates()
-    side = weight.shape[-1]
-    steps = (torch.arange(_CELLS) + 0.5) / _CELLS * 2 - 1
-    reach = _REACH * radius[:, None] * steps
-    # On a canvas twice the frame's side, normalised coordinates are frame sides from the frame's centre.
-    columns, rows = (x[:, None] - 0.5 + reach)[:, None], (y[:, None] - 0.5 + reach)[:, :, None]
-    where = torch.stack(torch.broadcast_tensors(columns, rows), -1)
-    before, after = side // 2, side - side // 2
-    canvas = pad(weight[:, None], (before, after, before, after), mode="circular")
-    patch = grid_sample(canvas, where, align_corners=False)[:, 0].flatten(1)
-    cells = patch.sum(1)
-    # What lies outside the window counts as part of the object: a second copy halves the overlap.
-    stray = (total / (2 * _REACH * radius).square() * _CELLS**2 - cells).clamp(min=0)
     both = patch @ masks.T
-    union = (patch.square().sum(1) + stray)[:, None] + masks.square().sum(1) - both
+    union = patch.square().sum(1, keepdim=True) + masks.square().sum(1) - both
     overlap = both / union.clamp(min=1e-6)
     best = [overlap[:, numbers == number].max(1) for number in range(len(SHAPES))]
     chosen = [sizes[numbers == number][found.indices] for number, found in enumerate(best)]

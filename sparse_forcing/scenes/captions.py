@@ -208,14 +208,16 @@ def parse_caption(text: str, *, required: Sequence[str] = REQUIRED) -> Scene:
     missing (of ``required``), unknown or contradictory.
     """
     words = caption_words(text)
-    unknown = sorted({word for word in words if word not in _known_words()})
+    unknown = sorted({word[:20] for word in words if word not in _known_words()})
     if unknown:
-        raise SparseForcingError(f"caption {text!r}: unknown words {', '.join(unknown)}; see vocabulary_words()")
+        raise SparseForcingError(
+            f"caption {_quote(text)}: unknown words {', '.join(unknown[:5])}; see vocabulary_words()"
+        )
     words, backgrounds = _take_phrases(words, _synonyms(BACKGROUNDS, _BACKGROUND_WORDS))
     nouns = [place for place, word in enumerate(words) if word in _SHAPE_OF]
     if not 1 <= len(nouns) <= 2:
         found = "no shape" if not nouns else f"{len(nouns)} shapes"
-        raise SparseForcingError(f"caption {text!r}: {found} given; name one or two of {', '.join(SHAPES)}")
+        raise SparseForcingError(f"caption {_quote(text)}: {found} given; name one or two of {', '.join(SHAPES)}")
     edges = [0, *(place + 1 for place in nouns)]
     ends = [*nouns[1:], len(words)]
     objects = []
@@ -232,7 +234,7 @@ def parse_caption(text: str, *, required: Sequence[str] = REQUIRED) -> Scene:
             kind
         ]
         if any(getattr(owner, kind) is None for owner in owners):
-            raise SparseForcingError(f"caption {text!r}: no {kind} given; say one of {', '.join(choices)}")
+            raise SparseForcingError(f"caption {_quote(text)}: no {kind} given; say one of {', '.join(choices)}")
     return scene
 
 
@@ -302,10 +304,17 @@ def _take_phrases(words: list[str], names: dict[str, str]) -> tuple[list[str], l
     return rest, found
 
 
+def _quote(text: str) -> str:
+    """On one line and short, for error messages."""
+    return repr(text if len(text) <= 80 else text[:77] + "...")
+
+
 def _only(text: str, kind: str, found: Iterable[str]) -> str | None:
     names = sorted(set(found))
     if len(names) > 1:
-        raise SparseForcingError(f"caption {text!r}: {len(names)} values for one {kind}: {', '.join(names)}; keep one")
+        raise SparseForcingError(
+            f"caption {_quote(text)}: {len(names)} values for one {kind}: {', '.join(names)}; keep one"
+        )
     return names[0] if names else None
 
 
@@ -313,7 +322,7 @@ def _read_object(text: str, noun: str, before: list[str], after: list[str]) -> S
     motion = _read_motion(text, after)
     size = _only(text, "size", (_SIZE_OF[word] for word in before if word in _SIZE_OF))
     if size is not None and motion in RESIZING:
-        raise SparseForcingError(f"caption {text!r}: what {motion} has no fixed size; leave out {size!r}")
+        raise SparseForcingError(f"caption {_quote(text)}: what {motion} has no fixed size; leave out {size!r}")
     return SceneObject(
         colour=_only(text, "colour", (_COLOUR_OF[word] for word in before if word in _COLOUR_OF)),
         shape=_SHAPE_OF[noun],
@@ -337,5 +346,5 @@ def _read_motion(text: str, words: list[str]) -> str | None:
     way = _only(text, "direction", (ways[word] for word in words if word in ways))
     if way is None:
         choices = ", ".join(sorted(set(ways.values())))
-        raise SparseForcingError(f"caption {text!r}: no direction given for the motion; say one of {choices}")
+        raise SparseForcingError(f"caption {_quote(text)}: no direction given for the motion; say one of {choices}")
     return f"{verb} {way}"

@@ -119,6 +119,7 @@ def test_parse_caption_reads_free_wordings(text: str, expected: str):
     [
         ("", "no shape"),
         ("a cat", "unknown words cat"),
+        ("a red\n" * 9999, "no shape"),
         ("a red moves up on black", "no shape"),
         ("a circle moves up on black", "no colour"),
         ("a red circle on black", "no motion"),
@@ -138,6 +139,7 @@ def test_parse_caption_names_what_is_wrong(text: str, message: str):
     with pytest.raises(SparseForcingError, match=message) as caught:
         parse_caption(text)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 300
 
 
 def test_parse_caption_requires_only_what_it_is_told():

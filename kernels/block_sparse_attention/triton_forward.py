@@ -17,6 +17,7 @@ import triton.language as tl
 
 from sparse_forcing.kernels.block_sparse_attention.triton_tiles import (
     LOWEST,
+    add_values,
     block_descriptor,
     finish_softmax,
     load_block,
@@ -38,27 +39,37 @@ def forward_pointer(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, MASS: tl.constexpr, PRECISION: tl.constexpr,
+    HALVES: tl.constexpr,
 ):  # fmt: skip
     """One program: query block `program_id(0)` of head `program_id(1)`, [BLOCK_Q, BLOCK_D] rows against its list.
 
     Padding is masked at the load, so it may hold anything, NaN included. row_mass [B*H, Nq, M, 2, BLOCK_Q] (MASS
     only) receives m and sum_c p of every visited block; `block_mass` turns them into attention mass once lse is known.
+
+    HALVES adds up the left and the right half of out apart. For 64 rows and 128 columns Triton spreads the columns over
+    the warps of an Ampere-style tensor core, which sends every row maximum and sum through shared memory; for 64
+    columns it spreads the rows: 522 instead of 682 issue slots per pair on sm_80, 503 instead of 648 on sm_120.
     """
+    WIDTH: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
     batch, of_batch = head // heads, head % heads
     rows, columns, dims = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    left = tl.arange(0, WIDTH)
+    right = WIDTH + left
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
 
     base = query + batch * sqb + of_batch * sqh + block.to(tl.int64) * sqn
     real = tile_mask(rows, query_size, dims, D, Tq, BLOCK_D, RAGGED_Q)
     q = tl.load(base + tile_offsets(rows, dims, sqt, sqd), mask=real, other=0.0)
     k_tile = key_pool + batch * skb + of_batch * skh + tile_offsets(columns, dims, skt, skd)
-    v_tile = value_pool + batch * svb + of_batch * svh + tile_offsets(columns, dims, svt, svd)
+    values = value_pool + batch * svb + of_batch * svh
+    v_tile = values + tile_offsets(columns, left, svt, svd)
 
     m = tl.full([BLOCK_Q], LOWEST, tl.float32)
     total = tl.full([BLOCK_Q], 0.0, tl.float32)
-    acc = tl.full([BLOCK_Q, BLOCK_D], 0.0, tl.float32)
+    acc = tl.full([BLOCK_Q, WIDTH], 0.0, tl.float32)
+    acc_right = tl.full([BLOCK_Q, WIDTH], 0.0, tl.float32)
     entry = block_index + (head * query_blocks + block) * list_length
     count = tl.load(counts + head * query_blocks + block)
     for i in tl.range(0, count):
@@ -66,20 +77,30 @@ def forward_pointer(
         size = tl.load(key_sizes + head * slots + slot) if RAGGED_K else T
         token = tile_mask(columns, size, dims, D, T, BLOCK_D, RAGGED_K)
         k = tl.load(k_tile + slot * sks, mask=token, other=0.0)
+        token = tile_mask(columns, size, left, D, T, WIDTH, RAGGED_K)
         v = tl.load(v_tile + slot * svs, mask=token, other=0.0)
-        m, total, acc, block_total = online_softmax(
-            q, k, v, m, total, acc, scale_log2, columns, size, RAGGED_K or T != BLOCK_K, PRECISION
+        m, total, p, shrink, block_total = online_softmax(
+            q, k, m, total, scale_log2, columns, size, RAGGED_K or T != BLOCK_K, PRECISION
         )
+        acc = add_values(acc, p, shrink, v, PRECISION)
+        if HALVES:
+            token = tile_mask(columns, size, right, D, T, WIDTH, RAGGED_K)
+            v = tl.load(values + slot * svs + tile_offsets(columns, right, svt, svd), mask=token, other=0.0)
+            acc_right = add_values(acc_right, p, shrink, v, PRECISION)
         if MASS:
             visited = row_mass + ((head * query_blocks + block) * list_length + i) * (2 * BLOCK_Q)
             tl.store(visited + rows, m)
             tl.store(visited + BLOCK_Q + rows, block_total)
 
-    o, row_lse = finish_softmax(m, total, acc, rows < query_size)
     first = (head * query_blocks + block) * Tq
+    o, row_lse = finish_softmax(m, total, acc, rows < query_size)
     tl.store(lse + first + rows, row_lse, mask=rows < Tq)
-    inside = tile_mask(rows, Tq, dims, D, Tq, BLOCK_D, False)
-    tl.store(out + first * D + tile_offsets(rows, dims, D, 1), o.to(out.dtype.element_ty), mask=inside)
+    inside = tile_mask(rows, Tq, left, D, Tq, WIDTH, False)
+    tl.store(out + first * D + tile_offsets(rows, left, D, 1), o.to(out.dtype.element_ty), mask=inside)
+    if HALVES:
+        o, _ = finish_softmax(m, total, acc_right, rows < query_size)
+        inside = tile_mask(rows, Tq, right, D, Tq, WIDTH, False)
+        tl.store(out + first * D + tile_offsets(rows, right, D, 1), o.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=CHANGING)
@@ -119,9 +140,10 @@ def forward_tma(
         slot = tl.load(entry + i)
         k = load_block(k_blocks, slot, T, BLOCK_K, BLOCK_D)
         v = load_block(v_blocks, slot, T, BLOCK_K, BLOCK_D)
-        m, total, acc, block_total = online_softmax(
-            q, k, v, m, total, acc, scale_log2, columns, T, T != BLOCK_K, PRECISION
+        m, total, p, shrink, block_total = online_softmax(
+            q, k, m, total, scale_log2, columns, T, T != BLOCK_K, PRECISION
         )
+        acc = add_values(acc, p, shrink, v, PRECISION)
         if MASS:
             visited = row_mass + ((head * query_blocks + block) * list_length + i) * (2 * BLOCK_Q)
             tl.store(visited + rows, m)

@@ -41,6 +41,7 @@ class Architecture:
 
     smem: int  # bytes of shared memory one program may use
     tma: bool = False  # has the bulk copy engine and the 64-row tensor instruction that make the TMA kernels pay
+    halves: bool = False  # the pointer kernel adds up two halves of a head dim from 128 (see `forward_pointer`)
     pair: bool = False  # the warp-specialised kernel compiles to what was measured
     precision: str = "tf32x3"  # float32 products: three tensor-core passes keep 23 bits; plain FMA code spills by KiB
     warps: dict[str, tuple[int, int, int]] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Architecture:
 
 _AMPERE = Architecture(
     smem=163 * 1024,
+    halves=True,
     warps={"backward_dkdv_pointer": (4, 8, 8)},  # 4 warps spill; forward and dq lose by 8, see README
 )
 _KEYS_UNPIPELINED = {"backward_dkdv_pointer": (2, 1, 1)}  # a second buffer costs the registers that 64 x 128 sums need
@@ -63,7 +65,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": _AMPERE,
     "sm_90": Architecture(smem=227 * 1024, tma=True, pair=True, stages=_KEYS_UNPIPELINED),
     "sm_100": Architecture(smem=227 * 1024, tma=True, stages=_KEYS_UNPIPELINED),
-    "sm_120": Architecture(smem=99 * 1024, warps={"backward_dkdv_pointer": (4, 8, 8)}),
+    "sm_120": Architecture(smem=99 * 1024, halves=True, warps={"backward_dkdv_pointer": (4, 8, 8)}),
     "gfx942": Architecture(
         smem=64 * 1024,
         precision="ieee",
@@ -246,6 +248,8 @@ def plan_forward(
         "out": out, "lse": lse, "row_mass": row_mass, "block_index": index, "counts": counts, "list_length": M,
         "MASS": return_mass,
     }  # fmt: skip
+    if variant == "pointer":
+        args["HALVES"] = architecture(problem.arch).halves and args["BLOCK_D"] >= 128 and not return_mass
     launches = [_launch(getattr(fwd, name), (Nq, B * H), args, **problem.options(name))]
     if return_mass:
         launches.append(_plan_mass(problem, row_mass, lse, counts, mass))

@@ -68,14 +68,14 @@ def store_block(descriptor, block, tile, T: tl.constexpr, BLOCK: tl.constexpr, B
 
 
 @triton.jit
-def online_softmax(q, k, v, m, total, acc, scale_log2, columns, size, MASK: tl.constexpr, PRECISION: tl.constexpr):
+def online_softmax(q, k, m, total, scale_log2, columns, size, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """One key block of streaming softmax, in base 2 (exp2 is the hardware's exponential):
 
-        s = q k^T,   m' = max(m, scale_log2 * max_c s),   p = 2^(scale_log2 * s - m')
-        total' = 2^(m - m') total + sum_c p,   acc' = 2^(m - m') acc + p v
+        s = q k^T,   m' = max(m, scale_log2 * max_c s),   p = 2^(scale_log2 * s - m'),   shrink = 2^(m - m')
+        total' = shrink * total + sum_c p,   and for the caller   acc' = shrink * acc + p v
 
-    q, k stay raw in the product and the scale multiplies the float32 result: rounding scale * k to bfloat16 first
-    would make the gradients of large logits wrong. Returns (m', total', acc', sum_c p).
+    q, k stay raw in the product and the scale multiplies the float32 result: rounding scale * k to bfloat16 first would
+    make the gradients of large logits wrong. Returns (m', total', p, shrink, sum_c p).
     """
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASK:
@@ -84,8 +84,13 @@ def online_softmax(q, k, v, m, total, acc, scale_log2, columns, size, MASK: tl.c
     p = tl.math.exp2(scores * scale_log2 - m_new[:, None])
     shrink = tl.math.exp2(m - m_new)
     block_total = tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return m_new, total * shrink + block_total, acc, block_total
+    return m_new, total * shrink + block_total, p, shrink, block_total
+
+
+@triton.jit
+def add_values(acc, p, shrink, v, PRECISION: tl.constexpr):
+    """acc' = shrink * acc + p v."""
+    return tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
 
 
 @triton.jit

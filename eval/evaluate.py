@@ -57,6 +57,8 @@ def _measure(config: EvaluateConfig) -> int:
         compared = [_measured(runner, path, other) for path, other in zip(config.compare, others)]
         if config.report:
             write_report(folder / "report.html", [results, *compared], embed_videos=config.embed_videos)
+    for note in results["notes"]:
+        print(note, file=sys.stderr)
     print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
     failed = len(results["failures"])
     return 1 if failed == len(entries) or (failed and config.strict_exit) else 0

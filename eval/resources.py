@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.networks import efficientnet
 from sparse_forcing.files import sha256_file
 
 WEIGHT_FILES = {
@@ -94,6 +95,8 @@ class Resources:
             return None
         if name in WEIGHT_FILES:
             return f"needs {WEIGHT_FILES[name]} in the weights folder"
+        if name == "efficientnet":
+            return efficientnet.missing()
         return f"needs the plugin {name}: {PLUGINS[name]}"
 
     def network(self, name: str) -> Any:
@@ -105,6 +108,8 @@ class Resources:
                 from sparse_forcing.eval.semantic import load_stand_in
 
                 self.networks[name] = load_stand_in(name, Path(self.stand_ins[name]), self.device)
+            elif name == "efficientnet" and self.missing(name) is None:
+                self.networks[name] = efficientnet.load_efficientnet().to(self.device)
             elif name in self._files:
                 network = _builders()[name](self._files[name])
                 self.networks[name] = network.to(self.device) if isinstance(network, torch.nn.Module) else network
@@ -119,6 +124,8 @@ class Resources:
                 mark = f"plugin {self.plugins[name]}"
             elif name in self.stand_ins:
                 mark = f"stand-in {self.stand_ins[name]}"
+            elif name == "efficientnet" and efficientnet.missing() is None:
+                mark = sha256_file(efficientnet.weights_path())
             else:
                 mark = sha256_file(self._files[name]) if name in self._files else _hash_given(self.networks[name])
             self._fingerprints[name] = mark

@@ -24,6 +24,7 @@ from sparse_forcing.files import read_json
 SCHEMA = 1
 STAND_INS = ("detector", "captioner", "actions")  # what these measure is not VBench's
 STATIC_PER_PROMPT = 5
+LONG_SECONDS = 5.0  # from here on VBench-Long applies
 _PACKAGES = ("sparse-forcing", "torch", "numpy", "av", "opencv-python-headless", "transformers", "pyiqa")
 DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
 
@@ -41,6 +42,7 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
         "videos_measured": len(good),
         "metrics": metrics | _official(config.official_results, metrics),
         "skipped": runner.skipped,
+        "notes": notes(config.suite, good),
         "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
         "versions": _versions(),
         "networks": runner.fingerprints,
@@ -56,6 +58,20 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
         results["drift"] = summarize_drift(good, config.resamples)
     results["videos"] = [{key: value for key, value in record.items() if key != "from_cache"} for record in records]
     return results
+
+
+def notes(suite: str, records: list[Record]) -> list[str]:
+    """What a reader of the numbers has to know about how the videos fit the suite."""
+    long = sum(record["frames"] / record["fps"] >= LONG_SECONDS for record in records)
+    if suite == "vbench" and long:
+        return [
+            f"{long} videos last {LONG_SECONDS:g} s or longer: VBench judges those with its long suite (vbench-long)"
+        ]
+    if suite == "vbench-long" and long < len(records):
+        return [
+            f"{len(records) - long} videos are shorter than {LONG_SECONDS:g} s: VBench judges those with suite vbench"
+        ]
+    return []
 
 
 def _summary(runner: Runner, metric: Metric, records: list[Record]) -> dict[str, Any] | None:

@@ -59,9 +59,9 @@ class StandInDetector:
     def detect(self, frames: np.ndarray, labels: Sequence[str]) -> list[list[Detection]]:
         found = []
         for frame in frames:
-            inputs = self.processor(text=[list(labels)], images=[frame], return_tensors="pt").to(self.device)
+            inputs = self.processor(text=[list(labels)], images=[frame], padding=True, return_tensors="pt")
             result = self.processor.post_process_grounded_object_detection(
-                self.model(**inputs),
+                self.model(**inputs.to(self.device)),
                 threshold=self.min_score,
                 target_sizes=[frame.shape[:2]],
                 text_labels=[list(labels)],

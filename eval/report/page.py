@@ -60,7 +60,10 @@ def _header(runs: list[Results], names: list[str]) -> str:
     facts = f"suite {run['suite']}, {run['mode']} mode, {run['videos_measured']} videos measured"
     if run["failures"]:
         facts += f", {len(run['failures'])} failed"
-    return f"<h1>{html.escape(names[0])}</h1><p class=note>{html.escape(facts)}{keys if len(runs) > 1 else ''}</p>"
+    notes = "".join(f"<p class=note>{html.escape(note)}</p>" for note in run["notes"])
+    return (
+        f"<h1>{html.escape(names[0])}</h1><p class=note>{html.escape(facts)}{keys if len(runs) > 1 else ''}</p>{notes}"
+    )
 
 
 def _scores(runs: list[Results], names: list[str]) -> str:

@@ -281,6 +281,7 @@ def test_long_and_drift_suites_run(tmp_path: Path) -> None:
     assert [row["count"] for row in rows] == [3, 2]
     assert by_clip["score"] == pytest.approx((3 * rows[0]["value"] + 2 * rows[1]["value"]) / 5)
     assert by_video["score"] == pytest.approx((rows[0]["value"] + rows[1]["value"]) / 2)
+    assert "1 videos are shorter than 5 s" in results_of(strict)["notes"][0]
     drift = config(tmp_path / "v", suite="drift", output=tmp_path / "d")
     evaluate(drift)
     brightness = results_of(drift)["drift"]["metrics"]["brightness"]

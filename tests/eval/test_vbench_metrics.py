@@ -110,6 +110,20 @@ def test_imaging_quality_averages_frames_and_is_a_fraction() -> None:
     assert given == pytest.approx(FRAMES.mean() / 255, abs=1e-4)
 
 
+class ColorBackbone(torch.nn.Module):
+    """Feature maps that are the input itself."""
+
+    def extract_features(self, images: torch.Tensor) -> torch.Tensor:
+        assert images.shape[1:] == (3, 128, 128)
+        return images
+
+
+def test_imagenet_consistency_pools_feature_maps() -> None:
+    features = [torch.tensor((f.mean(axis=(0, 1)) - 127) / 128) for f in FRAMES.astype(np.float64)]
+    given = score("imagenet_consistency", FRAMES, Resources(networks={"efficientnet": ColorBackbone()}))
+    assert given == pytest.approx(mean_consistency(features), abs=1e-4)
+
+
 def test_motion_smoothness_pads_truncates_and_compares_odd_frames() -> None:
     frames = moving_disc(6)[:, :50, :37]
     network = lambda first, second: 0.25 * first + 0.75 * second  # noqa: E731

@@ -148,9 +148,10 @@ def examples(
 
     even, ragged = problem(), problem(rows, sizes)
     if architecture(name).pair and tokens > 32 and head_dim in (64, 128) and dtype != torch.float32:
-        add("shared", [plan_forward(even, num_persistent=M, specialise=True, variant="pair").launches[1]])
+        add("shared", plan_forward(even, num_persistent=M, variant="pair").launches)
         if UNIONS:
-            add("union", [plan_forward(even, specialise=True, variant="pair").launches[1]])
+            add("union", plan_forward(even, variant="pair").launches)
+            add("ragged", plan_forward(ragged, variant="pair").launches[1:])
     plain = plan_forward(even)
     add("", plain.launches)
     add("", plan_backward(even, q, plain.lse, plain.out, plain.lse).launches)

@@ -276,7 +276,7 @@ def _plan_pair(problem: Problem, out: Tensor, lse: Tensor, *, shared: bool) -> l
     block_m = _padded(M)
     listing = {
         "block_index": problem.block_index, "codes": codes, "counts": counts, "query_blocks": Nq, "list_length": M,
-        "width": width, "BLOCK_M": block_m, "CHUNK": min(block_m, 32), "GROUP": group, "SHARED": shared,
+        "width": width, "BLOCK_M": block_m, "CHUNK": max(1, min(32, 4096 // block_m)), "GROUP": group, "SHARED": shared,
     }  # fmt: skip
     common = problem.common()
     unused = {"key_sizes", "RAGGED_K", "PRECISION", "BLOCK_Q", "BLOCK_D", "sqd", "skd", "svd"}

@@ -54,7 +54,7 @@ def pair_lists(
 
     shared = tl.zeros([BLOCK_M], tl.int32)  # even entry also in odd
     known = tl.zeros([BLOCK_M], tl.int32)  # odd entry also in even
-    for offset in tl.range(0, list_length, CHUNK):
+    for offset in tl.range(0, 0 if SHARED else list_length, CHUNK):
         at = offset + part
         some_odd = tl.load(odd_row + at, mask=at < odd_length, other=-1)
         some_even = tl.load(even_row + at, mask=at < list_length, other=-1)

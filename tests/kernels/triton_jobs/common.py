@@ -87,9 +87,9 @@ def guarded() -> Iterator[None]:
 
 
 def measured(
-    p: Problem, forward: str, backward: str | None, *, mass: bool = False, shared: bool = False
+    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, shared: bool = False
 ) -> dict[str, Tensor]:
-    """Run the kernels on guarded memory; names as in `answer`."""
+    """Run the kernels on guarded memory; names as in `answer`. Forward None and backward "auto": the table chooses."""
     grad_out, grad_lse = gradients_in(p)
     with guarded():
         persistent = p.block_index.shape[-1] if shared else 0
@@ -97,7 +97,9 @@ def measured(
         run(plan.launches, p.query.device)
         found = {"out": plan.out, "lse": plan.lse} | ({"mass": plan.mass} if mass else {})
         if backward is not None:
-            back = plan_backward(p, grad_out, grad_lse, plan.out, plan.lse, variant=backward)
+            back = plan_backward(
+                p, grad_out, grad_lse, plan.out, plan.lse, variant=None if backward == "auto" else backward
+            )
             run(back.launches, p.query.device)
             found |= {"dq": back.grad_query, "dk": back.grad_key, "dv": back.grad_value}
     return found

@@ -80,6 +80,21 @@ def test_pair_kernel_on_a_shared_list(length):
     check(p, measured(p, "pair", None, shared=True))
 
 
+@needs_unions
+@pytest.mark.slow
+def test_pair_kernel_on_ragged_queries():
+    p = replace(problem(1, 1, 3, 60, 4, 60, 64, 2, dtype=BF16, ragged=True, lengths=[2, 1, 2]), key_sizes=None)
+    check(p, measured(p, "pair", None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ragged", ["query_sizes", "key_sizes"])
+def test_hopper_plan_where_one_side_is_ragged(ragged):
+    p = problem(1, 2, 3, 60, 4, 60, 64, 3, dtype=BF16, ragged=True, seed=4)
+    p = replace(p, arch="sm_90", **{"query_sizes": None, "key_sizes": None, ragged: getattr(p, ragged)})
+    check(p, measured(p, None, "auto"))
+
+
 @pytest.mark.slow
 def test_self_check_of_the_specialised_kernel_passes():
     assert specialised_difference(torch.device("cpu"), head_dim=64) < 1e-2

@@ -92,10 +92,11 @@ def run(config: RolloutBenchConfig, out: Path | None = None) -> dict:
     if unknown:
         raise ConfigError(f"memories: unknown {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
     prompts = held_out_prompts(config)
-    result = {"config": dataclasses.asdict(config), "weights_sha256": pipe.weights_sha256, "memories": {}}
+    rows: dict[str, dict] = {}
+    result = {"config": dataclasses.asdict(config), "weights_sha256": pipe.weights_sha256, "memories": rows}
     for name in config.memories:
         row = measure_memory(pipe, variants[name], prompts, config)
-        result["memories"][name] = row
+        rows[name] = row
         print(f"{name}: " + json.dumps({h: row["horizons"][h]["accuracy"] for h in row["horizons"]}), flush=True)
         if out is not None:
             atomic_write_json(out / "rollout.json", result)

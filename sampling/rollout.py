@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -123,7 +124,7 @@ def rollout(
         memory.begin_chunk(frames)
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
-        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), lambda f=frames: noise.fresh(f), exit_step)
+        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         context = latents.detach()
         if training and training.context_noise:
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
@@ -148,7 +149,8 @@ class _Network:
         self.guidance_scale, self.training = guidance_scale, training
         with torch.no_grad():
             self.text_keys_values = model.encode_text(text)
-        self.index, self.start, self.callback = 0, 0, None
+        self.index, self.start = 0, 0
+        self.callback: StepCallback | None = None
 
     def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
         self.index, self.start, self.callback = index, start, callback

@@ -52,7 +52,7 @@ class ParallelAttention:
         positions: [F] positions in time; 0..F-1 when None.
     """
 
-    order = None
+    order: Tensor | None = None
 
     def __init__(self, num_frames: int, frame_mask: Tensor | None = None, positions: Tensor | None = None) -> None:
         self.num_frames = num_frames

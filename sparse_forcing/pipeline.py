@@ -25,7 +25,7 @@ from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
+from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder, WordTokenizer
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, VideoAutoencoder, WanAutoencoder
 from sparse_forcing.weights.manifest import MANIFEST, folder_hash, write_manifest
@@ -120,6 +120,7 @@ class SparseForcingPipeline:
 
     def to(self, device: str | torch.device) -> SparseForcingPipeline:
         for part in (self.transformer, self.text_encoder, self.vae):
+            assert isinstance(part, torch.nn.Module)
             part.to(device)
         return self
 
@@ -163,7 +164,7 @@ class SparseForcingPipeline:
     def encode_prompt(self, prompts: list[str]) -> Tensor:
         """[B, text_len, dim]; warns of words the embedded model never learned and of prompts that are cut."""
         tokenizer = getattr(self.text_encoder, "tokenizer", None)
-        if hasattr(tokenizer, "unknown_words"):
+        if isinstance(tokenizer, WordTokenizer):
             unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
             if unknown:
                 warnings.warn(f"this model does not know: {', '.join(unknown[:8])}", stacklevel=2)
@@ -344,7 +345,9 @@ class _GivenNoise:
 
 def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
     """The sampler with what the caller changed; a step list only fits its own length."""
-    changes = {name: v for name, v in (("steps", steps), ("guidance_scale", guidance_scale)) if v is not None}
+    changes: dict[str, Any] = {
+        name: v for name, v in (("steps", steps), ("guidance_scale", guidance_scale)) if v is not None
+    }
     if steps is not None and steps != sampler.steps:
         changes["step_list"] = None
     return SamplerConfig(**{**asdict(sampler), **changes})

@@ -81,15 +81,22 @@ class TimeMlp(Mlp):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
+class GeluProjection(nn.Module):
+    def __init__(self, dim: int, ffn_dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(dim, ffn_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.gelu(self.proj(x), approximate="tanh")
+
+
 class FeedForward(nn.Module):
     def __init__(self, dim: int, ffn_dim: int) -> None:
         super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(dim, ffn_dim)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(ffn_dim, dim)])
+        self.net = nn.Sequential(GeluProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+        return self.net(x)
 
 
 class ConditionEmbedder(nn.Module):
@@ -162,12 +169,12 @@ class CausalWanBlock(nn.Module):
         self,
         x: Tensor,
         modulation: Tensor,
-        text: tuple[Tensor, Tensor],
+        text: Tensor | tuple[Tensor, Tensor],
         rotary: Rotary,
         policy: AttentionPolicy,
         layer: int,
     ) -> Tensor:
-        """x [B, L, C], modulation [B, G, 6, C], text keys and values of this layer -> [B, L, C]."""
+        """x [B, L, C], modulation [B, G, 6, C], embedded text or its keys and values -> [B, L, C]."""
         table = (self.scale_shift_table[:, None] + modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
@@ -178,7 +185,8 @@ class CausalWanBlock(nn.Module):
         x = add_gated(x, self.attn1.output(attended), gate1)
 
         h = x if self.norm2 is None else layer_norm(x, self.eps, self.norm2.weight, self.norm2.bias)
-        x = x + self.attn2.output(dense_attention(self.attn2.queries(h), *text))
+        text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
+        x = x + self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
 
         h = modulate(layer_norm(x, self.eps), shift2, scale2)
         return add_gated(x, self.ffn(h), gate2)
@@ -238,7 +246,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         if latent_std is not None and len(latent_std) != in_channels:
             raise ConfigError(f"latent_std: {len(latent_std)} values for {in_channels} channels")
         dim = num_attention_heads * attention_head_dim
-        self.patch_embedding = nn.Conv3d(in_channels, dim, tuple(patch_size), tuple(patch_size))
+        patch = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
+        self.patch_embedding = nn.Conv3d(in_channels, dim, patch, patch)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
             CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens)
@@ -253,11 +262,10 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     def initialize_weights(self) -> None:
         """Xavier linears, small embeddings, a silent output head and a time projection that starts at the tables."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                nn.init.xavier_uniform_(module.weight.flatten(1))
+                assert module.bias is not None
                 nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
-        nn.init.zeros_(self.patch_embedding.bias)
         for mlp in (self.condition_embedder.time_embedder, self.condition_embedder.text_embedder):
             nn.init.normal_(mlp.linear_1.weight, std=0.02)
             nn.init.normal_(mlp.linear_2.weight, std=0.02)
@@ -267,12 +275,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
     @property
     def selectors(self) -> list[BlockSelector] | None:
         """The learned selector of each layer, for a sparse memory; None: mean pooling."""
-        return [block.selector for block in self.blocks] if self.config.selector_tokens else None
+        if not self.config.selector_tokens:
+            return None
+        return [block.selector for block in self.blocks if isinstance(block, CausalWanBlock) and block.selector]
 
     def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues:
         """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout."""
         text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        return [block.encode_text(text) for block in self.blocks]
+        return [block.encode_text(text) for block in self.blocks]  # type: ignore[operator]
 
     def forward(
         self,
@@ -308,28 +318,30 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             timestep = torch.cat([self._grouped(clean, frames, expand=True), timestep.expand(-1, frames)], 1)
             sigma = timestep[:, None, :, None, None] / 1000
             x = torch.cat([clean_hidden_states, x], 2)
-        sequence_frames = x.shape[2]
-        policy = policy or ParallelAttention(sequence_frames)
+        attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
 
         _, ph, pw = self.config.patch_size
         rows, cols = height // ph, width // pw
         tokens = self._embed_patches(self._scale_input(x, sigma))
         embedding, modulation = self.condition_embedder(timestep, encoder_hidden_states)
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
-        rotary = policy.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
-        order = policy.order
+        rotary = attention.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
+        order = attention.order
         if order is not None:
             if timestep.shape[1] > 1:
                 raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
             order = order.to(tokens.device)
             tokens, rotary = tokens[:, order], rotary.permute(order)
 
-        texts = text_keys_values or self.encode_text(encoder_hidden_states)
+        # Without cached ones every block projects the text itself, where sharding and checkpointing expect its weights.
+        texts: list = text_keys_values or [self.condition_embedder.text_embedder(encoder_hidden_states)] * len(
+            self.blocks
+        )
         for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, modulation, text, rotary, policy, layer, use_reentrant=False)
+                tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
-                tokens = block(tokens, modulation, text, rotary, policy, layer)
+                tokens = block(tokens, modulation, text, rotary, attention, layer)
 
         if clean_hidden_states is not None:
             half = tokens.shape[1] // 2

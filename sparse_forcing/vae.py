@@ -111,6 +111,8 @@ class WanAutoencoder(nn.Module):
     """
 
     first_frame_alone = True
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()

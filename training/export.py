@@ -1,6 +1,6 @@
 """Turn a pretraining checkpoint into the model folder that the package ships and `from_pretrained` loads.
 
-    python -m sparse_forcing.training.export runs/tiny --config training/configs/tiny.yaml --out MODEL_FOLDER
+python -m sparse_forcing.training.export runs/tiny --config training/configs/tiny.yaml --out MODEL_FOLDER
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ def main() -> None:
     pipe = averaged_pipeline(args.run, load_config(PretrainConfig, args.config, []))
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     for part in (pipe.transformer, pipe.text_encoder):
+        assert isinstance(part, torch.nn.Module)
         part.to(torch.bfloat16)
     pipe.save_pretrained(args.out)
 

@@ -23,7 +23,7 @@ from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.training.checkpoint import latest_checkpoint, save_checkpoint
+from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.losses import flow_matching_loss, noisy_latents, sample_sigma, unit_variance_weight
@@ -129,6 +129,8 @@ def start(config: PretrainConfig) -> tuple[PatchAutoencoder, TextToVideo]:
     from sparse_forcing.pipeline import SparseForcingPipeline
 
     pipe = SparseForcingPipeline.from_pretrained(config.init_from)
+    if not isinstance(pipe.vae, PatchAutoencoder) or not isinstance(pipe.text_encoder, WordTextEncoder):
+        raise ConfigError(f"init_from: {config.init_from} is not a model of this recipe's kind")
     model = TextToVideo(config, list(pipe.transformer.config.latent_std))
     model.transformer.load_state_dict(pipe.transformer.state_dict())
     model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
@@ -232,7 +234,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     vae, model = start(config)
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
-    parts = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
+    parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)
     if config.compile:
         for block in model.transformer.blocks:

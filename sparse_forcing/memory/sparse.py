@@ -224,7 +224,7 @@ class SparseMemory(RolloutMemory):
                 # A copy: outside a layer's pass its parameters may be sharded away.
                 state.key_projection = self.selectors[layer].key_projection.detach().clone()
             state.queries = None if measure else self._project(layer, pooled, "query").detach()
-            if measure:
+            if result.mass is not None:
                 mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=query.device)
                 state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
         if clean and self.cache_gradient == "straight_through":

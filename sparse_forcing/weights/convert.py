@@ -95,7 +95,7 @@ def to_diffusers(state: Mapping[str, Tensor], *, source: str = "weights") -> dic
     """
     stripped = [(strip_wrappers(key), tensor) for key, tensor in state.items()]
     if any(key.startswith(("condition_embedder.", "blocks.0.attn1.")) for key, _ in stripped):
-        renamed = [(key, key, tensor) for key, tensor in stripped]
+        renamed: list[tuple[str, str | None, Tensor]] = [(key, key, tensor) for key, tensor in stripped]
     else:
         renamed = [(key, wan_to_diffusers_key(key), tensor) for key, tensor in stripped]
     unknown = [key for key, new, _ in renamed if new is None]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 from torch import nn
 
 from sparse_forcing.config import to_plain
@@ -118,6 +119,7 @@ def run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, o
     accelerator = make_accelerator(loop, out)
     loop.own_micro_batches()
     with StopRequest() as stop, output_lock(out) if rank() == 0 else nullcontext():
+        set_seed(loop.seed + rank())
         recipe = build(accelerator)
         log = _Log(accelerator, loop, out, to_plain(config))
         step = latest_checkpoint(out, recipe.parts, random_state=True, allow_missing_random=loop.allow_missing_random)

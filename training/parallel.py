@@ -7,6 +7,7 @@ function here does nothing, so one process needs no launcher.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -93,6 +94,8 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+    # Blocks return views; nothing in this project writes to them in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(_device().type, (world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:

@@ -1,0 +1,93 @@
+"""Two gloo processes train as one does; sharded, too; and what goes wrong on one of them stops both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sparse_forcing.training.checkpoint import is_complete
+from tests.training.helpers import differences, largest_difference, losses, newest, run, small_config, state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["forcing", "distill"])
+def test_two_processes_equal_one(tmp_path: Path, model_folder: Path, stage: str) -> None:
+    config = small_config(model_folder, stage, steps=20, checkpoint_every=20)
+    for processes in (1, 2):
+        code, output = run(tmp_path, config, tmp_path / str(processes), stage=stage, processes=processes)
+        assert code == 0, output
+    one, two = (state(newest(tmp_path / str(n))) for n in (1, 2))
+    for name in ("model.pt", "ema.pt") if stage == "forcing" else ("generator.pt", "critic.pt", "generator_ema.pt"):
+        assert largest_difference(one[name], two[name]) < 1e-5
+    for a, b in zip(losses(tmp_path / "1"), losses(tmp_path / "2")):
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_with_two_processes(tmp_path: Path, model_folder: Path) -> None:
+    config = small_config(model_folder, steps=6)
+    assert run(tmp_path, config, tmp_path / "whole", processes=2)[0] == 0
+    code, _ = run(tmp_path, config, tmp_path / "out", processes=2, kill_at_write=5)
+    assert code != 0
+    code, output = run(tmp_path, config, tmp_path / "out", processes=2)
+    assert code == 0, output
+    assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
+    assert losses(tmp_path / "out") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_sharded_equals_replicated_and_resumes_elsewhere(tmp_path: Path, model_folder: Path) -> None:
+    config = small_config(model_folder, steps=4)
+    sharded = small_config(model_folder, steps=4, parallel="fsdp")
+    assert run(tmp_path, config, tmp_path / "one")[0] == 0
+    code, output = run(tmp_path, sharded, tmp_path / "fsdp", processes=2)
+    assert code == 0, output
+    one, two = (state(newest(tmp_path / name)) for name in ("one", "fsdp"))
+    assert one["model.pt"].keys() == two["model.pt"].keys()
+    assert largest_difference(one["model.pt"], two["model.pt"]) < 1e-5
+
+    longer = small_config(model_folder, steps=6)
+    code, output = run(tmp_path, longer, tmp_path / "one")
+    assert code == 0, output
+    code, output = run(tmp_path, small_config(model_folder, steps=6), tmp_path / "fsdp")
+    assert code == 0, output  # one process has the random state of the first of two
+    code, output = run(tmp_path, small_config(model_folder, steps=8, parallel="fsdp"), tmp_path / "one", processes=2)
+    assert code != 0
+    assert "allow_missing_random" in output
+    more = small_config(model_folder, steps=8, parallel="fsdp", allow_missing_random=True)
+    code, output = run(tmp_path, more, tmp_path / "one", processes=2)
+    assert code == 0, output
+    assert newest(tmp_path / "one").name == "step-00000008"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nan_rank", [0, 1])
+def test_non_finite_loss_on_one_process_stops_both(tmp_path: Path, model_folder: Path, nan_rank: int) -> None:
+    out = tmp_path / "out"
+    config = small_config(model_folder, steps=6, log_every=100)
+    code, output = run(tmp_path, config, out, processes=2, nan_at_step=3, nan_rank=nan_rank)
+    assert code != 0
+    assert "step 3" in output
+    assert "flow loss = nan" in output
+    assert all(f"[rank{rank}]: FloatingPointError" in output for rank in range(2))
+    assert newest(out).name == "step-00000002"
+    assert is_complete(newest(out))
+
+
+@pytest.mark.slow
+def test_failed_write_on_one_process_raises_on_both(tmp_path: Path, model_folder: Path) -> None:
+    out = tmp_path / "out"
+    code, output = run(tmp_path, small_config(model_folder, steps=6), out, processes=2, fail_write=6)
+    assert code != 0
+    assert "another process failed" in output
+    assert [folder.name for folder in out.glob("step-*")] == ["step-00000002"]
+    assert is_complete(newest(out))
+
+
+@pytest.mark.slow
+def test_batches_that_cannot_be_shared_are_refused(tmp_path: Path, model_folder: Path) -> None:
+    config = small_config(model_folder, micro_batch=4)
+    code, output = run(tmp_path, config, tmp_path / "out", processes=2)
+    assert code != 0
+    assert "cannot be shared by 2 processes" in output

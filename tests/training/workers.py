@@ -1,0 +1,77 @@
+"""Runs a training stage as its own process or processes: `python -m tests.training.workers SETTINGS.json`.
+
+Settings: stage, config (nested), out, and optional faults: kill_at_write (SIGKILL at the n-th file of a save),
+term_at_step (SIGTERM to itself), nan_at_step (on rank nan_rank), fail_write (OSError on the first rank's n-th write),
+step_seconds (slow every step down).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_forcing.config import build_config
+from sparse_forcing.training import checkpoint, distill, forcing, stage
+from sparse_forcing.training.parallel import rank
+
+STAGES: dict[str, Any] = {"forcing": (forcing, forcing.ForcingConfig), "distill": (distill, distill.DistillConfig)}
+
+
+def install_faults(settings: dict[str, Any]) -> None:
+    write, step_of, writes = checkpoint._write, stage.optimizer_step, [0]
+
+    def counted(path: Path, data: Any) -> None:
+        writes[0] += 1
+        if writes[0] == settings.get("kill_at_write"):
+            path.write_bytes(b"half a file")
+            os.kill(os.getpid(), signal.SIGKILL)
+        if writes[0] == settings.get("fail_write") and rank() == 0:
+            raise OSError(28, "No space left on device")
+        if writes[0] == settings.get("term_at_write"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        write(path, data)
+
+    checkpoint._write = counted
+
+    def faulty(model, optimizer, loop_config, config, step, losses, **kwargs):
+        time.sleep(settings.get("step_seconds", 0))
+        if step == settings.get("term_at_step"):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def poisoned(micro_batch: int):
+            for loss in losses(micro_batch):
+                bad = step == settings.get("nan_at_step") and rank() == settings.get("nan_rank", 0)
+                yield loss * (torch.nan if bad else 1)
+
+        return step_of(model, optimizer, loop_config, config, step, poisoned, **kwargs)
+
+    distill.optimizer_step = forcing.optimizer_step = faulty
+
+
+def run(settings_path: Path) -> int:
+    settings = json.loads(settings_path.read_text())
+    torch.set_num_threads(1)
+    module, kind = STAGES[settings["stage"]]
+    install_faults(settings)
+    return module.train(build_config(kind, settings["config"]), Path(settings["out"]))
+
+
+def run_logged(settings_path: Path, log: Path) -> None:
+    """The same in a forked process, its output in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    code = run(settings_path)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    sys.exit(run(Path(sys.argv[1])))

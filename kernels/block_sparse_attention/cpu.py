@@ -28,10 +28,10 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
     BlockTable,
     Buffer,
     Piece,
-    add_offset,
     cut_pieces,
-    listed_sizes,
     padded_keys,
+    read_lists,
+    table_rows,
 )
 
 PIECE_BYTES = 2 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
@@ -62,13 +62,13 @@ def forward(
     """See interface.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v, `total` sum exp2(s - peak)."""
     B, H, Nq, _, _ = query.shape
     T, M = key_pool.shape[3], block_index.shape[-1]
+    if not block_index.numel():
+        return _nothing_listed(query, M if return_mass else 0)
     padding = _padded_rows(query_sizes, query)
     q = _rows(query, padding, scale * LOG2E)
-    slots = block_index.flatten(0, 2).clamp(min=0)
+    slots, sizes = read_lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, slots), BlockTable(value_pool, slots)
-    sizes = listed_sizes(block_index, key_sizes, T)
-    acc = torch.empty_like(q) if M else torch.zeros_like(q)
-    peak, total = q.new_full(q.shape[:-1], LOWEST), q.new_zeros(q.shape[:-1])
+    acc, peak, total = torch.empty_like(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
     mass = _Mass(q, M) if return_mass else None
     k_buffer, s_buffer = Buffer(q.dtype), Buffer(q.dtype)
     v_buffer, p_buffer = _product_buffers(query, k_buffer, s_buffer)  # values overwrite keys: half the cache
@@ -120,16 +120,17 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See interface.py. Recomputes p = exp(s - lse) piece by piece; ds = p (dp - delta), delta = <dout, out> - dlse."""
     B, H, S, T, D = key_pool.shape
+    if not block_index.numel():
+        return torch.zeros_like(query), torch.zeros_like(key_pool), torch.zeros_like(value_pool)
     silent = (lse == float("-inf")).flatten(0, 2)  # padded or empty rows: p = 0 and no gradient, whatever arrives
     q2, q, do = _rows(query, silent, scale * LOG2E), _rows(query, silent, scale), _rows(grad_out, silent, 1.0)
     lse2 = lse.flatten(0, 2).mul(LOG2E).masked_fill_(silent, float("inf"))
     delta = (do * out.flatten(0, 2)).sum(-1)
     if grad_lse is not None:
         delta -= grad_lse.flatten(0, 2).masked_fill(silent, 0)
-    slots = block_index.flatten(0, 2).clamp(min=0)
+    slots, sizes = read_lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, slots), BlockTable(value_pool, slots)
-    targets = add_offset(slots, (B, H), (H * S, S))
-    sizes = listed_sizes(block_index, key_sizes, T)
+    targets = table_rows(slots, (B, H), (H * S, S))
     dq, dk = torch.zeros_like(q), q.new_zeros((B * H * S, T * D))
     dv = torch.zeros_like(dk)
     k_buffer, v_buffer, p_buffer, ds_buffer = (Buffer(q.dtype) for _ in range(4))
@@ -163,11 +164,16 @@ def _pieces(query: Tensor, tokens: int, entries: int, num_persistent: int, buffe
     B, H, Nq, Tq, D = query.shape
     row_bytes = buffers * tokens * _work_dtype(query).itemsize
     budget = PIECE_BYTES * torch.get_num_threads()
-    return cut_pieces((B * H, Nq, entries), Tq, num_persistent, row_bytes * D, row_bytes, budget)
+    return cut_pieces((B * H, Nq, entries), Tq, tokens, num_persistent, row_bytes * D, row_bytes, budget)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _nothing_listed(query: Tensor, mass_entries: int) -> tuple[Tensor, Tensor, Tensor]:
+    lse = torch.full(query.shape[:-1], float("-inf"), dtype=_work_dtype(query))
+    return torch.zeros(query.shape, dtype=query.dtype), lse, lse.new_zeros((*query.shape[:3], mass_entries))
 
 
 def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
@@ -208,15 +214,14 @@ def _bmm(a: Tensor, b: Tensor, buffer: Buffer) -> Tensor:
 def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:
     """Raise peak [n, 1, R] to the maximum of s [n, L, R] over keys; factor on what was accumulated, None at first."""
     n, L, R = s.shape
-    if R < 32:  # a reduction over few columns is slow: reduce several rows of keys side by side first
-        lanes = math.gcd(L, 64 // R)
+    lanes = math.gcd(L, 32 // math.gcd(R, 32))  # torch reduces whole vectors of columns fast, odd ones one by one
+    if lanes > 1:
         s = s.view(n, L // lanes, lanes * R).amax(1).view(n, lanes, R)
-    high = s.amax(1, keepdim=True)
     if first:
-        peak.copy_(high.clamp_(min=LOWEST))
+        torch.amax(s, 1, keepdim=True, out=peak).clamp_(min=LOWEST)
         return None
     old = peak.clone()
-    torch.maximum(old, high, out=peak)
+    torch.maximum(old, s.amax(1, keepdim=True), out=peak)
     return old.sub_(peak).exp2_()
 
 

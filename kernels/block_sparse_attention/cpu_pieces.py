@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 WIDE_ROWS = 256  # query rows that share one gather of the persistent blocks
+WIDE_SCORES = 1 << 20  # scores of the persistent part below which wide pieces cost more calls than they save
 
 
 class Piece(NamedTuple):
@@ -53,18 +55,22 @@ class Piece(NamedTuple):
 
 
 def cut_pieces(
-    lists: tuple[int, int, int], rows: int, num_persistent: int, block_bytes: int, row_bytes: int, budget: int
+    lists: tuple[int, int, int],
+    rows: int,
+    tokens: int,
+    num_persistent: int,
+    block_bytes: int,
+    row_bytes: int,
+    budget: int,
 ) -> Iterator[Piece]:
     """Wide pieces over the persistent entries, then narrow pieces over the others, each of at most `budget` bytes.
 
     Args:
         lists: (B * H, Nq, M).
-        rows: Tq.
+        rows, tokens: Tq, T.
         block_bytes, row_bytes: what one listed block needs in a piece, and what it needs more for each query row.
     """
     BH, Nq, M = lists
-    if not BH * Nq * M:
-        return
 
     def fit(items: int, entries: int, item_rows: int) -> tuple[int, int]:
         """Items of a piece and entries per item, as even as possible."""
@@ -73,8 +79,8 @@ def cut_pieces(
         pieces = -(-items // max(1, blocks // entries))
         return -(-items // pieces), entries
 
-    if BH * Nq * M * (block_bytes + row_bytes * rows) <= budget:
-        num_persistent = 0  # everything fits in one piece
+    if BH * Nq * rows * num_persistent * tokens < WIDE_SCORES:
+        num_persistent = 0
     if num_persistent:
         group = -(-Nq // -(-Nq * rows // max(WIDE_ROWS, rows)))
         n, m = fit(BH, num_persistent, group * rows)
@@ -106,7 +112,7 @@ class BlockTable:
         else:
             step_b, step_h = H * S, S
             self.table = pool.reshape(-1, T * D)
-        self.rows = add_offset(slots, (B, H), (step_b, step_h))
+        self.rows = table_rows(slots, (B, H), (step_b, step_h))
         self.head_dim = D
         self.raw = Buffer(pool.dtype)
 
@@ -114,17 +120,23 @@ class BlockTable:
         """[n, L, D] blocks of a piece in `buffer`, whose type they take."""
         rows = piece.lists(self.rows)
         raw = buffer if buffer.dtype == self.table.dtype else self.raw
-        blocks = torch.index_select(self.table, 0, rows.flatten(), out=raw.view(rows.numel(), self.table.shape[1]))
+        blocks = raw.view(rows.numel(), self.table.shape[1])
+        torch.index_select(self.table, 0, rows.flatten(), out=blocks)
         return buffer.hold(blocks).view(len(rows), -1, self.head_dim)
 
 
-def add_offset(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:
+def table_rows(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:
     """slots [B * H * Nq, M] of each head -> rows of a table in which batch b, head h starts at b step_b + h step_h."""
     if heads == (1, 1):
         return slots
-    start = torch.arange(heads[0], dtype=torch.int32).view(-1, 1) * steps[0]
-    start = start + torch.arange(heads[1], dtype=torch.int32) * steps[1]
-    return (slots.unflatten(0, (start.numel(), -1)) + start.view(-1, 1, 1)).flatten(0, 1)
+    starts = _head_starts(*heads, *steps)
+    return (slots.unflatten(0, (len(starts), -1)) + starts).flatten(0, 1)
+
+
+@lru_cache(maxsize=64)
+def _head_starts(batch: int, heads: int, step_b: int, step_h: int) -> Tensor:
+    starts = torch.arange(batch, dtype=torch.int32).view(-1, 1) * step_b
+    return (starts + torch.arange(heads, dtype=torch.int32) * step_h).view(-1, 1, 1)
 
 
 class Buffer:
@@ -132,12 +144,12 @@ class Buffer:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._memory = torch.empty(0, dtype=dtype)
+        self._memory: Tensor | None = None
 
     def view(self, *shape: int) -> Tensor:
         """Contiguous tensor of this shape with undefined contents."""
         size = math.prod(shape)
-        if self._memory.numel() < size:
+        if self._memory is None or self._memory.numel() < size:
             self._memory = torch.empty(size, dtype=self.dtype)
         return self._memory[:size].view(shape)
 
@@ -146,16 +158,17 @@ class Buffer:
         return x if x.dtype == self.dtype else self.view(*x.shape).copy_(x)
 
 
-def listed_sizes(block_index: Tensor, key_sizes: Tensor | None, tokens: int) -> Tensor | None:
-    """Real tokens of every listed block [B * H * Nq, M], 0 for -1; None when every one of them is full."""
-    if not block_index.numel():
-        return None
+def read_lists(block_index: Tensor, key_sizes: Tensor | None, tokens: int) -> tuple[Tensor, Tensor | None]:
+    """Slots [B * H * Nq, M] without -1, and the real tokens of every listed block, None when all of them are full."""
+    lists = block_index.flatten(0, 2)
     if key_sizes is None:
-        sizes = torch.where(block_index < 0, 0, tokens) if int(block_index.amin()) < 0 else None
-        return None if sizes is None else sizes.flatten(0, 2)
-    sizes = key_sizes.unsqueeze(2).expand(*block_index.shape[:3], -1)
-    sizes = sizes.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
-    return sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
+        if int(lists.amin()) >= 0:
+            return lists, None
+        sizes = torch.where(block_index < 0, 0, tokens)
+    else:
+        sizes = key_sizes.unsqueeze(2).expand(*block_index.shape[:3], -1)
+        sizes = sizes.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
+    return lists.clamp(min=0), sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
 
 
 def padded_keys(sizes: Tensor | None, piece: Piece, tokens: int) -> Tensor | None:

@@ -22,6 +22,7 @@ from torch import nn
 from sparse_forcing.errors import OutputError, SparseForcingError, WeightsError
 from sparse_forcing.files import sha256_file
 from sparse_forcing.training.parallel import any_rank, barrier, full_state, rank, shard_like, world_size
+from sparse_forcing.weights.safe_load import load_pt
 
 _MANIFEST = "manifest.json"
 _TEMPORARY = ".tmp-step-"
@@ -218,9 +219,9 @@ def load_checkpoint(
 
 def _load_part(path: Path, part: Stateful) -> None:
     try:
-        part.load_state_dict(_cut(torch.load(path, weights_only=True), part))
+        part.load_state_dict(_cut(load_pt(path), part))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path}: does not fit this run ({str(error)[:400]})") from error
+        raise WeightsError(f"{path}: does not fit this run ({' '.join(str(error).split())[:400]})") from error
 
 
 def _cut(state: dict[str, Any], part: Stateful) -> dict[str, Any]:

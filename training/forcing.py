@@ -20,26 +20,13 @@ from torch import Tensor
 
 from sparse_forcing.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.flow import FlowSchedule, add_noise
+from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.training.data.sources import DataConfig, make_source
-from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.losses import forcing_loss, unit_variance_weight
-from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
-from sparse_forcing.training.stage import (
-    Metrics,
-    autocast,
-    draw_number,
-    export_pipeline,
-    generators,
-    memory_of,
-    noise_like,
-    optimizer_step,
-    prepare,
-)
-from sparse_forcing.training.validation import write_samples
+from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.training.stage import OneNetwork, autocast, draw_number, generators, memory_of, noise_like
 
 MODES = ("bidirectional", "diffusion", "teacher")
 
@@ -83,32 +70,17 @@ class ForcingConfig:
             raise ConfigError("memory.kind: sparse is trained chunk by chunk, which only mode: teacher does")
 
 
-class ForcingRecipe:
+class ForcingRecipe(OneNetwork):
     """State and steps of one run."""
 
+    config: ForcingConfig
+
     def __init__(self, config: ForcingConfig, accelerator: Accelerator) -> None:
-        self.config, self.device = config, accelerator.device
-        self.pipe = SparseForcingPipeline.from_pretrained(config.model).to(accelerator.device)
-        self.model = self.pipe.transformer
-        self.memory = config.memory or self.pipe.default_memory
-        if config.mode != "teacher":
-            self.memory = replace(self.memory, kind="full") if config.memory is None else config.memory
+        super().__init__(config, accelerator)
+        if config.mode != "teacher" and config.memory is None:
+            self.memory = replace(self.memory, kind="full")
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
-        prepare(self.model, config.loop, self.device, train=True)
-        self.source = make_source(config.data, config.loop.seed + 1, self.pipe.vae)
-        self.schedule = FlowSchedule(config.shift)
-        self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
-        self.ema = ParameterEma(self.model, config.ema_decay)
-        self.parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
-        size, frames = config.data.size, config.data.latent_frames
-        self.geometry = f"micro_batch {config.loop.micro_batch}, {frames} latent frames, {size} pixels"
-
-    def update(self, step: int) -> Metrics:
-        return optimizer_step(
-            self.model, self.optimizer, self.config.loop, self.config.optimizer, step,
-            lambda micro_batch: self.losses(step, micro_batch), name="flow", ema=self.ema,
-        )  # fmt: skip
 
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """The one loss of a micro-batch."""
@@ -125,12 +97,6 @@ class ForcingRecipe:
         with autocast(self.device, config.loop):
             flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
         yield self.flow_loss(flow, latents, noise, timestep) + config.selector_weight * extra
-
-    def chunks(self, frames: int) -> list[int]:
-        size = self.model.config.chunk_frames
-        if frames % size:
-            raise ConfigError(f"data.latent_frames: {frames} is not a multiple of the model's chunk of {size} frames")
-        return [size] * (frames // size)
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
         """[B, F] timesteps from the shifted grid, one per chunk (or per clip)."""
@@ -197,12 +163,6 @@ class ForcingRecipe:
         weight = unit_variance_weight(timestep.cpu() / 1000, self.model.config.latent_std)
         error = (flow.float() - (noise - latents)).square().transpose(1, 2)
         return (error * (weight.to(error) if isinstance(weight, Tensor) else weight)).mean()
-
-    def validate(self, step: int, folder: Path) -> None:
-        write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
-
-    def export(self, folder: Path) -> None:
-        export_pipeline(self.pipe, self.model, self.ema, folder, memory=self.memory)
 
 
 def train(config: ForcingConfig, out: Path) -> int:

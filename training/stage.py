@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.training.data.sources import DataConfig, make_source
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.guard import check_finite
 from sparse_forcing.training.loop import LoopConfig, clip_gradients
-from sparse_forcing.training.optim import OptimizerConfig, set_rate
+from sparse_forcing.training.optim import OptimizerConfig, make_optimizer, set_rate
 from sparse_forcing.training.parallel import average_gradients, full_state, rank, shard
+from sparse_forcing.training.validation import write_samples
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 
 Metrics = dict[str, float]
@@ -125,3 +131,62 @@ def export_pipeline(
         base.vae,
         replace(base.config, **changes),  # type: ignore[arg-type]
     ).save_pretrained(folder)
+
+
+class OneNetworkConfig(Protocol):
+    """Settings that every recipe with a single trained network has."""
+
+    @property
+    def loop(self) -> LoopConfig: ...
+    @property
+    def model(self) -> str: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def memory(self) -> MemoryConfig | None: ...
+    @property
+    def optimizer(self) -> OptimizerConfig: ...
+    @property
+    def ema_decay(self) -> float: ...
+    @property
+    def shift(self) -> float: ...
+
+
+class OneNetwork:
+    """A recipe that trains the transformer of one pipeline; a subclass says what the loss is."""
+
+    def __init__(self, config: OneNetworkConfig, accelerator: Accelerator) -> None:
+        self.config, self.device = config, accelerator.device
+        self.pipe = SparseForcingPipeline.from_pretrained(config.model).to(self.device)
+        self.model = self.pipe.transformer
+        self.memory = config.memory or self.pipe.default_memory
+        prepare(self.model, config.loop, self.device, train=True)
+        self.source = make_source(config.data, config.loop.seed + 1, self.pipe.vae)
+        self.schedule = FlowSchedule(config.shift)
+        self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
+        self.ema = ParameterEma(self.model, config.ema_decay)
+        self.parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
+
+    def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
+        """Terms of the loss of a micro-batch."""
+        raise NotImplementedError
+
+    def update(self, step: int) -> Metrics:
+        return optimizer_step(
+            self.model, self.optimizer, self.config.loop, self.config.optimizer, step,
+            lambda micro_batch: self.losses(step, micro_batch), name="flow", ema=self.ema,
+        )  # fmt: skip
+
+    def chunks(self, frames: int) -> list[int]:
+        """Chunk sizes of a clip. Raises ConfigError when the model's chunks do not divide it."""
+        size = self.model.config.chunk_frames
+        if frames % size:
+            raise ConfigError(f"data.latent_frames: {frames} is not a multiple of the model's chunk of {size} frames")
+        return [size] * (frames // size)
+
+    def validate(self, step: int, folder: Path) -> None:
+        write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+
+    def export(self, folder: Path) -> None:
+        export_pipeline(self.pipe, self.model, self.ema, folder, memory=self.memory)

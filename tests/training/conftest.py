@@ -27,7 +27,9 @@ def make_pipeline(**changes) -> SparseForcingPipeline:
         text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2, chunk_frames=CHUNK, horizon_frames=HORIZON, **changes,
     )  # fmt: skip
     with torch.no_grad():
-        for parameter in transformer.parameters():
+        for name, parameter in transformer.named_parameters():
+            if "selector" in name:
+                continue
             parameter.add_(torch.randn_like(parameter) * 0.05)
     text_encoder = WordTextEncoder(vocabulary_words(), dim=8, num_layers=1, num_heads=2, text_len=16)
     config = PipelineConfig(

@@ -52,7 +52,7 @@ def install_faults(settings: dict[str, Any]) -> None:
 
         return step_of(model, optimizer, loop_config, config, step, poisoned, **kwargs)
 
-    distill.optimizer_step = forcing.optimizer_step = faulty
+    distill.optimizer_step = stage.optimizer_step = faulty
 
 
 def run(settings_path: Path) -> int:

@@ -1,0 +1,37 @@
+"""From the command line to a recipe: `train(stage, config file, overrides, output folder)`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_forcing.config import load_config
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import PathLike
+
+STAGES: dict[str, tuple[str, str, str]] = {
+    "pretrain": ("sparse_forcing.training.pretrain", "PretrainConfig", "pretrain"),
+    "forcing": ("sparse_forcing.training.forcing", "ForcingConfig", "train"),
+    "ode-pairs": ("sparse_forcing.training.ode", "PairsConfig", "make_pairs"),
+    "ode": ("sparse_forcing.training.ode", "OdeConfig", "train"),
+    "distill": ("sparse_forcing.training.distill", "DistillConfig", "train"),
+}
+"""stage: (module, config class, function of config and output folder)."""
+
+
+def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
+    """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
+    if stage not in STAGES:
+        raise ConfigError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
+    module_name, config_class, function = STAGES[stage]
+    module = importlib.import_module(module_name)
+    return load_config(getattr(module, config_class), config_path, overrides), getattr(module, function)
+
+
+def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike) -> int:
+    """Run or resume a stage; returns the exit code (143 after a stop that saved)."""
+    config, function = load_stage(stage, config_path, overrides)
+    result = function(config, Path(output))
+    return result if stage in ("forcing", "ode", "distill") else 0

@@ -108,8 +108,10 @@ def resolve_backend(backend: str, query: Tensor) -> str:
     """Name of the backend that will run; ConfigError if it was forced and cannot."""
     if backend not in BACKENDS:
         raise ConfigError(f"block_sparse_attention: unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+    preferred = "cpu" if query.device.type == "cpu" else "triton"
+    if torch.compiler.is_compiling():  # availability cannot be traced; a backend that cannot run fails when it runs
+        return preferred if backend == "auto" else backend
     if backend == "auto":
-        preferred = "cpu" if query.device.type == "cpu" else "triton"
         return preferred if why_unavailable(preferred, query) is None else "reference"
     reason = why_unavailable(backend, query)
     if reason is not None:

@@ -1,4 +1,4 @@
-"""The definition of persistent block-sparse attention: one masked softmax over the whole pool, in plain torch.
+"""The definition of persistent block-sparse attention: one masked softmax over the listed blocks, in plain torch.
 
 Slow and memory hungry on purpose: every faster path is tested against it. Autograd differentiates it as it stands.
 
@@ -24,13 +24,6 @@ def valid_tokens(sizes: Tensor | None, tokens: int) -> Tensor | None:
     return torch.arange(tokens, device=sizes.device) < sizes.unsqueeze(-1)
 
 
-def listed_slots(block_index: Tensor, slots: int) -> Tensor:
-    """[B, H, Nq, M] lists -> [B, H, Nq, S] bool, True where a query block lists a slot (-1 lists nothing)."""
-    spare = torch.where(block_index < 0, slots, block_index).long()
-    listed = torch.zeros((*block_index.shape[:-1], slots + 1), dtype=torch.bool, device=block_index.device)
-    return listed.scatter(-1, spare, True)[..., :slots]
-
-
 def forward(
     query: Tensor,
     key_pool: Tensor,
@@ -44,37 +37,38 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out [B,H,Nq,Tq,D], lse [B,H,Nq,Tq] (natural log), mass [B,H,Nq,M] (M = 0 unless `return_mass`).
 
-    softmax over {(s, t): s in block_index[b, h, i], t < key_sizes[b, h, s]} of scale * <q, k>, computed in float32
-    (float64 for float64 input). Stored padding is zeroed first: NaN * 0 is NaN, so a mask on the scores is not enough.
+    softmax of scale * <q, k> over the tokens t < key_sizes[b, h, s] of the slots s in block_index[b, h, i], computed
+    in float32 (float64 for float64 input). Padding is zeroed first: NaN * 0 is NaN, so masked scores are not enough.
     """
     B, H, Nq, Tq, _ = query.shape
-    S, T = key_pool.shape[2:4]
+    M, T = block_index.shape[-1], key_pool.shape[3]
+    if M == 0:
+        block_index = block_index.new_full((B, H, Nq, 1), -1)
     dtype = torch.promote_types(query.dtype, torch.float32)
-    q, k, v = query.to(dtype), key_pool.to(dtype), value_pool.to(dtype)
-    visible = listed_slots(block_index, S)[:, :, :, None, :, None].expand(B, H, Nq, Tq, S, T)
+    batch = torch.arange(B, device=query.device).view(-1, 1, 1, 1)
+    head = torch.arange(H, device=query.device).view(-1, 1, 1)
+    slots = block_index.clamp(min=0).long()
+    visible = (block_index >= 0).unsqueeze(-1).expand(*block_index.shape, T)  # [B, H, Nq, M, T]
     key_valid, query_valid = valid_tokens(key_sizes, T), valid_tokens(query_sizes, Tq)
     if key_valid is not None:
-        k = k.masked_fill(~key_valid.unsqueeze(-1), 0)
-        v = v.masked_fill(~key_valid.unsqueeze(-1), 0)
-        visible = visible & key_valid[:, :, None, None]
+        visible = visible & key_valid[batch, head, slots]
+    keys = key_pool[batch, head, slots].to(dtype).masked_fill(~visible.unsqueeze(-1), 0).flatten(3, 4)
+    values = value_pool[batch, head, slots].to(dtype).masked_fill(~visible.unsqueeze(-1), 0).flatten(3, 4)
+    queries = query.to(dtype)
+    seen = visible.flatten(3).unsqueeze(3)  # [B, H, Nq, 1, M * T]
     if query_valid is not None:
-        q = q.masked_fill(~query_valid.unsqueeze(-1), 0)
-        visible = visible & query_valid[None, None, :, :, None, None]
+        queries = queries.masked_fill(~query_valid.unsqueeze(-1), 0)
+        seen = seen & query_valid.unsqueeze(-1)
 
-    scores = torch.einsum("bhnqd,bhstd->bhnqst", q, k) * scale
-    scores = scores.masked_fill(~visible, float("-inf")).flatten(-2)
+    scores = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~seen, float("-inf"))
     highest = scores.detach().amax(-1, keepdim=True)
     highest = highest.masked_fill(highest == float("-inf"), 0)  # an empty row: avoid -inf - -inf
     weights = torch.exp(scores - highest)
     total = weights.sum(-1, keepdim=True)
     empty = total == 0
     total = total.masked_fill(empty, 1)
-    probs = (weights / total).unflatten(-1, (S, T))
-    out = torch.einsum("bhnqst,bhstd->bhnqd", probs, v)
+    probs = weights / total
+    out = (probs @ values).masked_fill(empty, 0)  # also keeps the gradient that reaches a padded row out
     lse = (total.log() + highest).masked_fill(empty, float("-inf")).squeeze(-1)
-    if return_mass:
-        per_slot = probs.detach().sum(dim=(3, 5))
-        mass = per_slot.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
-    else:
-        mass = lse.new_zeros((B, H, Nq, 0))
-    return out.to(query.dtype), lse, mass
+    mass = probs.detach().unflatten(-1, (-1, T)).sum(dim=(3, 5))[..., : M if return_mass else 0]
+    return out.to(query.dtype), lse, mass.contiguous()

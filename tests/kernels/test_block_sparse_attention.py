@@ -1,0 +1,229 @@
+"""block_sparse_attention: the reference and the CPU path against a float64 loop, output, lse, mass and gradients."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, cpu, cpu_pieces
+from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
+
+BACKENDS = ("reference", "cpu")
+NAN = float("nan")
+
+
+@pytest.fixture(params=["one piece", "many pieces"])
+def pieces(request, monkeypatch):
+    """The CPU path as it is, and cut as finely as it goes, with wide pieces over the persistent entries."""
+    cut_fine(monkeypatch.setattr) if request.param == "many pieces" else None
+
+
+def cut_fine(setattr_):
+    setattr_(cpu, "PIECE_BYTES", 1)
+    setattr_(cpu_pieces, "WIDE_SCORES", 0)
+    setattr_(cpu_pieces, "WIDE_ROWS", 12)
+
+
+def check(p: Problem, backend: str, tolerance: float | None = None) -> None:
+    """Output, lse, mass and every gradient of p against the float64 loop; p's own tensors may be of any type."""
+    tolerance = TOLERANCE[p.query.dtype] if tolerance is None else tolerance
+    exact_inputs = [x.detach().double().requires_grad_() for x in p.inputs]
+    wanted = by_hand(p.with_inputs(*exact_inputs))
+    grads = output_gradients(p, wanted[1])
+    wanted_grads = [torch.zeros_like(x) for x in exact_inputs]
+    if wanted[0].requires_grad:  # some row sees some key
+        wanted_grads = torch.autograd.grad(wanted[:2], exact_inputs, grads)
+
+    inputs = [x.detach().requires_grad_() for x in p.inputs]
+    got = block_sparse_attention(*inputs, p.block_index, **p.options, return_mass=True, backend=backend)
+    assert got.out.dtype == p.query.dtype
+    for name, mine, exact in zip(got._fields, got, wanted):
+        assert error(mine, exact) < tolerance, name
+    got_grads = torch.autograd.grad(got[:2], inputs, (grads[0].to(got.out.dtype), grads[1].to(got.lse.dtype)))
+    for name, mine, exact in zip(("query", "key", "value"), got_grads, wanted_grads):
+        assert error(mine, exact) < 2 * tolerance, f"gradient of {name}"
+        assert mine.dtype == p.query.dtype
+
+
+SHAPES = {
+    "odd": problem(),
+    "one block": problem(1, 1, 1, 3, 1, 4, 5, 1),
+    "one row, one key": problem(1, 2, 3, 1, 4, 1, 2, 2),
+    "full lists": problem(2, 2, 3, 4, 5, 6, 7, 5),
+    "no list entries": problem(M=0),
+    "short and empty lists": problem(short_lists=True, seed=3),
+    "ragged": problem(ragged=True),
+    "ragged, short lists": problem(ragged=True, short_lists=True, seed=1),
+    "persistent": problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=3),
+    "persistent only": problem(1, 2, 5, 8, 9, 8, 16, 4, persistent=4),
+    "persistent, ragged": problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=2, ragged=True, short_lists=True),
+    "64-token blocks": problem(1, 2, 3, 64, 6, 64, 64, 4, persistent=1),
+    "60-token blocks": problem(1, 1, 2, 60, 4, 60, 32, 3),
+}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_float64_equals_the_loop(name, backend, pieces):
+    check(SHAPES[name], backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["odd", "ragged, short lists", "persistent, ragged", "64-token blocks"])
+def test_other_types(name, dtype, pieces):
+    p = SHAPES[name]
+    check(p.with_inputs(*(x.to(dtype) for x in p.inputs)), "cpu")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=60, derandomize=True, deadline=None)
+@given(data=st.data())
+def test_any_shape_and_list(backend, data):
+    sizes = [
+        data.draw(st.integers(1, top), label=name)
+        for name, top in zip("B H Nq Tq S T D".split(), (2, 3, 5, 9, 6, 9, 20))
+    ]
+    entries = data.draw(st.integers(0, sizes[4]), label="M")
+    p = problem(
+        *sizes,
+        entries,
+        persistent=data.draw(st.integers(0, entries), label="persistent"),
+        ragged=data.draw(st.booleans(), label="ragged"),
+        short_lists=data.draw(st.booleans(), label="short"),
+        seed=data.draw(st.integers(0, 99), label="seed"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans(), label="many pieces"):
+            cut_fine(patch.setattr)
+        check(p, backend, tolerance=1e-11)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_density_one_is_dense_attention(backend, pieces):
+    p = problem(2, 2, 6, 16, 6, 16, 32, 6, dtype=torch.float32)
+    got = block_sparse_attention(*p.inputs, p.block_index, backend=backend).out.flatten(2, 3)
+    dense = F.scaled_dot_product_attention(*(x.flatten(2, 3) for x in p.inputs))
+    assert error(got, dense) < 2e-6
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 3e-4), (torch.bfloat16, 8e-3)]
+)
+def test_large_logits(backend, dtype, tolerance, pieces):
+    """Scores of several hundred: float32 scores have an absolute error near 1e-5, which the exponential passes on."""
+    check(problem(1, 2, 3, 8, 5, 8, 32, 4, persistent=2, scale=30.0, dtype=dtype), backend, tolerance)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_poisoned_padding_changes_nothing(backend, pieces):
+    p = problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=2, ragged=True, short_lists=True, seed=5)
+    rows, keys = p.padded_rows.unsqueeze(-1), p.padded_keys.unsqueeze(-1).clone()
+    unlisted = torch.ones(p.key_pool.shape[:3], dtype=torch.bool)
+    for b, h in torch.cartesian_prod(torch.arange(2), torch.arange(2)).tolist():
+        unlisted[b, h, p.block_index[b, h][p.block_index[b, h] >= 0].unique().long()] = False
+    keys |= unlisted[..., None, None]
+    clean = p.with_inputs(p.query.masked_fill(rows, 0), *(x.masked_fill(keys, 0) for x in p.inputs[1:]))
+    dirty = p.with_inputs(p.query.masked_fill(rows, NAN), *(x.masked_fill(keys, NAN) for x in p.inputs[1:]))
+    results = []
+    for case, filler in ((clean, 0.0), (dirty, NAN)):
+        inputs = [x.clone().requires_grad_() for x in case.inputs]
+        got = block_sparse_attention(*inputs, p.block_index, **p.options, return_mass=True, backend=backend)
+        grad_out = torch.ones_like(got.out).masked_fill(rows, filler)
+        grad_lse = torch.ones_like(got.lse).masked_fill(got.lse == float("-inf"), filler)
+        results.append([*got, *torch.autograd.grad(got[:2], inputs, (grad_out, grad_lse))])
+    for mine, exact in zip(*reversed(results)):
+        assert torch.equal(mine, exact)
+    out, lse, _, *grads = results[1]
+    assert not out.masked_select(rows).any()
+    assert lse.masked_select(p.padded_rows).eq(float("-inf")).all()
+    for grad, padding in zip(grads, (rows, keys, keys)):
+        assert not grad.masked_select(padding).any()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides(backend, pieces):
+    p = problem(2, 3, 4, 8, 7, 8, 16, 4, persistent=1)
+    wanted = block_sparse_attention(*p.inputs, p.block_index, backend=backend).out
+    token_major = [x.permute(0, 2, 3, 1, 4).contiguous().permute(0, 3, 1, 2, 4) for x in p.inputs]
+    spread = [torch.stack((x, x.new_full((), NAN).expand_as(x)), -1)[..., 0] for x in p.inputs]
+    longer = [F.pad(x, (0, 0, 0, 0, 2, 3), value=NAN)[:, :, 2 : 2 + x.shape[2]] for x in p.inputs]
+    index = F.pad(p.block_index, (1, 1))[..., 1:-1]
+    for query, key_pool, value_pool in (token_major, spread, longer):
+        assert not query.is_contiguous()
+        got = block_sparse_attention(query, key_pool, value_pool, index, backend=backend).out
+        assert error(got, wanted) < 1e-14
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_pools_shared_by_heads_or_batch(backend):
+    p = problem(2, 3, 4, 8, 7, 8, 16, 4)
+    for shared in (p.key_pool[:, :1], p.key_pool[:1], p.key_pool[:1, :1]):
+        key_pool = shared.clone().requires_grad_()
+        whole = shared.expand_as(p.key_pool).contiguous().requires_grad_()
+        got = block_sparse_attention(p.query, key_pool, p.value_pool, p.block_index, backend=backend).out
+        wanted = block_sparse_attention(p.query, whole, p.value_pool, p.block_index, backend=backend).out
+        assert error(got, wanted) < 1e-14
+        got.sum().backward()
+        wanted.sum().backward()
+        assert key_pool.grad is not None
+        assert whole.grad is not None
+        assert error(key_pool.grad, whole.grad.sum_to_size(shared.shape)) < 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_mass_sums_to_the_rows_that_see_something(backend, pieces):
+    p = problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=2, ragged=True, short_lists=True, seed=2)
+    got = block_sparse_attention(*p.inputs, p.block_index, **p.options, return_mass=True, backend=backend)
+    assert got.mass is not None
+    assert not got.mass.requires_grad
+    assert not got.mass[p.block_index < 0].any()
+    assert torch.allclose(got.mass.sum(-1), got.lse.isfinite().sum(-1).double())
+    assert block_sparse_attention(*p.inputs, p.block_index, **p.options, backend=backend).mass is None
+
+
+def test_num_persistent_is_only_a_hint(pieces):
+    p = problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=4)
+    outs = [block_sparse_attention(*p.inputs, p.block_index, num_persistent=n, backend="cpu") for n in range(5)]
+    for got in outs[1:]:
+        assert error(got.out, outs[0].out) < 1e-14
+        assert error(got.lse, outs[0].lse) < 1e-14
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bitwise_repeatable(dtype, pieces):
+    p = problem(2, 2, 6, 16, 12, 16, 32, 8, persistent=3, dtype=dtype)
+    runs = []
+    for _ in range(2):
+        inputs = [x.clone().requires_grad_() for x in p.inputs]
+        got = block_sparse_attention(*inputs, p.block_index, num_persistent=3, return_mass=True, backend="cpu")
+        runs.append([*got, *torch.autograd.grad(got.out.float().sum() + got.lse.sum(), inputs)])
+    for first, second in zip(*runs):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gradient_through_lse_or_out_alone(backend):
+    p = problem()
+    for pick in (0, 1):
+        exact_inputs = [x.clone().requires_grad_() for x in p.inputs]
+        inputs = [x.clone().requires_grad_() for x in p.inputs]
+        by_hand(p.with_inputs(*exact_inputs))[pick].square().sum().backward()
+        block_sparse_attention(*inputs, p.block_index, backend=backend)[pick].square().sum().backward()
+        for mine, exact in zip(inputs, exact_inputs):
+            assert exact.grad is not None or pick == 1  # lse does not depend on the values
+            wanted = torch.zeros_like(mine) if exact.grad is None else exact.grad
+            assert mine.grad is None or error(mine.grad, wanted) < 1e-12
+
+
+def test_query_alone_needs_gradients():
+    p = problem()
+    query = p.query.clone().requires_grad_()
+    block_sparse_attention(query, *p.inputs[1:], p.block_index, backend="cpu").out.sum().backward()
+    assert query.grad is not None
+    assert replace(p, query=query).key_pool.grad is None

@@ -41,11 +41,15 @@ class MemoryEstimate:
 
 def parameter_count(config: dict[str, Any]) -> int:
     """Parameters of a transformer config, counted on meta tensors."""
+    return sum(p.numel() for p in _on_meta(config).parameters())
+
+
+def _on_meta(config: dict[str, Any]) -> Any:
     with torch.device("meta"):
-        return sum(p.numel() for p in CausalWanTransformer3DModel(**config).parameters())
+        return CausalWanTransformer3DModel(**config)
 
 
-def cache_tokens(memory: MemoryConfig, tokens_per_frame: int, chunk_frames: int, frames: int) -> int:
+def cache_tokens(memory: MemoryConfig, tokens_per_frame: int, frames: int) -> int:
     """Tokens a layer keeps of a rollout of `frames` latent frames."""
     if memory.kind == "full":
         return frames * tokens_per_frame
@@ -79,18 +83,17 @@ def estimate_distillation(
     """
     trained = sum(parameter_count(config) for config in (generator, critic)) // shards
     frozen = parameter_count(teacher) // shards
-    model = CausalWanTransformer3DModel
-    dim = generator["num_attention_heads"] * generator["attention_head_dim"]
-    layers, chunk = generator["num_layers"], generator.get("chunk_frames", _default(model, "chunk_frames"))
-    ffn = generator.get("ffn_dim", _default(model, "ffn_dim"))
+    model = _on_meta(generator)
+    sizes = model.config
+    dim, layers, chunk = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers, sizes.chunk_frames
     per_token = 2 * dim * compute_bytes
-    kept = cache_tokens(memory, tokens_per_frame, chunk, frames)
+    kept = cache_tokens(memory, tokens_per_frame, frames)
     # Every chunk's pass with gradients keeps the cache it read: written out of place, chunk by chunk.
     cache = micro_batch * layers * per_token * sum(
         min(kept, end * tokens_per_frame) for end in range(chunk, frames + 1, chunk)
     )  # fmt: skip
     tokens = micro_batch * frames * tokens_per_frame
-    inside = tokens * (10 * dim + 2 * ffn) * compute_bytes
+    inside = tokens * (10 * dim + 2 * sizes.ffn_dim) * compute_bytes
     activations = tokens * dim * compute_bytes * layers + inside if checkpointing else inside * layers
     return MemoryEstimate(
         weights=trained * _STATE_BYTES,
@@ -101,9 +104,3 @@ def estimate_distillation(
         cache=cache,
         activations=activations,
     )
-
-
-def _default(model: Any, name: str) -> Any:
-    import inspect
-
-    return inspect.signature(model.__init__).parameters[name].default

@@ -1,0 +1,271 @@
+"""Recipes: every memory, both losses, long rollouts; what gets gradients; shipped configs; shared work adds up."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.training.cli_entry import STAGES, load_stage, train
+from sparse_forcing.training.data.sources import DataConfig, StoredSource
+from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
+from sparse_forcing.training.estimate import estimate_distillation, parameter_count
+from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
+from sparse_forcing.training.loop import LoopConfig
+from sparse_forcing.training.optim import OptimizerConfig
+from tests.training.conftest import HORIZON, SPARSE
+
+CONFIGS = Path(__file__).parents[2] / "training" / "configs"
+MEMORIES = {
+    "full": MemoryConfig(kind="full"),
+    "window": MemoryConfig(kind="window", window_frames=4),
+    "sink": MemoryConfig(kind="sink", window_frames=4, sink_frames=1),
+    "sparse": SPARSE,
+}
+LOOP = LoopConfig(steps=2, global_batch=2, micro_batch=2, trackers=())
+DATA = DataConfig(size=32, latent_frames=HORIZON)
+
+
+def distill(folder: Path, **changes: Any) -> DistillRecipe:
+    defaults: dict[str, Any] = {
+        "loop": LOOP, "model": str(folder), "teacher": str(folder), "data": DATA, "sampler": SamplerConfig(steps=2),
+        "rollout_frames": HORIZON, "critic_ratio": 2, "memory": SPARSE,
+    }  # fmt: skip
+    return DistillRecipe(DistillConfig(**{**defaults, **changes}), Accelerator(cpu=True))
+
+
+def weights(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in module.parameters()]
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_each_update_changes_its_own_network(model_folder: Path, memory: str) -> None:
+    recipe = distill(model_folder, memory=MEMORIES[memory])
+    before = [weights(net) for net in (recipe.model, recipe.fake, recipe.real)]
+    assert {"generator_loss", "critic_loss"} <= recipe.update(0).keys()
+    changed = [
+        any(not torch.equal(a, b) for a, b in zip(old, net.parameters()))
+        for old, net in zip(before, (recipe.model, recipe.fake, recipe.real))
+    ]
+    assert changed == [True, True, False]
+    generator = weights(recipe.model)
+    assert "generator_loss" not in recipe.update(1)
+    assert all(torch.equal(a, b) for a, b in zip(generator, recipe.model.parameters()))
+
+
+def test_gradients_of_a_generator_update_stay_in_the_generator(model_folder: Path) -> None:
+    recipe = distill(model_folder)
+    recipe.fake.requires_grad_(False)
+    (loss,) = recipe.generator_losses(0, 0)
+    loss.backward()
+    assert all(p.grad is None for net in (recipe.fake, recipe.real) for p in net.parameters())
+    silent = [name for name, p in recipe.model.named_parameters() if p.grad is None]
+    assert silent == []
+
+
+def test_sid_reaches_the_generator(model_folder: Path) -> None:
+    recipe = distill(model_folder, loss="sid")
+    recipe.fake.requires_grad_(False)
+    (loss,) = recipe.generator_losses(0, 0)
+    loss.backward()
+    assert all(p.grad is not None for p in recipe.model.parameters())
+
+
+def test_selector_learns_during_distillation(selector_folder: Path) -> None:
+    recipe = distill(selector_folder, selector_weight=0.1)
+    before = {n: p.detach().clone() for n, p in recipe.model.named_parameters() if "selector" in n}
+    recipe.update(0)
+    after = dict(recipe.model.named_parameters())
+    changed = {name.split(".")[-1] for name, old in before.items() if not torch.equal(old, after[name])}
+    assert {"gate", "query_weights", "key_weights", "query_projection", "key_projection"} == changed
+
+
+def test_selector_loss_needs_a_selector(model_folder: Path) -> None:
+    with pytest.raises(ConfigError, match="learned selector"):
+        distill(model_folder, selector_weight=0.1)
+
+
+def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder: Path) -> None:
+    recipe = distill(model_folder, windows=3, window_frames=2)
+    clips = list(recipe.clips(0, 0, _GENERATOR))
+    assert [clip.shape[1] for clip, *_ in clips] == [HORIZON] * 3
+    masks = [mask for _, mask, *_ in clips]
+    assert masks[0] is None
+    for (clip, mask, *_), (earlier, *_) in zip(clips[1:], clips):
+        assert mask is not None
+        assert mask[:, :2].sum() == 0
+        assert mask[:, 2:].all()
+        assert torch.equal(clip[:, :2], earlier[:, 2:])
+        (gradient,) = torch.autograd.grad(clip[:, 2:].square().sum(), recipe.model.proj_out.weight)
+        assert gradient.abs().max() > 0
+        assert not clip[:, :2].requires_grad or not earlier[:, 2:].detach().requires_grad
+    recipe.update(0)
+
+
+def test_critic_rollouts_build_no_graph(model_folder: Path) -> None:
+    for clip, *_ in distill(model_folder).clips(0, 0, _CRITIC):
+        assert not clip.requires_grad
+
+
+def test_updates_and_ranks_draw_apart_and_repeatably(model_folder: Path) -> None:
+    recipe = distill(model_folder)
+
+    def first(step: int, micro_batch: int, stream: int) -> torch.Tensor:
+        with torch.no_grad():
+            return next(recipe.clips(step, micro_batch, stream))[0]
+
+    clips = [first(0, 0, _GENERATOR), first(0, 0, _CRITIC), first(0, 1, _CRITIC), first(1, 0, _CRITIC)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(clips) for b in clips[i + 1 :])
+    assert torch.equal(clips[0], first(0, 0, _GENERATOR))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_teacher_forcing_through_a_memory_equals_the_parallel_mask(model_folder: Path, memory: str) -> None:
+    """A memory that keeps everything visible gives the masked form's loss; others give another one."""
+    config = ForcingConfig(loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES["full"])
+    recipe = ForcingRecipe(config, Accelerator(cpu=True))
+    (parallel,) = recipe.losses(0, 0)
+    everything = {"window": 4, "sink": 4, "sparse": 4}.get(memory)
+    if everything is not None:
+        recipe.memory = replace(MEMORIES[memory], window_frames=everything, top_k=1.0)
+    (cached,) = recipe.losses(0, 0)
+    torch.testing.assert_close(cached, parallel)
+
+
+@pytest.mark.parametrize("mode", ["bidirectional", "diffusion", "teacher"])
+def test_bfloat16_computation_reaches_every_weight(model_folder: Path, mode: str) -> None:
+    loop = replace(LOOP, dtype="bfloat16")
+    memory = SPARSE if mode == "teacher" else None
+    config = ForcingConfig(loop=loop, model=str(model_folder), data=DATA, mode=mode, memory=memory)
+    recipe = ForcingRecipe(config, Accelerator(cpu=True))
+    (loss,) = recipe.losses(0, 0)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in recipe.model.parameters())
+
+
+def test_exported_student_generates(tmp_path: Path, model_folder: Path) -> None:
+    recipe = distill(model_folder)
+    recipe.update(0)
+    recipe.export(tmp_path / "pipeline")
+    pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline"))
+    assert pipe.config.sampler == recipe.config.sampler
+    for name, shadow in recipe.ema.shadow.items():
+        assert torch.equal(shadow, pipe.transformer.state_dict()[name])
+    frames = pipe("a red circle", num_frames=8, generator=torch.Generator().manual_seed(0)).frames[0]
+    assert frames.shape == (8, 32, 32, 3)
+    recipe.validate(1, tmp_path / "samples")
+    assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configs_are_valid(path: Path) -> None:
+    stage = next((name for name in ("distill", "forcing") if name in path.stem), None)
+    stage = stage or {"tiny": "pretrain", "tiny-long": "distill"}.get(path.stem, "forcing")
+    config, function = load_stage(stage, path)
+    assert callable(function)
+    if stage == "distill" and path.stem.startswith("wan"):
+        assert config.loop.global_batch == 64
+        assert config.loop.gradient_checkpointing
+
+
+def test_unknown_stage_and_setting() -> None:
+    with pytest.raises(ConfigError, match="expected one of pretrain"):
+        train("destil", None, [], "out")
+    with pytest.raises(ConfigError, match=r"loop\.stepz"):
+        load_stage("forcing", None, ["loop.stepz=1", "loop.steps=1"])
+    assert set(STAGES) >= {"pretrain", "forcing", "ode-pairs", "ode", "distill"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "gan"}, "loss"),
+        ({"sampler": SamplerConfig(kind="euler")}, "few_step"),
+        ({"critic_ratio": 0}, "critic_ratio"),
+        ({"cache_gradient": "none"}, "cache_gradient"),
+        ({"windows": 2, "cache_gradient": "straight_through"}, "long tuning"),
+        ({"loss": "sid", "windows": 2}, "sid"),
+        ({"rollout_frames": 5}, "rollout_frames: 5 is not a multiple"),
+    ],
+)
+def test_impossible_distillations_are_refused(model_folder: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        distill(model_folder, **changes)
+
+
+def test_stored_prompts_come_once_per_epoch_in_a_new_order(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(f"prompt {i}" for i in range(7)))
+    source = StoredSource(DataConfig(kind="prompts", path=path), seed=3)
+    seen = [prompt for draw in range(7) for prompt in source.prompts(draw, 2)]
+    assert sorted(seen[:7]) == sorted(seen[7:]) == sorted(source.all_prompts)
+    assert seen[:7] != seen[7:]
+    assert source.prompts(4, 2) == seen[8:10]
+
+
+def test_learning_rate_is_a_function_of_the_step() -> None:
+    config = OptimizerConfig(learning_rate=1.0, warmup_steps=4, schedule="cosine", final_fraction=0.1)
+    rates = [config.rate(step, 100) for step in (0, 3, 4, 50, 100)]
+    assert rates[:2] == pytest.approx([0.2, 0.8], rel=0.01)
+    assert rates[3] == pytest.approx(0.55, rel=0.01)
+    assert rates[4] == pytest.approx(0.1)
+
+
+def test_estimate_counts_parameters_and_sparse_needs_no_more_cache_than_dense() -> None:
+    wan = {"num_layers": 30}
+    assert parameter_count(wan) == 1_418_996_800
+    common: dict[str, Any] = {"tokens_per_frame": 1560, "frames": 21}
+    dense = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="full"), **common)
+    sparse = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="sparse"), **common)
+    assert dense.weights == 2 * 1_418_996_800 * 4
+    assert sparse.cache < dense.cache
+    sharded = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="sparse"), shards=8, **common)
+    assert sharded.optimizers == sparse.optimizers // 8
+    assert len(sparse.lines()) == 8
+
+
+def test_estimate_of_state_equals_a_real_run(model_folder: Path) -> None:
+    recipe = distill(model_folder)
+    recipe.update(0)
+
+    def nbytes(tensors: Any) -> int:
+        return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor) and x.ndim > 0)
+
+    config = {k: v for k, v in recipe.model.config.items() if not k.startswith("_")}
+    estimate = estimate_distillation(config, config, config, tokens_per_frame=16, frames=HORIZON, memory=SPARSE)
+    trained = [*recipe.model.parameters(), *recipe.fake.parameters()]
+    assert estimate.weights == estimate.gradients == nbytes(trained)
+    states = [state for optimizer in recipe.optimizers.values() for state in optimizer.state.values()]
+    assert estimate.optimizers == sum(nbytes(state.values()) for state in states)
+    assert estimate.averages == nbytes(recipe.ema.shadow.values())
+    assert estimate.frozen == nbytes(recipe.real.parameters())
+
+
+def saved_bytes(recipe: DistillRecipe) -> int:
+    """Bytes of distinct tensors that autograd holds for one generator loss."""
+    storages: dict[int, int] = {}
+
+    def keep(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses = list(recipe.generator_losses(0, 0))
+    assert losses
+    return sum(storages.values())
+
+
+def test_sparse_training_needs_no_more_memory_than_dense(model_folder: Path) -> None:
+    """The same long rollout; the dense student keeps everything, as Self-Forcing does."""
+    options: dict[str, Any] = {"rollout_frames": 6 * HORIZON, "sampler": SamplerConfig(steps=1)}
+    dense = saved_bytes(distill(model_folder, memory=MEMORIES["full"], **options))
+    sparse = saved_bytes(distill(model_folder, memory=SPARSE, **options))
+    assert sparse < dense

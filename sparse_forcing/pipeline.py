@@ -202,35 +202,23 @@ class SparseForcingPipeline:
         """
         config = self.config
         sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
-        height, width = height or config.height, width or config.width
-        latent_height, latent_width = self.geometry.latent_size(height, width)
-        rows, cols = self.geometry.token_size(latent_height, latent_width)
+        latent_size = self.geometry.latent_size(height or config.height, width or config.width)
         text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
         initial = self._initial_latents(image, video, len(text))
-        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames or config.num_frames))
         given = 0 if initial is None else initial.shape[1]
-        state = make_memory(
-            memory or config.memory,
-            MemoryGeometry(
-                rows=rows,
-                cols=cols,
-                num_layers=self.transformer.config.num_layers,
-                chunk_frames=self.geometry.chunk_frames,
-                horizon_frames=self.transformer.config.horizon_frames,
-                capacity_frames=sum(chunks) + given,
-            ),
-        )
+        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames or config.num_frames))
+        state = self._empty_memory(memory or config.memory, latent_size, sum(chunks) + given)
         unconditional = None
         if sampler.guidance_scale != 1.0:
             negative = config.negative_prompt if negative_prompt is None else negative_prompt
-            unconditional = self.text_encoder.encode([negative] * len(text)).to(text)
-        shape = (self.vae.latent_channels, latent_height, latent_width)
+            with torch.no_grad():
+                unconditional = self.text_encoder.encode([negative] * len(text)).to(text)
         parts = rollout(
             self.transformer,
             text,
             chunks,
             state,
-            self._noise(generator, latents, len(text), shape),
+            self._noise(generator, latents, len(text), (self.vae.latent_channels, *latent_size)),
             sampler,
             unconditional_text=unconditional,
             initial_latents=initial,
@@ -238,6 +226,19 @@ class SparseForcingPipeline:
             callback=callback_on_step_end,
         )
         yield from self._decode(parts, state, single=isinstance(prompt, str) and num_videos_per_prompt == 1)
+
+    def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
+        """A memory for videos of this size and length."""
+        rows, cols = self.geometry.token_size(*latent_size)
+        geometry = MemoryGeometry(
+            rows=rows,
+            cols=cols,
+            num_layers=self.transformer.config.num_layers,
+            chunk_frames=self.geometry.chunk_frames,
+            horizon_frames=self.transformer.config.horizon_frames,
+            capacity_frames=latent_frames,
+        )
+        return make_memory(config, geometry, selectors=self.transformer.selectors)
 
     @torch.no_grad()
     def _decode(self, parts: Iterator[RolloutChunk], memory: RolloutMemory, single: bool) -> Iterator[VideoChunk]:

@@ -310,48 +310,53 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         Returns:
             [B, out_channels, F, H, W] flow of the noisy half.
         """
-        _, _, frames, height, width = hidden_states.shape
-        timestep = self._grouped(timestep, frames)
-        sigma, x = timestep[:, None, :, None, None] / 1000, hidden_states
+        frames, height, width = hidden_states.shape[2:]
+        x, timestep = hidden_states, self._grouped(timestep, frames)
         if clean_hidden_states is not None:
             clean = timestep.new_zeros(len(x), 1) if clean_timestep is None else clean_timestep
             timestep = torch.cat([self._grouped(clean, frames, expand=True), timestep.expand(-1, frames)], 1)
-            sigma = timestep[:, None, :, None, None] / 1000
             x = torch.cat([clean_hidden_states, x], 2)
-        attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
+        sigma = timestep[:, None, :, None, None] / 1000
 
         _, ph, pw = self.config.patch_size
         rows, cols = height // ph, width // pw
         tokens = self._embed_patches(self._scale_input(x, sigma))
         embedding, modulation = self.condition_embedder(timestep, encoder_hidden_states)
+        attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         rotary = attention.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
-        order = attention.order
-        if order is not None:
-            if timestep.shape[1] > 1:
-                raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
-            order = order.to(tokens.device)
-            tokens, rotary = tokens[:, order], rotary.permute(order)
-
-        # Without cached ones every block projects the text itself, where sharding and checkpointing expect its weights.
-        texts: list = text_keys_values or [self.condition_embedder.text_embedder(encoder_hidden_states)] * len(
-            self.blocks
-        )
-        for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
-            else:
-                tokens = block(tokens, modulation, text, rotary, attention, layer)
+        texts: list = text_keys_values or self._same_text(encoder_hidden_states)
+        tokens = self._run_blocks(tokens, modulation, texts, rotary, attention)
 
         if clean_hidden_states is not None:
             half = tokens.shape[1] // 2
             tokens, embedding, sigma = tokens[:, half:], embedding[:, frames:], sigma[:, :, frames:]
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulate(layer_norm(tokens, self.config.eps), shift, scale))
-        if order is not None:
-            tokens = tokens[:, order.argsort()]
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
         return self._to_flow(out, hidden_states, sigma)
+
+    def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
+        """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
+        checkpointing expect its weights."""
+        return [self.condition_embedder.text_embedder(encoder_hidden_states)] * len(self.blocks)
+
+    def _run_blocks(
+        self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
+    ) -> Tensor:
+        """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
+        order = attention.order
+        if order is not None:
+            if modulation.shape[1] > 1:
+                raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
+            order = order.to(tokens.device)
+            tokens, rotary = tokens[:, order], rotary.permute(order)
+        for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
+            else:
+                tokens = block(tokens, modulation, text, rotary, attention, layer)
+        return tokens if order is None else tokens[:, order.argsort()]
 
     @staticmethod
     def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:

@@ -30,10 +30,10 @@ class BlockSelector(nn.Module):
 
     def __init__(self, heads: int, block_tokens: int, head_dim: int) -> None:
         super().__init__()
-        for side in ("query", "key"):
-            self.register_parameter(f"{side}_weights", nn.Parameter(torch.ones(heads, block_tokens)))
-            identity = torch.eye(head_dim).repeat(heads, 1, 1)
-            self.register_parameter(f"{side}_projection", nn.Parameter(identity))
+        self.query_weights = nn.Parameter(torch.ones(heads, block_tokens))
+        self.key_weights = nn.Parameter(torch.ones(heads, block_tokens))
+        self.query_projection = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
+        self.key_projection = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
         self.gate = nn.Parameter(torch.zeros(heads))
 
 

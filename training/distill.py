@@ -32,6 +32,7 @@ from sparse_forcing.memory import MemoryConfig, SparseMemory
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.training.checkpoint import Stateful
 from sparse_forcing.training.data.sources import DataConfig, make_source
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.loop import LoopConfig, run
@@ -162,7 +163,7 @@ class DistillRecipe:
         self.source = make_source(config.data, loop.seed + 1, self.pipe.vae)
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
-        self.parts = {
+        self.parts: dict[str, Stateful] = {
             "generator": self.model,
             "critic": self.fake,
             "generator_optimizer": self.optimizers["generator"],
@@ -269,7 +270,8 @@ class DistillRecipe:
             layers = torch.randperm(len(self.model.blocks), generator=shared)[: config.selector_layers]
             memory.distilled_layers = frozenset(layers.tolist())
         chunks = [frames for window in self.windows for frames in window]
-        noise = SeededNoise(sources, latents.shape[2:], self.device, torch.float32)
+        channels, rows, cols = latents.shape[2:]
+        noise = SeededNoise(sources, (channels, rows, cols), self.device, torch.float32)
         training = TrainingRollout(
             exit_steps=[exit_step] * len(chunks), gradient_from_frame=0 if train else sum(chunks),
             context_noise=config.context_noise,

@@ -29,6 +29,8 @@ from sparse_forcing.training.parallel import mean_over_ranks, rank, world_size
 
 
 class Recipe(Protocol):
+    """What trains: see above."""
+
     parts: dict[str, Stateful]
     geometry: str
 

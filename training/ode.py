@@ -26,7 +26,7 @@ from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
 from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.data.shards import write_shards
-from sparse_forcing.training.data.sources import DataConfig, make_source
+from sparse_forcing.training.data.sources import DataConfig, StoredSource, make_source
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.losses import ode_inputs, ode_regression_loss, per_chunk
 from sparse_forcing.training.optim import OptimizerConfig
@@ -152,6 +152,8 @@ class OdeRecipe(OneNetwork):
     def __init__(self, config: OdeConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
         self.timesteps = few_step_timesteps(config.sampler)
+        assert isinstance(self.source, StoredSource)
+        assert self.source.shards is not None
         made_for = self.source.shards.about.get("timesteps")
         if made_for is None or not torch.allclose(torch.tensor(made_for), self.timesteps, atol=_GRID_TOLERANCE):
             raise ConfigError(

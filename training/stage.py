@@ -15,6 +15,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.training.checkpoint import Stateful
 from sparse_forcing.training.data.sources import DataConfig, make_source
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.guard import check_finite
@@ -49,15 +50,13 @@ def autocast(device: torch.device, loop: LoopConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=loop.dtype == "bfloat16", cache_enabled=False)
 
 
-def prepare(model: nn.Module, loop: LoopConfig, device: torch.device, *, train: bool) -> nn.Module:
+def prepare(model: CausalWanTransformer3DModel, loop: LoopConfig, device: torch.device, *, train: bool) -> None:
     """Put a network where it computes, sharded if configured; frozen when it is not trained."""
     model.requires_grad_(train)
     model.to(device)
-    if train and hasattr(model, "gradient_checkpointing"):
-        model.gradient_checkpointing = loop.gradient_checkpointing
+    model.gradient_checkpointing = train and loop.gradient_checkpointing
     if loop.parallel == "fsdp":
         shard(model, param_dtype=torch.bfloat16 if loop.dtype == "bfloat16" else None)
-    return model
 
 
 def memory_of(
@@ -165,7 +164,7 @@ class OneNetwork:
         self.schedule = FlowSchedule(config.shift)
         self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.parts = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        self.parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
         self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
 
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:

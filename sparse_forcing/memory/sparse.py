@@ -8,6 +8,7 @@ synchronises with the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -87,6 +88,8 @@ class SparseMemory(RolloutMemory):
     Attributes:
         distilled_layers: layers whose passes with gradients append the selector's distillation loss to
             `selector_losses`; empty unless a recipe sets it.
+        observer: called in every denoising pass with (layer, query blocks, the window's key blocks, their sizes, true
+            attention mass); for measurements.
     """
 
     def __init__(
@@ -103,6 +106,7 @@ class SparseMemory(RolloutMemory):
         self.backend = backend
         self.distilled_layers: frozenset[int] = frozenset()
         self.selector_losses: list[Tensor] = []
+        self.observer: Callable[[int, Tensor, Tensor, Tensor | None, Tensor], None] | None = None
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
         self.layout = self._layout(geometry.chunk_frames)
         self.chunk_blocks: list[int] = []
@@ -219,6 +223,8 @@ class SparseMemory(RolloutMemory):
             out = out + self._coarse(layer, state, pooled)
             if layer in self.distilled_layers and torch.is_grad_enabled():
                 self.selector_losses.append(self._selector_loss(layer, state, queries.detach()))
+        if self.observer is not None and not clean:
+            self.observer(layer, queries, *self._window_mass(state, queries))
         if clean:
             if self.selectors is not None:
                 # A copy: outside a layer's pass its parameters may be sharded away.
@@ -247,23 +253,26 @@ class SparseMemory(RolloutMemory):
     def _selector_loss(self, layer: int, state: SparseLayer, queries: Tensor) -> Tensor:
         """KL between the true attention mass of the window's blocks and the selector's softmax."""
         assert self.selectors is not None
-        window = state.window
-        sizes = None if state.sizes is None else gather_slots(state.sizes, window)
-        keys = gather_slots(state.keys.detach(), window)
+        keys, sizes, mass = self._window_mass(state, queries)
         scores = block_scores(
             self._project(layer, self._pool(layer, queries, "query"), "query"),
             self._project(layer, pool_blocks(keys, sizes, self.selectors[layer].key_weights), "key"),
         )
-        with torch.no_grad():
-            everything = torch.arange(window.shape[2], dtype=torch.int32, device=window.device)
-            index = everything.expand(*queries.shape[:3], -1)
-            values = gather_slots(state.values.detach(), window)
-            mass = block_sparse_attention(
-                queries, keys, values, index, key_sizes=sizes, return_mass=True, backend=self.backend,
-                query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device),
-            ).mass  # fmt: skip
-        assert mass is not None
         return selection_loss(scores, mass)
+
+    @torch.no_grad()
+    def _window_mass(self, state: SparseLayer, queries: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The window's keys [B, H, W, T, D], their sizes, and the mass [B, H, n, W] that dense attention gives each."""
+        window = state.window
+        keys, values = (gather_slots(x.detach(), window) for x in (state.keys, state.values))
+        sizes = None if state.sizes is None else gather_slots(state.sizes, window)
+        everything = torch.arange(window.shape[2], dtype=torch.int32, device=window.device)
+        mass = block_sparse_attention(
+            queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=sizes, return_mass=True,
+            query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device), backend=self.backend,
+        ).mass  # fmt: skip
+        assert mass is not None
+        return keys, sizes, mass
 
     def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
         """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included."""

@@ -13,6 +13,7 @@ from sparse_forcing.memory import MemoryGeometry, make_memory
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.selector import BlockSelector, recall, selection_loss
+from sparse_forcing.training.recall import measure_recall
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE, make_pipeline
 
 
@@ -145,3 +146,15 @@ def test_training_recovers_what_the_mean_hides() -> None:
     with torch.no_grad():
         learned = recall(*scores_and_mass(99), 3).mean()
     assert (learned - mean) / (oracle - mean) > 1 / 3, (mean, learned, oracle)
+
+
+def test_recall_of_a_rollout() -> None:
+    """The oracle is best at every share, recall grows with the share, an untrained selector is the mean."""
+    pipe = make_pipeline(selector_tokens=8)
+    rows = measure_recall(pipe, ["a red circle", "a blue square"], chunks=4)
+    assert [row["share"] for row in rows] == [0.0625, 0.125, 0.25]
+    for row in rows:
+        assert row["learned"]["mean"] == pytest.approx(row["mean"]["mean"])
+        assert row["mean"]["mean"] <= row["oracle"]["mean"] <= 1
+        assert len(row["mean"]["layers"]) == 2
+    assert rows[0]["oracle"]["mean"] <= rows[2]["oracle"]["mean"]

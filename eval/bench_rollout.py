@@ -4,28 +4,28 @@ One rollout per prompt and memory reaches the longest horizon; shorter horizons 
 because a causal rollout's beginning does not depend on where it ends. All memories get the same noise, sampler and
 positions unless their name says otherwise.
 
-    python -m sparse_forcing.eval.bench_rollout --prompts 200 --horizons 1 4 12 --out docs/results/rollout
+    sparse-forcing bench rollout --prompts 200 --horizons 1 4 12 --output docs/results/rollout
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import random
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.bench_options import RolloutBenchConfig
 from sparse_forcing.eval.metrics.caption import CaptionResult, accuracy, check_clip
 from sparse_forcing.eval.metrics.picture import picture_statistics
 from sparse_forcing.eval.statistics import summarize
-from sparse_forcing.files import atomic_write_json, atomic_write_text
+from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import caption
@@ -35,30 +35,6 @@ if TYPE_CHECKING:
     from sparse_forcing.pipeline import VideoChunk
 
 STATISTICS = ("brightness", "contrast", "saturation", "detail")
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutBenchConfig:
-    """Args:
-    prompts: held-out scenes; horizons: multiples of the default clip to judge; memories: names of `memory_variants`.
-    objects: 1 or 2 per scene; batch_size: rollouts generated together.
-    """
-
-    model: str = "tiny"
-    prompts: int = 200
-    objects: int = 1
-    horizons: tuple[int, ...] = (1,)
-    memories: tuple[str, ...] = ("full", "window", "sink", "sparse")
-    batch_size: int = 20
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.objects not in (1, 2):
-            raise ConfigError(f"objects: 1 or 2, got {self.objects}")
-        if min(self.prompts, self.batch_size, *self.horizons) < 1:
-            raise ConfigError("prompts, batch_size and horizons must be positive")
 
 
 def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
@@ -84,8 +60,9 @@ class Segment:
     statistics: list[dict[str, float]]
 
 
-def run(config: RolloutBenchConfig, out: Path | None = None) -> dict:
-    """Roll out every memory over the same prompts; returns (and writes to `out`) the table."""
+def run(config: RolloutBenchConfig) -> int:
+    """Roll out every memory over the same prompts; writes rollout.json and rollout.md, prints JSON last."""
+    out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model)
     variants = memory_variants(pipe.default_memory)
     unknown = set(config.memories) - set(variants)
@@ -93,7 +70,7 @@ def run(config: RolloutBenchConfig, out: Path | None = None) -> dict:
         raise ConfigError(f"memories: unknown {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
     prompts = held_out_prompts(config)
     rows: dict[str, dict] = {}
-    result = {"config": dataclasses.asdict(config), "weights_sha256": pipe.weights_sha256, "memories": rows}
+    result = {"config": to_plain(config), "weights_sha256": pipe.weights_sha256, "memories": rows}
     for name in config.memories:
         row = measure_memory(pipe, variants[name], prompts, config)
         rows[name] = row
@@ -101,7 +78,8 @@ def run(config: RolloutBenchConfig, out: Path | None = None) -> dict:
         if out is not None:
             atomic_write_json(out / "rollout.json", result)
             atomic_write_text(out / "rollout.md", table(result))
-    return result
+    print(json.dumps(result))
+    return 0
 
 
 def held_out_prompts(config: RolloutBenchConfig) -> list[str]:
@@ -211,26 +189,3 @@ def table(result: dict) -> str:
                 f"{cell['drift']['detail']:.3f} | {cell['cache_bytes_peak'] / 1024:.0f} |"
             )
     return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--objects", type=int, default=1)
-    parser.add_argument("--horizons", type=int, nargs="+", default=[1])
-    parser.add_argument("--memories", nargs="+", default=["full", "window", "sink", "sparse"])
-    parser.add_argument("--batch-size", type=int, default=20)
-    parser.add_argument("--num-inference-steps", type=int)
-    parser.add_argument("--guidance-scale", type=float)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True)
-    args = vars(parser.parse_args())
-    out = args.pop("out")
-    for name in ("horizons", "memories"):
-        args[name] = tuple(args[name])
-    print(json.dumps(run(RolloutBenchConfig(**args), out)))
-
-
-if __name__ == "__main__":
-    main()

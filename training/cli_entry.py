@@ -20,6 +20,9 @@ STAGES: dict[str, tuple[str, str, str]] = {
 }
 """stage: (module, config class, function of config and output folder)."""
 
+_WITH_EXIT_CODE = ("forcing", "ode", "distill")
+"""Stages whose function returns an exit code; the others return nothing, or a count."""
+
 
 def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
@@ -34,4 +37,4 @@ def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], ou
     """Run or resume a stage; returns the exit code (143 after a stop that saved)."""
     config, function = load_stage(stage, config_path, overrides)
     result = function(config, Path(output))
-    return result if stage in ("forcing", "ode", "distill") else 0
+    return result if stage in _WITH_EXIT_CODE else 0

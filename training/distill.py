@@ -293,8 +293,8 @@ class DistillRecipe:
             past = clip.detach()
 
     def _start(self, batch: int) -> Tensor:
-        """An empty [B, 0, C, H, W] that carries the sizes of a rollout."""
-        height, width = self.pipe.geometry.latent_size(self.config.data.size, self.config.data.size)
+        """An empty [B, 0, C, H, W] that carries the sizes of a rollout, those of the model's own videos."""
+        height, width = self.pipe.geometry.latent_size(self.pipe.config.height, self.pipe.config.width)
         return torch.zeros(batch, 0, self.pipe.vae.latent_channels, height, width, device=self.device)
 
     def validate(self, step: int, folder: Path) -> None:

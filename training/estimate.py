@@ -8,11 +8,16 @@ checkpointed block. A floor, not a promise: allocators round up and kernels take
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from sparse_forcing.config import build_config
+from sparse_forcing.files import read_json
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.pipeline import PIPELINE_FILE, PipelineConfig, find_model
+from sparse_forcing.training.distill import DistillConfig
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 
 GIB = 1 << 30
@@ -104,3 +109,28 @@ def estimate_distillation(
         cache=cache,
         activations=activations,
     )
+
+
+def estimate_stage(config: DistillConfig, processes: int = 1) -> MemoryEstimate:
+    """Estimate of a distillation config on `processes`; of the models only the configs are read.
+
+    Raises:
+        ConfigError, WeightsError: a model folder is not there or not readable.
+    """
+    student, teacher = (find_model(name) for name in (config.model, config.teacher))
+    pipeline = build_config(PipelineConfig, read_json(student / PIPELINE_FILE), source=str(student / PIPELINE_FILE))
+    generator, score = (_sizes(folder / "transformer" / "config.json") for folder in (student, teacher))
+    vae = read_json(student / "vae" / "config.json")
+    stride = vae["spatial_stride"] if "spatial_stride" in vae else vae["scale_factor_spatial"]
+    _, rows, cols = generator["patch_size"]
+    return estimate_distillation(
+        generator, score, score,
+        tokens_per_frame=(pipeline.height // (stride * rows)) * (pipeline.width // (stride * cols)),
+        frames=config.rollout_frames, memory=config.memory or pipeline.memory, micro_batch=config.loop.micro_batch,
+        shards=processes if config.loop.parallel == "fsdp" else 1,
+        compute_bytes=2 if config.loop.dtype == "bfloat16" else 4, checkpointing=config.loop.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _sizes(path: Path) -> dict[str, Any]:
+    return {name: value for name, value in read_json(path).items() if not name.startswith("_")}

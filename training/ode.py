@@ -106,7 +106,7 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     source = make_source(config.data, config.seed, pipe.vae)
     sigmas, kept = kept_steps(config)
     prompts = [prompt for draw in range(config.count) for prompt in source.prompts(draw, 1)]
-    height, width = pipe.geometry.latent_size(config.data.size, config.data.size)
+    height, width = pipe.geometry.latent_size(pipe.config.height, pipe.config.width)
     shape = (config.data.latent_frames, pipe.vae.latent_channels, height, width)
 
     def trajectories(first: int, part: list[str]) -> Tensor:

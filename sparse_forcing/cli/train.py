@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 from pathlib import Path
 
 from sparse_forcing.cli.flags import path
-from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import check_writable
-
-# stage: (module, config class, function of config and output folder that may return an exit code)
-STAGES = {
-    "pretrain": ("sparse_forcing.training.pretrain", "PretrainConfig", "pretrain"),
-    "forcing": ("sparse_forcing.training.forcing", "ForcingConfig", "train"),
-    "distill": ("sparse_forcing.training.distill", "DistillConfig", "train"),
-}
+from sparse_forcing.training.cli_entry import STAGES, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +23,4 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise ConfigError(f"--config {arguments.config}: no such file")
     check_writable(arguments.output, folder=True)
-    module, config_class, function = STAGES[arguments.stage]
-    recipe = importlib.import_module(module)
-    config = load_config(getattr(recipe, config_class), arguments.config, arguments.set)
-    return getattr(recipe, function)(config, arguments.output) or 0
+    return train(arguments.stage, arguments.config, arguments.set, arguments.output)

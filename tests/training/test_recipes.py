@@ -17,7 +17,7 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
 from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
-from sparse_forcing.training.estimate import estimate_distillation, parameter_count
+from sparse_forcing.training.estimate import estimate_distillation, estimate_stage, parameter_count
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
@@ -247,6 +247,9 @@ def test_estimate_of_state_equals_a_real_run(model_folder: Path) -> None:
     assert estimate.optimizers == sum(nbytes(state.values()) for state in states)
     assert estimate.averages == nbytes(recipe.ema.shadow.values())
     assert estimate.frozen == nbytes(recipe.real.parameters())
+    from_folders = estimate_stage(recipe.config)
+    assert (from_folders.weights, from_folders.averages) == (estimate.weights, estimate.averages)
+    assert from_folders.cache == 2 * 2 * estimate.cache  # two samples, four bytes a number
 
 
 def saved_bytes(recipe: DistillRecipe) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from sparse_forcing.training.checkpoint import is_complete
 from tests.training.helpers import differences, losses, newest, run, small_config, start, state
 
 
@@ -87,3 +88,22 @@ def test_distillation_killed_while_saving(tmp_path: Path, model_folder: Path) ->
     code, output = run(tmp_path, config, out, stage="distill")
     assert code == 0, output
     assert_same_run(out, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_terminated_through_the_launcher(tmp_path: Path, model_folder: Path) -> None:
+    """torchrun forwards SIGTERM; both processes finish the step, and what they save is what two others resume from."""
+    config, out = small_config(model_folder, steps=50, checkpoint_every=100), tmp_path / "out"
+    process = start(tmp_path, config, out, processes=2, step_seconds=0.5)
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.terminate()
+    code, output = process.finish()
+    assert code != 0
+    assert "stopped at step" in output
+    assert is_complete(newest(out))
+    stopped = int(newest(out).name.removeprefix("step-"))
+    assert 1 <= stopped < 50
+    code, output = run(tmp_path, small_config(model_folder, steps=stopped + 1), out, processes=2)
+    assert code == 0, output

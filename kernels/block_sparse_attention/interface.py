@@ -1,4 +1,4 @@
-"""Entry point of persistent block-sparse attention: checks, backend choice, custom ops, autograd.
+"""Entry point of persistent block-sparse attention: checks and backend choice.
 
 Every query block lists the pool slots it attends to; one softmax runs over the tokens of the listed slots:
 
@@ -7,23 +7,12 @@ Every query block lists the pool slots it attends to; one softmax runs over the 
 Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
 M list entries per query block, P persistent entries (the first `num_persistent` of each list).
 
-A backend is a module with three functions, all on tensors whose shapes were checked here (any strides, block_index
-int32, sizes int32 or None):
-
-    why_unavailable(query) -> str | None           the reason it cannot run on this tensor's device and dtype
-    forward(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
-        -> (out in query's dtype, lse, mass)       lse and mass in `accumulation_dtype`, mass [B, H, Nq, 0] if not asked
-    backward(grad_out, grad_lse or None, query, key_pool, value_pool, block_index, query_sizes, key_sizes, out, lse,
-        scale, num_persistent) -> (grad_query, grad_key_pool, grad_value_pool), contiguous, in the inputs' dtype
-
-The reference is plain torch that autograd already understands, so it is called directly; the others sit behind
-`torch.ops.sparse_forcing.block_sparse_attention`, which torch.compile, FakeTensor and checkpointing treat as one op.
+The reference is plain torch that autograd already understands, so it is called directly; the other backends sit behind
+one custom op (ops.py).
 """
 
 from __future__ import annotations
 
-import importlib
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -31,9 +20,9 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.kernels.block_sparse_attention import reference
+from sparse_forcing.kernels.block_sparse_attention.ops import BACKEND_MODULES, backend_module, forward_op
 
-_MODULES = {"triton": "triton_backend", "cpu": "cpu", "reference": "reference"}
-BACKENDS = ("auto", *_MODULES)
+BACKENDS = ("auto", *BACKEND_MODULES)
 
 
 class BlockSparseOutput(NamedTuple):
@@ -42,11 +31,6 @@ class BlockSparseOutput(NamedTuple):
     out: Tensor
     lse: Tensor
     mass: Tensor | None
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Type of lse and mass: float32, or float64 for float64 input."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 def block_sparse_attention(
@@ -99,7 +83,7 @@ def block_sparse_attention(
 def why_unavailable(backend: str, query: Tensor) -> str | None:
     """Reason why `backend` cannot run on this tensor's device and dtype, or None when it can."""
     try:
-        return _module(backend).why_unavailable(query)
+        return backend_module(backend).why_unavailable(query)
     except ImportError as error:
         return f"import failed: {error}"
 
@@ -117,10 +101,6 @@ def resolve_backend(backend: str, query: Tensor) -> str:
     if reason is not None:
         raise ConfigError(f"block_sparse_attention: backend {backend!r} cannot run here: {reason}")
     return backend
-
-
-def _module(backend: str) -> ModuleType:
-    return importlib.import_module(f"sparse_forcing.kernels.block_sparse_attention.{_MODULES[backend]}")
 
 
 def _broadcast_heads(x: Tensor, batch: int, heads: int) -> Tensor:
@@ -162,91 +142,3 @@ def _check(
     for tensor in (key_pool, value_pool, block_index, query_sizes, key_sizes):
         if tensor is not None and tensor.device != query.device:
             raise SparseForcingError(f"block_sparse_attention: inputs on {query.device} and {tensor.device}")
-
-
-_SHARED = "Tensor query, Tensor key_pool, Tensor value_pool, Tensor block_index, Tensor? query_sizes, Tensor? key_sizes"
-
-
-@torch.library.custom_op(
-    "sparse_forcing::block_sparse_attention",
-    mutates_args=(),
-    schema=f"({_SHARED}, float scale, int num_persistent, bool return_mass, str backend) -> (Tensor, Tensor, Tensor)",
-)
-def forward_op(
-    query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass, backend
-):
-    return _module(backend).forward(
-        query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass
-    )
-
-
-@torch.library.custom_op(
-    "sparse_forcing::block_sparse_attention_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_out, Tensor? grad_lse, {_SHARED}, Tensor out, Tensor lse, float scale, int num_persistent, "
-    "str backend) -> (Tensor, Tensor, Tensor)",
-)
-def backward_op(
-    grad_out,
-    grad_lse,
-    query,
-    key_pool,
-    value_pool,
-    block_index,
-    query_sizes,
-    key_sizes,
-    out,
-    lse,
-    scale,
-    num_persistent,
-    backend,
-):
-    return _module(backend).backward(
-        grad_out,
-        grad_lse,
-        query,
-        key_pool,
-        value_pool,
-        block_index,
-        query_sizes,
-        key_sizes,
-        out,
-        lse,
-        scale,
-        num_persistent,
-    )
-
-
-@forward_op.register_fake
-def _forward_fake(query, key_pool, value_pool, block_index, qs, ks, scale, num_persistent, return_mass, backend):
-    dtype = accumulation_dtype(query.dtype)
-    B, H, Nq, M = block_index.shape
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    lse = query.new_empty(query.shape[:-1], dtype=dtype)
-    return out, lse, query.new_empty((B, H, Nq, M if return_mass else 0), dtype=dtype)
-
-
-@backward_op.register_fake
-def _backward_fake(grad_out, grad_lse, query, key_pool, value_pool, *rest):
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key_pool, value_pool))
-
-
-def _save(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.num_persistent, _, ctx.backend = inputs
-    out, lse, mass = output
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.mark_non_differentiable(mass)
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_lse, _):
-    *tensors, out, lse = ctx.saved_tensors
-    if grad_out is None:
-        if grad_lse is None:
-            return (None,) * 10
-        grad_out = torch.zeros_like(out)
-    grads = backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, ctx.num_persistent, ctx.backend)
-    return (*grads, *(None,) * 7)
-
-
-forward_op.register_autograd(_differentiate, setup_context=_save)

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
-from sparse_forcing.kernels.block_sparse_attention.interface import forward_op, why_unavailable
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, why_unavailable
+from sparse_forcing.kernels.block_sparse_attention.ops import forward_op
 from tests.kernels.attention_problems import error, problem
 
 

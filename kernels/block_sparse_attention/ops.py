@@ -1,0 +1,97 @@
+"""The custom op behind block_sparse_attention: torch.compile, FakeTensor and checkpointing see one op with a gradient.
+
+A backend is a module with three functions, all on tensors whose shapes interface.py has checked (any strides,
+block_index int32, sizes int32 or None):
+
+    why_unavailable(query) -> str | None           the reason it cannot run on this tensor's device and dtype
+    forward(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
+        -> (out in query's dtype, lse, mass)       lse and mass in `accumulation_dtype`, mass [B, H, Nq, 0] if not asked
+    backward(grad_out, grad_lse or None, query, key_pool, value_pool, block_index, query_sizes, key_sizes, out, lse,
+        scale, num_persistent) -> (grad_query, grad_key_pool, grad_value_pool), contiguous, in the inputs' dtype
+
+Registered through torch.library.Library rather than custom_op, whose first call imports the compiler (a second).
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BACKEND_MODULES = {"triton": "triton_backend", "cpu": "cpu", "reference": "reference"}
+
+
+def backend_module(name: str) -> ModuleType:
+    """Import a backend on first use: Triton is neither cheap to import nor always there."""
+    return importlib.import_module(f"sparse_forcing.kernels.block_sparse_attention.{BACKEND_MODULES[name]}")
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Type of lse and mass: float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+_INPUTS = "Tensor query, Tensor key_pool, Tensor value_pool, Tensor block_index, Tensor? query_sizes, Tensor? key_sizes"
+_RESULTS = "(Tensor, Tensor, Tensor)"
+_NAME = "block_sparse_attention"
+_LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
+_LIBRARY.define(
+    f"{_NAME}({_INPUTS}, float scale, int num_persistent, bool return_mass, str backend) -> {_RESULTS}",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_LIBRARY.define(
+    f"{_NAME}_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
+    f"int num_persistent, str backend) -> {_RESULTS}",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+forward_op = torch.ops.sparse_forcing.block_sparse_attention.default
+backward_op = torch.ops.sparse_forcing.block_sparse_attention_backward.default
+
+
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_module(arguments[-1]).forward(*arguments[:-1])
+
+
+def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backend_module(arguments[-1]).backward(*arguments[:-1])
+
+
+def _fake_forward(query: Tensor, key_pool: Tensor, value_pool: Tensor, block_index: Tensor, *rest: Any):
+    return_mass = rest[-2]
+    dtype = accumulation_dtype(query.dtype)
+    B, H, Nq, M = block_index.shape
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    lse = query.new_empty(query.shape[:-1], dtype=dtype)
+    return out, lse, query.new_empty((B, H, Nq, M if return_mass else 0), dtype=dtype)
+
+
+def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any):
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:3])
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.num_persistent, _, ctx.backend = inputs
+    out, lse, mass = output
+    ctx.save_for_backward(*tensors, out, lse)
+    ctx.mark_non_differentiable(mass)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
+    *tensors, out, lse = ctx.saved_tensors
+    if grad_out is None:
+        if grad_lse is None:
+            return (None,) * 10
+        grad_out = torch.zeros_like(out)
+    grads = backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, ctx.num_persistent, ctx.backend)
+    return (*grads, *(None,) * 7)
+
+
+_LIBRARY.impl(_NAME, _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl(f"{_NAME}_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake(forward_op, _fake_forward, lib=_LIBRARY)
+torch.library.register_fake(backward_op, _fake_backward, lib=_LIBRARY)
+torch.library.register_autograd(forward_op, _differentiate, setup_context=_save, lib=_LIBRARY)

@@ -80,6 +80,8 @@ def forward(
         if padded is not None:
             s.masked_fill_(padded, float("-inf"))
         decay = _raise_peak(s, peak_p, piece.first)
+        if padded is not None:
+            peak_p.clamp_(min=LOWEST)
         s.sub_(peak_p).exp2_()
         if decay is None:
             torch.sum(s, 1, keepdim=True, out=total_p)
@@ -218,7 +220,7 @@ def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:
     if lanes > 1:
         s = s.view(n, L // lanes, lanes * R).amax(1).view(n, lanes, R)
     if first:
-        torch.amax(s, 1, keepdim=True, out=peak).clamp_(min=LOWEST)
+        torch.amax(s, 1, keepdim=True, out=peak)
         return None
     old = peak.clone()
     torch.maximum(old, s.amax(1, keepdim=True), out=peak)

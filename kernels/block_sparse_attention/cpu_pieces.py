@@ -36,13 +36,14 @@ class Piece(NamedTuple):
     def rows(self, x: Tensor) -> Tensor:
         """View [n, R, ...] of x [B * H * Nq, Tq, ...]."""
         if self.heads is None:
-            return x if self.items.stop - self.items.start == len(x) else x[self.items]
+            return x[self.items] if self.items.stop - self.items.start < len(x) else x
         return x.unflatten(0, (self.heads, -1))[self.items, self.blocks].flatten(1, 2)
 
     def lists(self, x: Tensor) -> Tensor:
         """[n, m] of x [B * H * Nq, M]."""
         if self.heads is None:
-            return x[self.items, self.entries]
+            whole = self.entries.stop - self.entries.start == x.shape[1]
+            return self.rows(x) if whole else x[self.items, self.entries]
         return x.unflatten(0, (self.heads, -1))[self.items, self.blocks.start, self.entries]
 
     def put_lists(self, x: Tensor, values: Tensor) -> None:
@@ -104,15 +105,16 @@ class BlockTable:
         """slots [B * H * Nq, M] int32, without -1."""
         B, H, S, T, D = pool.shape
         stride_b, stride_h, stride_s, stride_t, stride_d = pool.stride()
-        whole_blocks = stride_d == 1 and stride_t == D and stride_s >= T * D
-        if whole_blocks and stride_b % stride_s == 0 and stride_h % stride_s == 0:  # also broadcast heads, slot ranges
-            step_b, step_h = stride_b // stride_s, stride_h // stride_s
-            length = (B - 1) * step_b + (H - 1) * step_h + S
-            self.table = pool.as_strided((length, T * D), (stride_s, 1))
+        steps = H * S, S
+        if pool.is_contiguous():
+            self.table = pool.view(-1, T * D)
+        elif (stride_d, stride_t) == (1, D) and stride_s >= T * D and not (stride_b % stride_s or stride_h % stride_s):
+            steps = stride_b // stride_s, stride_h // stride_s  # broadcast heads, a range of a longer pool: no copy
+            rows = (B - 1) * steps[0] + (H - 1) * steps[1] + S
+            self.table = pool.as_strided((rows, T * D), (stride_s, 1))
         else:
-            step_b, step_h = H * S, S
             self.table = pool.reshape(-1, T * D)
-        self.rows = table_rows(slots, (B, H), (step_b, step_h))
+        self.rows = table_rows(slots, (B, H), steps)
         self.head_dim = D
         self.raw = Buffer(pool.dtype)
 
@@ -129,14 +131,14 @@ def table_rows(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) ->
     """slots [B * H * Nq, M] of each head -> rows of a table in which batch b, head h starts at b step_b + h step_h."""
     if heads == (1, 1):
         return slots
-    starts = _head_starts(*heads, *steps)
-    return (slots.unflatten(0, (len(starts), -1)) + starts).flatten(0, 1)
+    return slots + _first_rows(*heads, *steps, len(slots) // math.prod(heads))
 
 
 @lru_cache(maxsize=64)
-def _head_starts(batch: int, heads: int, step_b: int, step_h: int) -> Tensor:
-    starts = torch.arange(batch, dtype=torch.int32).view(-1, 1) * step_b
-    return (starts + torch.arange(heads, dtype=torch.int32) * step_h).view(-1, 1, 1)
+def _first_rows(batch: int, heads: int, step_b: int, step_h: int, repeats: int) -> Tensor:
+    """[B * H * repeats, 1] int32; remembered, because a small call would spend a tenth of its time on it."""
+    rows = torch.arange(batch).view(-1, 1) * step_b + torch.arange(heads) * step_h
+    return rows.int().flatten().repeat_interleave(repeats).view(-1, 1)
 
 
 class Buffer:
@@ -148,10 +150,11 @@ class Buffer:
 
     def view(self, *shape: int) -> Tensor:
         """Contiguous tensor of this shape with undefined contents."""
-        size = math.prod(shape)
-        if self._memory is None or self._memory.numel() < size:
-            self._memory = torch.empty(size, dtype=self.dtype)
-        return self._memory[:size].view(shape)
+        if self._memory is None or self._memory.numel() < math.prod(shape):
+            self._memory = torch.empty(shape, dtype=self.dtype)
+        if self._memory.shape == shape:
+            return self._memory
+        return self._memory.view(-1)[: math.prod(shape)].view(shape)
 
     def hold(self, x: Tensor) -> Tensor:
         """x in this buffer's type: x itself when it has it."""

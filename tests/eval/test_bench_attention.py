@@ -1,0 +1,68 @@
+"""bench attention: it times nothing that is wrong, and its last line is JSON."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from sparse_forcing.errors import OutputError
+from sparse_forcing.eval import bench_attention
+from sparse_forcing.eval.bench_attention import Inputs, Shape
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, cpu
+
+SMALL = Shape(heads=2, head_dim=16, queries=64, keys=256, persistent=32, block=16)
+
+
+def last_line(capsys) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_a_run_reports_every_density_and_the_breakdown(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(bench_attention, "CPU_SHAPES", (SMALL,))
+    assert bench_attention.run(device="cpu", output=tmp_path / "new", repeats=1) == 0
+    report = last_line(capsys)
+    assert report["ok"]
+    assert len(report["attention"]) == 12  # 2 types, forward and forward + backward, 3 densities
+    assert {row["density"] for row in report["attention"]} == {0.0625, 0.125, 0.25}
+    assert set(report["breakdown"][0]["milliseconds"]) == {"compression", "selection", "attention", "dense"}
+    assert (tmp_path / "new" / "bench_attention.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch, capsys):
+    real = cpu.forward
+
+    def slightly_wrong(*arguments):
+        out, lse, mass = real(*arguments)
+        return out * 1.02, lse, mass
+
+    monkeypatch.setattr(cpu, "forward", slightly_wrong)
+    monkeypatch.setattr(bench_attention, "compare", lambda *_: pytest.fail("timed a wrong result"))
+    assert bench_attention.run(device="cpu") == 1
+    assert not last_line(capsys)["ok"]
+
+
+def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError):
+        bench_attention.run(device="cpu", output=tmp_path / "file")
+
+
+def test_the_rivals_compute_the_same_thing():
+    torch.manual_seed(0)
+    inputs = Inputs.random(SMALL, torch.float32, torch.device("cpu"))
+    tensors = inputs.query, inputs.key_pool, inputs.value_pool
+    index = inputs.lists(0.25)
+    assert torch.allclose(inputs.sparse(index, "cpu")(*tensors), inputs.dense(inputs.mask(index))(*tensors), atol=1e-5)
+    everything = inputs.lists(1.0)
+    assert torch.allclose(inputs.sparse(everything, "cpu")(*tensors), inputs.dense()(*tensors), atol=1e-5)
+    assert block_sparse_attention(*tensors, index).out.shape == inputs.query.shape
+
+
+def test_the_ideal_counts_the_persistent_set():
+    assert Shape(heads=1, head_dim=64, queries=64, keys=1024).ideal(0.25) == 4
+    assert Shape(heads=1, head_dim=64, queries=64, keys=1024, persistent=1024).ideal(0.0625) == pytest.approx(
+        2 / 1.0625
+    )

@@ -27,10 +27,9 @@ from torch import Tensor
 from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
     BlockTable,
     Buffer,
+    Lists,
     Piece,
     cut_pieces,
-    padded_keys,
-    read_lists,
     table_rows,
 )
 
@@ -66,17 +65,18 @@ def forward(
         return _nothing_listed(query, M if return_mass else 0)
     padding = _padded_rows(query_sizes, query)
     q = _rows(query, padding, scale * LOG2E)
-    slots, sizes = read_lists(block_index, key_sizes, T)
-    keys, values = BlockTable(key_pool, slots), BlockTable(value_pool, slots)
+    lists = Lists(block_index, key_sizes, T)
+    keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     acc, peak, total = torch.empty_like(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
     mass = _Mass(q, M) if return_mass else None
+    stored = Buffer(query.dtype)  # values overwrite keys: half the cache
     k_buffer, s_buffer = Buffer(q.dtype), Buffer(q.dtype)
-    v_buffer, p_buffer = _product_buffers(query, k_buffer, s_buffer)  # values overwrite keys: half the cache
+    v_buffer, p_buffer = Buffer(_product_dtype(query)), Buffer(_product_dtype(query))
 
     for piece in _pieces(query, T, M, num_persistent, buffers=1):
         acc_p, peak_p, total_p = piece.rows(acc), piece.rows(peak).unsqueeze(1), piece.rows(total).unsqueeze(1)
-        padded = padded_keys(sizes, piece, T)
-        s = _bmm(keys.gather(piece, k_buffer), piece.rows(q).mT, s_buffer)
+        padded = lists.padded_keys(piece)
+        s = s_buffer.bmm(k_buffer.hold(keys.gather(piece, stored)), piece.rows(q).mT)
         if padded is not None:
             s.masked_fill_(padded, float("-inf"))
         decay = _raise_peak(s, peak_p, piece.first)
@@ -88,15 +88,14 @@ def forward(
         else:
             acc_p.mul_(decay.mT)
             total_p.mul_(decay).add_(s.sum(1, keepdim=True))
-        v = values.gather(piece, v_buffer)
-        if padded is not None:
-            v.masked_fill_(padded, 0)  # its weight is 0, but 0 * NaN is NaN
+        # Padded values have weight 0, but 0 * NaN is NaN: gather clears them.
+        v = v_buffer.hold(values.gather(piece, stored, padded))
         _add_product(acc_p, p_buffer.hold(s).mT, v, first=piece.first)
         if mass is not None:
             mass.add(piece, s, peak_p)
 
     lse2 = total.log2().add_(peak)
-    if sizes is not None:
+    if lists.sizes is not None:
         total.masked_fill_(total == 0, 1)
     out = acc.div_(total.unsqueeze(-1))
     if padding is not None:
@@ -124,49 +123,71 @@ def backward(
     B, H, S, T, D = key_pool.shape
     if not block_index.numel():
         return torch.zeros_like(query), torch.zeros_like(key_pool), torch.zeros_like(value_pool)
-    silent = (lse == float("-inf")).flatten(0, 2)  # padded or empty rows: p = 0 and no gradient, whatever arrives
-    q2, q, do = _rows(query, silent, scale * LOG2E), _rows(query, silent, scale), _rows(grad_out, silent, 1.0)
-    lse2 = lse.flatten(0, 2).mul(LOG2E).masked_fill_(silent, float("inf"))
-    delta = (do * out.flatten(0, 2)).sum(-1)
-    if grad_lse is not None:
-        delta -= grad_lse.flatten(0, 2).masked_fill(silent, 0)
-    slots, sizes = read_lists(block_index, key_sizes, T)
-    keys, values = BlockTable(key_pool, slots), BlockTable(value_pool, slots)
-    targets = table_rows(slots, (B, H), (H * S, S))
-    dq, dk = torch.zeros_like(q), q.new_zeros((B * H * S, T * D))
-    dv = torch.zeros_like(dk)
-    k_buffer, v_buffer, p_buffer, ds_buffer = (Buffer(q.dtype) for _ in range(4))
-    kx, vx, px, dsx = _product_buffers(query, k_buffer, v_buffer, p_buffer, ds_buffer)
-    qx, dox = q.to(kx.dtype), do.to(kx.dtype)
+    rows = _BackwardRows(grad_out, grad_lse, query, out, lse, scale)
+    lists = Lists(block_index, key_sizes, T)
+    keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
+    targets = table_rows(lists.slots, (B, H), (H * S, S))
+    work, product = _work_dtype(query), _product_dtype(query)
+    dq = torch.zeros(rows.q.shape, dtype=work)
+    dk, dv = (torch.zeros((B * H * S, T * D), dtype=work) for _ in range(2))
+    k_stored, v_stored = Buffer(query.dtype), Buffer(query.dtype)
+    k_buffer, v_buffer, p_buffer, ds_buffer = (Buffer(work) for _ in range(4))
+    px_buffer, dsx_buffer = Buffer(product), Buffer(product)
+    # Where the products for dk and dv go: over the gathered blocks, which are no longer needed by then.
+    dk_buffer, dv_buffer = (k_stored, v_stored) if product == query.dtype else (k_buffer, v_buffer)
 
     for piece in _pieces(query, T, block_index.shape[-1], num_persistent, buffers=2):
-        target = piece.lists(targets).flatten()
-        padded = padded_keys(sizes, piece, T)
-        k, v = keys.gather(piece, k_buffer), values.gather(piece, v_buffer)
-        p = _bmm(k, piece.rows(q2).mT, p_buffer)
+        padded = lists.padded_keys(piece)
+        kx, vx = keys.gather(piece, k_stored, padded), values.gather(piece, v_stored, padded)
+        k, v = k_buffer.hold(kx), v_buffer.hold(vx)
+        p = p_buffer.bmm(k, piece.rows(rows.scaled_q).mT)
         if padded is not None:
             p.masked_fill_(padded, float("-inf"))
-            k.masked_fill_(padded, 0)
-            v.masked_fill_(padded, 0)
-        p.sub_(piece.rows(lse2).unsqueeze(1)).exp2_()
-        ds = _bmm(v, piece.rows(do).mT, ds_buffer).sub_(piece.rows(delta).unsqueeze(1)).mul_(p)
-        p, ds, k = px.hold(p), dsx.hold(ds), kx.hold(k)
-        dv_p = v_buffer.hold(_bmm(p, piece.rows(dox), vx))
-        _add_product(piece.rows(dq), ds.mT, k, first=False)
-        dk_p = k_buffer.hold(_bmm(ds, piece.rows(qx), kx))
-        dv.index_add_(0, target, dv_p.view(-1, T * D))
-        dk.index_add_(0, target, dk_p.view(-1, T * D))
+        p.sub_(piece.rows(rows.lse2).unsqueeze(1)).exp2_()
+        ds = ds_buffer.bmm(v, piece.rows(rows.scaled_do).mT).sub_(piece.rows(rows.delta).unsqueeze(1)).mul_(p)
+        ds = dsx_buffer.hold(ds)
+        _add_product(piece.rows(dq), ds.mT, kx if kx.dtype == product else k, first=False)
+        targets_p = piece.lists(targets).flatten()
+        dk_p = k_buffer.hold(dk_buffer.bmm(ds, piece.rows(rows.q)))
+        dk.index_add_(0, targets_p, dk_p.view(-1, T * D))
+        dv_p = v_buffer.hold(dv_buffer.bmm(px_buffer.hold(p), piece.rows(rows.do)))
+        dv.index_add_(0, targets_p, dv_p.view(-1, T * D))
 
-    dq, dk, dv = dq.mul_(scale).view(query.shape), dk.view(key_pool.shape), dv.view(key_pool.shape)
-    return dq.to(query.dtype), dk.to(query.dtype), dv.to(query.dtype)
+    return tuple(x.view(y.shape).to(query.dtype) for x, y in ((dq, query), (dk, key_pool), (dv, value_pool)))
+
+
+class _BackwardRows:
+    """What the backward needs of every row, [B * H * Nq, Tq, ...]. The scale goes with dout, so that ds carries it.
+
+    q, do: factors of the products for dk and dv. scaled_q, scaled_do: factors of the scores and of dp, in the working
+    type, times scale * log2(e) and scale. lse2, delta: base-2 log-sum-exp; scale (<dout, out> - dlse).
+    """
+
+    def __init__(
+        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor, scale: float
+    ):
+        silent = lse.flatten(0, 2) == float("-inf")  # padded or empty rows: p = 0 and no gradient, whatever arrives
+        drop = silent if bool(silent.any()) else None
+        product = _product_dtype(query)
+        self.scaled_q, self.scaled_do = _rows(query, drop, scale * LOG2E), _rows(grad_out, drop, scale)
+        self.q, self.do = (_cleared(x.to(product), drop) for x in (query, grad_out))
+        self.lse2 = lse.flatten(0, 2) * LOG2E
+        self.delta = (self.scaled_do * out.flatten(0, 2)).sum(-1)
+        if grad_lse is not None:
+            self.delta.sub_(grad_lse.flatten(0, 2), alpha=scale)
+        if drop is not None:
+            self.lse2.masked_fill_(drop, float("inf"))
+            self.delta.masked_fill_(drop, 0)
 
 
 def _pieces(query: Tensor, tokens: int, entries: int, num_persistent: int, buffers: int) -> Iterator[Piece]:
     """Pieces whose `buffers` buffers of blocks and as many of scores fill the budget."""
     B, H, Nq, Tq, D = query.shape
-    row_bytes = buffers * tokens * _work_dtype(query).itemsize
+    element_bytes = buffers * _work_dtype(query).itemsize
     budget = PIECE_BYTES * torch.get_num_threads()
-    return cut_pieces((B * H, Nq, entries), Tq, tokens, num_persistent, row_bytes * D, row_bytes, budget)
+    return cut_pieces(
+        (B * H, Nq), Tq, (num_persistent, entries), (tokens, D), element_bytes=element_bytes, budget=budget
+    )
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:
@@ -194,11 +215,17 @@ def _rows(x: Tensor, drop: Tensor | None, factor: float) -> Tensor:
     return rows if drop is None else rows.masked_fill_(drop.unsqueeze(-1), 0)
 
 
-def _product_buffers(query: Tensor, *same: Buffer) -> tuple[Buffer, ...]:
-    """Buffers for the factors of P V: bfloat16 for bfloat16 input where oneDNN multiplies it fast, else `same`."""
+def _cleared(x: Tensor, drop: Tensor | None) -> Tensor:
+    """x [B, H, Nq, Tq, D] as [B * H * Nq, Tq, D], 0 in the rows to drop."""
+    rows = x.contiguous().flatten(0, 2)
+    return rows if drop is None else rows.masked_fill(drop.unsqueeze(-1), 0)
+
+
+def _product_dtype(query: Tensor) -> torch.dtype:
+    """Type of the factors of P V, dS K, dS Q and P dO: bfloat16 for bfloat16 input where oneDNN multiplies it fast."""
     if query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return tuple(Buffer(torch.bfloat16) for _ in same)
-    return same
+        return torch.bfloat16
+    return _work_dtype(query)
 
 
 def _add_product(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
@@ -207,10 +234,6 @@ def _add_product(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         acc.baddbmm_(a, b, beta=0 if first else 1)
     else:
         acc.copy_(torch.bmm(a, b)) if first else acc.add_(torch.bmm(a, b))
-
-
-def _bmm(a: Tensor, b: Tensor, buffer: Buffer) -> Tensor:
-    return torch.bmm(a, b, out=buffer.view(len(a), a.shape[1], b.shape[2]))
 
 
 def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:

@@ -56,26 +56,24 @@ class Piece(NamedTuple):
 
 
 def cut_pieces(
-    lists: tuple[int, int, int],
+    query_blocks: tuple[int, int],
     rows: int,
-    tokens: int,
-    num_persistent: int,
-    block_bytes: int,
-    row_bytes: int,
+    entries: tuple[int, int],
+    block: tuple[int, int],
+    *,
+    element_bytes: int,
     budget: int,
 ) -> Iterator[Piece]:
     """Wide pieces over the persistent entries, then narrow pieces over the others, each of at most `budget` bytes.
 
-    Args:
-        lists: (B * H, Nq, M).
-        rows, tokens: Tq, T.
-        block_bytes, row_bytes: what one listed block needs in a piece, and what it needs more for each query row.
+    query_blocks (B * H, Nq) of `rows` rows; entries (persistent, M) of a list; block (T, D), `element_bytes` a number.
+    A listed block needs room for itself and for its scores with every row of its item.
     """
-    BH, Nq, M = lists
+    (BH, Nq), (num_persistent, M), (tokens, head_dim) = query_blocks, entries, block
 
     def fit(items: int, entries: int, item_rows: int) -> tuple[int, int]:
         """Items of a piece and entries per item, as even as possible."""
-        blocks = max(1, budget // (block_bytes + row_bytes * item_rows))
+        blocks = max(1, budget // (element_bytes * tokens * (head_dim + item_rows)))
         entries = -(-entries // -(-entries // blocks))
         pieces = -(-items // max(1, blocks // entries))
         return -(-items // pieces), entries
@@ -98,11 +96,37 @@ def cut_pieces(
                 yield Piece(None, slice(i, min(i + n, BH * Nq)), slice(None), entries, first=e == 0)
 
 
+class Lists:
+    """What the query blocks visit: `slots` [B * H * Nq, M] int32 without -1, and how many tokens there are real."""
+
+    def __init__(self, block_index: Tensor, key_sizes: Tensor | None, tokens: int):
+        self.tokens = tokens
+        self.slots = block_index.flatten(0, 2)
+        self.sizes: Tensor | None = None  # None when every listed block is full
+        if key_sizes is None and int(block_index.amin()) >= 0:
+            return
+        if key_sizes is None:
+            sizes = torch.where(block_index < 0, 0, tokens)
+        else:
+            sizes = key_sizes.unsqueeze(2).expand(*block_index.shape[:3], -1)
+            sizes = sizes.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
+        self.slots = self.slots.clamp(min=0)
+        self.sizes = sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
+
+    def padded_keys(self, piece: Piece) -> Tensor | None:
+        """[n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
+        if self.sizes is None:
+            return None
+        listed = piece.lists(self.sizes)
+        if int(listed.amin()) == self.tokens:
+            return None
+        return (torch.arange(self.tokens) >= listed.unsqueeze(-1)).view(len(listed), -1, 1)
+
+
 class BlockTable:
     """A pool [B, H, S, T, D] read as a table of blocks, with the table row of every listed block."""
 
-    def __init__(self, pool: Tensor, slots: Tensor):
-        """slots [B * H * Nq, M] int32, without -1."""
+    def __init__(self, pool: Tensor, lists: Lists):
         B, H, S, T, D = pool.shape
         stride_b, stride_h, stride_s, stride_t, stride_d = pool.stride()
         steps = H * S, S
@@ -114,17 +138,16 @@ class BlockTable:
             self.table = pool.as_strided((rows, T * D), (stride_s, 1))
         else:
             self.table = pool.reshape(-1, T * D)
-        self.rows = table_rows(slots, (B, H), steps)
+        self.rows = table_rows(lists.slots, (B, H), steps)
         self.head_dim = D
-        self.raw = Buffer(pool.dtype)
 
-    def gather(self, piece: Piece, buffer: Buffer) -> Tensor:
-        """[n, L, D] blocks of a piece in `buffer`, whose type they take."""
+    def gather(self, piece: Piece, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
+        """[n, L, D] blocks of a piece, in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
         rows = piece.lists(self.rows)
-        raw = buffer if buffer.dtype == self.table.dtype else self.raw
-        blocks = raw.view(rows.numel(), self.table.shape[1])
+        blocks = buffer.view(rows.numel(), self.table.shape[1])
         torch.index_select(self.table, 0, rows.flatten(), out=blocks)
-        return buffer.hold(blocks).view(len(rows), -1, self.head_dim)
+        blocks = blocks.view(len(rows), -1, self.head_dim)
+        return blocks if padded is None else blocks.masked_fill_(padded, 0)
 
 
 def table_rows(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:
@@ -160,25 +183,6 @@ class Buffer:
         """x in this buffer's type: x itself when it has it."""
         return x if x.dtype == self.dtype else self.view(*x.shape).copy_(x)
 
-
-def read_lists(block_index: Tensor, key_sizes: Tensor | None, tokens: int) -> tuple[Tensor, Tensor | None]:
-    """Slots [B * H * Nq, M] without -1, and the real tokens of every listed block, None when all of them are full."""
-    lists = block_index.flatten(0, 2)
-    if key_sizes is None:
-        if int(lists.amin()) >= 0:
-            return lists, None
-        sizes = torch.where(block_index < 0, 0, tokens)
-    else:
-        sizes = key_sizes.unsqueeze(2).expand(*block_index.shape[:3], -1)
-        sizes = sizes.gather(-1, block_index.clamp(min=0).long()).masked_fill(block_index < 0, 0)
-    return lists.clamp(min=0), sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
-
-
-def padded_keys(sizes: Tensor | None, piece: Piece, tokens: int) -> Tensor | None:
-    """[n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
-    if sizes is None:
-        return None
-    listed = piece.lists(sizes)
-    if int(listed.amin()) == tokens:
-        return None
-    return (torch.arange(tokens) >= listed.unsqueeze(-1)).view(len(listed), -1, 1)
+    def bmm(self, a: Tensor, b: Tensor) -> Tensor:
+        """a @ b, batched, of factors of this buffer's type."""
+        return torch.bmm(a, b, out=self.view(len(a), a.shape[1], b.shape[2]))

@@ -38,17 +38,16 @@ STATISTICS = ("brightness", "contrast", "saturation", "detail")
 
 
 def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
-    """The comparisons of method.md 9, each differing from the model's default in one thing."""
+    """Memories to compare, each differing from the model's default in one thing."""
     change = dataclasses.replace
-    sink = max(1, default.window_frames // 4)
     return {
         "full": change(default, kind="full"),
         "full-absolute": change(default, kind="full", positions="absolute"),
         "window": change(default, kind="window"),
-        "sink": change(default, kind="sink", sink_frames=sink),
-        "sparse": default,
-        "sparse-without-persistent": change(default, persistent_blocks=0),
-        "sparse-dense-window": change(default, top_k=1.0),
+        "sink": change(default, kind="sink"),
+        "sparse": change(default, kind="sparse"),
+        "sparse-without-persistent": change(default, kind="sparse", persistent_blocks=0),
+        "sparse-dense-window": change(default, kind="sparse", top_k=1.0),
     }
 
 

@@ -32,8 +32,8 @@ def start_arguments(config: GenerateConfig, start: np.ndarray | None, pipe: Any)
     height, width = config.height or pipe.config.height, config.width or pipe.config.width
     if config.image is not None:
         return {"image": fit(start, height, width)[0].astype(np.float32) / 255}
-    chunk = pipe.geometry.temporal_stride * pipe.geometry.chunk_frames
-    whole = len(start) // chunk * chunk
+    whole = pipe.geometry.whole_chunk_frames(len(start))
     if not whole:
-        raise ConfigError(f"--video {config.video}: {len(start)} frames are less than one chunk of {chunk}")
+        least = pipe.geometry.chunk_pixel_frames
+        raise ConfigError(f"--video {config.video}: {len(start)} frames are less than one chunk of {least}")
     return {"video": fit(start[-whole:], height, width).astype(np.float32) / 255}

@@ -1,7 +1,8 @@
 """The rollout: one chunk loop for inference and training.
 
 Per chunk: make room in the memory, denoise while attending to it, then one clean pass at timestep 0 that leaves the
-finished chunk's keys and values (method.md 1). Training runs the same loop with an exit step and gradients.
+finished chunk's keys and values (Sparse Forcing, arXiv 2604.21221). Training runs the same loop with an exit step
+and gradients.
 
 Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline level [B, F, C, H, W].
 """
@@ -71,7 +72,7 @@ class RolloutChunk:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRollout:
-    """What differs in training (baseline.md 3.2).
+    """What differs in training, as in Self-Forcing (arXiv 2506.08009).
 
     Args:
         exit_steps: per chunk, the denoising step whose x0 is the chunk; it alone carries gradients.
@@ -130,6 +131,8 @@ def rollout(
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
             context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
         network.clean(context, context_timestep)
+        if latents.device.type != "cpu":
+            torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
         yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)
         start += frames
 

@@ -54,6 +54,18 @@ class VideoGeometry:
         extra = self.temporal_stride - 1 if self.first_frame_alone else 0
         return math.ceil((num_frames + extra) / self.temporal_stride)
 
+    @property
+    def chunk_pixel_frames(self) -> int:
+        """Pixel frames of a video that is one chunk long."""
+        return self.pixel_frames(self.chunk_frames)
+
+    def whole_chunk_frames(self, num_frames: int) -> int:
+        """Most pixel frames, at most `num_frames`, that encode to whole chunks; 0 when there are too few."""
+        extra = self.temporal_stride - 1 if self.first_frame_alone else 0
+        step = self.temporal_stride * self.chunk_frames
+        whole = (num_frames + extra) // step * step
+        return max(0, whole - extra)
+
     def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
         """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
         sizes: list[int] = []

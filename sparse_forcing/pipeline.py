@@ -202,11 +202,14 @@ class SparseForcingPipeline:
         """
         config = self.config
         sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
-        latent_size = self.geometry.latent_size(height or config.height, width or config.width)
+        latent_size = self.geometry.latent_size(
+            config.height if height is None else height, config.width if width is None else width
+        )
         text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
         initial = self._initial_latents(image, video, len(text))
         given = 0 if initial is None else initial.shape[1]
-        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames or config.num_frames))
+        num_frames = config.num_frames if num_frames is None else num_frames
+        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames))
         state = self._empty_memory(memory or config.memory, latent_size, sum(chunks) + given)
         unconditional = None
         if sampler.guidance_scale != 1.0:
@@ -225,7 +228,8 @@ class SparseForcingPipeline:
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             callback=callback_on_step_end,
         )
-        yield from self._decode(parts, state, single=isinstance(prompt, str) and num_videos_per_prompt == 1)
+        single = isinstance(prompt, str) and num_videos_per_prompt == 1
+        yield from self._decode(parts, state, initial, single)
 
     def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
         """A memory for videos of this size and length."""
@@ -241,31 +245,36 @@ class SparseForcingPipeline:
         return make_memory(config, geometry, selectors=self.transformer.selectors)
 
     @torch.no_grad()
-    def _decode(self, parts: Iterator[RolloutChunk], memory: RolloutMemory, single: bool) -> Iterator[VideoChunk]:
-        """Decode chunks as they come, timing model and decoder apart."""
-        arrived: list[RolloutChunk] = []
+    def _decode(
+        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, given: Tensor | None, single: bool
+    ) -> Iterator[VideoChunk]:
+        """Decode chunks as they come, timing model and decoder apart; `given` latents only lead the decoder in."""
+        arrived: list[tuple[RolloutChunk, float]] = []
 
         def latents() -> Iterator[Tensor]:
+            if given is not None:
+                yield given.transpose(1, 2)
             for part in parts:
-                arrived.append(part)
+                arrived.append((part, time.perf_counter()))
                 yield part.latents.transpose(1, 2)
 
-        began = time.perf_counter()
-        for pixels in self.vae.decode_stream(latents()):
-            part = arrived.pop()
+        stream = self.vae.decode_stream(latents())
+        if given is not None:
+            next(stream)
+        for pixels in stream:
+            part, came = arrived.pop()
             frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
-            decode_seconds = time.perf_counter() - began - part.seconds
+            decode_seconds = time.perf_counter() - came
             lit = memory.persistent_map() if hasattr(memory, "persistent_map") else None
             yield VideoChunk(
                 index=part.index,
                 frames=frames[0] if single else frames,
                 latents=part.latents,
                 seconds=part.seconds,
-                decode_seconds=max(0.0, decode_seconds),
+                decode_seconds=decode_seconds,
                 cache_bytes=part.cache_bytes,
                 persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
             )
-            began = time.perf_counter()
 
     @staticmethod
     def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
@@ -288,8 +297,9 @@ class SparseForcingPipeline:
         generators = list(generator) if isinstance(generator, list | tuple) else None
         if generators is None:
             # One stream per sample: a sample's noise must not depend on how many others are generated with it.
-            seed = torch.seed() if generator is None else generator.initial_seed()
-            generators = [torch.Generator().manual_seed(seed + i) for i in range(batch)]
+            # One given generator is used as it is for one video, and seeds one of each video's own otherwise.
+            seeds = torch.randint(2**62, (batch,), generator=generator) if generator is None or batch > 1 else None
+            generators = [generator] if seeds is None else [torch.Generator().manual_seed(s) for s in seeds.tolist()]
         if len(generators) != batch:
             raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
         seeded = SeededNoise(generators, shape, self.device, self.dtype)
@@ -300,11 +310,13 @@ class SparseForcingPipeline:
             raise ConfigError("image and video: give one of them")
         if image is None and video is None:
             return None
-        chunk_pixels = self.geometry.temporal_stride * self.geometry.chunk_frames
-        frames = np.repeat(np.asarray(image)[None], chunk_pixels, 0) if video is None else np.asarray(video)
-        if frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) % chunk_pixels:
+        least = self.geometry.chunk_pixel_frames
+        frames = np.repeat(np.asarray(image)[None], least, 0) if video is None else np.asarray(video)
+        whole = self.geometry.whole_chunk_frames(len(frames))
+        if frames.ndim != 4 or frames.shape[-1] != 3 or not whole or whole != len(frames):
             raise ConfigError(
-                f"video: expected [F, H, W, 3] with F a multiple of {chunk_pixels} frames, got {list(frames.shape)}"
+                f"video: expected [F, H, W, 3] with F of whole chunks ({whole or least} for example), got "
+                f"{list(frames.shape)}"
             )
         pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] * 2 - 1
         latents = self.vae.encode(pixels.to(self.device))
@@ -313,7 +325,8 @@ class SparseForcingPipeline:
     def __call__(
         self, prompt: str | list[str] | None = None, *, output_type: str = "np", **kwargs: Any
     ) -> SparseForcingPipelineOutput:
-        """Generate whole videos: the arguments of `stream`, the chunks joined and cut to `num_frames`."""
+        """Generate whole videos: the arguments of `stream`, the chunks joined and cut to `num_frames` (latents
+        are not cut)."""
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
         batch = [prompt] if isinstance(prompt, str) else prompt
@@ -321,7 +334,8 @@ class SparseForcingPipeline:
         if output_type == "latent":
             return SparseForcingPipelineOutput(torch.cat([chunk.latents for chunk in chunks], 1))
         frames = np.concatenate([chunk.frames for chunk in chunks], 1)
-        frames = frames[:, : kwargs.get("num_frames") or self.config.num_frames]
+        wanted = kwargs.get("num_frames")
+        frames = frames[:, : self.config.num_frames if wanted is None else wanted]
         if output_type == "pt":
             return SparseForcingPipelineOutput(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
         return SparseForcingPipelineOutput(frames)

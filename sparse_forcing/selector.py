@@ -1,7 +1,7 @@
 """The learned block selector: what compresses a block of queries or keys to the vector that blocks are chosen by.
 
 It starts as mean pooling, so that an untouched dense model runs with it unchanged, and learns by two paths, because the
-choice itself has no gradient (method.md 5): a coarse branch, attention over block representatives added through a gate
+choice itself has no gradient: a coarse branch, attention over block representatives added through a gate
 that starts at zero, and a distillation loss against the true attention mass of each block.
 
 Legend: B batch, H heads, n query blocks, W candidate blocks, T tokens per block, D head dim.

@@ -193,7 +193,7 @@ class CausalWanBlock(nn.Module):
 
 
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
-    """Wan 2.1 with per-frame timesteps and a self-attention that a policy decides (method.md 1, baseline.md 1).
+    """Wan 2.1 with per-frame timesteps and a self-attention that a policy decides (Self-Forcing, arXiv 2506.08009).
 
     Args beyond diffusers' WanTransformer3DModel:
         chunk_frames: latent frames generated at a time.

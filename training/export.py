@@ -28,7 +28,7 @@ TINY = PipelineConfig(
     text_encoder="words",
     vae="patch",
     sampler=SamplerConfig(kind="euler", steps=8, shift=6.0, guidance_scale=2.0),
-    memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
+    memory=MemoryConfig(kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
 )
 
 

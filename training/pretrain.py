@@ -44,8 +44,10 @@ class StageConfig:
     size: int = 64
 
     def __post_init__(self) -> None:
-        if min(self.latent_frames, self.batch_size, self.steps, self.size) < 1:
-            raise ConfigError(f"stages: latent_frames, batch_size, steps and size must be positive, got {self}")
+        if min(self.latent_frames, self.batch_size, self.steps, self.size, self.warmup_steps) < 1:
+            raise ConfigError(
+                f"stages: latent_frames, batch_size, steps, size and warmup_steps must be positive, got {self}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,12 @@ class PretrainConfig:
             raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
         if not self.stages:
             raise ConfigError("stages: at least one stage is needed")
+        for number, stage in enumerate(self.stages):
+            if stage.latent_frames > self.chunk_frames and stage.latent_frames % self.chunk_frames:
+                raise ConfigError(
+                    f"stages.{number}.latent_frames: {stage.latent_frames} is not a multiple of chunk_frames "
+                    f"{self.chunk_frames}"
+                )
 
 
 class TextToVideo(nn.Module):
@@ -180,8 +188,6 @@ def training_loss(
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
     batch, _, frames = latents.shape[:3]
     chunks = [config.chunk_frames] * (frames // config.chunk_frames) or [frames]
-    if sum(chunks) != frames:
-        raise ConfigError(f"stages.latent_frames: {frames} is not a multiple of chunk_frames {config.chunk_frames}")
     repeats = torch.tensor(chunks)
     sigma = sample_sigma(batch, len(chunks), shift=config.shift, spread=config.sigma_spread, generator=generator)
     sigma = sigma.repeat_interleave(repeats, 1)

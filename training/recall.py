@@ -1,4 +1,4 @@
-"""How much true attention a block selector keeps, on rollouts of prompts it was not trained on (method.md 5).
+"""How much true attention a block selector keeps, on rollouts of prompts it was not trained on.
 
 Recall is the share of dense attention mass inside the chosen window blocks. Three selectors look at the same queries
 and keys: mean pooling, the model's learned selector, and an oracle that knows the mass.

@@ -33,16 +33,18 @@ def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, project
         weight = weight * valid.to(dtype)
     total = weight.abs().sum(-1, keepdim=True)
     weight = (weight / total.masked_fill(total == 0, 1)).expand(values.shape[:-1])
-    pooled = torch.einsum("bhnt,bhntd->bhnd", weight, values)
-    if projection is not None:
-        pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(dtype))
+    with torch.autocast(x.device.type, enabled=False):  # it would round what is ranked to 8 bits
+        pooled = torch.einsum("bhnt,bhntd->bhnd", weight, values)
+        if projection is not None:
+            pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(dtype))
     return pooled.to(x.dtype)
 
 
 def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float) -> Tensor:
     """[B, H, Nq, D] x [B, H, Nk, D] -> scale * <q, k>, [B, H, Nq, Nk] in float32 (float64 for float64 input)."""
     dtype = torch.promote_types(query_blocks.dtype, torch.float32)
-    return query_blocks.to(dtype) @ key_blocks.to(dtype).transpose(-1, -2) * scale
+    with torch.autocast(query_blocks.device.type, enabled=False):  # it would round what is ranked to 8 bits
+        return query_blocks.to(dtype) @ key_blocks.to(dtype).transpose(-1, -2) * scale
 
 
 def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:

@@ -100,9 +100,10 @@ class RolloutMemory(ABC):
 
     def begin_chunk(self, frames: int) -> None:
         """Make room for a chunk of `frames` latent frames: evict, update the persistent set, move positions."""
-        if self.config.window is not None and frames > self.config.window:
+        if self.config.window is not None and frames + self.config.sink > self.config.window:
             raise ConfigError(
                 f"memory.window_frames: {self.config.window} is less than a chunk of {frames} latent frames"
+                + (f" and a sink of {self.config.sink}" if self.config.sink else "")
             )
         self._make_room(frames)
         start = self.chunk_position + self.chunk_frames

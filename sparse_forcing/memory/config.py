@@ -25,12 +25,12 @@ class MemoryConfig:
         importance: what persistent blocks are ranked by: "coarse", block attention of representatives (the paper), or
             "mass", the exact attention mass of the clean pass.
         positions: absolute (Self-Forcing's) or relative: the current chunk never moves beyond the training horizon
-            and older keys are re-phased when the window moves (method.md 8).
+            and older keys are re-phased when the window moves.
     """
 
     kind: str = "sparse"
     window_frames: int = 6
-    sink_frames: int = 0
+    sink_frames: int = 3
     tile: tuple[int, int, int] = (3, 5, 4)
     persistent_blocks: int = 64
     top_k: float = 0.25
@@ -47,9 +47,9 @@ class MemoryConfig:
                 raise ConfigError(f"memory.{name}: expected one of {', '.join(known)}, got {value!r}")
         if self.window_frames < 1:
             raise ConfigError(f"memory.window_frames: at least 1 latent frame is needed, got {self.window_frames}")
-        if not 0 <= self.sink_frames < self.window_frames:
+        if self.kind == "sink" and not 1 <= self.sink_frames < self.window_frames:
             raise ConfigError(
-                f"memory.sink_frames: must be in [0, window_frames = {self.window_frames}), got {self.sink_frames}"
+                f"memory.sink_frames: must be in [1, window_frames = {self.window_frames}), got {self.sink_frames}"
             )
         if len(self.tile) != 3 or min(self.tile) < 1:
             raise ConfigError(f"memory.tile: expected three positive numbers (frames, rows, columns), got {self.tile}")

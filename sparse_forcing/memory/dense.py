@@ -1,4 +1,4 @@
-"""Dense memories at the granularity of frames: full, window, window and sink (baseline.md 1.6)."""
+"""Dense memories at the granularity of frames: full, window, window and sink."""
 
 from __future__ import annotations
 
@@ -120,4 +120,6 @@ class DenseMemory(RolloutMemory):
 
     @property
     def cache_bytes(self) -> int:
-        return sum(x.nbytes for state in filter(None, self.layers) for x in (state.keys, state.values))
+        """Bytes of the cached entries, the current chunk's included; a buffer's spare room does not count."""
+        end = (self.cached_frames + self.chunk_frames) * self.geometry.tokens_per_frame
+        return sum(x[:, :end].nbytes for state in filter(None, self.layers) for x in (state.keys, state.values))

@@ -1,4 +1,6 @@
-"""The sparse memory: a pool of blocks, a window and a persistent set that are only tables of slots (method.md 2-5).
+"""The sparse memory: a pool of blocks, a window and a persistent set that are only tables of slots.
+
+Source: Sparse Forcing, arXiv 2604.21221, sections 3 and 4.
 
 Legend: B batch, H heads, S slots, T tokens per block, D head dim, W window blocks, P persistent blocks, E leaving
 blocks, n blocks of the current chunk. Counts are plain integers, known without looking at tensors: nothing here
@@ -14,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.geometry import TileLayout
 from sparse_forcing.kernels.block_selection.interface import (
     block_importance,
@@ -116,6 +119,11 @@ class SparseMemory(RolloutMemory):
         self._last_blocks = 0
         self._used_slots = 0
         full_chunks = config.window_frames // geometry.chunk_frames
+        if config.window_frames % geometry.chunk_frames:
+            raise ConfigError(
+                f"memory.window_frames: a sparse window is whole chunks of {geometry.chunk_frames} latent frames, got "
+                f"{config.window_frames}; try {max(1, full_chunks) * geometry.chunk_frames}"
+            )
         self.window_capacity = full_chunks * self.layout.num_blocks
         self.top_k = max(1, math.ceil(config.top_k * self.window_capacity))
         self.num_slots = config.persistent_blocks + self.window_capacity
@@ -130,10 +138,19 @@ class SparseMemory(RolloutMemory):
     def _make_room(self, frames: int) -> None:
         self.layout = self._layout(frames)
         leaving = 0
-        while sum(self.window_frames) + frames > self.config.window_frames:
+        new = self.layout.num_blocks
+        # A short first chunk has as many blocks as a full one, so slots are counted as well as frames.
+        while (
+            sum(self.window_frames) + frames > self.config.window_frames
+            or sum(self.chunk_blocks) + new > self.window_capacity
+        ):
             self.window_frames.pop(0)
             leaving += self.chunk_blocks.pop(0)
-        new = self.layout.num_blocks
+        if not self.layout.uniform and any(state is not None and state.sizes is None for state in self.layers):
+            raise ConfigError(
+                f"memory.tile: {self.config.tile} leaves short blocks in a chunk of {frames} latent frames but not in "
+                "the ones before; choose a tile that divides both or neither"
+            )
         candidates = self.num_persistent + leaving
         kept = min(self.config.persistent_blocks, candidates)
         freed = candidates - kept

@@ -1,4 +1,4 @@
-"""Checkpoints survive full disks, damage, hostility and mistakes (spec/faults.md 2-5, 7-9)."""
+"""Checkpoints survive full disks, damage, hostility and mistakes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The guard: non-finite numbers, SIGTERM, out of memory (spec/faults.md 13, 15, 16)."""
+"""The guard: non-finite numbers, SIGTERM, out of memory."""
 
 from __future__ import annotations
 

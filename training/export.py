@@ -27,18 +27,19 @@ TINY = PipelineConfig(
     num_frames=CLIP_FRAMES,
     text_encoder="words",
     vae="patch",
-    sampler=SamplerConfig(kind="euler", steps=8, shift=6.0, guidance_scale=2.0),
+    sampler=SamplerConfig(kind="euler", steps=4, shift=6.0, guidance_scale=2.5),
     memory=MemoryConfig(kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
 )
 
 
-def averaged_pipeline(run: Path, config: PretrainConfig) -> SparseForcingPipeline:
-    """The pipeline of a run's newest complete checkpoint, with averaged weights."""
+def trained_pipeline(run: Path, config: PretrainConfig, *, averaged: bool) -> SparseForcingPipeline:
+    """The pipeline of a run's newest complete checkpoint, with its averaged or its last weights."""
     vae, model = start(config)
     ema = ParameterEma(model, config.ema_decay)
-    if not latest_checkpoint(run, {"ema": ema}):
+    if not latest_checkpoint(run, {"ema": ema} if averaged else {"model": model}):
         raise WeightsError(f"{run}: no complete checkpoint")
-    ema.copy_to(model)
+    if averaged:
+        ema.copy_to(model)
     model.eval()
     return SparseForcingPipeline(model.transformer, model.text_encoder, vae, TINY)
 
@@ -48,8 +49,9 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--config", required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--averaged", action="store_true", help="averaged weights instead of the last ones")
     args = parser.parse_args()
-    pipe = averaged_pipeline(args.run, load_config(PretrainConfig, args.config, []))
+    pipe = trained_pipeline(args.run, load_config(PretrainConfig, args.config, []), averaged=args.averaged)
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     for part in (pipe.transformer, pipe.text_encoder):
         assert isinstance(part, torch.nn.Module)

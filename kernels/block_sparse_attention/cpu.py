@@ -34,6 +34,7 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
 )
 
 PIECE_BYTES = 2 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
+GROUP_BYTES = 4 << 20  # float32 sums of the gradients of a group of heads, for types narrower than that
 LOWEST = -1e30  # running maximum of an empty row: finite, so that -inf - LOWEST stays -inf instead of NaN
 LOG2E = math.log2(math.e)
 
@@ -58,7 +59,7 @@ def forward(
     num_persistent: int,
     return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See interface.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v, `total` sum exp2(s - peak)."""
+    """See ops.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v, `total` sum exp2(s - peak)."""
     B, H, Nq, _, _ = query.shape
     T, M = key_pool.shape[3], block_index.shape[-1]
     if not block_index.numel():
@@ -119,10 +120,37 @@ def backward(
     scale: float,
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See interface.py. Recomputes p = exp(s - lse) piece by piece; ds = p (dp - delta), delta = <dout, out> - dlse."""
-    B, H, S, T, D = key_pool.shape
+    """See ops.py. Where sums are wider than the gradients, heads go in groups: fresh pages cost more than the GEMMs."""
+    pools = query, key_pool, value_pool
     if not block_index.numel():
         return torch.zeros_like(query), torch.zeros_like(key_pool), torch.zeros_like(value_pool)
+    by_head = *pools, block_index, key_sizes, grad_out, grad_lse, out, lse
+    if query.dtype == _work_dtype(query):
+        return _backward_heads(*by_head, scale, num_persistent)
+    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in pools)
+    for group in _head_groups(key_pool):
+        part = _backward_heads(*(None if x is None else x[group] for x in by_head), scale, num_persistent)
+        for grad, exact in zip(grads, part):
+            grad[group] = exact
+    return grads
+
+
+def _backward_heads(
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_index: Tensor,
+    key_sizes: Tensor | None,
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    num_persistent: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients in the working type: p = exp(s - lse) again, piece by piece; ds = p (dp - delta),
+    delta = <dout, out> - dlse."""
+    B, H, S, T, D = key_pool.shape
     rows = _BackwardRows(grad_out, grad_lse, query, out, lse, scale)
     lists = Lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
@@ -152,8 +180,18 @@ def backward(
         dk.index_add_(0, targets_p, dk_p.view(-1, T * D))
         dv_p = v_buffer.hold(dv_buffer.bmm(px_buffer.hold(p), piece.rows(rows.do)))
         dv.index_add_(0, targets_p, dv_p.view(-1, T * D))
+    return dq.view(query.shape), dk.view(key_pool.shape), dv.view(key_pool.shape)
 
-    return tuple(x.view(y.shape).to(query.dtype) for x, y in ((dq, query), (dk, key_pool), (dv, value_pool)))
+
+def _head_groups(pool: Tensor) -> Iterator[tuple[slice, slice]]:
+    """(batch, heads) slices whose gradient sums take at most GROUP_BYTES, or one head."""
+    B, H = pool.shape[:2]
+    blocks = 2 * _work_dtype(pool).itemsize * math.prod(pool.shape[2:])
+    heads = min(H, max(1, GROUP_BYTES // blocks))
+    batch = max(1, GROUP_BYTES // (H * blocks)) if heads == H else 1
+    for b in range(0, B, batch):
+        for h in range(0, H, heads):
+            yield slice(b, b + batch), slice(h, h + heads)
 
 
 class _BackwardRows:

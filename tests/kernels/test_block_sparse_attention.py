@@ -25,6 +25,7 @@ def pieces(request, monkeypatch):
 
 def cut_fine(setattr_):
     setattr_(cpu, "PIECE_BYTES", 1)
+    setattr_(cpu, "GROUP_BYTES", 1)
     setattr_(cpu_pieces, "WIDE_SCORES", 0)
     setattr_(cpu_pieces, "WIDE_ROWS", 12)
 

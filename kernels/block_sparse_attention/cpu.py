@@ -121,18 +121,21 @@ def backward(
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py. Where sums are wider than the gradients, heads go in groups: fresh pages cost more than the GEMMs."""
-    pools = query, key_pool, value_pool
-    if not block_index.numel():
-        return torch.zeros_like(query), torch.zeros_like(key_pool), torch.zeros_like(value_pool)
-    by_head = *pools, block_index, key_sizes, grad_out, grad_lse, out, lse
-    if query.dtype == _work_dtype(query):
-        return _backward_heads(*by_head, scale, num_persistent)
-    grads = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in pools)
-    for group in _head_groups(key_pool):
-        part = _backward_heads(*(None if x is None else x[group] for x in by_head), scale, num_persistent)
-        for grad, exact in zip(grads, part):
-            grad[group] = exact
-    return grads
+
+    def of(group: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
+        pools = query[group], key_pool[group], value_pool[group]
+        sizes = None if key_sizes is None else key_sizes[group]
+        dlse = None if grad_lse is None else grad_lse[group]
+        return _backward_heads(
+            *pools, block_index[group], sizes, grad_out[group], dlse, out[group], lse[group], scale, num_persistent
+        )
+
+    if block_index.numel() and query.dtype == _work_dtype(query):
+        return of((slice(None), slice(None)))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (query, key_pool, value_pool))
+    for group in _head_groups(key_pool) if block_index.numel() else ():
+        dq[group], dk[group], dv[group] = of(group)
+    return dq, dk, dv
 
 
 def _backward_heads(

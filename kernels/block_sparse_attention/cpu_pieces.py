@@ -86,14 +86,14 @@ def cut_pieces(
         for h in range(0, BH, n):
             for i in range(0, Nq, group):
                 for e in range(0, num_persistent, m):
-                    entries = slice(e, min(e + m, num_persistent))
-                    yield Piece(BH, slice(h, h + n), slice(i, i + group), entries, first=e == 0)
+                    visited = slice(e, min(e + m, num_persistent))
+                    yield Piece(BH, slice(h, h + n), slice(i, i + group), visited, first=e == 0)
     if num_persistent < M:
         n, m = fit(BH * Nq, M - num_persistent, rows)
         for i in range(0, BH * Nq, n):
             for e in range(num_persistent, M, m):
-                entries = slice(e, min(e + m, M))
-                yield Piece(None, slice(i, min(i + n, BH * Nq)), slice(None), entries, first=e == 0)
+                visited = slice(e, min(e + m, M))
+                yield Piece(None, slice(i, min(i + n, BH * Nq)), slice(None), visited, first=e == 0)
 
 
 class Lists:

@@ -16,7 +16,7 @@ TORCH := torch>=2.9,<2.14
 .PHONY: demo test check format clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check
+	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
 
 test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 OUTPUT ?= outputs/demo.mp4
-PROMPT ?= a large red circle moves to the right on a black background
+PROMPT ?= a medium red square stays still on a white background
 TESTS ?= tests
 export PROMPT
 

@@ -70,9 +70,9 @@ def forward(
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     acc, peak, total = torch.empty_like(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
     mass = _Mass(q, M) if return_mass else None
-    stored = Buffer(query.dtype)  # values overwrite keys: half the cache
-    k_buffer, s_buffer = Buffer(q.dtype), Buffer(q.dtype)
-    v_buffer, p_buffer = Buffer(_product_dtype(query)), Buffer(_product_dtype(query))
+    stored = Buffer("stored keys", query.dtype)  # values overwrite keys: half the cache
+    k_buffer, s_buffer = (Buffer(purpose, q.dtype) for purpose in ("keys", "scores"))
+    v_buffer, p_buffer = (Buffer(purpose, _product_dtype(query)) for purpose in ("product values", "product scores"))
 
     for piece in _pieces(query, T, M, num_persistent, buffers=1):
         acc_p, peak_p, total_p = piece.rows(acc), piece.rows(peak).unsqueeze(1), piece.rows(total).unsqueeze(1)
@@ -161,9 +161,10 @@ def _backward_heads(
     work, product = _work_dtype(query), _product_dtype(query)
     dq = torch.zeros(rows.q.shape, dtype=work)
     dk, dv = (torch.zeros((B * H * S, T * D), dtype=work) for _ in range(2))
-    k_stored, v_stored = Buffer(query.dtype), Buffer(query.dtype)
-    k_buffer, v_buffer, p_buffer, ds_buffer = (Buffer(work) for _ in range(4))
-    px_buffer, dsx_buffer = Buffer(product), Buffer(product)
+    k_stored, v_stored = (Buffer(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
+    k_buffer, v_buffer = (Buffer(purpose, work) for purpose in ("keys", "values"))
+    p_buffer, ds_buffer = (Buffer(purpose, work) for purpose in ("scores", "ds"))
+    px_buffer, dsx_buffer = (Buffer(purpose, product) for purpose in ("product scores", "product ds"))
     # Where the products for dk and dv go: over the gathered blocks, which are no longer needed by then.
     dk_buffer, dv_buffer = (k_stored, v_stored) if product == query.dtype else (k_buffer, v_buffer)
 

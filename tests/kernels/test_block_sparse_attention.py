@@ -228,3 +228,12 @@ def test_query_alone_needs_gradients():
     block_sparse_attention(query, *p.inputs[1:], p.block_index, backend="cpu").out.sum().backward()
     assert query.grad is not None
     assert replace(p, query=query).key_pool.grad is None
+
+
+def test_scratch_memory_serves_inference_and_training_alike():
+    p = problem(1, 2, 3, 4, 5, 4, 8, 3, dtype=torch.float32, seed=7)
+    wider = problem(2, 3, 9, 16, 12, 16, 32, 8, dtype=torch.float32)
+    with torch.inference_mode():
+        block_sparse_attention(*wider.inputs, wider.block_index, backend="cpu")
+    check(wider, "cpu")
+    check(p, "cpu")

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -142,11 +143,17 @@ def test_editable_install_works_from_anywhere(checkout: Path, tmp_path: Path) ->
         pytest.skip("this environment has no pip")
     assert child.returncode == 0, child.stderr[-2000:]
     code = (
-        f"import site; site.addsitedir({str(tmp_path / 'site')!r});"
+        f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r});"
+        f"sys.path.append({sysconfig.get_path('purelib')!r});"
         "import sparse_forcing.sampling.jobs as j, sparse_forcing; print(sparse_forcing.__file__, j.__file__)"
     )
     child = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env={"PATH": "", "PYTHONPATH": ""}, capture_output=True, text=True
+        # -S: an editable install of this environment itself must not answer instead.
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        env={"PATH": "", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
     )
     assert child.returncode == 0, child.stderr[-2000:]
     assert child.stdout.count(str(checkout)) == 2

@@ -37,7 +37,7 @@ def test_killed_and_resumed_with_two_processes(tmp_path: Path, model_folder: Pat
 
 
 def run_sharded(tmp_path: Path, config: dict, out: Path) -> tuple[int, str]:
-    """Two sharded processes. On a busy CPU torch 2.13's fully_shard over gloo once died of SIGSEGV, not reproduced alone;
+    """Two sharded processes. On a busy CPU torch 2.13's fully_shard over gloo died of SIGSEGV once, not again alone;
     that crash, and no other failure, is tried again, as a resumed run."""
     for _ in range(3):
         code, output = run(tmp_path, config, out, processes=2)

@@ -4,13 +4,13 @@ Three decisions carry the speed (figures in README.md):
 
 * Scores are computed key-major, s[n] = K[n] q[n]^T with shape [L, R]: every GEMM of the forward and of the backward
   then has the layout that MKL runs fastest with only R = 64 query rows, and reductions over keys run along vectors.
-* A piece (some query blocks x some list entries) is so small that its keys, values and scores stay in the L2 cache.
-  Pieces of one query block are joined by an online softmax held in (acc, peak, total).
+* A piece (some query blocks x some list entries) is a few MiB: small enough for the cache, large beside the cost of
+  the torch calls that process it. Pieces of one query block are joined by an online softmax in (acc, peak, total).
 * The persistent entries are the same for all query blocks of a head. They are visited by wide pieces, whose rows are
   many query blocks at once, so a gathered block serves hundreds of rows. Nothing else differs between the two kinds.
 
-Softmax works in base 2: exp2 costs a third of exp here. bfloat16 and float16 are computed in float32, except that
-P V runs in bfloat16 where the CPU has instructions for it; scores never lose precision.
+Softmax works in base 2: exp2 costs a third of exp here. bfloat16 and float16 are computed in float32; only the factors
+of P V, P dO, dS K and dS Q are rounded to bfloat16, for bfloat16 input, where oneDNN multiplies it fast.
 
 Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
 M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.

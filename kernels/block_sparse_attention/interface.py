@@ -56,7 +56,7 @@ def block_sparse_attention(
         key_sizes: [B, H, S] int32, real tokens of each slot; None means T everywhere.
         scale: factor on the scores; None means 1 / sqrt(D).
         num_persistent: promise that the first so many entries of every row of one (batch, head) are the same slots.
-            A hint for speed: the result never depends on it.
+            A hint for speed; with a broken promise the CPU path's result is undefined.
         return_mass: also return the attention probability of each listed block, summed over real query rows, detached.
         backend: "auto" (triton on a GPU, cpu on the CPU, else reference) or one of them by name.
 

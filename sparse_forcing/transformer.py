@@ -303,18 +303,20 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             encoder_hidden_states: [B, T, text_dim] text embeddings, padded rows exactly zero (they are attended to).
             policy: what self-attention sees; bidirectional when None.
             text_keys_values: result of `encode_text` for the same text, to spare its recomputation in a rollout.
-            clean_hidden_states: [B, C, F, H, W] clean latents that precede the noisy ones in the token sequence
-                (teacher forcing); the policy must then cover 2F frames.
-            clean_timestep: [B] or [B, F] of the clean half; 0 when None.
+            clean_hidden_states: [B, C, G, H, W] clean latents that precede the noisy ones in the token sequence
+                (teacher forcing); the policy must then cover G + F frames.
+            clean_timestep: [B] or [B, G] of the clean part; 0 when None.
 
         Returns:
-            [B, out_channels, F, H, W] flow of the noisy half.
+            [B, out_channels, F, H, W] flow of the noisy part.
         """
         frames, height, width = hidden_states.shape[2:]
         x, timestep = hidden_states, self._grouped(timestep, frames)
+        clean_frames = 0
         if clean_hidden_states is not None:
+            clean_frames = clean_hidden_states.shape[2]
             clean = timestep.new_zeros(len(x), 1) if clean_timestep is None else clean_timestep
-            timestep = torch.cat([self._grouped(clean, frames, expand=True), timestep.expand(-1, frames)], 1)
+            timestep = torch.cat([self._grouped(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1)
             x = torch.cat([clean_hidden_states, x], 2)
         sigma = timestep[:, None, :, None, None] / 1000
 
@@ -328,9 +330,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         texts: list = text_keys_values or self._same_text(encoder_hidden_states)
         tokens = self._run_blocks(tokens, modulation, texts, rotary, attention)
 
-        if clean_hidden_states is not None:
-            half = tokens.shape[1] // 2
-            tokens, embedding, sigma = tokens[:, half:], embedding[:, frames:], sigma[:, :, frames:]
+        if clean_frames:
+            tokens = tokens[:, clean_frames * rows * cols :]
+            embedding, sigma = embedding[:, clean_frames:], sigma[:, :, clean_frames:]
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulate(layer_norm(tokens, self.config.eps), shift, scale))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)

@@ -9,19 +9,28 @@ from sparse_forcing.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma
 
 
 def sample_sigma(batch: int, groups: int, *, shift: float, spread: float, generator: torch.Generator) -> Tensor:
-    """[B, G] noise levels: logit-normal with standard deviation `spread`, then shifted towards noise."""
-    u = torch.sigmoid(torch.randn(batch, groups, generator=generator) * spread)
-    return shift_sigma(u, shift)
+    """[B, G] noise levels: logit-normal with standard deviation `spread`, then shifted towards noise.
+
+    Stratified: the draws of a batch fill the distribution's quantiles evenly, which makes the loss less noisy.
+    """
+    count = batch * groups
+    quantile = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
+    u = torch.sigmoid(torch.special.ndtri(quantile.clamp(1e-6, 1 - 1e-6)) * spread)
+    return shift_sigma(u, shift).view(batch, groups)
 
 
-def unit_variance_weight(sigma: Tensor, latent_std: list[float] | None) -> Tensor | float:
+def unit_variance_weight(sigma: Tensor, latent_std: list[float] | None, channel_power: float = 0.0) -> Tensor | float:
     """Weight of the squared flow error that makes it the squared error of the preconditioned network output:
-    (1 - sigma)^2 + sigma^2 / s^2 per channel of standard deviation s. sigma [B, F] -> [B, C, F, 1, 1]."""
+    (1 - sigma)^2 + sigma^2 / s^2 per channel of standard deviation s. sigma [B, F] -> [B, C, F, 1, 1].
+
+    `channel_power` p multiplies a channel's weight by s^p over the mean of s^p: large components, which hold the
+    layout, then count more than those of fine texture.
+    """
     if latent_std is None:
         return 1.0
     s = torch.tensor(latent_std, dtype=sigma.dtype)[:, None, None, None]
     t = sigma[:, None, :, None, None]
-    return ((1 - t) * s) ** 2 / s**2 + t**2 / s**2
+    return ((1 - t) ** 2 + t**2 / s**2) * s**channel_power / (s**channel_power).mean()
 
 
 def noisy_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 Short clips first: one latent frame teaches colours and shapes several times faster per minute than long clips do, so
 most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
 forcing: the sequence [context | noisy], where the context is clean or slightly noisy, so that rollouts tolerate their
-own errors.
+own errors. Before all that the text encoder learns which attributes captions name, and during it an inner layer
+also predicts where the object is (training/scene_targets.py); both heads are dropped in the end.
 
     python -m sparse_forcing.training.pretrain --config CONFIG.yaml --out runs/tiny
 """
@@ -12,32 +13,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.scenes.captions import vocabulary_words
+from sparse_forcing.scenes.captions import caption, vocabulary_words
+from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
-from sparse_forcing.training.data.procedural import procedural_batch, step_seed
+from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.losses import flow_matching_loss, noisy_latents, sample_sigma, unit_variance_weight
+from sparse_forcing.training.scene_targets import ATTRIBUTES, POSE_NUMBERS, attribute_targets, pose_targets
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """A stretch of the curriculum: `steps` optimizer steps on clips of `latent_frames`."""
+    """A stretch of the curriculum: `steps` optimizer steps on clips of `latent_frames`.
+
+    A `continuation` stage starts most clips in the middle of their scene and learns every chunk but the first.
+    """
 
     latent_frames: int
     batch_size: int
     steps: int
+    continuation: bool = False
     learning_rate: float = 2e-3
     final_learning_rate: float | None = None
     warmup_steps: int = 100
@@ -73,6 +82,10 @@ class PretrainConfig:
     ema_decay: float = 0.999
     shift: float = 6.0
     sigma_spread: float = 1.4
+    channel_power: float = 1.0
+    text_steps: int = 400
+    pose_layer: int = 4
+    pose_weight: float = 0.5
     context_noise: float = 0.15
     caption_dropout: float = 0.1
     two_object_fraction: float = 0.25
@@ -95,6 +108,10 @@ class PretrainConfig:
                     f"stages.{number}.latent_frames: {stage.latent_frames} is not a multiple of chunk_frames "
                     f"{self.chunk_frames}"
                 )
+            if stage.continuation and stage.latent_frames <= self.chunk_frames:
+                raise ConfigError(f"stages.{number}: a continuation needs more than one chunk of {self.chunk_frames}")
+        if not 0 <= self.pose_layer < self.num_layers:
+            raise ConfigError(f"pose_layer: there are layers 0 to {self.num_layers - 1}, got {self.pose_layer}")
 
 
 class TextToVideo(nn.Module):
@@ -117,6 +134,26 @@ class TextToVideo(nn.Module):
             pooled_text=True,
             latent_std=latent_std,
         )
+        self.pose_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, POSE_NUMBERS)
+        self.attribute_head = nn.Linear(config.text_dim, ATTRIBUTES)
+        self.pose_features: Tensor | None = None
+        self.transformer.blocks[config.pose_layer].register_forward_hook(self._keep_features)
+
+    def _keep_features(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
+        self.pose_features = tokens
+
+    def attributes(self, captions: list[str]) -> Tensor:
+        """Logits of what captions say, [B, ATTRIBUTES], from the pooled text that the transformer sees, too."""
+        text = self.text_encoder.encode(captions)
+        used = (text != 0).any(-1, keepdim=True)
+        return self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
+
+    def pose_loss(self, targets: Tensor, one_object: Tensor) -> Tensor:
+        """Squared error of the pose read off the noisy tokens of the last forward pass; scenes of one object only."""
+        assert self.pose_features is not None
+        features, self.pose_features = self.pose_features[:, -targets.shape[1] :], None
+        error = (self.pose_head(features.float()) - targets).square().mean((1, 2))
+        return (error * one_object).mean()
 
 
 def fit_autoencoder(config: PretrainConfig) -> tuple[PatchAutoencoder, list[float]]:
@@ -181,45 +218,87 @@ def learning_rate(stage: StageConfig, step: int) -> float:
     return decayed * min(1.0, (step + 1) / stage.warmup_steps)
 
 
-def training_loss(
-    model: TextToVideo, latents: Tensor, captions: list[str], config: PretrainConfig, step: int
-) -> Tensor:
-    """Flow matching on latents [B, C, F, H, W]; teacher forcing when they span more than one chunk."""
-    generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
+    """Teach the text encoder which attributes a caption names; returns the last loss."""
+    parameters = [*model.text_encoder.parameters(), *model.attribute_head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+    loss = torch.zeros(())
+    for step in range(config.text_steps):
+        seed = step_seed(config.seed, step, stream=2)
+        scenes = sample_scenes(
+            128, torch.Generator().manual_seed(seed), two_object_fraction=config.two_object_fraction, split="train"
+        )
+        words = random.Random(seed)
+        captions = [caption(scene, words) for scene in scenes.scenes()]
+        loss = F.binary_cross_entropy_with_logits(model.attributes(captions), attribute_targets(scenes))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+    return loss.item()
+
+
+def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, generator: torch.Generator) -> dict:
+    """Context and visibility of a clip [B, C, F, H, W] of several chunks: every chunk sees the clean chunks before it.
+
+    The last chunk is nobody's context; in a continuation the first one is nothing but context.
+    """
     batch, _, frames = latents.shape[:3]
-    chunks = [config.chunk_frames] * (frames // config.chunk_frames) or [frames]
-    repeats = torch.tensor(chunks)
-    sigma = sample_sigma(batch, len(chunks), shift=config.shift, spread=config.sigma_spread, generator=generator)
-    sigma = sigma.repeat_interleave(repeats, 1)
-    noise = torch.randn(latents.shape, generator=generator)
-    text = model.text_encoder.encode(captions)
+    chunk = config.chunk_frames
+    level = torch.rand(batch, frames // chunk, generator=generator) ** 2 * config.context_noise
+    level = level * (torch.rand(batch, 1, generator=generator) < 0.5)
+    level = level.repeat_interleave(chunk, 1)[:, :-chunk]
+    context = latents[:, :, :-chunk]
+    noise = torch.randn(context.shape, generator=generator)
+    skipped = chunk if stage.continuation else 0
+    kept = torch.cat([torch.arange(frames - chunk), torch.arange(frames + skipped, 2 * frames)])
+    mask = teacher_forcing_mask([chunk] * (frames // chunk))[kept][:, kept]
+    return {
+        "policy": ParallelAttention(len(kept), mask, torch.arange(frames).repeat(2)[kept]),
+        "clean_hidden_states": noisy_latents(context, noise, level),
+        "clean_timestep": 1000 * level,
+    }
+
+
+def training_loss(
+    model: TextToVideo, vae: PatchAutoencoder, clips: ClipBatch, config: PretrainConfig, stage: StageConfig, step: int
+) -> tuple[Tensor, Tensor]:
+    """(flow matching loss, pose loss) of a batch of clips; teacher forcing when they span more than one chunk."""
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+    latents = vae.encode(clips.pixels)
+    batch, frames, rows = latents.shape[0], latents.shape[2], latents.shape[3]
     inputs: dict = {"policy": ParallelAttention(frames)}
-    if len(chunks) > 1:
-        level = torch.rand(batch, len(chunks), generator=generator) ** 2 * config.context_noise
-        level = level * (torch.rand(batch, 1, generator=generator) < 0.5)
-        level = level.repeat_interleave(repeats, 1)
-        context_noise = torch.randn(latents.shape, generator=generator)
-        inputs = {
-            "policy": ParallelAttention(2 * frames, teacher_forcing_mask(chunks), torch.arange(frames).repeat(2)),
-            "clean_hidden_states": noisy_latents(latents, context_noise, level),
-            "clean_timestep": 1000 * level,
-        }
+    if frames > config.chunk_frames:
+        inputs = forcing_inputs(latents, config, stage, generator)
+    targets = pose_targets(clips.scenes, clips.start, frames, vae.temporal_stride, rows)
+    if stage.continuation:
+        latents = latents[:, :, config.chunk_frames :]
+    length = min(frames, config.chunk_frames)
+    noisy_frames = latents.shape[2]
+    sigma = sample_sigma(
+        batch, noisy_frames // length, shift=config.shift, spread=config.sigma_spread, generator=generator
+    ).repeat_interleave(length, 1)
+    noise = torch.randn(latents.shape, generator=generator)
     with torch.autocast(latents.device.type, torch.bfloat16):
+        text = model.text_encoder.encode(clips.captions)
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
-    return flow_matching_loss(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
+    weight = unit_variance_weight(sigma, model.transformer.config.latent_std, config.channel_power)
+    pose = model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1))
+    return flow_matching_loss(flow, latents, noise, weight), pose
 
 
 def train_step(
     model: TextToVideo, optimizers: list, ema: ParameterEma, vae: PatchAutoencoder, config: PretrainConfig, step: int
-) -> float:
-    """One optimizer step; raises FloatingPointError before touching the weights when the loss is not finite."""
+) -> tuple[float, float]:
+    """One optimizer step: (flow loss, pose loss). Raises FloatingPointError before touching the weights when one of
+    them is not finite."""
     stage, stage_step = stage_at(config, step)
     clips = procedural_batch(
         config.seed + 1, step, batch_size=stage.batch_size, num_frames=stage.latent_frames * vae.temporal_stride,
         size=stage.size, two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if stage.continuation else 0.0,
     )  # fmt: skip
-    loss = training_loss(model, vae.encode(clips.pixels), clips.captions, config, step)
-    loss.backward()
+    loss, pose = training_loss(model, vae, clips, config, stage, step)
+    (loss + config.pose_weight * pose).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     if not (torch.isfinite(loss) and torch.isfinite(norm)):
         raise FloatingPointError(
@@ -231,7 +310,7 @@ def train_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     ema.update(model)
-    return loss.item()
+    return loss.item(), pose.item()
 
 
 def pretrain(config: PretrainConfig, out: Path) -> None:
@@ -242,6 +321,9 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)
+    if step == 0 and config.text_steps and config.init_from is None:
+        print(f"captions: loss {pretrain_text(model, config):.4f} after {config.text_steps} steps", flush=True)
+        ema.reset(model)
     if config.compile:
         for block in model.transformer.blocks:
             block.compile()
@@ -253,10 +335,11 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
         step += 1
         if step % 50 == 0 or step == total:
             seconds = (time.monotonic() - began) / len(window)
-            row = {"step": step, "loss": sum(window) / len(window), "seconds_per_step": seconds}
+            loss, pose = (sum(values) / len(window) for values in zip(*window))
+            row = {"step": step, "loss": loss, "pose_loss": pose, "seconds_per_step": seconds}
             with (out / "metrics.jsonl").open("a") as log:
                 log.write(json.dumps(row) + "\n")
-            print(f"step {step}/{total} loss {row['loss']:.4f} {seconds:.2f} s/step", flush=True)
+            print(f"step {step}/{total} loss {loss:.4f} pose {pose:.4f} {seconds:.2f} s/step", flush=True)
             window, began = [], time.monotonic()
         if step == total or time.monotonic() - saved > 60 * config.checkpoint_minutes:
             save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)

@@ -11,15 +11,19 @@ from torch import Tensor
 
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.render import render
-from sparse_forcing.scenes.sample import sample_scenes
+from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
+from sparse_forcing.scenes.vocabulary import CLIP_FRAMES
 
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """pixels [B, 3, F, S, S] in [-1, 1] and one caption each ("" where it was dropped)."""
+    """pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn from
+    and the frame of its scene [B] at which each clip starts."""
 
     pixels: Tensor
     captions: list[str]
+    scenes: SceneBatch
+    start: Tensor
 
 
 def step_seed(seed: int, step: int, stream: int = 0) -> int:
@@ -37,11 +41,15 @@ def procedural_batch(
     two_object_fraction: float,
     caption_dropout: float,
     split: str = "train",
+    late_start_fraction: float = 0.0,
 ) -> ClipBatch:
-    """The batch of one step: clips that start at a random moment of their scene, with varied captions."""
+    """The batch of one step, with varied captions. Clips show the first frames of their scene, except for a share that
+    starts at any later moment of its first five seconds."""
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     words = random.Random(step_seed(seed, step))
     scenes = sample_scenes(batch_size, generator, two_object_fraction=two_object_fraction, split=split)
-    video = render(scenes, num_frames, size)
+    start = torch.randint(max(1, CLIP_FRAMES - num_frames + 1), (batch_size,), generator=generator)
+    start *= torch.rand(batch_size, generator=generator) < late_start_fraction
+    video = render(scenes, num_frames, size, start=start)
     captions = ["" if words.random() < caption_dropout else caption(scene, words) for scene in scenes.scenes()]
-    return ClipBatch(video.transpose(1, 2), captions)
+    return ClipBatch(video.transpose(1, 2), captions, scenes, start)

@@ -1,0 +1,201 @@
+"""Pretraining: what each stage sees and learns from, the auxiliary targets, and resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from math import pi
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.scenes.render import trajectories
+from sparse_forcing.scenes.sample import sample_scenes
+from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
+from sparse_forcing.training import pretrain as recipe
+from sparse_forcing.training.data.procedural import procedural_batch
+from sparse_forcing.training.export import trained_pipeline
+from sparse_forcing.training.losses import sample_sigma, unit_variance_weight
+from sparse_forcing.training.pretrain import PretrainConfig, StageConfig, TextToVideo
+from sparse_forcing.training.scene_targets import ATTRIBUTES, HARMONICS, POSE_NUMBERS, attribute_targets, pose_targets
+from tests.training.helpers import differences, newest, state
+
+STD = [2.0, 1.0, 0.5, 0.5]
+
+
+def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
+    """A model whose step takes milliseconds."""
+    small: dict[str, Any] = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
+        "latent_channels": 4, "pose_layer": 1, "text_steps": 2, "checkpoint_minutes": 1e9,
+    }  # fmt: skip
+    return PretrainConfig(
+        stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, size=32),), **small | changes
+    )
+
+
+def batch(frames: int, count: int = 3, **options: Any):
+    defaults: dict[str, Any] = {"size": 32, "two_object_fraction": 0.0, "caption_dropout": 0.0}
+    return procedural_batch(0, 0, batch_size=count, num_frames=frames, **defaults | options)
+
+
+def test_pose_targets_say_where_the_object_is_from_every_token() -> None:
+    scenes = sample_scenes(4, torch.Generator().manual_seed(0))
+    start = torch.tensor([0, 3, 8, 20])
+    targets = pose_targets(scenes, start, latent_frames=2, stride=4, rows=8).unflatten(1, (2, 8, 8))
+    assert targets.shape[-1] == POSE_NUMBERS
+    x, y, radius, _ = (value[:, 0] for value in trajectories(scenes, 8, start=start))
+    for clip in range(4):
+        for frame in range(2):
+            for last in range(2):
+                # across: sine, cosine of both ends come first; the token's centre minus the phase is the object
+                sine, cosine = targets[clip, frame, 2, 5, last], targets[clip, frame, 2, 5, 2 + last]
+                found = ((5 + 0.5) / 8 - torch.atan2(sine, cosine) / (2 * pi)) % 1
+                assert found.item() == pytest.approx(x[clip, 4 * frame + 3 * last].item() % 1, abs=1e-4)
+                sine, cosine = targets[clip, frame, 2, 5, 4 + last], targets[clip, frame, 2, 5, 6 + last]
+                found = ((2 + 0.5) / 8 - torch.atan2(sine, cosine) / (2 * pi)) % 1
+                assert found.item() == pytest.approx(y[clip, 4 * frame + 3 * last].item() % 1, abs=1e-4)
+            size = targets[clip, frame, 0, 0, 8 * len(HARMONICS)]
+            assert torch.equal(size, targets[clip, frame, 7, 3, 8 * len(HARMONICS)])
+            assert size.item() == pytest.approx(2 * (radius[clip, 4 * frame] / 0.172).log().item(), abs=1e-4)
+
+
+def test_attribute_targets_are_what_captions_say() -> None:
+    scenes = sample_scenes(20, torch.Generator().manual_seed(1), two_object_fraction=0.5)
+    names = [*BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *MOTIONS]
+    targets = attribute_targets(scenes)
+    assert targets.shape == (20, ATTRIBUTES)
+    for scene, row in zip(scenes.scenes(), targets):
+        said = {scene.background}
+        for item in scene.objects:
+            said |= {item.colour, item.shape, item.size, item.motion}
+        assert {name for name, value in zip(names, row.tolist()) if value} == said - {None}
+
+
+def test_late_starts_show_later_frames_of_the_same_scenes() -> None:
+    clips = batch(8, count=16, late_start_fraction=0.5)
+    assert (clips.start == 0).any()
+    assert (clips.start > 0).any()
+    whole = batch(40, count=16)
+    for clip, start in enumerate(clips.start.tolist()):
+        torch.testing.assert_close(clips.pixels[clip], whole.pixels[clip, :, start : start + 8])
+
+
+def test_sigma_draws_of_a_batch_fill_the_quantiles_of_their_distribution() -> None:
+    sigma = sample_sigma(64, 2, shift=6.0, spread=1.4, generator=torch.Generator().manual_seed(0))
+    assert sigma.shape == (64, 2)
+    u = sigma / (6 - 5 * sigma)
+    quantiles = torch.special.ndtr(torch.logit(u) / 1.4).flatten().sort().values
+    assert ((quantiles * 128).floor() == torch.arange(128)).float().mean() > 0.97
+
+
+def test_channel_power_moves_weight_to_large_components_and_keeps_the_mean() -> None:
+    sigma = torch.full((1, 1), 0.5)
+    even, tilted = (unit_variance_weight(sigma, STD, power)[0, :, 0, 0, 0] for power in (0.0, 1.0))
+    ratio = tilted / even
+    torch.testing.assert_close(ratio, torch.tensor(STD))
+    assert ratio.mean() == 1
+
+
+@pytest.mark.parametrize("continuation", [False, True])
+def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: bool) -> None:
+    torch.manual_seed(0)
+    settings = config(StageConfig(latent_frames=6, batch_size=1, steps=1, continuation=continuation))
+    model = TextToVideo(settings, STD).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    latents = torch.randn(1, 4, 6, 2, 2)
+    noisy = latents[:, :, 2:] if continuation else latents
+    inputs = recipe.forcing_inputs(
+        latents, replace(settings, context_noise=0.0), settings.stages[0], torch.Generator().manual_seed(0)
+    )
+    text = model.text_encoder.encode(["a red circle"])
+    noisy = torch.randn_like(noisy)
+    context = inputs["clean_hidden_states"].requires_grad_()
+    noisy.requires_grad_()
+    flow = model.transformer(noisy, torch.full((1, noisy.shape[2]), 500.0), text, **inputs)
+    first = 1 if continuation else 0
+    for number in range(noisy.shape[2] // 2):
+        seen_context, seen_noisy = torch.autograd.grad(
+            flow[:, :, 2 * number : 2 * number + 2].square().sum(),
+            (context, noisy),
+            retain_graph=True,
+            allow_unused=True,
+        )
+        of_context = [bool(seen_context[:, :, 2 * i : 2 * i + 2].any()) for i in range(2)]
+        of_noisy = [bool(seen_noisy[:, :, 2 * i : 2 * i + 2].any()) for i in range(noisy.shape[2] // 2)]
+        assert of_context == [i < number + first for i in range(2)]
+        assert of_noisy == [i == number for i in range(len(of_noisy))]
+
+
+def test_pose_loss_reaches_the_inner_layer_and_leaves_two_objects_out() -> None:
+    settings = config()
+    model = TextToVideo(settings, STD)
+    vae, _ = recipe.fit_autoencoder(settings)
+    clips = batch(4)
+    _, pose = recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0)
+    pose.backward()
+    assert model.pose_head.weight.grad is not None
+    assert model.transformer.patch_embedding.weight.grad.any()
+    two = batch(4, two_object_fraction=1.0)
+    _, pose = recipe.training_loss(model, vae, two, settings, settings.stages[0], 0)
+    assert pose == 0
+
+
+def test_the_text_encoder_learns_what_captions_name() -> None:
+    settings = config(text_dim=32, text_steps=1)
+    model = TextToVideo(settings, STD)
+    early = recipe.pretrain_text(model, settings)
+    assert recipe.pretrain_text(model, replace(settings, text_steps=60)) < 0.6 * early
+
+
+def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stages = (
+        StageConfig(latent_frames=1, batch_size=2, steps=3, size=32),
+        StageConfig(latent_frames=4, batch_size=2, steps=2, size=32, continuation=True),
+    )
+    settings = config(*stages, checkpoint_minutes=0)
+    recipe.pretrain(settings, tmp_path / "whole")
+    train_step = recipe.train_step
+
+    def killed(*arguments: Any):
+        if arguments[-1] == 2:
+            raise KeyboardInterrupt
+        return train_step(*arguments)
+
+    monkeypatch.setattr(recipe, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        recipe.pretrain(settings, tmp_path / "out")
+    monkeypatch.undo()
+    recipe.pretrain(settings, tmp_path / "out")
+    assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
+    rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 5
+
+
+def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:
+    settings = config(checkpoint_minutes=0)
+    recipe.pretrain(settings, tmp_path / "run")
+    pipe = trained_pipeline(tmp_path / "run", settings, averaged=True)
+    pipe.save_pretrained(tmp_path / "model")
+    assert not [name for name in pipe.transformer.state_dict() if "pose" in name or "attribute" in name]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pose_layer": 2}, "pose_layer: there are layers 0 to 1"),
+        ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=True),)}, "more than one chunk"),
+        ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
+        ({"optimizer": "sgd"}, "expected muon or adamw"),
+        ({"stages": ()}, "at least one stage"),
+    ],
+)
+def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(config(), **changes)

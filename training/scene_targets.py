@@ -1,0 +1,52 @@
+"""Auxiliary targets that a procedural scene gives for free: where each token sees the object, and what a caption says.
+
+Heads that predict them are dropped after training; they make layout and words learned sooner, as aligning inner
+features does for image models (REPA, arXiv 2410.06940).
+"""
+
+from __future__ import annotations
+
+from math import pi
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.scenes.render import trajectories
+from sparse_forcing.scenes.sample import SceneBatch
+from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE_RADIUS, SIZES
+
+HARMONICS = (1, 4)  # the first says roughly where, the second exactly
+POSE_NUMBERS = 8 * len(HARMONICS) + 3
+ATTRIBUTES = len(BACKGROUNDS) + len(COLOURS) + len(SHAPES) + len(SIZES) + len(MOTIONS)
+_SYMMETRY = {"square": 4, "triangle": 3, "star": 5}
+
+
+def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: int, rows: int) -> Tensor:
+    """The first object as seen from every token: [B, latent_frames * rows * rows, POSE_NUMBERS], frame-major.
+
+    Sine and cosine of the distance across and down (the world is a torus) in the first and last of the `stride` pixel
+    frames of a token, the logarithm of the radius, and the rotation modulo the shape's symmetry.
+    """
+    x, y, radius, angle = (value[:, 0] for value in trajectories(scenes, latent_frames * stride, start=start))
+    first = torch.arange(0, latent_frames * stride, stride)
+    ends = torch.stack([first, first + stride - 1])
+    centre = (torch.arange(rows) + 0.5) / rows
+    across = (centre - x[:, ends, None]).movedim(1, -1)[:, :, None]  # [B, F, 1, R, 2]
+    down = (centre - y[:, ends, None]).movedim(1, -1)[:, :, :, None]  # [B, F, R, 1, 2]
+    waves = [f(2 * pi * k * d) for k in HARMONICS for d in (across, down) for f in (torch.sin, torch.cos)]
+    symmetry = torch.tensor([_SYMMETRY.get(name, 0) for name in SHAPES])[scenes.shape[:, 0], None]
+    turn = symmetry * angle[:, first]
+    own = torch.stack([(radius[:, first] / SIZE_RADIUS["medium"]).log() * 2, turn.cos(), turn.sin()], -1)
+    grid = (len(scenes), latent_frames, rows, rows, -1)
+    return torch.cat([*(w.expand(grid) for w in waves), own[:, :, None, None].expand(grid)], -1).flatten(1, 3)
+
+
+def attribute_targets(scenes: SceneBatch) -> Tensor:
+    """[B, ATTRIBUTES] in {0, 1}: which background, colours, shapes, sizes and motions a scene has."""
+    columns = [torch.nn.functional.one_hot(scenes.background, len(BACKGROUNDS))]
+    for numbers, names in (
+        (scenes.colour, COLOURS), (scenes.shape, SHAPES), (scenes.size, SIZES), (scenes.motion, MOTIONS),
+    ):  # fmt: skip
+        told = (scenes.present & (numbers >= 0))[..., None]
+        columns.append((torch.nn.functional.one_hot(numbers.clamp(min=0), len(names)) * told).amax(1))
+    return torch.cat(columns, 1).float()

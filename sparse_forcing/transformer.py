@@ -33,6 +33,17 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
+    """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
+
+    They depend on the share of the frame, not on its size in tokens.
+    """
+    turns = torch.arange(1, harmonics + 1, device=device)
+    across, down = (2 * math.pi * (torch.arange(n, device=device) + 0.5) / n for n in (cols, rows))
+    x, y = (torch.cat([(a[:, None] * turns).sin(), (a[:, None] * turns).cos()], -1) for a in (across, down))
+    return torch.cat([x.repeat(rows, 1), y.repeat_interleave(cols, 0)], -1)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the whole last dimension (all heads together), computed in at least float32."""
 
@@ -201,6 +212,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         pooled_text: add the mean text token to the time embedding.
         latent_std: per-channel standard deviation of the latents; when given, inputs and outputs are preconditioned
             so that the network sees and predicts unit variance at every noise level (forward still returns the flow).
+        position_harmonics: sine and cosine pairs, per axis, of an embedding that tells every token where in the frame
+            it is; 0 for none (Wan). Rotary positions are relative: a small model hardly finds edges by them alone.
         selector_tokens: tokens of a block of the sparse memory, to give every layer a learned block selector; None
             selects by mean pooling.
     """
@@ -231,6 +244,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         horizon_frames: int = 21,
         pooled_text: bool = False,
         latent_std: list[float] | None = None,
+        position_harmonics: int = 0,
         selector_tokens: int | None = None,
     ) -> None:
         super().__init__()
@@ -248,6 +262,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         dim = num_attention_heads * attention_head_dim
         patch = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
         self.patch_embedding = nn.Conv3d(in_channels, dim, patch, patch)
+        self.position_embedder = nn.Linear(4 * position_harmonics, dim) if position_harmonics else None
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
             CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens)
@@ -372,7 +387,12 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         """[B, C, F, H, W] -> tokens [B, F*R*C, dim]: the patch convolution as one matrix product."""
         _, ph, pw = self.config.patch_size
         patches = rearrange(x, "b c f (r p) (s q) -> b (f r s) (c p q)", p=ph, q=pw)
-        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        if self.position_embedder is None:
+            return tokens
+        waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)
+        position = self.position_embedder(waves.to(self.position_embedder.weight.dtype)).to(tokens.dtype)
+        return tokens + position.repeat(x.shape[2], 1)
 
     def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""

@@ -76,13 +76,14 @@ class PretrainConfig:
     latent_channels: int = 96
     chunk_frames: int = 2
     horizon_frames: int = 10
+    position_harmonics: int = 4
     optimizer: str = "muon"
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
     shift: float = 6.0
     sigma_spread: float = 1.4
-    channel_power: float = 1.0
+    channel_power: float = 1.5
     text_steps: int = 400
     pose_layer: int = 4
     pose_weight: float = 0.5
@@ -133,6 +134,7 @@ class TextToVideo(nn.Module):
             horizon_frames=config.horizon_frames,
             pooled_text=True,
             latent_std=latent_std,
+            position_harmonics=config.position_harmonics,
         )
         self.pose_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, POSE_NUMBERS)
         self.attribute_head = nn.Linear(config.text_dim, ATTRIBUTES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from sparse_forcing.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.transformer import CausalWanTransformer3DModel, frame_position_waves
 
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,
@@ -124,3 +126,33 @@ def test_timesteps_of_the_wrong_shape_are_refused() -> None:
     model, (x, _, text) = small(), inputs()
     with pytest.raises(ConfigError, match="timestep"):
         model(x, torch.zeros(2, 2), text)
+
+
+@pytest.mark.parametrize("rows", [2, 5])
+def test_position_waves_name_the_place_of_a_token_whatever_the_grid(rows: int) -> None:
+    cols, harmonics = 4, 3
+    waves = frame_position_waves(rows, cols, harmonics, torch.device("cpu")).unflatten(0, (rows, cols))
+    for row in range(rows):
+        for col in range(cols):
+            for axis, share in enumerate(((col + 0.5) / cols, (row + 0.5) / rows)):
+                sines, cosines = waves[row, col].unflatten(0, (2, 2, harmonics))[axis]
+                turns = torch.tensor([2 * math.pi * share * k for k in (1, 2, 3)])
+                torch.testing.assert_close(sines, turns.sin())
+                torch.testing.assert_close(cosines, turns.cos())
+
+
+def test_position_embedding_breaks_the_symmetry_that_relative_positions_leave() -> None:
+    """On a constant picture every place of a frame would otherwise look the same but for the edges of attention."""
+    x, t, text = inputs()
+    x = torch.ones_like(x)
+    plain, placed = small(num_layers=0)(x, t, text), small(num_layers=0, position_harmonics=2)(x, t, text)
+    patches = plain.unfold(3, 2, 2).unfold(4, 2, 2)
+    assert torch.equal(patches, patches[:, :, :1, :1, :1].expand_as(patches))
+    patches = placed.unfold(3, 2, 2).unfold(4, 2, 2)
+    assert not torch.allclose(patches[:, :, 0, 0, 0], patches[:, :, 0, 1, 2])
+    torch.testing.assert_close(patches[:, :, 0], patches[:, :, 2])  # the same in every frame
+
+
+def test_position_embedding_comes_only_when_asked_for() -> None:
+    assert not [name for name in small().state_dict() if name.startswith("position_embedder")]
+    assert "position_embedder.weight" in small(position_harmonics=1).state_dict()

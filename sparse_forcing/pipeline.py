@@ -7,6 +7,8 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -27,13 +29,14 @@ from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoi
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder, WordTokenizer
 from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder, VideoAutoencoder, WanAutoencoder
+from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
 from sparse_forcing.weights.manifest import MANIFEST, folder_hash, write_manifest
 from sparse_forcing.weights.safe_load import check_safetensors
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
 PIPELINE_FILE = "pipeline.json"
 OUTPUT_TYPES = ("np", "pt", "latent")
+EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,8 +128,13 @@ class SparseForcingPipeline:
         return self
 
     @classmethod
-    def from_pretrained(cls, model: str, torch_dtype: torch.dtype | None = None) -> SparseForcingPipeline:
+    def from_pretrained(
+        cls, model: str, torch_dtype: torch.dtype | None = None, text_encoder: TextEncoder | None = None
+    ) -> SparseForcingPipeline:
         """Load an embedded model by name, a folder that `save_pretrained` wrote, or a diffusers Wan folder.
+
+        Args:
+            text_encoder: takes the place of the folder's own, which is then not loaded.
 
         Raises:
             WeightsError: unknown model, missing or damaged file.
@@ -136,21 +144,10 @@ class SparseForcingPipeline:
             digest = folder_hash(folder)
         else:  # a foreign folder, tens of gigabytes with its text encoder: name it by its transformer
             digest = folder_hash(folder / "transformer")
-        config = _read_config(folder)
-        for path in folder.rglob("*.safetensors"):
-            check_safetensors(path)
-        transformer = _load(CausalWanTransformer3DModel, folder / "transformer", torch_dtype or torch.float32)
-        text_encoder: TextEncoder
-        vae: VideoAutoencoder
-        if config.text_encoder == "words":
-            text_encoder = _load(WordTextEncoder, folder / "text_encoder", torch_dtype or torch.float32)
-        else:
-            text_encoder = UMT5TextEncoder.from_pretrained(folder, torch_dtype=torch_dtype)
-        if config.vae == "patch":
-            vae = _load(PatchAutoencoder, folder / "vae", torch.float32)
-        else:
-            vae = WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=torch_dtype)
-        return cls(transformer, text_encoder, vae, config, digest)
+        transformer = load_transformer(folder, torch_dtype)
+        if text_encoder is None:
+            text_encoder = load_text_encoder(folder, torch_dtype)
+        return cls(transformer, text_encoder, load_autoencoder(folder, torch_dtype), read_defaults(folder), digest)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
@@ -368,6 +365,27 @@ def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float
     return SamplerConfig(**{**asdict(sampler), **changes})
 
 
+def write_pipeline(
+    folder: Path, transformer: CausalWanTransformer3DModel, config: PipelineConfig, parts: list[Path]
+) -> None:
+    """Write a model folder from a transformer and the folders of the parts beside it, which are linked where the file
+    system can (text encoders are large), copied elsewhere."""
+    transformer.save_pretrained(folder / "transformer")
+    for part in parts:
+        shutil.copytree(part, folder / part.name, copy_function=_link_or_copy, dirs_exist_ok=True)
+    atomic_write_json(folder / PIPELINE_FILE, asdict(config))
+    write_manifest(folder)
+
+
+def _link_or_copy(source: str, target: str) -> str:
+    Path(target).unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+    return target
+
+
 def find_model(model: str) -> Path:
     """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
@@ -380,16 +398,44 @@ def find_model(model: str) -> Path:
     )
 
 
-def _read_config(folder: Path) -> PipelineConfig:
+def read_defaults(folder: Path) -> PipelineConfig:
     """The folder's defaults; a diffusers folder has none and gets Wan's."""
     path = folder / PIPELINE_FILE
     config = build_config(PipelineConfig, read_json(path), source=str(path)) if path.is_file() else PipelineConfig()
-    if config.vae not in ("patch", "wan") or config.text_encoder not in ("words", "umt5"):
+    if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
         raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
     return config
 
 
+def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWanTransformer3DModel:
+    """The transformer of a model folder. Raises WeightsError."""
+    return _load(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
+
+
+def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> TextEncoder:
+    """The text encoder of a model folder. Raises WeightsError."""
+    if read_defaults(folder).text_encoder == "words":
+        return _load(WordTextEncoder, folder / "text_encoder", dtype or torch.float32)
+    _check_part(folder / "text_encoder")
+    return UMT5TextEncoder.from_pretrained(folder, torch_dtype=dtype)
+
+
+def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> VideoAutoencoder:
+    """The autoencoder of a model folder. Raises WeightsError."""
+    kind = read_defaults(folder).vae
+    if kind in EMBEDDED_AUTOENCODERS:
+        return _load(EMBEDDED_AUTOENCODERS[kind], folder / "vae", torch.float32)
+    _check_part(folder / "vae")
+    return WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=dtype)
+
+
+def _check_part(folder: Path) -> None:
+    for path in folder.rglob("*.safetensors"):
+        check_safetensors(path)
+
+
 def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    _check_part(folder)
     try:
         return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -29,7 +29,7 @@ SURFACE = {
     "bench": "WHAT --quick --repeats --device --model --prompts --objects --horizons --memories --batch-size --seed "
     "--num-inference-steps --guidance-scale --output",
     "convert": "SOURCE TARGET --part --head-dim --json",
-    "data": "WHAT OUTPUT --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
+    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
     "doctor": "--kernels --json",
 }
 WITHOUT_TORCH = """

@@ -12,9 +12,9 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import PathLike
 
 STAGES: dict[str, tuple[str, str, str]] = {
+    "autoencoder": ("sparse_forcing.training.autoencode", "AutoencoderConfig", "train"),
     "pretrain": ("sparse_forcing.training.pretrain", "PretrainConfig", "pretrain"),
     "forcing": ("sparse_forcing.training.forcing", "ForcingConfig", "train"),
-    "ode-pairs": ("sparse_forcing.training.ode", "PairsConfig", "make_pairs"),
     "ode": ("sparse_forcing.training.ode", "OdeConfig", "train"),
     "distill": ("sparse_forcing.training.distill", "DistillConfig", "train"),
 }

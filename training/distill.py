@@ -29,13 +29,14 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, SparseMemory
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.pipeline import SparseForcingPipeline, find_model, load_transformer
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.checkpoint import Stateful
-from sparse_forcing.training.data.sources import DataConfig, make_source
+from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.loop import LoopConfig, run
+from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.score_losses import Score, critic_loss, dmd_loss, score_timestep, sid_loss
 from sparse_forcing.training.stage import (
@@ -44,13 +45,17 @@ from sparse_forcing.training.stage import (
     draw_number,
     export_pipeline,
     generators,
+    load_pipeline,
     memory_of,
     noise_like,
     optimizer_step,
     prepare,
+    source_of,
+    trained_part,
 )
 from sparse_forcing.training.validation import write_samples
 from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.weights.manifest import MANIFEST, folder_hash
 
 LOSSES = ("dmd", "sid")
 _GENERATOR, _CRITIC = 3, 4
@@ -99,6 +104,7 @@ class DistillConfig:
         context_noise: noise the finished chunk before its clean pass as Self-Forcing's trainer does.
         ema_start: step from which averages are kept.
         selector_weight: of the selector's distillation loss (sparse memory with a learned selector).
+        lora, critic_lora: train adapters of the generator, of the critic, instead of all their weights.
     """
 
     loop: LoopConfig
@@ -122,6 +128,8 @@ class DistillConfig:
     ema_start: int = 200
     selector_weight: float = 0.0
     selector_layers: int = 2
+    lora: LoraConfig | None = None
+    critic_lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
@@ -146,26 +154,29 @@ class DistillRecipe:
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         self.config, loop = config, config.loop
         self.device = accelerator.device
-        self.pipe = SparseForcingPipeline.from_pretrained(config.model).to(self.device)
+        self.pipe = load_pipeline(config.model, config.data, loop, self.device)
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
-        self.fake, self.real = (SparseForcingPipeline.from_pretrained(config.teacher).transformer for _ in range(2))
-        prepare(self.model, loop, self.device, train=True)
-        prepare(self.fake, loop, self.device, train=True)
+        teacher = find_model(config.teacher)
+        teacher_hash = folder_hash(teacher if (teacher / MANIFEST).is_file() else teacher / "transformer")
+        prepare(self.model, loop, self.device, train=True, lora=config.lora)
+        self.fake = load_transformer(teacher)  # loaded one after the other: sharded ones leave room for the next
+        prepare(self.fake, loop, self.device, train=True, lora=config.critic_lora)
+        self.real = load_transformer(teacher)
         prepare(self.real, loop, self.device, train=False)
         self.optimizers = {
             "generator": make_optimizer(self.model.parameters(), config.generator),
             "critic": make_optimizer(self.fake.parameters(), config.critic),
         }
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.source = make_source(config.data, loop.seed + 1, self.pipe.vae)
+        self.source = source_of(config.data, loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
-            "generator": self.model,
-            "critic": self.fake,
+            "generator": trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "critic": trained_part(self.fake, config.critic_lora, teacher_hash),
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,
@@ -188,12 +199,15 @@ class DistillRecipe:
     def update(self, step: int) -> Metrics:
         config, metrics = self.config, {}
         if step % config.critic_ratio == 0:
-            self.fake.requires_grad_(False)
+            critic = [p for p in self.fake.parameters() if p.requires_grad]
+            for parameter in critic:
+                parameter.requires_grad_(False)
             metrics = optimizer_step(
                 self.model, self.optimizers["generator"], config.loop, config.generator, step,
                 lambda micro_batch: self.generator_losses(step, micro_batch), name="generator",
             )  # fmt: skip
-            self.fake.requires_grad_(True)
+            for parameter in critic:
+                parameter.requires_grad_(True)
             self._average(step)
         metrics |= optimizer_step(
             self.fake, self.optimizers["critic"], config.loop, config.critic, step,
@@ -305,7 +319,10 @@ class DistillRecipe:
         write_samples(sampled, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
-        export_pipeline(self.pipe, self.model, self.ema, folder, sampler=self.config.sampler, memory=self.memory)
+        export_pipeline(
+            self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora,
+            sampler=self.config.sampler, memory=self.memory,
+        )  # fmt: skip
 
 
 def score_of(network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor) -> Score:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class ParameterEma:
-    """Float32 shadow of a module's state.
+    """Float32 shadow of the parameters that train; frozen ones are their own average.
 
     Args:
         decay: final decay; step n uses min(decay, (1 + n) / (10 + n)).
@@ -16,27 +16,31 @@ class ParameterEma:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self.shadow = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone().float() for name, p in trained.items()}
+
+    def _pairs(self, module: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
+        parameters = dict(module.named_parameters())
+        return [(shadow, parameters[name]) for name, shadow in self.shadow.items()]
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        names, parameters = zip(*module.named_parameters())
-        shadow = [self.shadow[name] for name in names]
-        torch._foreach_lerp_(shadow, [p.float() for p in parameters], 1 - decay)
+        shadow, parameters = zip(*self._pairs(module))
+        torch._foreach_lerp_(list(shadow), [p.float() for p in parameters], 1 - decay)
 
     @torch.no_grad()
     def reset(self, module: nn.Module) -> None:
         """Forget the past: the averages become the present weights."""
         self.updates = 0
-        for name, parameter in module.named_parameters():
-            self.shadow[name].copy_(parameter)
+        for shadow, parameter in self._pairs(module):
+            shadow.copy_(parameter)
 
     @torch.no_grad()
     def copy_to(self, module: nn.Module) -> None:
-        for name, parameter in module.named_parameters():
-            parameter.copy_(self.shadow[name])
+        for shadow, parameter in self._pairs(module):
+            parameter.copy_(shadow)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {**self.shadow, "__updates__": self.updates}

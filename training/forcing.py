@@ -24,6 +24,7 @@ from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
+from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.losses import forcing_loss, unit_variance_weight
 from sparse_forcing.training.optim import OptimizerConfig
 from sparse_forcing.training.stage import OneNetwork, autocast, draw_number, generators, memory_of, noise_like
@@ -44,6 +45,7 @@ class ForcingConfig:
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
         selector_layers: layers the distillation loss looks at per step, drawn anew each time.
+        lora: train adapters instead of all weights.
     """
 
     loop: LoopConfig
@@ -58,6 +60,7 @@ class ForcingConfig:
     context_noise: float = 0.0
     selector_weight: float = 0.0
     selector_layers: int = 2
+    lora: LoraConfig | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -7,16 +7,48 @@ function here does nothing, so one process needs no launcher.
 
 from __future__ import annotations
 
+import gc
+import traceback
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+# Before there is a process group: functions of torch.distributed that are defined later keep it as a default argument.
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 BUCKET_ELEMENTS = 1 << 25
+
+
+@contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave the process group that the block joined, however it ends; afterwards no thread of the group is alive.
+
+    A gloo worker thread drops the tensors of a collective a moment after whoever waited for it goes on. If the
+    interpreter ends in that moment, the thread cannot take its lock any more and takes the process down with SIGABRT
+    or SIGSEGV. Destroying the group joins its threads, but only with the last reference to it: sharded parameters hold
+    it, frames of a traceback, and device meshes, which DTensor's caches keep for good.
+    """
+    try:
+        yield
+    except BaseException as error:
+        cause = error if dist.is_initialized() else None
+        while cause is not None:
+            traceback.clear_frames(cause.__traceback__)
+            cause = cause.__context__
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+            for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
+                getattr(mesh, "_pg_registry", {}).clear()  # older torch has names there instead of groups: no reference
+            gc.collect()
 
 
 def rank() -> int:
@@ -91,9 +123,6 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
     Args:
         param_dtype: type of gathered parameters in computation (bfloat16); the shards keep theirs.
     """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
     # Blocks return views; nothing in this project writes to them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(_device().type, (world_size(),))
@@ -106,6 +135,23 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
     fully_shard(model, **options)
     register_fsdp_forward_method(model, "encode_text")
     return model
+
+
+def shard_layers(model: nn.Module, *, param_dtype: torch.dtype | None = None) -> nn.Module:
+    """FSDP2 of a frozen network whose layers lie in lists (a text encoder): one unit per layer of the outermost lists.
+
+    The network must be called through its `forward`. Args: as in `shard`.
+    """
+    mesh = init_device_mesh(_device().type, (world_size(),))
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
+    if param_dtype is not None:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+    lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    for name in lists:
+        if not any(name.startswith(f"{other}.") for other in lists):
+            for layer in model.get_submodule(name).children():
+                fully_shard(layer, **options)
+    return fully_shard(model, **options)
 
 
 def full_state(state: Any) -> Any:

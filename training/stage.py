@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.pipeline import SparseForcingPipeline, find_model, write_pipeline
 from sparse_forcing.training.checkpoint import Stateful
-from sparse_forcing.training.data.sources import DataConfig, make_source
+from sparse_forcing.training.data.shards import Shards, StoredText
+from sparse_forcing.training.data.sources import DataConfig, Source, VideoFormat, make_source
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.guard import check_finite
 from sparse_forcing.training.loop import LoopConfig, clip_gradients
+from sparse_forcing.training.lora import AdapterState, LoraConfig, add_adapters, merged, save_adapters
 from sparse_forcing.training.optim import OptimizerConfig, make_optimizer, set_rate
-from sparse_forcing.training.parallel import average_gradients, full_state, rank, shard
+from sparse_forcing.training.parallel import average_gradients, full_state, rank, shard, shard_layers
 from sparse_forcing.training.validation import write_samples
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 
@@ -50,13 +52,57 @@ def autocast(device: torch.device, loop: LoopConfig) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=loop.dtype == "bfloat16", cache_enabled=False)
 
 
-def prepare(model: CausalWanTransformer3DModel, loop: LoopConfig, device: torch.device, *, train: bool) -> None:
-    """Put a network where it computes, sharded if configured; frozen when it is not trained."""
+def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.device) -> SparseForcingPipeline:
+    """A model folder's pipeline with the transformer still where it was loaded (see `prepare`).
+
+    The text encoder is on the device (sharded, if configured), or not loaded at all when the data holds embeddings.
+    """
+    stored = None
+    if data.kind == "shards" and data.stored_text:
+        assert data.path is not None
+        stored = StoredText(Shards(data.path))
+    pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
+    width = pipe.transformer.config.text_dim
+    if stored is not None and stored.dim != width:
+        raise ConfigError(
+            f"data.path: {data.path} holds text embeddings of {stored.dim} numbers, {model} takes {width}"
+        )
+    for part in (pipe.text_encoder, pipe.vae):
+        assert isinstance(part, nn.Module)
+        part.requires_grad_(False)
+        if loop.parallel == "fsdp" and part is pipe.text_encoder and stored is None:
+            shard_layers(getattr(part, "encoder", part), param_dtype=_compute_type(loop))
+        part.to(device)
+    return pipe
+
+
+def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
+    """The data of a stage, in the format of the pipeline's own videos."""
+    own = VideoFormat(height=pipe.config.height, width=pipe.config.width, fps=pipe.config.fps)
+    return make_source(data, seed, pipe.vae, own)
+
+
+def _compute_type(loop: LoopConfig) -> torch.dtype | None:
+    return torch.bfloat16 if loop.dtype == "bfloat16" else None
+
+
+def prepare(
+    model: CausalWanTransformer3DModel, loop: LoopConfig, device: torch.device, *, train: bool,
+    lora: LoraConfig | None = None,
+) -> None:  # fmt: skip
+    """Put a network where it computes, sharded if configured; frozen when it is not trained, but for its adapters."""
     model.requires_grad_(train)
-    model.to(device)
+    if lora is not None:
+        add_adapters(model, lora, loop.seed)
     model.gradient_checkpointing = train and loop.gradient_checkpointing
-    if loop.parallel == "fsdp":
-        shard(model, param_dtype=torch.bfloat16 if loop.dtype == "bfloat16" else None)
+    if loop.parallel == "fsdp":  # block by block onto the device: the whole network is never there
+        shard(model, param_dtype=_compute_type(loop))
+    model.to(device)
+
+
+def trained_part(model: CausalWanTransformer3DModel, lora: LoraConfig | None, base: str | None) -> Stateful:
+    """What a checkpoint holds of a network."""
+    return model if lora is None else AdapterState(model, base)
 
 
 def memory_of(
@@ -111,25 +157,28 @@ def optimizer_step(
 
 
 def export_pipeline(
-    base: SparseForcingPipeline, model: CausalWanTransformer3DModel, ema: ParameterEma | None, folder: Path,
-    **changes: object,
+    base: SparseForcingPipeline, source: str, model: CausalWanTransformer3DModel, ema: ParameterEma | None,
+    folder: Path, *, lora: LoraConfig | None = None, **changes: object,
 ) -> None:  # fmt: skip
-    """Write `base` with the trained (averaged) transformer as a folder of diffusers' layout.
+    """Write the trained (averaged) transformer, adapters merged, as a folder of diffusers' layout.
 
     Args:
+        source: the model folder that training started from; its text encoder and autoencoder, which did not train, are
+            linked or copied into the new one.
+        lora: of the transformer; the adapters alone go into `folder`'s neighbour `adapter` too.
         changes: fields of the pipeline's config that training changed (sampler, memory).
     """
     state = full_state({**model.state_dict(), **(ema.shadow if ema is not None else {})})
     if rank() != 0:
         return
+    if lora is not None:
+        save_adapters(folder.parent / "adapter", state, model)
+        state = merged(state, lora)
     fresh = CausalWanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
     fresh.load_state_dict(state)
-    SparseForcingPipeline(
-        fresh,
-        base.text_encoder,
-        base.vae,
-        replace(base.config, **changes),  # type: ignore[arg-type]
-    ).save_pretrained(folder)
+    frozen = find_model(source)
+    parts = [path for name in ("text_encoder", "tokenizer", "vae") if (path := frozen / name).is_dir()]
+    write_pipeline(folder, fresh, replace(base.config, **changes), parts)  # type: ignore[arg-type]
 
 
 class OneNetworkConfig(Protocol):
@@ -149,6 +198,8 @@ class OneNetworkConfig(Protocol):
     def ema_decay(self) -> float: ...
     @property
     def shift(self) -> float: ...
+    @property
+    def lora(self) -> LoraConfig | None: ...
 
 
 class OneNetwork:
@@ -156,15 +207,19 @@ class OneNetwork:
 
     def __init__(self, config: OneNetworkConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
-        self.pipe = SparseForcingPipeline.from_pretrained(config.model).to(self.device)
+        self.pipe = load_pipeline(config.model, config.data, config.loop, self.device)
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
-        prepare(self.model, config.loop, self.device, train=True)
-        self.source = make_source(config.data, config.loop.seed + 1, self.pipe.vae)
+        prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
+        self.source = source_of(config.data, config.loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.shift)
         self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.parts: dict[str, Stateful] = {"model": self.model, "optimizer": self.optimizer, "ema": self.ema}
+        self.parts: dict[str, Stateful] = {
+            "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "optimizer": self.optimizer,
+            "ema": self.ema,
+        }
         self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
 
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
@@ -188,4 +243,6 @@ class OneNetwork:
         write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
-        export_pipeline(self.pipe, self.model, self.ema, folder, memory=self.memory)
+        export_pipeline(
+            self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora, memory=self.memory
+        )

@@ -10,6 +10,7 @@ import torch
 
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.training.data.shards import StoredText
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.parallel import rank
 from sparse_forcing.video import write_video
@@ -36,10 +37,14 @@ def averaged(pipe: SparseForcingPipeline, ema: ParameterEma | None) -> Iterator[
 def write_samples(
     pipe: SparseForcingPipeline, ema: ParameterEma | None, step: int, folder: Path, *, memory: MemoryConfig, seed: int
 ) -> list[Path]:
-    """One video per validation prompt, `folder/step-N-i.mp4`; every process takes part, the first one writes."""
-    paths = []
+    """One video per validation prompt, `folder/step-N-i.mp4`; every process takes part, the first one writes.
+
+    Where the text encoder is a table of stored embeddings, the prompts are the first of those.
+    """
+    paths, text = [], pipe.text_encoder
+    prompts = text.shards.prompts[: len(PROMPTS)] if isinstance(text, StoredText) else PROMPTS
     with averaged(pipe, ema):
-        for number, prompt in enumerate(PROMPTS):
+        for number, prompt in enumerate(prompts):
             generator = torch.Generator().manual_seed(seed + number)
             frames = pipe(prompt, memory=memory, generator=generator, output_type="np").frames[0]
             path = folder / f"step-{step:07d}-{number}.mp4"

@@ -1,8 +1,16 @@
-"""Make data to train on. `clips`: captioned clips of moving shapes as mp4 files, and their manifest."""
+"""Make data to train on.
+
+clips      captioned clips of moving shapes as mp4 files, and their manifest
+encode     latents and text embeddings of videos (or of clips made on the fly) as shards that training reads
+ode-pairs  a teacher's trajectories at the student's noise levels, as shards for the stage `ode`
+
+clips takes the flags from --num-clips on; encode and ode-pairs take --config and --set, and go on where they stopped.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import random
 from pathlib import Path
@@ -11,27 +19,67 @@ from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_text, check_writable, output_lock
 
-KINDS = ("clips",)
+KINDS = ("clips", "encode", "ode-pairs")
 SPLITS = ("train", "heldout", "all")
 MANIFEST = "manifest.jsonl"
+_CLIPS = {"num_clips": 16, "num_frames": 80, "fps": 16, "size": 64, "scale": 1, "split": "train", "seed": 0}
+_FROM_CONFIG = {
+    "encode": ("sparse_forcing.training.data.encode", "EncodeConfig", "encode"),
+    "ode-pairs": ("sparse_forcing.training.data.pairs", "PairsConfig", "make_pairs"),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", metavar="WHAT", choices=KINDS, help=f"one of: {', '.join(KINDS)}")
     parser.add_argument("output", metavar="OUTPUT", type=path, help="folder to write")
-    parser.add_argument("--num-clips", type=whole_number, default=16, metavar="N", help="default: 16")
-    parser.add_argument("--num-frames", type=whole_number, default=80, metavar="N", help="default: 80")
-    parser.add_argument("--fps", type=whole_number, default=16, metavar="N", help="frames per second (default: 16)")
-    parser.add_argument("--size", type=whole_number, default=64, metavar="N", help="pixels to the side (default: 64)")
-    parser.add_argument("--scale", type=whole_number, default=1, metavar="N", help="enlarge every pixel N x N")
-    parser.add_argument("--split", choices=SPLITS, default="train", help="seen combinations, held-out ones, or all")
-    parser.add_argument("--two-objects", action="store_true", help="two objects in every clip")
-    parser.add_argument("--seed", type=whole_number, default=0, metavar="N", help="default: 0")
+    parser.add_argument("--config", type=path, metavar="PATH", help="YAML file of settings (encode, ode-pairs)")
+    parser.add_argument("--set", action="append", metavar="A.B=C", help="change one setting (encode, ode-pairs)")
+    parser.add_argument("--num-clips", type=whole_number, metavar="N", help="default: 16")
+    parser.add_argument("--num-frames", type=whole_number, metavar="N", help="default: 80")
+    parser.add_argument("--fps", type=whole_number, metavar="N", help="frames per second (default: 16)")
+    parser.add_argument("--size", type=whole_number, metavar="N", help="pixels to the side (default: 64)")
+    parser.add_argument("--scale", type=whole_number, metavar="N", help="enlarge every pixel N x N")
+    parser.add_argument("--split", choices=SPLITS, help="seen combinations (default), held-out ones, or all")
+    parser.add_argument("--two-objects", action="store_true", default=None, help="two objects in every clip")
+    parser.add_argument("--seed", type=whole_number, metavar="N", help="default: 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Render; returns 0. The manifest is written last, so a folder with a manifest is complete."""
+    """Make the data; returns 0. A flag that has no effect on WHAT is an error."""
+    clips = arguments.kind == "clips"
+    strangers = ("config", "set") if clips else (*_CLIPS, "two_objects")
+    for name in strangers:
+        if getattr(arguments, name) is not None:
+            raise ConfigError(f"--{name.replace('_', '-')} has no effect on data {arguments.kind}")
+    answer = _render(arguments) if clips else _prepare(arguments)
+    print(json.dumps(answer) if arguments.json else ", ".join(f"{name}: {value}" for name, value in answer.items()))
+    return 0
+
+
+def _prepare(arguments: argparse.Namespace) -> dict[str, object]:
+    """Write shards by a config."""
+    from sparse_forcing.config import load_config
+
+    module_name, config_class, function = _FROM_CONFIG[arguments.kind]
+    module = importlib.import_module(module_name)
+    config = load_config(getattr(module, config_class), arguments.config, arguments.set or [])
+    output: Path = check_writable(arguments.output, folder=True)
+    with output_lock(output):
+        written = getattr(module, function)(config, output)
+    from sparse_forcing.training.data.shards import Shards, refused_samples
+
+    return {
+        "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),
+        "shards_written": written,
+    }  # fmt: skip
+
+
+def _render(arguments: argparse.Namespace) -> dict[str, object]:
+    """Render clips. The manifest is written last, so a folder with a manifest is complete."""
+    for name, default in _CLIPS.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, default)
     for name in ("num_clips", "num_frames", "fps", "size", "scale"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
@@ -41,9 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     with output_lock(output):
         lines = [json.dumps(_write_clip(arguments, number)) for number in range(arguments.num_clips)]
         atomic_write_text(output / MANIFEST, "\n".join(lines) + "\n")
-    answer = {"manifest": str(output / MANIFEST), "clips": len(lines)}
-    print(json.dumps(answer) if arguments.json else f"{answer['manifest']}: {len(lines)} clips")
-    return 0
+    return {"manifest": str(output / MANIFEST), "clips": len(lines)}
 
 
 def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, object]:
@@ -57,7 +103,7 @@ def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, object]
 
     seed = random.Random(f"{arguments.seed}/{number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
-    scenes = sample_scenes(1, generator, two_object_fraction=float(arguments.two_objects), split=arguments.split)
+    scenes = sample_scenes(1, generator, two_object_fraction=float(bool(arguments.two_objects)), split=arguments.split)
     pixels = render(scenes, arguments.num_frames, arguments.size)[0].permute(0, 2, 3, 1)
     text = caption(scenes.scenes()[0], random.Random(seed))
     name = f"{number:06d}.mp4"

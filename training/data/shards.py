@@ -1,7 +1,8 @@
 """Prepared training data: tensors and prompts in safetensors shards with a manifest, written resumably.
 
-    folder/shard-00000.safetensors   "data" [n, ...], the tensors of n items
-    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "shape": [...], "dtype": ...}, written last
+    folder/shard-00000.safetensors   "data" [n, ...] and "text" [n, text_len, dim] of n items
+    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "covers": ..., "refused": [...]}, written last
+    folder/prompts.safetensors       "text" of prompts that belong to no item: the empty one, the negative one
     folder/dataset.json              what the data is and how it was made
 
 A shard without its JSON does not exist; making the data again skips the shards that do.
@@ -9,20 +10,35 @@ A shard without its JSON does not exist; making the data again skips the shards 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, sha256_file
 from sparse_forcing.weights.safe_load import check_safetensors
 
-_DATASET = "dataset.json"
+_DATASET, _LOOSE = "dataset.json", "prompts.safetensors"
+
+
+@dataclass(frozen=True)
+class ShardContent:
+    """Items of one shard.
+
+    tensors: name -> [n, ...]; prompts: one per item; refused: names of samples that could not be used.
+    """
+
+    tensors: dict[str, Tensor]
+    prompts: list[str]
+    refused: tuple[str, ...] = ()
 
 
 def _shard(folder: Path, number: int) -> Path:
@@ -30,67 +46,158 @@ def _shard(folder: Path, number: int) -> Path:
 
 
 def write_shards(
-    folder: Path, prompts: list[str], make: Callable[[int, list[str]], Tensor], *, per_shard: int, about: dict[str, Any]
-) -> int:
+    folder: Path, count: int, make: Callable[[range], ShardContent], *, per_shard: int, about: dict[str, Any],
+    loose_text: tuple[list[str], Callable[[list[str]], Tensor]] | None = None,
+    progress: Callable[[str], None] = lambda line: None,
+) -> int:  # fmt: skip
     """Make and write what is missing; returns the number of shards written now.
 
     Args:
-        prompts: one per item.
-        make: (number of the first item, prompts) -> data [n, ...].
+        count: samples in all; make: numbers of a shard's samples -> what to store of them.
         about: settings the data depends on; a folder made with others is refused.
+        loose_text: prompts of no item whose embeddings training needs too, and what embeds them.
+        progress: is told one line per shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    about = {**about, "items": len(prompts), "per_shard": per_shard}
+    about = {**about, "items": count, "per_shard": per_shard, "loose_prompts": loose_text[0] if loose_text else []}
     known = folder / _DATASET
-    if known.exists() and read_json(known) != about:
-        raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
-    atomic_write_json(known, about)
+    if known.exists():
+        made = read_json(known)
+        about["loose_sha256"] = made.get("loose_sha256")
+        if made != about:
+            raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
+    else:
+        about["loose_sha256"] = _write(folder / _LOOSE, {"text": loose_text[1](loose_text[0])}) if loose_text else None
+        atomic_write_json(known, about)
+    starts = range(0, count, per_shard)
     written = 0
-    for number, first in enumerate(range(0, len(prompts), per_shard)):
-        path, part = _shard(folder, number), prompts[first : first + per_shard]
+    for number, first in enumerate(starts):
+        path = _shard(folder, number)
         if path.with_suffix(".json").exists():
             continue
-        data = make(first, part).contiguous()
-        with atomic_path(path, size=data.nbytes) as temporary:
-            save_file({"data": data}, temporary)
-        record = {"prompts": part, "sha256": sha256_file(path), "shape": list(data.shape), "dtype": str(data.dtype)}
+        samples = range(first, min(first + per_shard, count))
+        content = make(samples)
+        digest = _write(path, content.tensors) if content.prompts else None
+        record = {
+            "prompts": content.prompts, "sha256": digest, "covers": len(samples), "refused": list(content.refused),
+            "shapes": {name: list(x.shape) for name, x in content.tensors.items()},
+        }  # fmt: skip
         atomic_write_json(path.with_suffix(".json"), record)
         written += 1
+        progress(f"shard {number + 1} of {len(starts)}")
     return written
 
 
+def refused_samples(folder: Path) -> list[str]:
+    """Samples that earlier runs into `folder` could not use."""
+    return [name for path in sorted(folder.glob("shard-*.json")) for name in read_json(path)["refused"]]
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write tensors atomically; returns the file's SHA-256."""
+    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+    with atomic_path(path, size=sum(x.nbytes for x in tensors.values())) as temporary:
+        save_file(tensors, temporary)
+        return sha256_file(temporary)
+
+
 class Shards:
-    """Reads items of a folder that `write_shards` made; every shard is checked against its hash when first used."""
+    """Reads items of a folder that `write_shards` made; every shard is checked against its hash when first used.
+
+    Raises:
+        WeightsError: not complete, or damaged.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.about = read_json(folder / _DATASET)
-        self.folder, self.per_shard = folder, int(self.about["per_shard"])
+        self.folder = folder
         self.records = [read_json(path) for path in sorted(folder.glob("shard-*.json"))]
-        self.prompts = [prompt for record in self.records for prompt in record["prompts"]]
-        if len(self.prompts) != self.about["items"]:
+        covered = sum(record["covers"] for record in self.records)
+        if covered != self.about["items"]:
             raise WeightsError(
-                f"{folder}: holds {len(self.prompts)} of {self.about['items']} items; finish making the data first"
+                f"{folder}: holds {covered} of {self.about['items']} items; finish making the data first"
             )
-        self._checked: set[int] = set()
+        self.prompts = [prompt for record in self.records for prompt in record["prompts"]]
+        if not self.prompts:
+            raise WeightsError(
+                f"{folder}: every sample was refused when the data was made; nothing is left to train on"
+            )
+        self._ends = list(accumulate(len(record["prompts"]) for record in self.records))
+        self._checked: set[Path] = set()
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, items: list[int]) -> tuple[Tensor, list[str]]:
         """data [n, ...] and prompts of n items."""
+        return self.tensor("data", items), [self.prompts[item] for item in items]
+
+    def shape(self, name: str) -> list[int] | None:
+        """Shape of one item's tensor; None when the data has no such tensor."""
+        shapes = next(record["shapes"] for record in self.records if record["prompts"])
+        return shapes[name][1:] if name in shapes else None
+
+    def tensor(self, name: str, items: list[int]) -> Tensor:
+        """[n, ...] of n items."""
         parts = []
         for item in items:
-            number, place = divmod(item, self.per_shard)
+            number = bisect_right(self._ends, item)
+            place = item - (self._ends[number - 1] if number else 0)
             path = _shard(self.folder, number)
-            self._check(number, path)
+            self._check(path, self.records[number]["sha256"])
             with safe_open(path, "pt") as file:
-                parts.append(file.get_slice("data")[place : place + 1])
-        return torch.cat(parts), [self.prompts[item] for item in items]
+                parts.append(file.get_slice(name)[place : place + 1])
+        return torch.cat(parts)
 
-    def _check(self, number: int, path: Path) -> None:
-        if number in self._checked:
+    def loose_text(self) -> dict[str, Tensor]:
+        """Embeddings [text_len, dim] of the prompts that belong to no item."""
+        if not self.about["loose_prompts"]:
+            return {}
+        path = self.folder / _LOOSE
+        self._check(path, self.about["loose_sha256"])
+        return dict(zip(self.about["loose_prompts"], load_file(path)["text"]))
+
+    def _check(self, path: Path, digest: str) -> None:
+        if path in self._checked:
             return
-        check_safetensors(path)
-        if sha256_file(path) != self.records[number]["sha256"]:
+        try:
+            check_safetensors(path)
+            same = sha256_file(path) == digest
+        except OSError as error:
+            raise WeightsError(f"{path}: cannot be read ({error.strerror}); make the data again") from error
+        if not same:
             raise WeightsError(f"{path}: SHA-256 differs from its record; the shard is damaged, make it again")
-        self._checked.add(number)
+        self._checked.add(path)
+
+
+class StoredText(nn.Module):
+    """A text encoder that only looks up: embeddings of the prompts of some shards, so that training loads no encoder.
+
+    Raises:
+        ConfigError: from `encode`, for a prompt that was not encoded when the data was made.
+    """
+
+    def __init__(self, shards: Shards) -> None:
+        super().__init__()
+        shape = shards.shape("text")
+        if shape is None:
+            raise ConfigError(f"{shards.folder}: holds no text embeddings; make the data with text: true")
+        self.shards, self.text_len, self.dim = shards, shape[0], shape[1]
+        self.places = {prompt: item for item, prompt in enumerate(shards.prompts)}
+        self.loose = shards.loose_text()
+        self.register_buffer("where", torch.empty(0), persistent=False)  # follows `.to(device)`
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, dim] in float32."""
+        device = self.get_buffer("where").device
+        return torch.stack([self._one(prompt) for prompt in prompts]).to(device, torch.float32)
+
+    def _one(self, prompt: str) -> Tensor:
+        if prompt in self.places:
+            return self.shards.tensor("text", [self.places[prompt]])[0]
+        if prompt in self.loose:
+            return self.loose[prompt]
+        raise ConfigError(
+            f"{self.shards.folder}: holds no embedding of the prompt {prompt[:80]!r}; make the data with it as "
+            "negative_prompt, or train with the text encoder (data.stored_text: false)"
+        )

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.prompts import read_prompts
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.data.shards import Shards
+from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
 from sparse_forcing.vae import VideoAutoencoder
 
-KINDS = ("procedural", "prompts", "shards")
+KINDS = ("procedural", "videos", "prompts", "shards")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +25,14 @@ class DataConfig:
     """Clips and prompts of a stage.
 
     Args:
-        kind: procedural (clips made on the fly), prompts (a text file, one per line), shards (prepared tensors).
+        kind: procedural (clips made on the fly), videos (a folder of mp4 files, each with its caption in a txt file of
+            the same name, or a JSONL manifest with `video` and `prompt`), prompts (a text file, one per line), shards
+            (tensors that `sparse-forcing data encode` or `data ode-pairs` prepared).
         path: file or folder for all but procedural.
         latent_frames: length of a clip; size: pixels of its sides (procedural).
+        height, width, fps: what videos are resized, cropped and thinned to; the model's own when None.
+        max_bad_samples: videos that may turn out unusable; each is named, one more ends the run.
+        stored_text: take text embeddings from the shards, so that no text encoder is loaded.
         caption_dropout: share of samples that train without their caption.
     """
 
@@ -33,6 +40,11 @@ class DataConfig:
     path: Path | None = None
     latent_frames: int = 10
     size: int = 64
+    height: int | None = None
+    width: int | None = None
+    fps: float | None = None
+    max_bad_samples: int = 10
+    stored_text: bool = True
     two_object_fraction: float = 0.25
     caption_dropout: float = 0.0
 
@@ -43,6 +55,22 @@ class DataConfig:
             raise ConfigError(f"path: {'needed' if self.path is None else 'has no effect'} for kind {self.kind!r}")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.two_object_fraction <= 1:
             raise ConfigError("caption_dropout and two_object_fraction are shares in [0, 1]")
+        if self.latent_frames < 1 or self.max_bad_samples < 0:
+            raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
+        given = [name for name in ("height", "width", "fps") if getattr(self, name) is not None]
+        if given and self.kind != "videos":
+            raise ConfigError(f"{given[0]}: has no effect for kind {self.kind!r}")
+        if any(getattr(self, name) <= 0 for name in given):
+            raise ConfigError("height, width and fps must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoFormat:
+    """What a model takes: pixels to a side and frames per second of its own videos."""
+
+    height: int
+    width: int
+    fps: float
 
 
 class Source(Protocol):
@@ -53,10 +81,22 @@ class Source(Protocol):
         ...
 
 
-def make_source(config: DataConfig, seed: int, vae: VideoAutoencoder) -> Source:
+def make_source(config: DataConfig, seed: int, vae: VideoAutoencoder, own: VideoFormat) -> Source:
+    """The source a config names; `own` is the model's format, which videos get unless the config says otherwise."""
     if config.kind == "procedural":
         return ProceduralSource(config, seed, vae)
+    if config.kind == "videos":
+        return VideoSource(config, seed, vae, own)
     return StoredSource(config, seed)
+
+
+def pixel_frames(vae: VideoAutoencoder, latent_frames: int) -> int:
+    """Pixel frames of a clip."""
+    geometry = VideoGeometry(
+        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=(1, 1, 1), chunk_frames=1,
+        first_frame_alone=vae.first_frame_alone,
+    )  # fmt: skip
+    return geometry.pixel_frames(latent_frames)
 
 
 class ProceduralSource:
@@ -75,40 +115,82 @@ class ProceduralSource:
         return self._batch(draw, count, 1).captions
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
-        batch = self._batch(draw, count, self.config.latent_frames * self.vae.temporal_stride)
-        return self.vae.encode(batch.pixels).transpose(1, 2), batch.captions
+        batch = self._batch(draw, count, pixel_frames(self.vae, self.config.latent_frames))
+        return encode_pixels(self.vae, batch.pixels), batch.captions
 
 
-class StoredSource:
-    """A prompt file or prepared shards, reshuffled every epoch; the draw number alone decides which items come."""
+class Shuffled:
+    """A list of captioned items, reshuffled every epoch; the draw number alone decides which items come."""
 
-    def __init__(self, config: DataConfig, seed: int) -> None:
-        assert config.path is not None
-        self.config, self.seed = config, seed
-        self.shards = Shards(config.path) if config.kind == "shards" else None
-        self.all_prompts = self.shards.prompts if self.shards else read_prompts(config.path)
+    def __init__(self, config: DataConfig, seed: int, prompts: list[str]) -> None:
+        self.config, self.seed, self.all_prompts = config, seed, prompts
 
     def items(self, draw: int, count: int) -> list[int]:
         """Every item once per epoch, in an order of the epoch's own."""
-        total, found = len(self.all_prompts), []
-        for number in range(draw * count, (draw + 1) * count):
-            epoch, place = divmod(number, total)
-            found.append(int(self._order(epoch, total)[place]))
-        return found
+        return [self.item(number) for number in range(draw * count, (draw + 1) * count)]
 
-    def _order(self, epoch: int, total: int) -> Tensor:
-        return torch.randperm(total, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+    def item(self, number: int) -> int:
+        """The item that comes as the `number`-th sample of the training."""
+        total = len(self.all_prompts)
+        epoch, place = divmod(number, total)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+        return int(order[place])
 
-    def _drop(self, prompts: list[str], draw: int) -> list[str]:
+    def prompts(self, draw: int, count: int) -> list[str]:
+        return self.drop([self.all_prompts[item] for item in self.items(draw, count)], draw)
+
+    def drop(self, prompts: list[str], draw: int) -> list[str]:
+        """Replace a share of the captions by the empty one."""
         generator = torch.Generator().manual_seed(self.seed * 7_919 + draw)
         dropped = torch.rand(len(prompts), generator=generator) < self.config.caption_dropout
         return ["" if drop else prompt for prompt, drop in zip(prompts, dropped)]
 
-    def prompts(self, draw: int, count: int) -> list[str]:
-        return self._drop([self.all_prompts[item] for item in self.items(draw, count)], draw)
+
+class StoredSource(Shuffled):
+    """A prompt file or prepared shards."""
+
+    def __init__(self, config: DataConfig, seed: int) -> None:
+        assert config.path is not None
+        self.shards = Shards(config.path) if config.kind == "shards" else None
+        super().__init__(config, seed, self.shards.prompts if self.shards else read_prompts(config.path))
+        shape = self.shards.shape("data") if self.shards else None
+        if shape is not None and shape[-4] != config.latent_frames:
+            raise ConfigError(f"latent_frames: {config.latent_frames}, but {config.path} holds clips of {shape[-4]}")
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
         if self.shards is None:
             raise ConfigError("data.kind: this stage needs clips; prompts alone are not enough")
         data, prompts = self.shards[self.items(draw, count)]
-        return data.float(), self._drop(prompts, draw)
+        return data.float(), self.drop(prompts, draw)
+
+
+class VideoSource(Shuffled):
+    """Video files, decoded and encoded when asked for; a file that cannot be used gives way to the next in order."""
+
+    def __init__(self, config: DataConfig, seed: int, vae: VideoAutoencoder, own: VideoFormat) -> None:
+        assert config.path is not None
+        self.videos, self.vae = list_videos(config.path), vae
+        super().__init__(config, seed, [video.prompt for video in self.videos])
+        self.format = clip_format(config, own)
+        self.frames = pixel_frames(vae, config.latent_frames)
+        self.bad = BadSamples(config.max_bad_samples)
+
+    def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
+        pixels, prompts = zip(*(self._sample(number) for number in range(draw * count, (draw + 1) * count)))
+        return encode_pixels(self.vae, torch.stack(pixels)), self.drop(list(prompts), draw)
+
+    def _sample(self, number: int) -> tuple[Tensor, str]:
+        """The first usable item from the `number`-th on; past the budget of bad files it raises."""
+        for step in range(2 * len(self.videos)):
+            video = self.videos[self.item(number + step)]
+            if video.path in self.bad:
+                continue
+            with self.bad.counting(video.path):
+                size = (self.format.height, self.format.width)
+                return read_clip(video.path, frames=self.frames, size=size, fps=self.format.fps), video.prompt
+        raise ConfigError(f"{self.config.path}: none of its {len(self.videos)} videos can be used")
+
+
+def clip_format(config: DataConfig, own: VideoFormat) -> VideoFormat:
+    """The format of a config's videos: what it says, the model's own otherwise."""
+    return VideoFormat(height=config.height or own.height, width=config.width or own.width, fps=config.fps or own.fps)

@@ -1,4 +1,4 @@
-"""Video autoencoders behind one small interface: Wan's through diffusers, and a fixed patch transform for `tiny`.
+"""Video autoencoders behind one small interface: Wan's through diffusers, a small learned one and patches for `tiny`.
 
 Legend: pixels [B, 3, F, H, W] in [-1, 1]; latents [B, C, f, h, w], normalised to what the transformer was trained on.
 """
@@ -97,6 +97,84 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         return rearrange(
             patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
         ).clamp(-1, 1)
+
+    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+        for chunk in chunks:
+            yield self.decode(chunk)
+
+
+class ConvBlock(nn.Module):
+    """Depthwise 3x3 over the token grid, then an MLP on every token; residual (ConvNeXt, arXiv 2201.03545)."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+        self.norm = nn.LayerNorm(dim)
+        self.expand = nn.Linear(dim, 4 * dim)
+        self.contract = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, rows, cols, dim] -> the same."""
+        mixed = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.contract(nn.functional.gelu(self.expand(self.norm(mixed)), approximate="tanh"))
+
+
+class TokenAutoencoder(ModelMixin, ConfigMixin):
+    """A learned autoencoder on the grid of space-time patches: few numbers a token, a decoder that draws sharp edges.
+
+    Every latent frame holds `temporal_stride` pixel frames and is coded on its own, so streaming is exact. Patches go
+    through a fixed linear transform (PatchAutoencoder) and a few convolutional blocks on the token grid. Latents have
+    unit variance; training adds noise to them, so that nearby latents decode to the same picture.
+
+    Args:
+        latent_channels: numbers per token.
+        components: principal components of a patch that the encoder sees.
+        dim, num_blocks: width and depth of encoder and decoder.
+    """
+
+    first_frame_alone = False
+
+    @register_to_config
+    def __init__(
+        self,
+        latent_channels: int = 16,
+        temporal_stride: int = 4,
+        spatial_stride: int = 8,
+        components: int = 192,
+        dim: int = 160,
+        num_blocks: int = 2,
+    ) -> None:
+        super().__init__()
+        self.temporal_stride, self.spatial_stride = temporal_stride, spatial_stride
+        self.latent_channels = latent_channels
+        self.patches = PatchAutoencoder(components, temporal_stride, spatial_stride)
+        self.encoder = nn.Sequential(
+            nn.Linear(components, dim), *(ConvBlock(dim) for _ in range(num_blocks)), nn.Linear(dim, latent_channels)
+        )
+        self.normalize = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
+        self.decoder = nn.Sequential(
+            nn.Linear(latent_channels, dim), *(ConvBlock(dim) for _ in range(num_blocks)), nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
+        )  # fmt: skip
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """[B, 3, F, H, W] with F a multiple of temporal_stride -> [B, C, F/t, H/s, W/s]."""
+        batch = len(pixels)
+        patches = self.patches.encode(pixels).movedim(1, -1).flatten(0, 1)
+        codes = self.encoder(patches)
+        codes = self.normalize(codes.flatten(0, 2).float()).view_as(codes)
+        return codes.unflatten(0, (batch, -1)).movedim(-1, 1).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, C, f, h, w] -> pixels [B, 3, f*t, h*s, w*s], clamped to [-1, 1]."""
+        return self.draw(latents).clamp(-1, 1)
+
+    def draw(self, latents: Tensor) -> Tensor:
+        """`decode` without the clamp, for training."""
+        batch, s = len(latents), self.spatial_stride
+        codes = latents.movedim(1, -1).flatten(0, 1).to(self.patches.basis.dtype)
+        patches = self.decoder(codes).float().unflatten(0, (batch, -1))
+        return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s)
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         for chunk in chunks:

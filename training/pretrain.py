@@ -33,7 +33,9 @@ from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.losses import flow_matching_loss, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.scene_targets import ATTRIBUTES, POSE_NUMBERS, attribute_targets, pose_targets
 from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
+
+EmbeddedAutoencoder = PatchAutoencoder | TokenAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,7 @@ class StageConfig:
 class PretrainConfig:
     """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
 
+    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
     """
 
@@ -81,9 +84,9 @@ class PretrainConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     ema_decay: float = 0.999
-    shift: float = 6.0
-    sigma_spread: float = 1.4
-    channel_power: float = 1.5
+    shift: float = 4.0
+    sigma_spread: float = 1.3
+    channel_power: float = 0.0
     text_steps: int = 400
     pose_layer: int = 4
     pose_weight: float = 0.5
@@ -93,6 +96,7 @@ class PretrainConfig:
     checkpoint_minutes: float = 4.0
     keep_checkpoints: int = 2
     compile: bool = False
+    autoencoder: str | None = None
     init_from: str | None = None
     stages: tuple[StageConfig, ...] = field(
         default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
@@ -125,8 +129,8 @@ class TextToVideo(nn.Module):
             patch_size=(1, 1, 1),
             num_attention_heads=config.num_attention_heads,
             attention_head_dim=config.attention_head_dim,
-            in_channels=config.latent_channels,
-            out_channels=config.latent_channels,
+            in_channels=len(latent_std),
+            out_channels=len(latent_std),
             text_dim=config.text_dim,
             ffn_dim=config.ffn_dim,
             num_layers=config.num_layers,
@@ -158,25 +162,33 @@ class TextToVideo(nn.Module):
         return (error * one_object).mean()
 
 
-def fit_autoencoder(config: PretrainConfig) -> tuple[PatchAutoencoder, list[float]]:
-    """Fit the patch transform on procedural clips of its own seed."""
-    vae = PatchAutoencoder(config.latent_channels)
+def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[float]]:
+    """The autoencoder and its latents' standard deviations: a trained one, or patches fitted on clips of their own."""
+    if config.autoencoder is not None:
+        try:
+            vae = TokenAutoencoder.from_pretrained(config.autoencoder, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"autoencoder: {config.autoencoder} cannot be read; train it first (stage autoencoder)"
+            ) from error
+        return vae.eval().requires_grad_(False), [1.0] * vae.latent_channels
+    patches = PatchAutoencoder(config.latent_channels)
     clips = procedural_batch(
-        config.seed, 0, batch_size=1024, num_frames=2 * vae.temporal_stride, size=64, two_object_fraction=0.25,
+        config.seed, 0, batch_size=1024, num_frames=2 * patches.temporal_stride, size=64, two_object_fraction=0.25,
         caption_dropout=0.0,
     )  # fmt: skip
-    return vae, vae.fit(clips.pixels)
+    return patches, patches.fit(clips.pixels)
 
 
-def start(config: PretrainConfig) -> tuple[PatchAutoencoder, TextToVideo]:
+def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
     """Autoencoder and model: fresh, or those of `init_from`."""
     if config.init_from is None:
-        vae, latent_std = fit_autoencoder(config)
+        vae, latent_std = make_autoencoder(config)
         return vae, TextToVideo(config, latent_std)
     from sparse_forcing.pipeline import SparseForcingPipeline
 
     pipe = SparseForcingPipeline.from_pretrained(config.init_from)
-    if not isinstance(pipe.vae, PatchAutoencoder) or not isinstance(pipe.text_encoder, WordTextEncoder):
+    if not isinstance(pipe.vae, EmbeddedAutoencoder) or not isinstance(pipe.text_encoder, WordTextEncoder):
         raise ConfigError(f"init_from: {config.init_from} is not a model of this recipe's kind")
     model = TextToVideo(config, list(pipe.transformer.config.latent_std))
     model.transformer.load_state_dict(pipe.transformer.state_dict())
@@ -262,11 +274,17 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 
 def training_loss(
-    model: TextToVideo, vae: PatchAutoencoder, clips: ClipBatch, config: PretrainConfig, stage: StageConfig, step: int
+    model: TextToVideo,
+    vae: EmbeddedAutoencoder,
+    clips: ClipBatch,
+    config: PretrainConfig,
+    stage: StageConfig,
+    step: int,
 ) -> tuple[Tensor, Tensor]:
     """(flow matching loss, pose loss) of a batch of clips; teacher forcing when they span more than one chunk."""
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
-    latents = vae.encode(clips.pixels)
+    with torch.no_grad():
+        latents = vae.encode(clips.pixels)
     batch, frames, rows = latents.shape[0], latents.shape[2], latents.shape[3]
     inputs: dict = {"policy": ParallelAttention(frames)}
     if frames > config.chunk_frames:
@@ -289,7 +307,7 @@ def training_loss(
 
 
 def train_step(
-    model: TextToVideo, optimizers: list, ema: ParameterEma, vae: PatchAutoencoder, config: PretrainConfig, step: int
+    model: TextToVideo, optimizers: list, ema: ParameterEma, vae: EmbeddedAutoencoder, config: PretrainConfig, step: int
 ) -> tuple[float, float]:
     """One optimizer step: (flow loss, pose loss). Raises FloatingPointError before touching the weights when one of
     them is not finite."""

@@ -134,7 +134,7 @@ def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: bool) 
 def test_pose_loss_reaches_the_inner_layer_and_leaves_two_objects_out() -> None:
     settings = config()
     model = TextToVideo(settings, STD)
-    vae, _ = recipe.fit_autoencoder(settings)
+    vae, _ = recipe.make_autoencoder(settings)
     clips = batch(4)
     _, pose = recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0)
     pose.backward()

@@ -1,0 +1,97 @@
+"""Training the embedded model's autoencoder: it learns, normalises its latents, and resumes exactly."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.training import autoencode
+from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_loss, train
+from sparse_forcing.training.data.procedural import procedural_batch
+from sparse_forcing.training.pretrain import PretrainConfig, make_autoencoder
+from sparse_forcing.vae import TokenAutoencoder
+from tests.training.helpers import differences, newest, state
+
+CONFIG = AutoencoderConfig(
+    steps=40,
+    sizes=(32, 64),
+    batch_size=8,
+    latent_channels=8,
+    components=24,
+    dim=32,
+    num_blocks=1,
+    checkpoint_minutes=1e9,
+)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("autoencoder")
+    train(replace(CONFIG, steps=100, learning_rate=5e-3, warmup_steps=10), folder)
+    return folder
+
+
+def test_it_learns_and_its_latents_have_unit_variance(run_folder: Path) -> None:
+    rows = [json.loads(row) for row in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+    vae = TokenAutoencoder.from_pretrained(run_folder / "vae").eval()
+    clips = procedural_batch(
+        7,
+        0,
+        batch_size=64,
+        num_frames=4,
+        size=32,
+        two_object_fraction=0.0,
+        caption_dropout=0.0,
+        late_start_fraction=0.8,
+    )
+    latents = vae.encode(clips.pixels)
+    assert latents.std().item() == pytest.approx(1, abs=0.3)
+
+
+def test_noise_on_the_latents_costs_quality(run_folder: Path) -> None:
+    vae = TokenAutoencoder.from_pretrained(run_folder / "vae").eval()
+    pixels = procedural_batch(
+        7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
+    ).pixels
+    losses = [
+        reconstruction_loss(vae, pixels, noise, torch.Generator().manual_seed(0)).item() for noise in (0.0, 1.0, 3.0)
+    ]
+    assert losses == sorted(losses)
+
+
+def test_pretraining_takes_it_frozen(run_folder: Path) -> None:
+    vae, std = make_autoencoder(PretrainConfig(autoencoder=str(run_folder / "vae")))
+    assert std == [1.0] * CONFIG.latent_channels
+    assert not any(parameter.requires_grad for parameter in vae.parameters())
+    with pytest.raises(ConfigError, match="train it first"):
+        make_autoencoder(PretrainConfig(autoencoder=str(run_folder / "nothing")))
+
+
+def test_killed_and_resumed_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(CONFIG, steps=4, checkpoint_minutes=0)
+    train(config, tmp_path / "whole")
+    loss, calls = autoencode.reconstruction_loss, []
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(autoencode, "reconstruction_loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, tmp_path / "out")
+    monkeypatch.undo()
+    train(config, tmp_path / "out")
+    assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(ConfigError, match="must be positive"):
+        replace(CONFIG, sizes=())

@@ -1,0 +1,126 @@
+"""Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core).
+
+python -m sparse_forcing.training.autoencode --config training/configs/tiny-autoencoder.yaml --out runs/tiny-autoencoder
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
+from sparse_forcing.training.data.procedural import procedural_batch, step_seed
+from sparse_forcing.vae import TokenAutoencoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Everything the run depends on.
+
+    Args:
+        sizes: pixels to the side of the clips; steps take turns, and batches keep their number of pixels.
+        batch_size: clips of `sizes[0]` in a step.
+        noise: standard deviation of the noise added to (unit variance) latents, drawn up to this value for each clip.
+    """
+
+    steps: int = 3000
+    seed: int = 0
+    sizes: tuple[int, ...] = (64, 64, 64, 128)
+    batch_size: int = 48
+    two_object_fraction: float = 0.25
+    latent_channels: int = 16
+    components: int = 192
+    dim: int = 160
+    num_blocks: int = 2
+    noise: float = 0.3
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    checkpoint_minutes: float = 4.0
+
+    def __post_init__(self) -> None:
+        if not self.sizes or min(self.steps, self.batch_size, *self.sizes) < 1:
+            raise ConfigError("steps, batch_size and sizes must be positive")
+
+
+def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
+    """Fit the fixed linear transform on clips of its own seed."""
+    clips = procedural_batch(
+        seed, 0, batch_size=1024, num_frames=2 * vae.temporal_stride, size=64, two_object_fraction=0.25,
+        caption_dropout=0.0,
+    )  # fmt: skip
+    vae.patches.fit(clips.pixels)
+
+
+def reconstruction_loss(vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Mean squared pixel error after noise on the latents."""
+    with torch.autocast(pixels.device.type, torch.bfloat16):
+        latents = vae.encode(pixels)
+        level = noise * torch.rand(len(pixels), 1, 1, 1, 1, generator=generator)
+        noisy = latents + level * torch.randn(latents.shape, generator=generator)
+        return F.mse_loss(vae.draw(noisy), pixels)
+
+
+def train(config: AutoencoderConfig, out: Path) -> None:
+    """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(config.seed)
+    vae = TokenAutoencoder(
+        config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks
+    )
+    fit_patches(vae, config.seed)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    parts: dict[str, Stateful] = {"vae": vae, "optimizer": optimizer}
+    step, window = latest_checkpoint(out, parts), []
+    saved = began = time.monotonic()
+    while step < config.steps:
+        size = config.sizes[step % len(config.sizes)]
+        clips = procedural_batch(
+            config.seed + 1, step, batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
+            num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
+            caption_dropout=0.0, late_start_fraction=0.8,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+        loss = reconstruction_loss(vae, clips.pixels, config.noise, generator)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, (step + 1) / config.warmup_steps)
+        optimizer.step()
+        step += 1
+        window.append(loss.item())
+        if step % 50 == 0 or step == config.steps:
+            row = {"step": step, "loss": sum(window) / len(window), "seconds": (time.monotonic() - began) / len(window)}
+            with (out / "metrics.jsonl").open("a") as log:
+                log.write(json.dumps(row) + "\n")
+            psnr = 10 * math.log10(4 / row["loss"])
+            print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {row['seconds']:.2f} s/step", flush=True)
+            window, began = [], time.monotonic()
+        if step == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            save_checkpoint(out, step, parts, asdict(config))
+            saved = time.monotonic()
+    vae.eval().save_pretrained(out / "vae")
+
+
+def main() -> None:
+    from sparse_forcing.config import load_config
+
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
+    args = parser.parse_args()
+    train(load_config(AutoencoderConfig, args.config, args.set), args.out)
+
+
+if __name__ == "__main__":
+    main()

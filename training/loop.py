@@ -25,7 +25,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import output_lock
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.guard import STOPPED, StopRequest, explained_out_of_memory
-from sparse_forcing.training.parallel import mean_over_ranks, rank, world_size
+from sparse_forcing.training.parallel import barrier, leaving_group, mean_over_ranks, rank, world_size
 
 
 class Recipe(Protocol):
@@ -118,6 +118,11 @@ def run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, o
         out: folder of checkpoints, `metrics.jsonl` and the exported model.
     """
     out.mkdir(parents=True, exist_ok=True)
+    with leaving_group():
+        return _run(build, loop, config, out)
+
+
+def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path) -> int:
     accelerator = make_accelerator(loop, out)
     loop.own_micro_batches()
     with StopRequest() as stop, output_lock(out) if rank() == 0 else nullcontext():
@@ -138,6 +143,7 @@ def run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, o
                 )
             if stopping and step < loop.steps:
                 log.note(f"stopped at step {step}; run the same command to go on")
+                log.end()
                 return STOPPED
             if loop.validate_every and step % loop.validate_every == 0:
                 recipe.validate(step, out / "samples")
@@ -185,7 +191,10 @@ class _Log:
             print(message, file=sys.stderr, flush=True)
 
     def end(self) -> None:
-        self.accelerator.end_training()
+        """Close the trackers. Processes end together: one that leaves early may look like a failure to the launcher."""
+        barrier()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

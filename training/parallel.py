@@ -151,7 +151,8 @@ def shard_layers(model: nn.Module, *, param_dtype: torch.dtype | None = None) ->
         if not any(name.startswith(f"{other}.") for other in lists):
             for layer in model.get_submodule(name).children():
                 fully_shard(layer, **options)
-    return fully_shard(model, **options)
+    fully_shard(model, **options)
+    return model
 
 
 def full_state(state: Any) -> Any:

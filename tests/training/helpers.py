@@ -68,8 +68,10 @@ class Run:
         else:
             self.process.join(timeout)
             code = self.process.exitcode
-        assert code is not None, f"still running: {self.log.read_text()[-2000:]}"
-        return code, self.log.read_text()
+        output = self.log.read_text()
+        assert code is not None, f"still running: {output[-2000:]}"
+        assert workers.GROUP_ALIVE not in output, output
+        return code, output
 
 
 def start(

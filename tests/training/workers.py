@@ -21,6 +21,9 @@ from sparse_forcing.config import build_config
 from sparse_forcing.training import checkpoint, distill, forcing, stage
 from sparse_forcing.training.parallel import rank
 
+GROUP_ALIVE = "threads of the process group outlive the training: the interpreter may die when it ends"
+"""Printed by a worker, and then an error in every test."""
+
 STAGES: dict[str, Any] = {"forcing": (forcing, forcing.ForcingConfig), "distill": (distill, distill.DistillConfig)}
 
 
@@ -60,7 +63,16 @@ def run(settings_path: Path) -> int:
     torch.set_num_threads(1)
     module, kind = STAGES[settings["stage"]]
     install_faults(settings)
-    return module.train(build_config(kind, settings["config"]), Path(settings["out"]))
+    try:
+        return module.train(build_config(kind, settings["config"]), Path(settings["out"]))
+    finally:
+        if "pt_gloo_runloop" in thread_names():
+            print(GROUP_ALIVE, file=sys.stderr)
+
+
+def thread_names() -> list[str]:
+    """Names of this process's threads, Python's and others (Linux)."""
+    return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
 def run_logged(settings_path: Path, log: Path) -> None:

@@ -29,11 +29,12 @@ from sparse_forcing.kernels.block_selection.interface import (
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.memory.history import BlockHistory, PassTables, RebuiltAttention, gather_slots, rebuild
 from sparse_forcing.rope import shift_time
 from sparse_forcing.selector import coarse_attention, selection_loss
 
-POOLS = ("keys", "values", "representatives", "value_representatives")
-"""The tensors of a layer that hold blocks; the last one only with a learned selector."""
+HISTORY_POOLS = 4
+"""A history longer than this many pools is replaced by the pool itself, so that long rollouts stay bounded."""
 
 
 @dataclass
@@ -47,6 +48,7 @@ class SparseLayer:
     persistent: [B, H, P] and window: [B, H, W] slots, in the order of time.
     queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
     value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only.
+    history: what the pool was made of, where autograd is to keep that in its place (gradients that stop at the cache).
     """
 
     keys: Tensor
@@ -62,17 +64,12 @@ class SparseLayer:
     mass: Tensor | None = None
     value_representatives: Tensor | None = None
     key_projection: Tensor | None = None
+    history: BlockHistory | None = None
 
     @property
     def nbytes(self) -> int:
-        tensors = (getattr(self, field.name) for field in fields(self))
-        return sum(x.nbytes for x in tensors if x is not None)
-
-
-def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
-    """x [B, H, S, ...] at slots [B, H, N] -> [B, H, N, ...]."""
-    index = slots.reshape(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
-    return x.gather(2, index)
+        parts = (getattr(self, field.name) for field in fields(self))
+        return sum(x.nbytes for x in parts if x is not None)
 
 
 def _map(pooled: Tensor, projection: Tensor) -> Tensor:
@@ -111,6 +108,10 @@ class SparseMemory(RolloutMemory):
         self.selector_losses: list[Tensor] = []
         self.observer: Callable[[int, Tensor, Tensor, Tensor | None, Tensor], None] | None = None
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
+        self.chosen: dict[int, Tensor] = {}
+        self.replays = False
+        self.shifted = False
+        self.layouts: dict[int, TileLayout] = {}
         self.layout = self._layout(geometry.chunk_frames)
         self.chunk_blocks: list[int] = []
         self.window_frames: list[int] = []
@@ -129,7 +130,9 @@ class SparseMemory(RolloutMemory):
         self.num_slots = config.persistent_blocks + self.window_capacity
 
     def _layout(self, frames: int) -> TileLayout:
-        return TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
+        if frames not in self.layouts:
+            self.layouts[frames] = TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
+        return self.layouts[frames]
 
     @property
     def order(self) -> Tensor | None:
@@ -199,13 +202,19 @@ class SparseMemory(RolloutMemory):
     def _pool(self, layer: int, blocks: Tensor, side: str) -> Tensor:
         weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
         sizes = None if self.layout.uniform else self.layout.sizes.to(blocks.device)
+        if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
+            blocks = blocks.detach()
         return pool_blocks(blocks, sizes, weights)
 
     def _move_positions(self, frames: int) -> None:
+        self.shifted = True
         for state in filter(None, self.layers):
             moved = (state.position + frames).maximum(state.floor)
             delta = moved - state.position
-            state.keys = shift_time(state.keys, delta[..., None])
+            if state.history is None:
+                state.keys = shift_time(state.keys, delta[..., None])
+            else:
+                state.keys = rebuild(state.history.keys, state.history.place, state.history.moved(moved))
             state.representatives = shift_time(state.representatives, delta)
             state.position = moved
 
@@ -217,44 +226,74 @@ class SparseMemory(RolloutMemory):
         new = {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
         if self.selectors is not None:
             new["value_representatives"] = self._pool(layer, values, "value")
-        pools = {name: getattr(state, name) for name in new}
         self._write(state, own_slots, new)
 
         pooled = self._pool(layer, queries, "query")
-        with torch.no_grad():
-            index = self._block_index(layer, state, pooled, n)
-        measure = clean and self.config.importance == "mass"
-        result = block_sparse_attention(
-            queries,
-            state.keys,
-            state.values,
-            index,
-            query_sizes=None if self.layout.uniform else self.layout.sizes.to(query.device),
-            key_sizes=state.sizes,
-            num_persistent=self.num_persistent,
-            return_mass=measure,
-            backend=self.backend,
-        )
-        out = result.out
+        index = self._block_index(layer, state, pooled, n)
+        if state.history is not None and torch.is_grad_enabled() and not clean:
+            pools, tables = (state.keys, state.values), self._tables(state, index)
+            out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, self.layout)
+        else:
+            out = self._attend_to_pool(state, queries, index, measure=clean and self.config.importance == "mass")
         if self.selectors is not None:
-            out = out + self._coarse(layer, state, pooled)
+            coarse = self._coarse(layer, state, pooled).expand(-1, -1, -1, self.layout.block_tokens, -1)
+            out = out + self.layout.from_blocks(coarse)
             if layer in self.distilled_layers and torch.is_grad_enabled():
                 self.selector_losses.append(self._selector_loss(layer, state, queries.detach()))
         if self.observer is not None and not clean:
             self.observer(layer, queries, *self._window_mass(state, queries))
         if clean:
-            if self.selectors is not None:
-                # A copy: outside a layer's pass its parameters may be sharded away.
-                state.key_projection = self.selectors[layer].key_projection.detach().clone()
-            state.queries = None if measure else self._project(layer, pooled, "query").detach()
-            if result.mass is not None:
-                mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=query.device)
-                state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
-        if clean and self.cache_gradient == "straight_through":
+            self._finish(layer, state, pooled, own_slots, new)
+        return out
+
+    def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
+        """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""
+        result = block_sparse_attention(
+            queries,
+            state.keys,
+            state.values,
+            index,
+            query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device),
+            key_sizes=state.sizes,
+            num_persistent=self.num_persistent,
+            return_mass=measure,
+            backend=self.backend,
+        )
+        if result.mass is not None:
+            mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
+            state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
+        return self.layout.from_blocks(result.out)
+
+    def _tables(self, state: SparseLayer, index: Tensor) -> PassTables:
+        assert state.history is not None
+        return PassTables(
+            index=index,
+            key_sizes=state.sizes,
+            place=state.history.place,
+            moved=state.history.moved(state.position) if self.shifted else None,
+            num_persistent=self.num_persistent,
+            backend=self.backend,
+        )
+
+    def _finish(
+        self, layer: int, state: SparseLayer, pooled_queries: Tensor, own_slots: Tensor, new: dict[str, Tensor]
+    ) -> None:
+        """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
+        if self.selectors is not None:
+            # A copy: outside a layer's pass its parameters may be sharded away.
+            state.key_projection = self.selectors[layer].key_projection.detach().clone()
+        if self.config.importance != "mass":
+            state.queries = self._project(layer, pooled_queries, "query").detach()
+        if self.cache_gradient == "straight_through":
             with self.history():
-                stored = {name: gather_slots(pool, own_slots) for name, pool in pools.items()}
-                self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in pools})
-        return self.layout.from_blocks(out)
+                stored = {name: gather_slots(getattr(state, name), own_slots) for name in new}
+                self._write(state, own_slots, {name: self.merge_clean(stored[name], new[name]) for name in new})
+        if state.history is not None:
+            state.history = state.history.with_chunk(new["keys"], new["values"])
+            if state.history.blocks > HISTORY_POOLS * self.num_slots:
+                slots = torch.arange(self.num_slots, device=own_slots.device).expand_as(state.position)
+                fresh = BlockHistory(place=slots.int(), kept_at=state.position)
+                state.history = fresh.with_chunk(state.keys.clone(), state.values.clone())
 
     def _coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
         """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory."""
@@ -291,8 +330,14 @@ class SparseMemory(RolloutMemory):
         assert mass is not None
         return keys, sizes, mass
 
+    @torch.no_grad()
     def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
-        """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included."""
+        """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included.
+
+        A pass that is run again for its gradients repeats its choice.
+        """
+        if self.replays and layer in self.chosen:
+            return self.chosen[layer]
         num_window = state.window.shape[2]
         if self.top_k >= num_window:
             selected = torch.arange(num_window, dtype=torch.int32, device=pooled_queries.device)
@@ -301,15 +346,27 @@ class SparseMemory(RolloutMemory):
             window = self._project(layer, gather_slots(state.representatives, state.window), "key")
             own = torch.arange(num_window - n, num_window, device=pooled_queries.device)
             selected = choose_blocks(self._project(layer, pooled_queries, "query"), window, top_k=self.top_k, own=own)
-        return build_block_index(state.persistent, state.window, selected)
+        index = build_block_index(state.persistent, state.window, selected)
+        self.chosen.setdefault(layer, index)  # not those of later passes, which have no gradients
+        return index
+
+    def snapshot(self) -> SparseMemory:
+        twin = super().snapshot()
+        assert isinstance(twin, SparseMemory)
+        twin.replays, self.chosen = True, {}
+        twin.chosen = self.chosen
+        if self.cache_gradient == "detached":  # pools are written in place; the twin makes its own from the history
+            nothing = torch.empty(0)
+            twin.layers = [state and replace(state, keys=nothing, values=nothing) for state in self.layers]
+        return twin
 
     def _write(self, state: SparseLayer, slots: Tensor, blocks: dict[str, Tensor]) -> None:
-        """Put the chunk's blocks into its slots; out of place where autograd may hold the pool."""
+        """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""
         for name, new in blocks.items():
             pool = getattr(state, name)
             where = slots.reshape(*slots.shape, *[1] * (new.ndim - 3)).expand_as(new)
-            if self.cache_gradient == "none":
-                pool.scatter_(2, where, new.to(pool.dtype))
+            if self.cache_gradient == "none" or (state.history is not None and name in ("keys", "values")):
+                pool.scatter_(2, where, new.detach().to(pool.dtype))
             else:
                 with self.history():
                     setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
@@ -318,6 +375,8 @@ class SparseMemory(RolloutMemory):
         first = self.layout.first_frame.to(slots.device).expand(slots.shape)
         state.position = state.position.scatter(2, slots, first + self.chunk_position)
         state.floor = state.floor.scatter(2, slots, first)
+        if state.history is not None:
+            state.history = state.history.with_current(slots, first + self.chunk_position)
         numbers = torch.arange(self.layout.num_blocks, device=slots.device) + self.blocks_seen
         state.origin = state.origin.scatter(2, slots, numbers.expand(slots.shape))
 
@@ -340,10 +399,26 @@ class SparseMemory(RolloutMemory):
                 persistent=table[:, :, :0],
                 window=torch.arange(n, device=keys.device).expand(b, h, -1),
             )
+            if self.cache_gradient == "detached":
+                state.history = BlockHistory(place=table.int() - 1, kept_at=table)
             self.layers[layer] = state
         elif self.cache_gradient != "none":
             state = self.layers[layer] = replace(state)  # a snapshot may hold the old one
+        if not state.keys.numel():
+            self._rebuild_pools(state, keys)
         return state
+
+    def _rebuild_pools(self, state: SparseLayer, keys: Tensor) -> None:
+        """Pools of a snapshot, except for the current chunk's slots, which the pass is about to fill."""
+        assert state.history is not None
+        b, h, _, t, d = keys.shape
+        if not state.history.blocks:
+            state.keys, state.values = (keys.new_zeros(b, h, self.num_slots, t, d) for _ in range(2))
+            return
+        tables = self._tables(state, state.window)
+        place = tables.place.clamp(max=state.history.blocks - 1)
+        state.keys = rebuild(state.history.keys, place, tables.moved)
+        state.values = rebuild(state.history.values, place)
 
     @property
     def cache_bytes(self) -> int:

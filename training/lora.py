@@ -64,7 +64,8 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
     except ImportError as error:
         raise ConfigError('lora: needs peft; install it with: pip install "sparse-forcing[train]"') from error
     names = list(config.adapted(model))
-    settings = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=names, lora_dropout=0.0)
+    alpha: Any = config.alpha  # peft's annotation says int; any number works
+    settings = peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, _NAME)

@@ -18,7 +18,7 @@ from sparse_forcing.training.checkpoint import load_checkpoint, save_checkpoint
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.optim import OptimizerConfig
-from tests.training.helpers import differences, losses, newest, run, small_config, state
+from tests.training.helpers import differences, largest_difference, losses, newest, run, small_config, state
 from tests.training.test_recipes import DATA, LOOP, distill
 
 pytest.importorskip("peft")
@@ -150,3 +150,19 @@ def test_gradient_checkpointing_gives_the_same_gradients(model_folder: Path) -> 
     assert gradients[0].keys() == gradients[1].keys()
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@pytest.mark.slow
+def test_sharded_adapters_equal_one_process(tmp_path: Path, model_folder: Path) -> None:
+    """FSDP2 with two processes, text encoder sharded too; both networks have adapters; the export is whole."""
+    for name, options in (("one", {}), ("fsdp", {"parallel": "fsdp"})):
+        config = small_config(model_folder, "distill", steps=4, **options)
+        config |= {"lora": {"rank": 2, "alpha": 4.0}, "critic_lora": {"rank": 1}}
+        code, output = run(tmp_path, config, tmp_path / name, stage="distill", processes=1 + len(options))
+        assert code == 0, output
+    one, two = (state(newest(tmp_path / name)) for name in ("one", "fsdp"))
+    for part in ("generator.pt", "critic.pt", "generator_ema.pt"):
+        assert one[part].keys() == two[part].keys()
+        assert largest_difference(one[part], two[part]) < 1e-5
+    pipes = [SparseForcingPipeline.from_pretrained(str(tmp_path / name / "pipeline")) for name in ("one", "fsdp")]
+    assert largest_difference(*(pipe.transformer.state_dict() for pipe in pipes)) < 1e-5

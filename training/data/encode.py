@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.pipeline import find_model, load_autoencoder, load_text_encoder, read_defaults
 from sparse_forcing.training.data.shards import ShardContent, refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames
-from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
+from sparse_forcing.training.data.videos import BadSamples, CaptionedVideo, encode_pixels, list_videos, read_clip
 from sparse_forcing.vae import VideoAutoencoder
 from sparse_forcing.weights.manifest import folder_hash
 
@@ -110,21 +112,28 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
             tensors["text"] = _embed(text_encoder, prompts, config.batch_size).to(dtype)
         return ShardContent(tensors, prompts, tuple(refused))
 
-    about = {
-        "kind": "latents", "autoencoder": folder_hash(folder / "vae"),
-        "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
-        "config": {k: v for k, v in to_plain(config).items() if k not in ("batch_size", "per_shard", "count")},
-        "files": [[str(video.path), video.prompt] for video in clips.videos],
-    }  # fmt: skip
-    about["config"]["data"] = {k: v for k, v in about["config"]["data"].items() if k != "max_bad_samples"}
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     return write_shards(
-        out, clips.count, shard, per_shard=config.per_shard, about=about, progress=say,
+        out, clips.count, shard, per_shard=config.per_shard, about=_about(config, folder, clips.videos), progress=say,
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
     )  # fmt: skip
 
 
-def _embed(text_encoder, prompts: list[str], batch: int) -> Tensor:
+def _about(config: EncodeConfig, folder: Path, videos: list[CaptionedVideo]) -> dict[str, Any]:
+    """What the stored tensors depend on."""
+    settings = to_plain(config)
+    for name in ("batch_size", "per_shard", "count"):
+        del settings[name]
+    del settings["data"]["max_bad_samples"]
+    listing = "".join(f"{video.path.name}\n{video.prompt}\n" for video in videos)
+    return {
+        "kind": "latents", "config": settings, "videos": hashlib.sha256(listing.encode()).hexdigest(),
+        "autoencoder": folder_hash(folder / "vae"),
+        "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
+    }  # fmt: skip
+
+
+def _embed(text_encoder: Any, prompts: list[str], batch: int) -> Tensor:
     return torch.cat([text_encoder.encode(prompts[i : i + batch]).cpu() for i in range(0, len(prompts), batch)])
 
 

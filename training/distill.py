@@ -41,6 +41,7 @@ from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.score_losses import Score, critic_loss, dmd_loss, score_timestep, sid_loss
 from sparse_forcing.training.stage import (
     Metrics,
+    add_selector,
     autocast,
     draw_number,
     export_pipeline,
@@ -103,6 +104,8 @@ class DistillConfig:
             of the pass that made the chunk, as in Self-Forcing's released weights).
         context_noise: noise the finished chunk before its clean pass as Self-Forcing's trainer does.
         ema_start: step from which averages are kept.
+        learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
+            and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss (sparse memory with a learned selector).
         lora, critic_lora: train adapters of the generator, of the critic, instead of all their weights.
     """
@@ -126,6 +129,7 @@ class DistillConfig:
     negative_prompt: str = ""
     ema_decay: float = 0.99
     ema_start: int = 200
+    learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
     lora: LoraConfig | None = None
@@ -155,6 +159,8 @@ class DistillRecipe:
         self.config, loop = config, config.loop
         self.device = accelerator.device
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
+        if config.learned_selector:
+            add_selector(self.pipe, config.memory)
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):

@@ -22,12 +22,21 @@ from sparse_forcing.attention import ParallelAttention, block_causal_mask, teach
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.losses import forcing_loss, unit_variance_weight
 from sparse_forcing.training.optim import OptimizerConfig
-from sparse_forcing.training.stage import OneNetwork, autocast, draw_number, generators, memory_of, noise_like
+from sparse_forcing.training.stage import (
+    OneNetwork,
+    add_selector,
+    autocast,
+    draw_number,
+    generators,
+    memory_of,
+    noise_like,
+)
 
 MODES = ("bidirectional", "diffusion", "teacher")
 
@@ -43,6 +52,8 @@ class ForcingConfig:
         weighting: "schedule" (Self-Forcing's bell around t = 500), or "unit_variance" (squared error of the
             preconditioned network output, for models with latent_std).
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
+        learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
+            and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
         selector_layers: layers the distillation loss looks at per step, drawn anew each time.
         lora: train adapters instead of all weights.
@@ -58,6 +69,7 @@ class ForcingConfig:
     shift: float = 5.0
     weighting: str = "schedule"
     context_noise: float = 0.0
+    learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
     lora: LoraConfig | None = None
@@ -84,6 +96,12 @@ class ForcingRecipe(OneNetwork):
             self.memory = replace(self.memory, kind="full")
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
+
+    def load(self) -> SparseForcingPipeline:
+        pipe = super().load()
+        if self.config.learned_selector:
+            add_selector(pipe, self.config.memory)
+        return pipe
 
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """The one loss of a micro-batch."""

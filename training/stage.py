@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -84,6 +85,25 @@ def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Sourc
 
 def _compute_type(loop: LoopConfig) -> torch.dtype | None:
     return torch.bfloat16 if loop.dtype == "bfloat16" else None
+
+
+def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> None:
+    """Give the transformer a learned block selector for the memory's tiles, unless it has one. It starts as the mean.
+
+    Raises:
+        ConfigError: the memory has no blocks to select.
+    """
+    memory = memory or pipe.default_memory
+    if memory.kind != "sparse":
+        raise ConfigError(f"learned_selector: needs memory.kind sparse, got {memory.kind}")
+    old = pipe.transformer
+    if old.selectors:
+        return
+    new = CausalWanTransformer3DModel.from_config({**old.config, "selector_tokens": math.prod(memory.tile)})
+    missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
+    assert not unexpected
+    assert all(".selector." in name for name in missing)
+    pipe.transformer = new.to(old.device)
 
 
 def prepare(
@@ -207,7 +227,7 @@ class OneNetwork:
 
     def __init__(self, config: OneNetworkConfig, accelerator: Accelerator) -> None:
         self.config, self.device = config, accelerator.device
-        self.pipe = load_pipeline(config.model, config.data, config.loop, self.device)
+        self.pipe = self.load()
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
@@ -221,6 +241,10 @@ class OneNetwork:
             "ema": self.ema,
         }
         self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
+
+    def load(self) -> SparseForcingPipeline:
+        """The pipeline to start from."""
+        return load_pipeline(self.config.model, self.config.data, self.config.loop, self.device)
 
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """Terms of the loss of a micro-batch."""

@@ -1,0 +1,110 @@
+"""Training: a config that cannot work ends the command at once, and a bad number never reaches a weight."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparse_forcing.cli import main
+from sparse_forcing.eval import run
+from sparse_forcing.training.loop import LoopConfig
+from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.stage import optimizer_step
+
+STEPS = "loop: {steps: 1, trackers: []}\n"
+
+
+@pytest.mark.parametrize(
+    ("stage", "text", "message"),
+    [
+        ("forcing", "loop: {stepz: 1}", "loop.stepz: unknown setting; did you mean loop.steps?"),
+        ("forcing", STEPS + "optimizer: {learning_rate: fast}", "optimizer.learning_rate: expected a number"),
+        ("forcing", STEPS + "optimizer: {learning_rate: '1e-4'}", "optimizer.learning_rate: expected a number"),
+        ("forcing", STEPS + "optimizer: {learning_rate: .nan}", "optimizer.learning_rate: nan is not a finite number"),
+        ("forcing", STEPS + "shift: 5\nshift: 6", "key 'shift' appears twice"),
+        ("forcing", "loop: {steps: -3}", "steps: must be at least 1, got -3"),
+        ("forcing", "loop: {steps: 1, global_batch: 3, micro_batch: 2}", "global_batch: 3 is not a multiple"),
+        ("forcing", STEPS + "mode: diffusion\nmemory: {kind: sparse}", "memory.kind: sparse is trained chunk by chunk"),
+        (
+            "forcing",
+            STEPS + "learned_selector: true\nmemory: {kind: full}",
+            "learned_selector: needs memory.kind sparse",
+        ),
+        ("distill", STEPS + "rollout_frames: 5", "rollout_frames: 5 is not a multiple of the model's chunk"),
+        ("distill", STEPS + "windows: 2\ncache_gradient: straight_through", "cache_gradient: long tuning"),
+        ("distill", STEPS + "memory: {window_frames: 0}", "window_frames: at least 1"),
+        ("ode", STEPS + "data: {kind: procedural}", "data.kind: ODE regression reads shards"),
+    ],
+)
+def test_config_that_cannot_work_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stage: str, text: str, message: str
+) -> None:
+    path, out = tmp_path / "config.yaml", tmp_path / "out"
+    path.write_text(text)
+    assert main(["train", stage, "--config", str(path), "--output", str(out)]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert message in lines[0]
+    assert not list(out.glob("step-*"))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_number_stops_before_the_weights_change(where: str, bad: float) -> None:
+    """A finite loss with a bad gradient counts, too."""
+    torch.manual_seed(0)
+    model, loop, config = nn.Linear(3, 1), LoopConfig(steps=3, global_batch=1, micro_batch=1), OptimizerConfig()
+    optimizer = make_optimizer(model.parameters(), config)
+    before = [p.clone() for p in model.parameters()]
+
+    def losses(_: int) -> Any:
+        out = model(torch.ones(2, 3)).sum()
+        if where == "loss":
+            yield out * bad
+            return
+        out.register_hook(lambda gradient: gradient * bad)
+        yield out
+
+    with pytest.raises(FloatingPointError, match=r"step 1: .*weights left unchanged"):
+        optimizer_step(model, optimizer, loop, config, 1, losses, name="model")
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert not optimizer.state
+
+
+def test_the_table_names_tests_that_exist() -> None:
+    """README.md of this folder says which test answers for which fault."""
+    root = Path(__file__).parents[2]
+    table = (Path(__file__).parent / "README.md").read_text()
+    rows = re.findall(r"^\| (\d+) \|", table, re.MULTILINE)
+    assert {*map(int, rows)} == {*range(1, 16), 23, 24}
+    names = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", table)
+    assert len(names) >= len(rows)
+    for path, name in names:
+        assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"
+
+
+def test_dead_worker_is_an_error_and_none_is_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training decodes in its own process and has no workers; evaluation has."""
+    clips, complete = tmp_path / "clips", run.as_completed
+    assert main(["data", "clips", str(clips), "--num-clips", "3", "--num-frames", "8", "--size", "32"]) == 0
+
+    def killing(jobs: Any) -> Any:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid, signal.SIGKILL)
+        yield from complete(jobs)
+
+    monkeypatch.setattr(run, "as_completed", killing)
+    command = ["evaluate", str(clips), "--output", str(tmp_path / "out"), "--metrics", "brightness", "--workers", "2"]
+    assert main(command) == 2
+    assert "a worker process died" in capsys.readouterr().err
+    assert not multiprocessing.active_children()

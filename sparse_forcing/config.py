@@ -82,7 +82,7 @@ def load_config(cls: type[T], path: PathLike | None, overrides: Iterable[str] = 
         ConfigError: one line with the file and the dotted path.
     """
     source = str(path) if path is not None else "settings"
-    tree = _read_yaml(path) if path is not None else {}
+    tree = read_settings(path) if path is not None else {}
     for override in overrides:
         _apply_override(tree, override)
     return build_config(cls, tree, source=source)
@@ -122,7 +122,8 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
         raise ConfigError(f"{source}: not valid YAML ({error})") from error
 
 
-def _read_yaml(path: PathLike) -> dict[str, Any]:
+def read_settings(path: PathLike) -> dict[str, Any]:
+    """The settings of a YAML file as nested mappings, before any of them is checked. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_CONFIG_BYTES + 1)

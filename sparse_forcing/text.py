@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
 PAD, UNKNOWN, EMPTY = 0, 1, 2
+WAN_TEXT_LEN = 512
+"""Tokens of a prompt after padding, in Wan 2.1."""
 _SPECIAL = ("<pad>", "<unknown>", "<empty>")
 
 
@@ -114,7 +116,7 @@ class UMT5TextEncoder(nn.Module):
         text_len: tokens of a prompt after padding.
     """
 
-    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Any, text_len: int = 512) -> None:
+    def __init__(self, encoder: UMT5EncoderModel, tokenizer: Any, text_len: int = WAN_TEXT_LEN) -> None:
         super().__init__()
         self.encoder = encoder.requires_grad_(False).eval()
         self.tokenizer = tokenizer
@@ -122,7 +124,7 @@ class UMT5TextEncoder(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | Path, *, text_len: int = 512, torch_dtype: torch.dtype | None = None
+        cls, folder: str | Path, *, text_len: int = WAN_TEXT_LEN, torch_dtype: torch.dtype | None = None
     ) -> UMT5TextEncoder:
         """Load `text_encoder` and `tokenizer` of a local diffusers Wan folder. Raises WeightsError."""
         from transformers import AutoTokenizer, UMT5EncoderModel

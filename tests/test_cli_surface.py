@@ -29,8 +29,9 @@ SURFACE = {
     "bench": "WHAT --quick --repeats --device --model --prompts --objects --horizons --memories --batch-size --seed "
     "--num-inference-steps --guidance-scale --output",
     "convert": "SOURCE TARGET --part --head-dim --json",
-    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed --json",
-    "doctor": "--kernels --json",
+    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed "
+    "--json",
+    "doctor": "--kernels --config --processes --json",
 }
 WITHOUT_TORCH = """
 import sys

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_forcing.config import load_config
+from sparse_forcing.config import load_config, read_settings
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import PathLike
 
@@ -28,9 +29,30 @@ def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str
     """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
-    module_name, config_class, function = STAGES[stage]
-    module = importlib.import_module(module_name)
-    return load_config(getattr(module, config_class), config_path, overrides), getattr(module, function)
+    function = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])
+    return load_config(_config_class(stage), config_path, overrides), function
+
+
+def _config_class(stage: str) -> Any:
+    module_name, config_class, _ = STAGES[stage]
+    return getattr(importlib.import_module(module_name), config_class)
+
+
+def guess_stage(config_path: PathLike) -> str:
+    """The stage a config file is for: the one that knows most of its settings.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    keys = set(read_settings(config_path))
+
+    def fit(stage: str) -> tuple[int, int]:
+        settings = fields(_config_class(stage))
+        known = {setting.name for setting in settings}
+        needed = {x.name for x in settings if x.default is MISSING and x.default_factory is MISSING}
+        return len(keys & known) - len(keys - known), -len(needed - keys)
+
+    return max(STAGES, key=fit)
 
 
 def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike) -> int:

@@ -1,24 +1,34 @@
 """Memory of a training stage, computed on meta tensors: nothing is allocated.
 
-Per process: weights, gradients, AdamW's two moments and the averages of every trained network, weights of the frozen
-ones, keys and values that a rollout keeps, and the activations of one layer's recomputation plus one token tensor per
-checkpointed block. A floor, not a promise: allocators round up and kernels take workspaces.
+Of one of N processes, from the stage's config: parameters are counted on meta tensors, and what autograd saves of a
+transformer block is traced on fake ones. The estimate is of tensors that live at the same time at the worst moment of a
+step. Allocators round up and kernels take workspaces beyond it. Shards of FSDP count as equal parts; the block that is
+whole at the time is among the activations.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_forcing.config import build_config
-from sparse_forcing.files import read_json
+from sparse_forcing.attention import dense_attention
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PIPELINE_FILE, PipelineConfig, find_model
+from sparse_forcing.rope import Rotary
+from sparse_forcing.training.autoencode import AutoencoderConfig
 from sparse_forcing.training.distill import DistillConfig
-from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.training.forcing import ForcingConfig
+from sparse_forcing.training.lora import LoraConfig
+from sparse_forcing.training.model_sizes import ModelSizes, model_sizes, on_meta
+from sparse_forcing.training.ode import OdeConfig
+from sparse_forcing.training.pretrain import PretrainConfig, TextToVideo, make_optimizers
+from sparse_forcing.transformer import CausalWanBlock
+from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
 GIB = 1 << 30
 _STATE_BYTES = 4  # weights, gradients, moments and averages are float32
@@ -26,13 +36,15 @@ _STATE_BYTES = 4  # weights, gradients, moments and averages are float32
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes of one process."""
+    """Bytes of one process. `weights`: of trained networks, `frozen`: of the other score network, `encoders`: text
+    encoder and autoencoder; `cache`: keys and values of a rollout."""
 
     weights: int
     gradients: int
     optimizers: int
     averages: int
     frozen: int
+    encoders: int
     cache: int
     activations: int
 
@@ -41,96 +53,239 @@ class MemoryEstimate:
         return sum(asdict(self).values())
 
     def lines(self) -> list[str]:
-        return [f"{name:<12} {value / GIB:8.2f} GiB" for name, value in {**asdict(self), "total": self.total}.items()]
+        return [f"{name:<12} {value / GIB:9.3f} GiB" for name, value in {**asdict(self), "total": self.total}.items()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one micro-batch computes.
+
+    Args:
+        frames: latent frames that carry gradients at the same time; tokens_per_frame: of each.
+        context_frames: clean frames in the same pass (teacher forcing in parallel).
+        memory: of a rollout, chunk by chunk; None when all frames are computed at once.
+        text_len: tokens of a prompt.
+        number_bytes: of a number in computation.
+    """
+
+    frames: int
+    tokens_per_frame: int
+    context_frames: int = 0
+    memory: MemoryConfig | None = None
+    micro_batch: int = 1
+    text_len: int = 512
+    number_bytes: int = 2
+    checkpointing: bool = True
 
 
 def parameter_count(config: dict[str, Any]) -> int:
     """Parameters of a transformer config, counted on meta tensors."""
-    return sum(p.numel() for p in _on_meta(config).parameters())
+    return sum(p.numel() for p in on_meta(config).parameters())
 
 
-def _on_meta(config: dict[str, Any]) -> Any:
-    with torch.device("meta"):
-        return CausalWanTransformer3DModel(**config)
+def trained_count(config: dict[str, Any], lora: LoraConfig | None) -> int:
+    """Parameters of a network that train: all, or those of its adapters."""
+    return parameter_count(config) if lora is None else lora.parameter_count(on_meta(config))
 
 
-def cache_tokens(memory: MemoryConfig, tokens_per_frame: int, frames: int) -> int:
-    """Tokens a layer keeps of a rollout of `frames` latent frames."""
-    if memory.kind == "full":
-        return frames * tokens_per_frame
-    window = min(memory.window_frames, frames) * tokens_per_frame
-    if memory.kind != "sparse":
-        return window
-    tile = memory.tile[0] * memory.tile[1] * memory.tile[2]
-    return window + memory.persistent_blocks * tile
+class _Dense:
+    """Self-attention to all tokens of the pass."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return dense_attention(query, key, value)
+
+
+def saved_bytes(config: dict[str, Any], tokens: int, text_tokens: int, batch: int, number_bytes: int) -> int:
+    """Bytes that autograd saves of one block's forward pass, inputs and parameters not counted.
+
+    The block runs on fake tensors, in this machine's arithmetic for a CPU (where attention computes in float32).
+    """
+    sizes = on_meta(config).config
+    dim = sizes.num_attention_heads * sizes.attention_head_dim
+    half = number_bytes == 2
+    saved: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        saved.setdefault(x.untyped_storage()._cdata, x)
+        return x
+
+    with FakeTensorMode():
+        block = CausalWanBlock(dim, sizes.ffn_dim, sizes.num_attention_heads, sizes.cross_attn_norm, sizes.eps, None)
+        x = torch.zeros(batch, tokens, dim, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
+        modulation = torch.zeros(batch, 1, 6, dim, requires_grad=True)
+        text = torch.zeros(batch, text_tokens, dim, requires_grad=True)
+        rotary = Rotary(*(torch.zeros(tokens, sizes.attention_head_dim // 2) for _ in range(2)))
+        given = {y.untyped_storage()._cdata for y in (x, modulation, text, *rotary, *block.parameters())}
+        with (
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y),
+            torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False),
+        ):
+            block(x, modulation, text, rotary, _Dense(), 0)
+        return sum(y.untyped_storage().nbytes() for key, y in saved.items() if key not in given)
+
+
+def activation_bytes(config: dict[str, Any], work: Work) -> int:
+    """Bytes of activations when a backward pass begins: all blocks', or (checkpointed) one's and every one's input."""
+    sizes = on_meta(config).config
+    dim = sizes.num_attention_heads * sizes.attention_head_dim
+    tokens = (work.frames + work.context_frames) * work.tokens_per_frame
+    block = saved_bytes(config, tokens, work.text_len, work.micro_batch, work.number_bytes)
+    if not work.checkpointing:
+        return sizes.num_layers * block
+    return sizes.num_layers * work.micro_batch * tokens * dim * work.number_bytes + block
+
+
+def cache_bytes(config: dict[str, Any], work: Work) -> int:
+    """Bytes of keys and values that a training rollout holds.
+
+    A sparse memory keeps every chunk once (its window and persistent set are tables). Dense memories are written out of
+    place: each chunk's pass with gradients holds the cache it read.
+    """
+    if work.memory is None:
+        return 0
+    sizes = on_meta(config).config
+    if work.memory.kind == "sparse":
+        frames = work.frames
+    else:
+        kept = work.frames if work.memory.kind == "full" else work.memory.window_frames
+        frames = sum(min(kept, end) for end in range(sizes.chunk_frames, work.frames + 1, sizes.chunk_frames))
+    per_token = 2 * sizes.num_attention_heads * sizes.attention_head_dim * work.number_bytes
+    return work.micro_batch * sizes.num_layers * per_token * frames * work.tokens_per_frame
 
 
 def estimate_distillation(
-    generator: dict[str, Any],
-    critic: dict[str, Any],
-    teacher: dict[str, Any],
-    *,
-    tokens_per_frame: int,
-    frames: int,
-    memory: MemoryConfig,
-    micro_batch: int = 1,
-    shards: int = 1,
-    compute_bytes: int = 2,
-    checkpointing: bool = True,
-) -> MemoryEstimate:
-    """Estimate for distillation.
+    generator: dict[str, Any], critic: dict[str, Any], teacher: dict[str, Any], work: Work, *, shards: int = 1,
+    encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None,
+) -> MemoryEstimate:  # fmt: skip
+    """Estimate of three networks. The two updates of a step follow each other: the gradients and graphs of one are gone
+    when the other begins.
 
     Args:
-        generator, critic, teacher: transformer configs.
-        tokens_per_frame, frames: of a rollout.
-        shards: processes that share every network's state (1: replicated).
-        compute_bytes: bytes of a number in computation.
+        generator, critic, teacher: transformer configs; shards: processes that share every network's state.
+        encoders: bytes of text encoder and autoencoder in this process.
     """
-    trained = sum(parameter_count(config) for config in (generator, critic)) // shards
-    frozen = parameter_count(teacher) // shards
-    model = _on_meta(generator)
-    sizes = model.config
-    dim, layers, chunk = sizes.num_attention_heads * sizes.attention_head_dim, sizes.num_layers, sizes.chunk_frames
-    per_token = 2 * dim * compute_bytes
-    kept = cache_tokens(memory, tokens_per_frame, frames)
-    # Every chunk's pass with gradients keeps the cache it read: written out of place, chunk by chunk.
-    cache = micro_batch * layers * per_token * sum(
-        min(kept, end * tokens_per_frame) for end in range(chunk, frames + 1, chunk)
-    )  # fmt: skip
-    tokens = micro_batch * frames * tokens_per_frame
-    inside = tokens * (10 * dim + 2 * sizes.ffn_dim) * compute_bytes
-    activations = tokens * dim * compute_bytes * layers + inside if checkpointing else inside * layers
+    trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
+    whole = [parameter_count(generator), parameter_count(critic)]
+    added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
+    at_once = Work(**{**_fields(work), "memory": None})
     return MemoryEstimate(
-        weights=trained * _STATE_BYTES,
-        gradients=trained * _STATE_BYTES,
-        optimizers=2 * trained * _STATE_BYTES,
-        averages=parameter_count(generator) // shards * _STATE_BYTES,
-        frozen=frozen * _STATE_BYTES,
-        cache=cache,
-        activations=activations,
+        weights=(sum(whole) + added) // shards * _STATE_BYTES,
+        gradients=max(trained) // shards * _STATE_BYTES,
+        optimizers=2 * sum(trained) // shards * _STATE_BYTES,
+        averages=trained[0] // shards * _STATE_BYTES,
+        frozen=parameter_count(teacher) // shards * _STATE_BYTES,
+        encoders=encoders,
+        cache=cache_bytes(generator, work),
+        activations=max(activation_bytes(generator, work), activation_bytes(critic, at_once)),
     )
 
 
-def estimate_stage(config: DistillConfig, processes: int = 1) -> MemoryEstimate:
-    """Estimate of a distillation config on `processes`; of the models only the configs are read.
+def estimate_one_network(
+    config: dict[str, Any], work: Work, *, shards: int = 1, encoders: int = 0, lora: LoraConfig | None = None
+) -> MemoryEstimate:
+    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`."""
+    trained = trained_count(config, lora)
+    whole = parameter_count(config) + (trained if lora else 0)
+    return MemoryEstimate(
+        weights=whole // shards * _STATE_BYTES,
+        gradients=trained // shards * _STATE_BYTES,
+        optimizers=2 * trained // shards * _STATE_BYTES,
+        averages=trained // shards * _STATE_BYTES,
+        frozen=0,
+        encoders=encoders,
+        cache=cache_bytes(config, work),
+        activations=activation_bytes(config, work),
+    )
+
+
+def _fields(work: Work) -> dict[str, Any]:
+    return {name: getattr(work, name) for name in work.__dataclass_fields__}
+
+
+def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, list[str]]:
+    """Estimate of a stage's config on `processes`, and notes on what was assumed. Of models only configs are read.
 
     Raises:
-        ConfigError, WeightsError: a model folder is not there or not readable.
+        ConfigError: the stage has no estimate, or the processes cannot share its batch.
+        WeightsError: a model folder is neither there nor of a published size.
     """
-    student, teacher = (find_model(name) for name in (config.model, config.teacher))
-    pipeline = build_config(PipelineConfig, read_json(student / PIPELINE_FILE), source=str(student / PIPELINE_FILE))
-    generator, score = (_sizes(folder / "transformer" / "config.json") for folder in (student, teacher))
-    vae = read_json(student / "vae" / "config.json")
-    stride = vae["spatial_stride"] if "spatial_stride" in vae else vae["scale_factor_spatial"]
-    _, rows, cols = generator["patch_size"]
-    return estimate_distillation(
-        generator, score, score,
-        tokens_per_frame=(pipeline.height // (stride * rows)) * (pipeline.width // (stride * cols)),
-        frames=config.rollout_frames, memory=config.memory or pipeline.memory, micro_batch=config.loop.micro_batch,
-        shards=processes if config.loop.parallel == "fsdp" else 1,
-        compute_bytes=2 if config.loop.dtype == "bfloat16" else 4, checkpointing=config.loop.gradient_checkpointing,
+    if isinstance(config, PretrainConfig):
+        return estimate_pretraining(config), []
+    if isinstance(config, AutoencoderConfig):
+        return estimate_autoencoder(config), []
+    if config.loop.micro_batches % processes:
+        raise ConfigError(
+            f"loop.global_batch: {config.loop.micro_batches} micro-batches cannot be shared by {processes} processes"
+        )
+    model = model_sizes(config.model)
+    shards = processes if config.loop.parallel == "fsdp" else 1
+    text = 0 if config.data.kind == "shards" and config.data.stored_text else model.text_bytes // shards
+    options: dict[str, Any] = {"shards": shards, "encoders": text + model.autoencoder_bytes, "lora": config.lora}
+    work = _work(config, model)
+    if not isinstance(config, DistillConfig):
+        return estimate_one_network(model.transformer, work, **options), model.notes
+    teacher = model_sizes(config.teacher)
+    estimate = estimate_distillation(
+        model.transformer, teacher.transformer, teacher.transformer, work, critic_lora=config.critic_lora, **options
+    )
+    return estimate, list(dict.fromkeys([*model.notes, *teacher.notes]))
+
+
+def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
+    """Estimate of pretraining at its largest stage; one process, no checkpointing, bfloat16 arithmetic."""
+    with torch.device("meta"):
+        model = TextToVideo(config, [1.0] * config.latent_channels)
+    state = _bytes(model.parameters())
+    moments = sum(
+        _bytes(group["params"]) * (2 if isinstance(optimizer, torch.optim.AdamW) else 1)
+        for optimizer in make_optimizers(model, config)
+        for group in optimizer.param_groups
+    )
+    sizes = {name: value for name, value in model.transformer.config.items() if not name.startswith("_")}
+    activations = []
+    for stage in config.stages:
+        context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0
+        tokens = (stage.size // PatchAutoencoder(1).spatial_stride) ** 2
+        work = Work(
+            frames=stage.latent_frames, context_frames=context, tokens_per_frame=tokens, text_len=config.text_len,
+            micro_batch=stage.batch_size, checkpointing=False,
+        )  # fmt: skip
+        activations.append(activation_bytes(sizes, work))
+    return MemoryEstimate(state, state, moments, state, 0, 0, 0, max(activations))
+
+
+def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
+    """Estimate of the autoencoder's training; its clips have the same number of pixels at every size."""
+    with FakeTensorMode():
+        vae = TokenAutoencoder(
+            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks
+        )
+        shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
+        saved: dict[int, Tensor] = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x: saved.setdefault(x.untyped_storage()._cdata, x), lambda x: x
+        ):
+            vae.decode(vae.encode(torch.zeros(shape)))
+        state = _bytes(vae.parameters())
+        inside = sum(x.untyped_storage().nbytes() for x in saved.values())
+    return MemoryEstimate(state, state, 2 * state, 0, 0, _bytes(vae.buffers()), 0, inside)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> Work:
+    """The micro-batch of a stage."""
+    frames, context, memory = config.data.latent_frames, 0, None
+    if isinstance(config, DistillConfig):
+        frames, memory = config.rollout_frames, config.memory or model.memory
+    elif isinstance(config, ForcingConfig) and config.mode == "teacher":
+        memory = config.memory or model.memory
+        if memory.kind == "full":  # clean and noisy frames side by side
+            context, memory = frames, None
+    return Work(
+        frames=frames, context_frames=context, memory=memory, tokens_per_frame=model.tokens_per_frame,
+        micro_batch=config.loop.micro_batch, text_len=model.text_len,
+        number_bytes=2 if config.loop.dtype == "bfloat16" else 4, checkpointing=config.loop.gradient_checkpointing,
     )  # fmt: skip
-
-
-def _sizes(path: Path) -> dict[str, Any]:
-    return {name: value for name, value in read_json(path).items() if not name.startswith("_")}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType, TracebackType
@@ -43,6 +45,19 @@ class StopRequest:
     def requested(self) -> bool:
         """True on every process as soon as one of them was asked to stop."""
         return any_rank(self._asked)
+
+
+def stop_with_launcher() -> None:
+    """Receive SIGTERM when the launcher dies, where it would not forward the one it got.
+
+    `accelerate launch` with one process waits for it without passing signals on; a cluster that stops the launcher
+    would leave the training running. torchrun forwards signals and needs nothing. Linux only (prctl); elsewhere start
+    `python -m sparse_forcing train` directly.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:

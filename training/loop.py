@@ -24,7 +24,7 @@ from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import output_lock
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
-from sparse_forcing.training.guard import STOPPED, StopRequest, explained_out_of_memory
+from sparse_forcing.training.guard import STOPPED, StopRequest, explained_out_of_memory, stop_with_launcher
 from sparse_forcing.training.parallel import barrier, leaving_group, mean_over_ranks, rank, world_size
 
 
@@ -54,6 +54,7 @@ class LoopConfig:
     Args:
         steps: optimizer steps of the stage.
         global_batch: samples per step over all processes; micro_batch: samples per forward pass. The rest accumulates.
+        processes: how many a launch must have; another number is refused (None: any that shares the batch evenly).
         parallel: "replicate" (every process holds the weights) or "fsdp" (sharded per block).
         dtype: of computation; weights and optimizers stay float32.
         trackers: any tracker accelerate knows by name; metrics.jsonl is always written.
@@ -63,6 +64,7 @@ class LoopConfig:
     seed: int = 0
     global_batch: int = 8
     micro_batch: int = 8
+    processes: int | None = None
     parallel: str = "replicate"
     dtype: str = "float32"
     gradient_checkpointing: bool = False
@@ -78,6 +80,8 @@ class LoopConfig:
         for name in ("steps", "global_batch", "micro_batch", "checkpoint_every", "keep_checkpoints", "log_every"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.processes is not None and self.processes < 1:
+            raise ConfigError(f"processes: must be at least 1, got {self.processes}")
         if self.global_batch % self.micro_batch:
             raise ConfigError(f"global_batch: {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if self.parallel not in ("replicate", "fsdp"):
@@ -89,6 +93,15 @@ class LoopConfig:
     def micro_batches(self) -> int:
         """Micro-batches of a step over all processes."""
         return self.global_batch // self.micro_batch
+
+    def check_processes(self) -> None:
+        """Raise ConfigError when the launch has another number of processes than asked for. `accelerate launch` starts
+        one process, without a word, where it knows no device for more."""
+        if self.processes not in (None, world_size()):
+            raise ConfigError(
+                f"loop.processes: {self.processes} were asked for, this launch has {world_size()}; use "
+                "torchrun --nproc-per-node and --nnodes, or set loop.processes"
+            )
 
     def own_micro_batches(self) -> range:
         """Numbers of the micro-batches this process computes. Raises ConfigError when they cannot be shared out."""
@@ -124,7 +137,9 @@ def run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, o
 
 def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path) -> int:
     accelerator = make_accelerator(loop, out)
+    loop.check_processes()
     loop.own_micro_batches()
+    stop_with_launcher()
     with StopRequest() as stop, output_lock(out) if rank() == 0 else nullcontext():
         set_seed(loop.seed + rank())
         recipe = build(accelerator)

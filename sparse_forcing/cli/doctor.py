@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing import __version__
+from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
@@ -34,11 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernels", metavar="ARCH", help="report on every kernel compiled for ARCH, as in sm_90 or gfx942"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON array of findings")
+    parser.add_argument("--config", type=path, metavar="PATH", help="memory that training by this YAML file needs")
+    parser.add_argument(
+        "--processes",
+        type=whole_number,
+        metavar="N",
+        help="with --config: how many share the work (default: the file's)",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON value instead of lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns 1 when something that must work is broken."""
+    if arguments.processes is not None and (arguments.config is None or arguments.processes < 1):
+        raise ConfigError("--processes: a number of at least 1, together with --config")
+    if arguments.config is not None:
+        return _memory_report(arguments.config, arguments.processes, as_json=arguments.json)
     if arguments.kernels:
         return _kernel_report(arguments.kernels, as_json=arguments.json)
     findings = [finding for check in CHECKS for finding in _safely(check)]
@@ -135,6 +147,25 @@ def _kernel_report(architecture: str, *, as_json: bool) -> int:
     except ImportError as error:
         raise ConfigError(f"--kernels needs triton ({_first_line(error)})") from error
     print(json.dumps(rows) if as_json else as_table(rows))
+    return 0
+
+
+def _memory_report(config_path: Path, processes: int | None, *, as_json: bool) -> int:
+    """Print what one process of a training needs, part by part."""
+    from sparse_forcing.training.cli_entry import guess_stage, load_stage
+    from sparse_forcing.training.estimate import estimate_stage
+
+    stage = guess_stage(config_path)
+    config, _ = load_stage(stage, config_path)
+    if processes is None:
+        processes = getattr(getattr(config, "loop", None), "processes", None) or 1
+    estimate, notes = estimate_stage(config, processes)
+    if as_json:
+        answer = {"stage": stage, "processes": processes, "bytes": asdict(estimate), "total": estimate.total}
+        print(json.dumps({**answer, "notes": notes}))
+        return 0
+    print(f"{config_path}: stage {stage}, memory of one process of {processes}")
+    print("\n".join([*estimate.lines(), *(f"note: {note}" for note in notes)]))
     return 0
 
 

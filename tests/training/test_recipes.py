@@ -17,13 +17,11 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
 from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
-from sparse_forcing.training.estimate import estimate_distillation, estimate_stage, parameter_count
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
 from tests.training.conftest import HORIZON, SPARSE
 
-CONFIGS = Path(__file__).parents[2] / "training" / "configs"
 MEMORIES = {
     "full": MemoryConfig(kind="full"),
     "window": MemoryConfig(kind="window", window_frames=4),
@@ -165,17 +163,6 @@ def test_exported_student_generates(tmp_path: Path, model_folder: Path) -> None:
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configs_are_valid(path: Path) -> None:
-    stage = next((name for name in ("distill", "forcing") if name in path.stem), None)
-    stage = stage or {"tiny": "pretrain", "tiny-long": "distill"}.get(path.stem, "forcing")
-    config, function = load_stage(stage, path)
-    assert callable(function)
-    if stage == "distill" and path.stem.startswith("wan"):
-        assert config.loop.global_batch == 64
-        assert config.loop.gradient_checkpointing
-
-
 def test_unknown_stage_and_setting() -> None:
     with pytest.raises(ConfigError, match=r"expected one of .*pretrain"):
         train("destil", None, [], "out")
@@ -217,39 +204,6 @@ def test_learning_rate_is_a_function_of_the_step() -> None:
     assert rates[:2] == pytest.approx([0.2, 0.8], rel=0.01)
     assert rates[3] == pytest.approx(0.55, rel=0.01)
     assert rates[4] == pytest.approx(0.1)
-
-
-def test_estimate_counts_parameters_and_sparse_needs_no_more_cache_than_dense() -> None:
-    wan = {"num_layers": 30}
-    assert parameter_count(wan) == 1_418_996_800
-    common: dict[str, Any] = {"tokens_per_frame": 1560, "frames": 21}
-    dense = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="full"), **common)
-    sparse = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="sparse"), **common)
-    assert dense.weights == 2 * 1_418_996_800 * 4
-    assert sparse.cache < dense.cache
-    sharded = estimate_distillation(wan, wan, wan, memory=MemoryConfig(kind="sparse"), shards=8, **common)
-    assert sharded.optimizers == sparse.optimizers // 8
-    assert len(sparse.lines()) == 8
-
-
-def test_estimate_of_state_equals_a_real_run(model_folder: Path) -> None:
-    recipe = distill(model_folder)
-    recipe.update(0)
-
-    def nbytes(tensors: Any) -> int:
-        return sum(x.nbytes for x in tensors if isinstance(x, torch.Tensor) and x.ndim > 0)
-
-    config = {k: v for k, v in recipe.model.config.items() if not k.startswith("_")}
-    estimate = estimate_distillation(config, config, config, tokens_per_frame=16, frames=HORIZON, memory=SPARSE)
-    trained = [*recipe.model.parameters(), *recipe.fake.parameters()]
-    assert estimate.weights == estimate.gradients == nbytes(trained)
-    states = [state for optimizer in recipe.optimizers.values() for state in optimizer.state.values()]
-    assert estimate.optimizers == sum(nbytes(state.values()) for state in states)
-    assert estimate.averages == nbytes(recipe.ema.shadow.values())
-    assert estimate.frozen == nbytes(recipe.real.parameters())
-    from_folders = estimate_stage(recipe.config)
-    assert (from_folders.weights, from_folders.averages) == (estimate.weights, estimate.averages)
-    assert from_folders.cache == 2 * 2 * estimate.cache  # two samples, four bytes a number
 
 
 def saved_bytes(recipe: DistillRecipe) -> int:

@@ -111,6 +111,11 @@ class ProceduralSource:
             two_object_fraction=self.config.two_object_fraction, caption_dropout=self.config.caption_dropout,
         )  # fmt: skip
 
+    def clip(self, number: int, num_frames: int) -> tuple[Tensor, str]:
+        """Pixels [3, F, S, S] and caption of one clip."""
+        batch = self._batch(number, 1, num_frames)
+        return batch.pixels[0], batch.captions[0]
+
     def prompts(self, draw: int, count: int) -> list[str]:
         return self._batch(draw, count, 1).captions
 
@@ -158,7 +163,7 @@ class StoredSource(Shuffled):
             raise ConfigError(f"latent_frames: {config.latent_frames}, but {config.path} holds clips of {shape[-4]}")
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
-        if self.shards is None:
+        if self.shards is None or self.shards.shape("data") is None:
             raise ConfigError("data.kind: this stage needs clips; prompts alone are not enough")
         data, prompts = self.shards[self.items(draw, count)]
         return data.float(), self.drop(prompts, draw)

@@ -1,0 +1,185 @@
+"""The memory estimate: state equals a real run's, the peak of a real step is near it, `doctor --config` prints it."""
+
+from __future__ import annotations
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sparse_forcing.cli import main
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.training.cli_entry import guess_stage, load_stage
+from sparse_forcing.training.data.sources import DataConfig
+from sparse_forcing.training.distill import DistillRecipe
+from sparse_forcing.training.estimate import Work, estimate_distillation, estimate_stage, parameter_count
+from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
+from sparse_forcing.training.lora import LoraConfig
+from sparse_forcing.training.model_sizes import model_sizes
+from tests.training.live_bytes import LiveBytes
+from tests.training.test_recipes import LOOP, MEMORIES, distill
+
+CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.yaml"))
+TINY: dict[str, Any] = {"data": DataConfig(size=64, latent_frames=6), "rollout_frames": 6}
+ONE = replace(LOOP, global_batch=1, micro_batch=1)
+SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5)
+WAN: dict[str, Any] = {"num_layers": 30}
+TOLERANCE = 0.15
+"""How far what a real step needs beside the state may lie from the estimate, relative to it."""
+
+
+def state_of(recipe: DistillRecipe) -> list[torch.Tensor]:
+    optimizers = [x for o in recipe.optimizers.values() for s in o.state.values() for x in s.values() if x.ndim]
+    networks = [p for net in (recipe.model, recipe.fake, recipe.real) for p in net.parameters()]
+    return [*networks, *recipe.ema.shadow.values(), *optimizers]
+
+
+def nbytes(tensors: Any) -> int:
+    return sum(x.nbytes for x in tensors)
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) -> None:
+    recipe = distill(model_folder, lora=lora)
+    recipe.update(0)
+    estimate, notes = estimate_stage(recipe.config)
+    nets = (recipe.model, recipe.fake)
+    assert notes == []
+    assert estimate.weights == sum(nbytes(net.parameters()) for net in nets)
+    assert estimate.gradients == max(nbytes(p for p in net.parameters() if p.requires_grad) for net in nets)
+    assert estimate.averages == nbytes(recipe.ema.shadow.values())
+    assert estimate.frozen == nbytes(recipe.real.parameters())
+    whole = estimate.weights + estimate.averages + estimate.frozen + estimate.optimizers
+    assert whole == nbytes(state_of(recipe))
+    parts = [part for part in (recipe.pipe.text_encoder, recipe.pipe.vae) if isinstance(part, torch.nn.Module)]
+    assert estimate.encoders == sum(nbytes([*part.parameters(), *part.buffers()]) for part in parts)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("memory", [MEMORIES["full"], SPARSE], ids=["full", "sparse"])
+def test_peak_of_a_real_step_is_near_the_estimate(memory: MemoryConfig, checkpointing: bool) -> None:
+    """One step of both networks of `tiny`, every tensor alive counted (workspace inside the kernels is not)."""
+    loop = replace(ONE, gradient_checkpointing=checkpointing)
+    recipe = distill(Path("tiny"), memory=memory, loop=loop, **TINY)
+    recipe.update(0)  # makes the optimizers' state
+    gc.collect()
+    with LiveBytes(state_of(recipe)) as live:
+        before = live.now
+        recipe.update(0)
+    estimate, _ = estimate_stage(recipe.config)
+    expected = estimate.gradients + estimate.cache + estimate.activations
+    assert live.peak - before == pytest.approx(expected, rel=TOLERANCE)
+
+
+def test_peak_of_a_forcing_step_is_near_the_estimate() -> None:
+    config = ForcingConfig(loop=ONE, model="tiny", mode="teacher", data=TINY["data"], memory=MEMORIES["full"])
+    recipe = ForcingRecipe(config, Accelerator(cpu=True))
+    recipe.update(0)
+    gc.collect()
+    moments = [x for s in recipe.optimizer.state.values() for x in s.values()]
+    with LiveBytes([*recipe.model.parameters(), *recipe.ema.shadow.values(), *moments]) as live:
+        before = live.now
+        recipe.update(1)
+    estimate, _ = estimate_stage(config)
+    assert live.peak - before == pytest.approx(estimate.gradients + estimate.activations, rel=TOLERANCE)
+
+
+def test_live_bytes_counts_what_lives() -> None:
+    with LiveBytes([torch.zeros(10)]) as live:
+        assert live.now == 0  # the one given is gone already
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[10:]
+        del a, b
+        assert (live.now, live.peak) == (4000, 8000)
+        del view
+        assert live.now == 0
+
+
+def test_wan_is_counted_and_sparse_training_keeps_no_more_than_dense() -> None:
+    assert parameter_count(WAN) == 1_418_996_800
+    work = Work(frames=21, tokens_per_frame=1560, memory=MemoryConfig(kind="full"))
+    dense = estimate_distillation(WAN, WAN, WAN, work)
+    sparse = estimate_distillation(WAN, WAN, WAN, replace(work, memory=MemoryConfig(kind="sparse")))
+    assert dense.weights == 2 * 1_418_996_800 * 4
+    assert sparse.cache < dense.cache
+    assert sparse.total <= dense.total
+    sharded = estimate_distillation(WAN, WAN, WAN, work, shards=8)
+    assert sharded.optimizers == dense.optimizers // 8
+    assert sharded.activations == dense.activations
+    adapters = estimate_distillation(WAN, WAN, WAN, work, lora=LoraConfig(), critic_lora=LoraConfig())
+    assert adapters.optimizers < 0.1 * dense.optimizers
+    unchecked = estimate_distillation(WAN, WAN, WAN, replace(work, checkpointing=False))
+    assert unchecked.activations > 10 * dense.activations
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_doctor_answers_for_every_config(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--config", str(path), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["total"] == sum(answer["bytes"].values())
+    assert answer["stage"] == guess_stage(path)
+    config, _ = load_stage(answer["stage"], path)
+    if path.stem.startswith("wan"):
+        assert config.loop.global_batch == 64
+        assert config.loop.gradient_checkpointing
+        assert answer["processes"] == (config.loop.processes or 1)
+        assert any("is not here" in note for note in answer["notes"])
+        limit = 80 if "1.3b" in path.stem else 141  # GB of the GPUs they are meant for
+        assert answer["total"] < limit * 10**9
+
+
+def test_doctor_prints_lines_and_takes_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    path = next(str(path) for path in CONFIGS if path.stem == "wan-1.3b-forcing")
+    totals = []
+    for processes in ("1", "8"):
+        assert main(["doctor", "--config", path, "--processes", processes]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert f"of {processes}" in lines[0]
+        totals.append(float(next(line for line in lines if line.startswith("total")).split()[1]))
+    assert totals[1] < totals[0] / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "cannot read config"),
+        ("- 1", "a config is a list of"),
+        ("loop: {steps: 1}\nmode: sideways\n", "mode: expected one of"),
+        ("loop: {steps: 1, micro_batch: 2}\nteacher: nowhere\n", "model 'nowhere'"),
+        ("loop: {steps: 1, global_batch: 6, micro_batch: 2}\n", "cannot be shared by 2 processes"),
+    ],
+)
+def test_a_bad_file_is_one_line_and_exit_code_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str | None, message: str
+) -> None:
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert main(["doctor", "--config", str(path), "--processes", "2"]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
+def test_a_folder_of_unknown_size_is_an_error() -> None:
+    with pytest.raises(WeightsError, match="my-model"):
+        model_sizes("models/my-model")
+    assert model_sizes("models/wan-14b-causal").transformer["num_layers"] == 40
+
+
+def test_a_launch_with_another_number_of_processes_is_refused(tmp_path: Path, model_folder: Path) -> None:
+    from sparse_forcing.training.forcing import train
+
+    config = ForcingConfig(
+        loop=replace(LOOP, processes=2), model=str(model_folder), data=DataConfig(size=32, latent_frames=4)
+    )
+    with pytest.raises(ConfigError, match=r"loop\.processes: 2 were asked for, this launch has 1"):
+        train(config, tmp_path)
+    assert not list(tmp_path.glob("step-*"))

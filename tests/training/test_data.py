@@ -13,10 +13,12 @@ import torch
 from accelerate import Accelerator
 
 from sparse_forcing.cli import main
+from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
+from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, VideoFormat, VideoSource, make_source
 from sparse_forcing.training.data.videos import list_videos, read_clip
@@ -289,3 +291,29 @@ def test_commands_encode_and_make_pairs(tmp_path: Path, model_folder: Path, caps
     ):
         assert main(["data", arguments[0], str(tmp_path / "X"), *arguments[2:]]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_prompts_alone_are_encoded_for_distillation(tmp_path: Path, model_folder: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star\na red circle\n")
+    config = EncodeConfig(
+        model=str(model_folder), data=DataConfig(kind="prompts", path=tmp_path / "prompts.txt"), dtype="bfloat16"
+    )
+    encode(config, tmp_path / "out")
+    shards = Shards(tmp_path / "out")
+    assert shards.prompts == ["a red circle", "a blue star", "a red circle"]
+    assert shards.shape("data") is None
+    assert shards.tensor("text", [1]).dtype == torch.bfloat16
+    data = DataConfig(kind="shards", path=tmp_path / "out", latent_frames=HORIZON)
+    distill(model_folder, data=data).update(0)
+    with pytest.raises(ConfigError, match="this stage needs clips"):
+        make_source(data, 0, PatchAutoencoder(CHANNELS), OWN).clips(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("latents", EncodeConfig), ("prompts", EncodeConfig), ("ode-pairs", PairsConfig)]
+)
+def test_shipped_data_configs_are_valid(name: str, config: type) -> None:
+    folder = Path(__file__).parents[2] / "training" / "configs" / "data"
+    settings = load_config(config, folder / f"wan-{name}.yaml")
+    if isinstance(settings, PairsConfig):
+        kept_steps(settings)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import set_seed
 from torch import nn
 
@@ -118,7 +120,14 @@ def make_accelerator(config: LoopConfig, out: Path, *, cpu: bool | None = None) 
     import torch
 
     cpu = not torch.cuda.is_available() if cpu is None else cpu
-    trackers = list(config.trackers)
+    ready = {str(tracker) for tracker in get_available_trackers()}
+    if missing := [name for name in config.trackers if name not in ready]:
+        warnings.warn(
+            f'tracker not installed: {", ".join(missing)} (pip install "sparse-forcing[train]" has tensorboard); '
+            "metrics.jsonl is written all the same",
+            stacklevel=2,
+        )
+    trackers = [name for name in config.trackers if name in ready]
     return Accelerator(cpu=cpu, log_with=trackers or None, project_dir=str(out))
 
 

@@ -19,7 +19,7 @@ from sparse_forcing.errors import ConfigError
 
 EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
-OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio")
+OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Under `accelerate launch`: the training saves when its launcher is stopped, and too few processes are refused."""
+"""Under `accelerate launch`: a stopped launcher stops the training, too few processes are refused; trackers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from sparse_forcing.config import build_config
 from sparse_forcing.training.checkpoint import is_complete
+from sparse_forcing.training.forcing import ForcingConfig, train
 from tests.training.helpers import ROOT, newest, small_config
 
 
@@ -56,3 +58,11 @@ def test_a_launch_with_fewer_processes_than_asked_says_so(tmp_path: Path, model_
     process, log = launch(tmp_path, config, tmp_path / "out", "--num_processes", "2")
     assert process.wait(120) != 0
     assert "loop.processes: 2 were asked for, this launch has 1" in log.read_text()
+
+
+def test_tensorboard_is_written_and_a_missing_tracker_is_named(tmp_path: Path, model_folder: Path) -> None:
+    pytest.importorskip("tensorboard")
+    settings = small_config(model_folder, steps=1, trackers=["tensorboard", "no-such-tracker"])
+    with pytest.warns(UserWarning, match="tracker not installed: no-such-tracker"):
+        assert train(build_config(ForcingConfig, settings), tmp_path / "out") == 0
+    assert list((tmp_path / "out" / "training").glob("events.out.tfevents.*"))

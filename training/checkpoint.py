@@ -190,7 +190,7 @@ def is_complete(folder: Path) -> bool:
 def load_checkpoint(
     folder: Path, parts: dict[str, Stateful], *, random_state: bool = False, allow_missing_random: bool = False
 ) -> int:
-    """Load every part; returns the step.
+    """Load every part; returns the step. Every process must call it; when one fails, all raise.
 
     Args:
         random_state: also restore this process's random state.
@@ -199,6 +199,18 @@ def load_checkpoint(
     Raises:
         WeightsError: damaged, of another model, or without the random state of this process.
     """
+    error: WeightsError | None = None
+    step = 0
+    try:
+        step = _load(folder, parts, random_state=random_state, allow_missing_random=allow_missing_random)
+    except WeightsError as failure:
+        error = failure
+    if any_rank(error is not None):
+        raise error or WeightsError(f"{folder}: another process could not load it")
+    return step
+
+
+def _load(folder: Path, parts: dict[str, Stateful], *, random_state: bool, allow_missing_random: bool) -> int:
     manifest = read_manifest(folder)
     for name, part in parts.items():
         path = folder / f"{name}.pt"

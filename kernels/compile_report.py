@@ -152,13 +152,16 @@ def examples(
         if UNIONS:
             add("union", plan_forward(even, variant="pair").launches)
             add("ragged", plan_forward(ragged, variant="pair").launches[1:])
+            add("rest", plan_forward(even, variant="pair", keep_rest=True).launches[1:])
     plain = plan_forward(even)
     add("", plain.launches)
-    add("", plan_backward(even, q, plain.lse, plain.out, plain.lse).launches)
+    add("", plan_backward(even, q, plain.lse, plain.out, plain.out_rest, plain.lse).launches)
     add("mass", plan_forward(even, return_mass=True).launches)
+    if dtype != torch.float32:
+        add("rest", plan_forward(even, keep_rest=True).launches)
     add("", selection_examples(name, tokens, head_dim, dtype))
     add("ragged", plan_forward(ragged).launches)
-    add("ragged", plan_backward(ragged, q, None, plain.out, plain.lse).launches)
+    add("ragged", plan_backward(ragged, q, None, plain.out, plain.out_rest, plain.lse).launches)
     return found
 
 

@@ -17,7 +17,7 @@ from sparse_forcing.kernels.block_selection import reference
 from sparse_forcing.kernels.block_selection import triton_select as kernels
 from sparse_forcing.kernels.block_sparse_attention import triton_backend as attention
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch, architecture
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch
 
 MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -109,11 +109,12 @@ def plan_choose(
     rows, padded, warps = _rows_and_warps(window)
     kept = min(top_k, window)
     selected = torch.empty((B, H, Nq, kept), dtype=torch.int32, device=q.device)
+    amd = (arch or attention.target(q.device)).startswith("gfx")  # knows no tf32x3; without it NVIDIA's code spills
     args = {
         "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own, "selected":
         selected, "scale": scale, "query_blocks": Nq, "window": window, "kept": kept, "D": D,
         "STEP": 16, "ROWS": rows, "BLOCK_N": padded, "OWN": own is not None,
-        "PRECISION": architecture(arch or attention.target(q.device)).precision if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32" if q.dtype != torch.float32 else "ieee" if amd else "tf32x3",
     }  # fmt: skip
     return _launch(kernels.choose_kernel, (triton.cdiv(Nq, rows), B * H), args, warps), selected
 

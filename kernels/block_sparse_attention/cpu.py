@@ -32,6 +32,7 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
     cut_pieces,
     table_rows,
 )
+from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 
 PIECE_BYTES = 2 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
 GROUP_BYTES = 4 << 20  # float32 sums of the gradients of a group of heads, for types narrower than that
@@ -58,12 +59,13 @@ def forward(
     scale: float,
     num_persistent: int,
     return_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    keep_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ops.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v, `total` sum exp2(s - peak)."""
     B, H, Nq, _, _ = query.shape
     T, M = key_pool.shape[3], block_index.shape[-1]
     if not block_index.numel():
-        return _nothing_listed(query, M if return_mass else 0)
+        return *_nothing_listed(query, M if return_mass else 0), query.new_zeros(rest_shape(query, keep_rest))
     padding = _padded_rows(query_sizes, query)
     q = _rows(query, padding, scale * LOG2E)
     lists = Lists(block_index, key_sizes, T)
@@ -98,12 +100,15 @@ def forward(
     lse2 = total.log2().add_(peak)
     if lists.sizes is not None:
         total.masked_fill_(total == 0, 1)
-    out = acc.div_(total.unsqueeze(-1))
+    exact = acc.div_(total.unsqueeze(-1))
     if padding is not None:
-        out.masked_fill_(padding.unsqueeze(-1), 0)
+        exact.masked_fill_(padding.unsqueeze(-1), 0)
         lse2.masked_fill_(padding, float("-inf"))
     block_mass = q.new_zeros((B, H, Nq, 0)) if mass is None else mass.finish(lse2).view(B, H, Nq, M)
-    return out.view(query.shape).to(query.dtype), lse2.div_(LOG2E).view(query.shape[:-1]), block_mass
+    out = exact.view(query.shape).to(query.dtype)
+    shape = rest_shape(query, keep_rest)
+    rest = exact.sub_(out.flatten(0, 2)).to(query.dtype).view(shape) if math.prod(shape) else query.new_empty(shape)
+    return out, lse2.div_(LOG2E).view(query.shape[:-1]), block_mass, rest
 
 
 def backward(
@@ -117,6 +122,7 @@ def backward(
     key_sizes: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    out_rest: Tensor,
     scale: float,
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,9 +132,9 @@ def backward(
         pools = query[group], key_pool[group], value_pool[group]
         sizes = None if key_sizes is None else key_sizes[group]
         dlse = None if grad_lse is None else grad_lse[group]
-        return _backward_heads(
-            *pools, block_index[group], sizes, grad_out[group], dlse, out[group], lse[group], scale, num_persistent
-        )
+        rest = out_rest[group] if out_rest.numel() else None
+        rows = _BackwardRows(grad_out[group], dlse, query[group], out[group], rest, lse[group], scale)
+        return _backward_heads(rows, *pools, block_index[group], sizes, num_persistent)
 
     if block_index.numel() and query.dtype == _work_dtype(query):
         return of((slice(None), slice(None)))
@@ -139,22 +145,17 @@ def backward(
 
 
 def _backward_heads(
+    rows: _BackwardRows,
     query: Tensor,
     key_pool: Tensor,
     value_pool: Tensor,
     block_index: Tensor,
     key_sizes: Tensor | None,
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the working type: p = exp(s - lse) again, piece by piece; ds = p (dp - delta),
     delta = <dout, out> - dlse."""
     B, H, S, T, D = key_pool.shape
-    rows = _BackwardRows(grad_out, grad_lse, query, out, lse, scale)
     lists = Lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     targets = table_rows(lists.slots, (B, H), (H * S, S))
@@ -206,7 +207,14 @@ class _BackwardRows:
     """
 
     def __init__(
-        self, grad_out: Tensor, grad_lse: Tensor | None, query: Tensor, out: Tensor, lse: Tensor, scale: float
+        self,
+        grad_out: Tensor,
+        grad_lse: Tensor | None,
+        query: Tensor,
+        out: Tensor,
+        out_rest: Tensor | None,
+        lse: Tensor,
+        scale: float,
     ):
         silent = lse.flatten(0, 2) == float("-inf")  # padded or empty rows: p = 0 and no gradient, whatever arrives
         drop = silent if bool(silent.any()) else None
@@ -214,7 +222,10 @@ class _BackwardRows:
         self.scaled_q, self.scaled_do = _rows(query, drop, scale * LOG2E), _rows(grad_out, drop, scale)
         self.q, self.do = (_cleared(x.to(product), drop) for x in (query, grad_out))
         self.lse2 = lse.flatten(0, 2) * LOG2E
-        self.delta = (self.scaled_do * out.flatten(0, 2)).sum(-1)
+        exact = out.flatten(0, 2)
+        if out_rest is not None:
+            exact = exact.to(self.scaled_do.dtype).add_(out_rest.flatten(0, 2))
+        self.delta = (self.scaled_do * exact).sum(-1)
         if grad_lse is not None:
             self.delta.sub_(grad_lse.flatten(0, 2), alpha=scale)
         if drop is not None:

@@ -20,7 +20,13 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.kernels.block_sparse_attention import reference
-from sparse_forcing.kernels.block_sparse_attention.ops import BACKEND_MODULES, backend_module, forward_op
+from sparse_forcing.kernels.block_sparse_attention.ops import (
+    BACKEND_MODULES,
+    backend_module,
+    backward_op,
+    forward_op,
+    rest_shape,
+)
 
 BACKENDS = ("auto", *BACKEND_MODULES)
 
@@ -76,8 +82,48 @@ def block_sparse_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     chosen = resolve_backend(backend, query)
     args = (query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
-    out, lse, mass = reference.forward(*args) if chosen == "reference" else forward_op(*args, chosen)
+    if chosen == "reference":
+        out, lse, mass = reference.forward(*args)
+    else:
+        trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key_pool, value_pool))
+        out, lse, mass, _ = forward_op(*args, trains, chosen)
     return BlockSparseOutput(out, lse, mass if return_mass else None)
+
+
+@torch.no_grad()
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    block_index: Tensor,
+    *,
+    out: Tensor,
+    lse: Tensor,
+    query_sizes: Tensor | None = None,
+    key_sizes: Tensor | None = None,
+    scale: float | None = None,
+    num_persistent: int = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (query, key_pool, value_pool) of `block_sparse_attention`, for a caller that keeps its inputs itself.
+
+    Args:
+        grad_out: gradient of `out`; out, lse: what the forward returned for the same arguments. Of 16-bit types this
+            is less exact than autograd's own backward, which also keeps what rounding took from out.
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    chosen = resolve_backend(backend, query)
+    rest = (block_index, query_sizes, key_sizes)
+    if chosen != "reference":
+        forgotten = query.new_empty(rest_shape(query, False))
+        kept = (out, lse, forgotten, scale, num_persistent, chosen)
+        return backward_op(grad_out, None, query, key_pool, value_pool, *rest, *kept)
+    with torch.enable_grad():
+        q, k, v = (x.detach().requires_grad_() for x in (query, key_pool, value_pool))
+        again = reference.forward(q, k, v, *rest, scale, num_persistent, False)[0]
+        dq, dk, dv = torch.autograd.grad(again, (q, k, v), grad_out)
+        return dq, dk, dv
 
 
 def why_unavailable(backend: str, query: Tensor) -> str | None:

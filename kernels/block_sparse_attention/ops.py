@@ -4,10 +4,11 @@ A backend is a module with three functions, all on tensors whose shapes interfac
 block_index int32, sizes int32 or None):
 
     why_unavailable(query) -> str | None           the reason it cannot run on this tensor's device and dtype
-    forward(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass)
-        -> (out in query's dtype, lse, mass)       lse and mass in `accumulation_dtype`, mass [B, H, Nq, 0] if not asked
+    forward(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent, return_mass,
+        keep_rest) -> (out in query's dtype, lse, mass, out_rest)
+        lse and mass in `accumulation_dtype`, mass [B, H, Nq, 0] if not asked for; out_rest: see `rest_shape`
     backward(grad_out, grad_lse or None, query, key_pool, value_pool, block_index, query_sizes, key_sizes, out, lse,
-        scale, num_persistent) -> (grad_query, grad_key_pool, grad_value_pool), contiguous, in the inputs' dtype
+        out_rest, scale, num_persistent) -> (grad_query, grad_key_pool, grad_value_pool), contiguous, inputs' dtype
 
 Registered through torch.library.Library rather than custom_op, whose first call imports the compiler (a second).
 """
@@ -34,24 +35,33 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def rest_shape(query: Tensor, keep_rest: bool) -> tuple[int, ...]:
+    """Shape of out_rest, of query's dtype: what rounding took from out, kept for the backward of 16-bit types.
+
+    The gradient of a score is p (dp - <dout, out>), a small difference where probabilities are near 0 or 1. The
+    rounding of out to 16 bits would be its largest error by far; out + out_rest has twice the digits.
+    """
+    return tuple(query.shape) if keep_rest and query.element_size() == 2 else (0,)
+
+
 _INPUTS = "Tensor query, Tensor key_pool, Tensor value_pool, Tensor block_index, Tensor? query_sizes, Tensor? key_sizes"
-_RESULTS = "(Tensor, Tensor, Tensor)"
 _NAME = "block_sparse_attention"
 _LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
 _LIBRARY.define(
-    f"{_NAME}({_INPUTS}, float scale, int num_persistent, bool return_mass, str backend) -> {_RESULTS}",
+    f"{_NAME}({_INPUTS}, float scale, int num_persistent, bool return_mass, bool keep_rest, str backend) -> "
+    "(Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 _LIBRARY.define(
-    f"{_NAME}_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, float scale, "
-    f"int num_persistent, str backend) -> {_RESULTS}",
+    f"{_NAME}_backward(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, Tensor out_rest, "
+    "float scale, int num_persistent, str backend) -> (Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 forward_op = torch.ops.sparse_forcing.block_sparse_attention.default
 backward_op = torch.ops.sparse_forcing.block_sparse_attention_backward.default
 
 
-def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return backend_module(arguments[-1]).forward(*arguments[:-1])
 
 
@@ -60,34 +70,35 @@ def _backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_forward(query: Tensor, key_pool: Tensor, value_pool: Tensor, block_index: Tensor, *rest: Any):
-    return_mass = rest[-2]
+    return_mass, keep_rest = rest[-3:-1]
     dtype = accumulation_dtype(query.dtype)
     B, H, Nq, M = block_index.shape
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     lse = query.new_empty(query.shape[:-1], dtype=dtype)
-    return out, lse, query.new_empty((B, H, Nq, M if return_mass else 0), dtype=dtype)
+    mass = query.new_empty((B, H, Nq, M if return_mass else 0), dtype=dtype)
+    return out, lse, mass, query.new_empty(rest_shape(query, keep_rest))
 
 
 def _fake_backward(grad_out: Tensor, grad_lse: Tensor | None, *rest: Any):
     return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in rest[:3])
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    *tensors, ctx.scale, ctx.num_persistent, _, ctx.backend = inputs
-    out, lse, mass = output
-    ctx.save_for_backward(*tensors, out, lse)
-    ctx.mark_non_differentiable(mass)
+def _save(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+    *tensors, ctx.scale, ctx.num_persistent, _, _, ctx.backend = inputs
+    out, lse, mass, out_rest = output
+    ctx.save_for_backward(*tensors, out, lse, out_rest)
+    ctx.mark_non_differentiable(mass, out_rest)
     ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, _: None) -> tuple:
-    *tensors, out, lse = ctx.saved_tensors
+def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *_: None) -> tuple:
+    *tensors, out, lse, out_rest = ctx.saved_tensors
     if grad_out is None:
         if grad_lse is None:
-            return (None,) * 10
+            return (None,) * 11
         grad_out = torch.zeros_like(out)
-    grads = backward_op(grad_out, grad_lse, *tensors, out, lse, ctx.scale, ctx.num_persistent, ctx.backend)
-    return (*grads, *(None,) * 7)
+    grads = backward_op(grad_out, grad_lse, *tensors, out, lse, out_rest, ctx.scale, ctx.num_persistent, ctx.backend)
+    return (*grads, *(None,) * 8)
 
 
 _LIBRARY.impl(_NAME, _forward, "CompositeExplicitAutograd")

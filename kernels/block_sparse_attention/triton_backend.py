@@ -17,6 +17,7 @@ import triton
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 from sparse_forcing.kernels.block_sparse_attention.triton_launch import (
     MAX_BLOCK,
     MAX_HEAD_DIM,
@@ -72,21 +73,24 @@ def forward(
     scale: float,
     num_persistent: int,
     return_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(out, lse float32, mass float32 [B, H, Nq, M or 0]); see interface.py for the meaning of the arguments."""
+    keep_rest: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See ops.py; lse and mass are float32."""
     M = block_index.shape[-1]
     if query.numel() == 0 or M == 0 or key_pool.shape[2] == 0:
         empty = query.new_zeros((*block_index.shape[:-1], M if return_mass else 0), dtype=torch.float32)
-        return torch.zeros_like(query).contiguous(), _no_keys(query), empty
+        nothing = query.new_zeros(rest_shape(query, keep_rest))
+        return torch.zeros_like(query).contiguous(), _no_keys(query), empty, nothing
     problem = _problem(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale)
     plan = plan_forward(
         problem,
         num_persistent=num_persistent,
         return_mass=return_mass,
+        keep_rest=keep_rest,
         specialise=problem.arch == "sm_90" and specialised(query.device),
     )
     run(plan.launches, query.device)
-    return plan.out, plan.lse, plan.mass
+    return plan.out, plan.lse, plan.mass, plan.out_rest
 
 
 def backward(
@@ -100,6 +104,7 @@ def backward(
     key_sizes: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    out_rest: Tensor,
     scale: float,
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -108,7 +113,7 @@ def backward(
         zeros = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (query, key_pool, value_pool)]
         return zeros[0], zeros[1], zeros[2]
     problem = _problem(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale)
-    plan = plan_backward(problem, grad_out, grad_lse, out, lse)
+    plan = plan_backward(problem, grad_out, grad_lse, out, out_rest, lse)
     run(plan.launches, query.device)
     return plan.grad_query, plan.grad_key, plan.grad_value
 

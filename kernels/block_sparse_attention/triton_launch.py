@@ -12,7 +12,7 @@ entries.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -21,6 +21,7 @@ from torch import Tensor
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.kernels.block_sparse_attention import triton_backward as bwd
 from sparse_forcing.kernels.block_sparse_attention import triton_forward as fwd
+from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 from sparse_forcing.kernels.block_sparse_attention.triton_lists import (
     block_mass,
     inverse_lists,
@@ -35,41 +36,79 @@ MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
 
 
+class Tile(NamedTuple):
+    """A program of one kernel: query rows and key tokens of its tile at most, warps, pipeline stages.
+
+    A block larger than its tile is visited in parts (pointer kernels). Tensor-core products of Hopper and later need 64
+    rows of the side a program keeps; the other side may be cut without losing them.
+    """
+
+    queries: int = 64
+    keys: int = 64
+    warps: int = 4
+    stages: int = 2
+
+
+Tiles = dict[str, tuple[Tile, Tile, Tile]]  # per kernel, for a padded head dim up to 64, 128, 256
+
+
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What one GPU family runs. Warps and stages are per kernel and per padded head dim (up to 64, 128, 256)."""
+    """What one GPU family runs. Every tile below compiles without spills, see compile_report.py."""
 
-    smem: int  # bytes of shared memory one program may use
     tma: bool = False  # has the bulk copy engine and the 64-row tensor instruction that make the TMA kernels pay
     halves: bool = False  # the pointer kernel adds up two halves of a head dim from 128 (see `forward_pointer`)
     pair: bool = False  # the warp-specialised kernel compiles to what was measured
-    precision: str = "tf32x3"  # float32 products: three tensor-core passes keep 23 bits; plain FMA code spills by KiB
-    warps: dict[str, tuple[int, int, int]] = field(default_factory=dict)
-    stages: dict[str, tuple[int, int, int]] = field(default_factory=dict)
+    tiles: Tiles = field(default_factory=dict)  # 16-bit types
+    tiles_float32: Tiles = field(default_factory=dict)
 
-    def options(self, kernel: str, block_d: int, itemsize: int) -> dict[str, int]:
-        """num_warps and num_stages of `kernel`; float32 has no tensor-core path here and spreads over 8 warps."""
+    def tile(self, kernel: str, block_d: int, itemsize: int) -> Tile:
+        """Tile of `kernel` for a padded head dim and an element of so many bytes."""
         width = 0 if block_d <= 64 else 1 if block_d <= 128 else 2
-        warps = self.warps.get(kernel, (4, 4, 8))[width]
-        stages = self.stages.get(kernel, (2, 2, 1))[width]
-        return {"num_warps": 8, "num_stages": 1} if itemsize == 4 else {"num_warps": warps, "num_stages": stages}
+        known = (self.tiles_float32 or _FLOAT32) if itemsize == 4 else self.tiles
+        return known.get(kernel, _USUAL)[width]
 
 
+_USUAL = (Tile(), Tile(), Tile(warps=8, stages=1))
+_SHORT = Tile(stages=1)  # a second buffer costs the registers that sums of 64 x 128 need
+# Float32 is for checks, not for speed: multiply-add code, exact as in the interpreter. Three TF32 passes on tensor
+# cores would keep 22 bits, need twice the registers and spill at head dim 256.
+_ROWS, _KEYS, _SMALL = Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)
+_FLOAT32: Tiles = {
+    "forward_pointer": (_ROWS, _ROWS, _SMALL),
+    "backward_dq_pointer": (_ROWS, _ROWS, _SMALL),
+    "backward_dkdv_pointer": (_KEYS, _KEYS, _SMALL),
+}
 _AMPERE = Architecture(
-    smem=163 * 1024,
-    halves=True,
-    warps={"backward_dkdv_pointer": (4, 8, 8)},  # 4 warps spill; forward and dq lose by 8, see README
+    halves=True,  # dk and dv spill with 4 warps; forward and dq lose by 8, see README
+    tiles={"backward_dkdv_pointer": (Tile(), Tile(warps=8), Tile(keys=32, warps=8, stages=1))},
 )
-_KEYS_UNPIPELINED = {"backward_dkdv_pointer": (2, 1, 1)}  # a second buffer costs the registers that 64 x 128 sums need
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": _AMPERE,
-    "sm_90": Architecture(smem=227 * 1024, tma=True, pair=True, stages=_KEYS_UNPIPELINED),
-    "sm_100": Architecture(smem=227 * 1024, tma=True, stages=_KEYS_UNPIPELINED),
-    "sm_120": Architecture(smem=99 * 1024, halves=True, warps={"backward_dkdv_pointer": (4, 8, 8)}),
+    "sm_90": Architecture(
+        tma=True,
+        pair=True,
+        tiles={
+            "forward_pointer": (Tile(), Tile(), Tile(keys=32, warps=8, stages=1)),
+            "backward_dq_pointer": (Tile(), Tile(), Tile(keys=16, stages=1)),
+            "backward_dkdv_pointer": (Tile(), _SHORT, Tile(keys=32, warps=8, stages=1)),
+        },
+    ),
+    "sm_100": Architecture(tma=True, tiles={"backward_dkdv_pointer": (Tile(), _SHORT, Tile(queries=16, stages=1))}),
+    "sm_120": Architecture(
+        halves=True,
+        tiles={
+            "backward_dq_pointer": (Tile(), Tile(), Tile(keys=32, warps=8, stages=1)),
+            "backward_dkdv_pointer": (Tile(), Tile(warps=8), Tile(queries=32, keys=32, warps=8, stages=1)),
+        },
+    ),
     "gfx942": Architecture(
-        smem=64 * 1024,
-        precision="ieee",
-        stages={name: (1, 1, 1) for name in ("forward_pointer", "backward_dq_pointer", "backward_dkdv_pointer")},
+        tiles={
+            "forward_pointer": (_SHORT, _SHORT, Tile(keys=32, stages=1)),
+            "backward_dq_pointer": (_SHORT, _SHORT, Tile(keys=16, stages=1)),
+            "backward_dkdv_pointer": (_SHORT, _SHORT, Tile(queries=16, stages=1)),
+        },
+        tiles_float32=dict.fromkeys(_FLOAT32, (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1))),
     ),
 }
 RELATIVES = {
@@ -157,20 +196,29 @@ class Problem:
         for letter, tensor in (("q", self.query), ("k", self.key_pool), ("v", self.value_pool)):
             axes = ("b", "h", "n" if letter == "q" else "s", "t", "d")
             strides |= {f"s{letter}{axis}": stride for axis, stride in zip(axes, tensor.stride())}
-        Nq, S, rows, tokens = self.sizes
+        Nq, S, rows, _ = self.sizes
         H, D = self.query.shape[1], self.query.shape[-1]
-        precision = architecture(self.arch).precision if self.query.dtype == torch.float32 else "tf32"
+        precision = "ieee" if self.query.dtype == torch.float32 else "tf32"  # the latter means nothing for 16 bits
         return {
             "query": self.query, "key_pool": self.key_pool, "value_pool": self.value_pool,
             "query_sizes": self.query_sizes, "key_sizes": self.key_sizes, **strides,
             "scale_log2": self.scale * LOG2E, "heads": H, "query_blocks": Nq, "slots": S,
             "Tq": self.query.shape[3], "T": self.key_pool.shape[3], "D": D,
-            "BLOCK_Q": rows, "BLOCK_K": tokens, "BLOCK_D": _padded(D),
+            "ROWS": rows, "BLOCK_D": _padded(D),
             "RAGGED_Q": self.query_sizes is not None, "RAGGED_K": self.key_sizes is not None, "PRECISION": precision,
         }  # fmt: skip
 
-    def options(self, kernel: str) -> dict[str, int]:
-        return architecture(self.arch).options(kernel, _padded(self.query.shape[-1]), self.query.element_size())
+    def tiled(self, kernel: str) -> tuple[dict[str, int], dict[str, int], tuple[int, int]]:
+        """(tile arguments, launch options, (parts of a query block, parts of a slot)) of an attention kernel."""
+        arch, D = architecture(self.arch), _padded(self.query.shape[-1])
+        queries, keys, warps, stages = arch.tile(kernel, D, self.query.element_size())
+        _, _, rows, tokens = self.sizes
+        tile = {"BLOCK_Q": min(queries, rows), "BLOCK_K": min(keys, tokens)}
+        parts = (
+            triton.cdiv(self.query.shape[3], tile["BLOCK_Q"]),
+            triton.cdiv(self.key_pool.shape[3], tile["BLOCK_K"]),
+        )
+        return tile, {"num_warps": warps, "num_stages": stages}, parts
 
 
 def _padded(n: int) -> int:
@@ -192,10 +240,14 @@ def _aligned(x: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPlan:
-    """launches fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0]."""
+    """launches fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
+
+    out_rest, of out's shape and type, is what rounding took from out; empty unless it was asked for and there is any.
+    """
 
     launches: list[Launch]
     out: Tensor
+    out_rest: Tensor
     lse: Tensor
     mass: Tensor
     variant: str
@@ -226,6 +278,7 @@ def plan_forward(
     *,
     num_persistent: int = 0,
     return_mass: bool = False,
+    keep_rest: bool = False,
     specialise: bool = False,
     variant: str | None = None,
 ) -> ForwardPlan:
@@ -236,37 +289,41 @@ def plan_forward(
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     mass = torch.empty((B, H, Nq, M if return_mass else 0), dtype=torch.float32, device=query.device)
+    rest = torch.empty(rest_shape(query, keep_rest), dtype=query.dtype, device=query.device)
+    keep_rest = rest.numel() > 0
     if variant == "pair":
-        launches = _plan_pair(problem, out, lse, shared=num_persistent == M)
-        return ForwardPlan(launches=launches, out=out, lse=lse, mass=mass, variant=variant)
+        launches = _plan_pair(problem, out, rest, lse, shared=num_persistent == M)
+        return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass, variant=variant)
 
     _, _, rows, _ = problem.sizes
     counts = list_counts(index)
-    row_mass = torch.empty((B, H, Nq, M, 2, rows), dtype=torch.float32, device=query.device) if return_mass else None
     name = f"forward_{variant}"
-    args = problem.common() | {
-        "out": out, "lse": lse, "row_mass": row_mass, "block_index": index, "counts": counts, "list_length": M,
-        "MASS": return_mass,
+    tile, options, (query_parts, key_parts) = problem.tiled(name)
+    shape = (B, H, Nq, M * key_parts, 2, rows)
+    row_mass = torch.empty(shape, dtype=torch.float32, device=query.device) if return_mass else None
+    args = problem.common() | tile | {
+        "out": out, "out_rest": rest if keep_rest else None, "lse": lse, "row_mass": row_mass, "block_index": index,
+        "counts": counts, "list_length": M, "MASS": return_mass, "REST": keep_rest,
     }  # fmt: skip
     if variant == "pointer":
         args["HALVES"] = architecture(problem.arch).halves and args["BLOCK_D"] >= 128 and not return_mass
-    launches = [_launch(getattr(fwd, name), (Nq, B * H), args, **problem.options(name))]
-    if return_mass:
+    launches = [_launch(getattr(fwd, name), (Nq * query_parts, B * H), args, **options)]
+    if row_mass is not None:
         launches.append(_plan_mass(problem, row_mass, lse, counts, mass))
-    return ForwardPlan(launches=launches, out=out, lse=lse, mass=mass, variant=variant)
+    return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass, variant=variant)
 
 
-def _plan_mass(problem: Problem, row_mass: Tensor | None, lse: Tensor, counts: Tensor, mass: Tensor) -> Launch:
+def _plan_mass(problem: Problem, row_mass: Tensor, lse: Tensor, counts: Tensor, mass: Tensor) -> Launch:
     B, H, Nq, M = problem.block_index.shape
     args = {
         "row_mass": row_mass, "lse": lse, "counts": counts, "query_sizes": problem.query_sizes, "mass": mass,
-        "query_blocks": Nq, "list_length": M, "Tq": problem.query.shape[3], "BLOCK_Q": problem.sizes[2], "BLOCK_M": 32,
-        "RAGGED_Q": problem.query_sizes is not None,
+        "query_blocks": Nq, "list_length": M, "Tq": problem.query.shape[3], "ROWS": problem.sizes[2], "BLOCK_M": 32,
+        "PARTS": row_mass.shape[3] // M, "RAGGED_Q": problem.query_sizes is not None,
     }  # fmt: skip
     return _launch(block_mass, (Nq, B * H), args, num_warps=4)
 
 
-def _plan_pair(problem: Problem, out: Tensor, lse: Tensor, *, shared: bool) -> list[Launch]:
+def _plan_pair(problem: Problem, out: Tensor, rest: Tensor, lse: Tensor, *, shared: bool) -> list[Launch]:
     """The union lists, then the warp-specialised kernel over them."""
     B, H, Nq, M = problem.block_index.shape
     pairs, group = (Nq + 1) // 2, 3 if UNIONS else 2
@@ -279,9 +336,11 @@ def _plan_pair(problem: Problem, out: Tensor, lse: Tensor, *, shared: bool) -> l
         "width": width, "BLOCK_M": block_m, "CHUNK": max(1, min(32, 4096 // block_m)), "GROUP": group, "SHARED": shared,
     }  # fmt: skip
     common = problem.common()
-    unused = {"key_sizes", "RAGGED_K", "PRECISION", "BLOCK_Q", "BLOCK_D", "sqd", "skd", "svd"}
+    unused = {"key_sizes", "RAGGED_K", "PRECISION", "ROWS", "BLOCK_D", "sqd", "skd", "svd"}
+    keep_rest = rest.numel() > 0
     args = {name: value for name, value in common.items() if name not in unused} | {
-        "out": out, "lse": lse, "codes": codes, "counts": counts, "list_length": width, "UNION": not shared,
+        "out": out, "out_rest": rest if keep_rest else None, "REST": keep_rest, "lse": lse, "codes": codes,
+        "counts": counts, "list_length": width, "UNION": not shared, "BLOCK_K": problem.sizes[3],
         "GROUP": group, "PIECES": 16 if UNIONS and common["D"] == 128 else 1, "SPECIALISE": True, "STAGES": 2,
     }  # fmt: skip
     return [
@@ -305,6 +364,7 @@ def plan_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
+    out_rest: Tensor,
     lse: Tensor,
     *,
     variant: str | None = None,
@@ -321,27 +381,37 @@ def plan_backward(
     lse_rows, delta_rows = torch.empty((2, B, H, Nq, rows), dtype=torch.float32, device=out.device).unbind()
     start, visitors = inverse_lists(index, S)
 
-    tma = architecture(problem.arch).tma and problem.aligned() and all(map(_aligned, (grad_out, *grads)))
+    # Beyond 128 columns the two sums of dk and dv fill the register file: only smaller tiles do not spill.
+    tma = architecture(problem.arch).tma and problem.query.shape[-1] <= 128
+    tma = tma and problem.aligned() and all(map(_aligned, (grad_out, *grads)))
     dq_variant = variant or ("tma" if tma and problem.key_sizes is None else "pointer")
     dkdv_variant = variant or ("tma" if tma and problem.query_sizes is None else "pointer")
 
+    exact, keep_rest = problem.query.dtype == torch.float32, out_rest.numel() > 0
     common = problem.common()
     rows_args = {
-        name: common[name] for name in ("query_sizes", "query_blocks", "Tq", "D", "BLOCK_Q", "BLOCK_D", "RAGGED_Q")
+        name: common[name] for name in ("query_sizes", "query_blocks", "Tq", "D", "ROWS", "BLOCK_D", "RAGGED_Q")
     }
+    row_tile = min(rows, 16)
     rows_args |= {
-        "grad_out": grad_out, "out": out, "lse": lse, "lse_rows": lse_rows, "delta_rows": delta_rows,
+        "grad_out": grad_out, "out": out, "out_rest": out_rest if keep_rest else None, "REST": keep_rest, "lse": lse,
+        "lse_rows": lse_rows, "delta_rows": delta_rows, "scale": problem.scale, "BLOCK_Q": row_tile, "EXACT": exact,
         "grad_lse": None if grad_lse is None else grad_lse.contiguous(), "LSE_GRADIENT": grad_lse is not None,
     }  # fmt: skip
-    shared = common | {"grad_out": grad_out, "lse_rows": lse_rows, "delta_rows": delta_rows, "scale": problem.scale}
+    shared = common | {
+        "grad_out": grad_out, "lse_rows": lse_rows, "delta_rows": delta_rows, "scale": problem.scale, "EXACT": exact,
+        "share_rows": torch.empty_like(lse_rows) if exact else None,
+    }  # fmt: skip
     dq_args = shared | {"grad_query": grads[0], "block_index": index, "counts": list_counts(index), "list_length": M}
     dkdv_args = shared | {
         "grad_key": grads[1], "grad_value": grads[2], "start": start, "visitors": visitors, "visits": Nq * M
     }  # fmt: skip
     dq_name, dkdv_name = f"backward_dq_{dq_variant}", f"backward_dkdv_{dkdv_variant}"
+    dq_tile, dq_options, (query_parts, _) = problem.tiled(dq_name)
+    dkdv_tile, dkdv_options, (_, key_parts) = problem.tiled(dkdv_name)
     launches = [
-        _launch(bwd.backward_rows, (Nq, B * H), rows_args, num_warps=4),
-        _launch(getattr(bwd, dq_name), (Nq, B * H), dq_args, **problem.options(dq_name)),
-        _launch(getattr(bwd, dkdv_name), (S, B * H), dkdv_args, **problem.options(dkdv_name)),
+        _launch(bwd.backward_rows, (Nq * rows // row_tile, B * H), rows_args, num_warps=4),
+        _launch(getattr(bwd, dq_name), (Nq * query_parts, B * H), dq_args | dq_tile, **dq_options),
+        _launch(getattr(bwd, dkdv_name), (S * key_parts, B * H), dkdv_args | dkdv_tile, **dkdv_options),
     ]
     return BackwardPlan(launches=launches, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])

@@ -80,16 +80,17 @@ def pair_lists(
 @triton.jit(do_not_specialize=["list_length"])
 def block_mass(
     row_mass, lse, counts, query_sizes, mass, query_blocks, list_length,
-    Tq: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_M: tl.constexpr, RAGGED_Q: tl.constexpr,
+    Tq: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, RAGGED_Q: tl.constexpr,
 ):  # fmt: skip
-    """mass[i, j] = sum over real rows r of total[i, j, r] 2^(m[i, j, r] - lse_2[i, r]): the probability of block j.
+    """mass[i, j] = sum over real rows r of total[i, j, r] 2^(m[i, j, r] - lse_2[i, r]): the probability of block j,
+    summed over its PARTS.
 
     row_mass holds the running maximum m and the row sums `total` of each visited block (see `forward_pointer`). m is at
     most lse_2, so nothing overflows. One program per query block; entries past the list give 0.
     """
     block = tl.program_id(0)
     head = tl.program_id(1).to(tl.int64)
-    rows, entries = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_M)
+    rows, entries = tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     which = head * query_blocks + block
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
     row_lse = tl.load(lse + which * Tq + rows, mask=rows < query_size, other=float("-inf"))
@@ -97,9 +98,11 @@ def block_mass(
     count = tl.load(counts + which)
     for offset in tl.range(0, list_length, BLOCK_M):
         at = offset + entries
-        place = (which * list_length + at)[:, None] * (2 * BLOCK_Q) + rows[None, :]
-        listed = (at < count)[:, None]
-        m = tl.load(row_mass + place, mask=listed, other=float("-inf"))
-        total = tl.load(row_mass + place + BLOCK_Q, mask=listed, other=0.0)
-        share = tl.sum(total * tl.math.exp2(m - row_lse[None, :]), 1)
+        listed = (at < count)[:, None] & (rows < query_size)[None, :]
+        share = tl.zeros([BLOCK_M], tl.float32)
+        for part in tl.static_range(PARTS):
+            place = ((which * list_length + at) * PARTS + part)[:, None] * (2 * ROWS) + rows[None, :]
+            m = tl.load(row_mass + place, mask=listed, other=float("-inf"))
+            total = tl.load(row_mass + place + ROWS, mask=listed, other=0.0)
+            share += tl.sum(total * tl.math.exp2(m - row_lse[None, :]), 1)
         tl.store(mass + which * list_length + at, share, mask=at < list_length)

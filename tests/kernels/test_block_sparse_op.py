@@ -13,13 +13,15 @@ from sparse_forcing.kernels.block_sparse_attention.ops import forward_op
 from tests.kernels.attention_problems import error, problem
 
 
-@pytest.mark.parametrize("return_mass", [False, True])
-@pytest.mark.parametrize("ragged", [False, True])
-def test_opcheck(ragged, return_mass):
-    p = problem(1, 2, 3, 4, 5, 4, 8, 3, ragged=ragged, short_lists=ragged)
+@pytest.mark.parametrize(
+    ("dtype", "return_mass", "ragged"),
+    [(torch.float64, False, False), (torch.float64, True, True), (torch.bfloat16, False, True)],
+)
+def test_opcheck(dtype, ragged, return_mass):
+    p = problem(1, 2, 3, 4, 5, 4, 8, 3, dtype=dtype, ragged=ragged, short_lists=ragged)
     inputs = [x.clone().requires_grad_() for x in p.inputs]
     torch.library.opcheck(
-        forward_op, (*inputs, p.block_index, p.query_sizes, p.key_sizes, 0.3, 0, return_mass, "cpu"),
+        forward_op, (*inputs, p.block_index, p.query_sizes, p.key_sizes, 0.3, 0, return_mass, True, "cpu"),
         atol=1e-12, rtol=1e-12,
     )  # fmt: skip
 

@@ -47,18 +47,18 @@ def problem(
     )
 
 
-def gradients_in(p: Problem) -> tuple[Tensor, Tensor]:
-    """Random gradients of out (its type) and of lse (float32)."""
+def gradients_in(p: Problem, through_lse: bool = True) -> tuple[Tensor, Tensor]:
+    """Random gradients of out (its type) and of lse (float32; 0 unless `through_lse`)."""
     generator = torch.Generator().manual_seed(99)
     grad_out = torch.randn(p.query.shape, generator=generator).to(p.query.dtype)
-    return grad_out, torch.randn(p.query.shape[:-1], generator=generator)
+    return grad_out, torch.randn(p.query.shape[:-1], generator=generator) * through_lse
 
 
-def answer(p: Problem) -> dict[str, Tensor]:
+def answer(p: Problem, through_lse: bool = True) -> dict[str, Tensor]:
     """Everything in float64 from the reference and autograd; rows without keys have no lse gradient."""
     q, k, v = (x.double().requires_grad_() for x in (p.query, p.key_pool, p.value_pool))
     out, lse, mass = reference.forward(q, k, v, p.block_index, p.query_sizes, p.key_sizes, p.scale, 0, True)
-    grad_out, grad_lse = gradients_in(p)
+    grad_out, grad_lse = gradients_in(p, through_lse)
     finite = lse.masked_fill(lse == float("-inf"), 0)
     dq, dk, dv = torch.autograd.grad((out * grad_out).sum() + (finite * grad_lse).sum(), (q, k, v))
     return {"out": out.detach(), "lse": lse.detach(), "mass": mass, "dq": dq, "dk": dk, "dv": dv}
@@ -87,22 +87,55 @@ def guarded() -> Iterator[None]:
 
 
 def measured(
-    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, shared: bool = False
-) -> dict[str, Tensor]:
+    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, shared: bool = False,
+    through_lse: bool = True, keep_rest: bool = True,
+) -> dict[str, Tensor]:  # fmt: skip
     """Run the kernels on guarded memory; names as in `answer`. Forward None and backward "auto": the table chooses."""
-    grad_out, grad_lse = gradients_in(p)
+    grad_out, grad_lse = gradients_in(p, through_lse)
     with guarded():
         persistent = p.block_index.shape[-1] if shared else 0
-        plan = plan_forward(p, num_persistent=persistent, return_mass=mass, variant=forward)
+        options = {"num_persistent": persistent, "return_mass": mass, "keep_rest": keep_rest and backward is not None}
+        plan = plan_forward(p, **options, variant=forward)
         run(plan.launches, p.query.device)
         found = {"out": plan.out, "lse": plan.lse} | ({"mass": plan.mass} if mass else {})
         if backward is not None:
-            back = plan_backward(
-                p, grad_out, grad_lse, plan.out, plan.lse, variant=None if backward == "auto" else backward
-            )
+            chosen = None if backward == "auto" else backward
+            back = plan_backward(p, grad_out, grad_lse, plan.out, plan.out_rest, plan.lse, variant=chosen)
             run(back.launches, p.query.device)
             found |= {"dq": back.grad_query, "dk": back.grad_key, "dv": back.grad_value}
     return found
+
+
+class _Float32Scores(torch.autograd.Function):
+    """q k^T summed in float32, as the hardware does at best; everything else, its gradient too, in float64."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor) -> Tensor:
+        ctx.save_for_backward(q, k)
+        return (q.float() @ k.float().mT).double()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        q, k = ctx.saved_tensors
+        return grad @ k, grad.mT @ q
+
+
+def float32_scores(p: Problem) -> dict[str, Tensor]:
+    """What float64 arithmetic makes of scores that were summed in float32: nobody with such scores can do better.
+
+    A score of size s carries an error near 2^-24 s, and its probability the same error relative to itself. For full
+    blocks and full lists, gradient through out alone; names as in `answer`.
+    """
+    assert p.query_sizes is None
+    assert p.key_sizes is None
+    q, k, v = (x.double().requires_grad_() for x in (p.query, p.key_pool, p.value_pool))
+    grad_out, _ = gradients_in(p)
+    batch, head = torch.arange(len(q)).view(-1, 1, 1, 1), torch.arange(q.shape[1]).view(-1, 1, 1)
+    keys, values = (x[batch, head, p.block_index.long()].flatten(3, 4) for x in (k, v))
+    scores = _Float32Scores.apply(q, keys) * p.scale
+    out, lse = scores.softmax(-1) @ values, scores.logsumexp(-1)
+    dq, dk, dv = torch.autograd.grad((out * grad_out).sum(), (q, k, v))
+    return {"out": out.detach(), "lse": lse.detach(), "dq": dq, "dk": dk, "dv": dv}
 
 
 def error(found: Tensor, wanted: Tensor) -> float:

@@ -101,6 +101,22 @@ def test_other_architectures_compile_clean(name):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not SAME_COMPILER, reason="tiles were chosen for the recorded compiler")
+@pytest.mark.parametrize("name", TENSOR_OPS)
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"), [(256, torch.bfloat16), (64, torch.float32), (128, torch.float32), (256, torch.float32)]
+)
+def test_wide_heads_and_float32_do_not_spill(name, head_dim, dtype):
+    """The largest head dim, whose dk and dv need 32-token tiles and so leave Hopper's 64-row instruction; float32."""
+    for kind in ("forward", "backward_d"):
+        for label, row in compiled(name, only=kind, head_dim=head_dim, dtype=dtype).items():
+            assert (row["spills"], row["local"]) == (0, 0), (name, label, row)
+            assert row["programs"] >= 1, (name, label, row)
+            if dtype != torch.float32:
+                assert row["tensor"], (name, label, row)
+
+
+@pytest.mark.slow
 def test_sixty_token_blocks_cost_little_more():
     rows = compiled("sm_90", only="forward_tma", tokens=60)
     check_kernel("sm_90", "forward_tma", rows["forward_tma"])

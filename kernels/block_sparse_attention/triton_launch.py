@@ -73,15 +73,16 @@ _USUAL = (Tile(), Tile(), Tile(warps=8, stages=1))
 _SHORT = Tile(stages=1)  # a second buffer costs the registers that sums of 64 x 128 need
 # Float32 is for checks, not for speed: multiply-add code, exact as in the interpreter. Three TF32 passes on tensor
 # cores would keep 22 bits, need twice the registers and spill at head dim 256.
-_ROWS, _KEYS, _SMALL = Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 8, 1)
+_ROWS, _KEYS, _SMALL, _FLAT = Tile(32, 16, 8, 1), Tile(16, 32, 8, 1), Tile(16, 16, 4, 1), Tile(16, 16, 8, 1)
 _FLOAT32: Tiles = {
-    "forward_pointer": (_ROWS, _ROWS, _SMALL),
-    "backward_dq_pointer": (_ROWS, _ROWS, _SMALL),
-    "backward_dkdv_pointer": (_KEYS, _KEYS, _SMALL),
+    "forward_pointer": (_SMALL, _ROWS, _FLAT),
+    "backward_dq_pointer": (_SMALL, _ROWS, _FLAT),
+    "backward_dkdv_pointer": (_SMALL, _KEYS, _FLAT),
 }
 _AMPERE = Architecture(
     halves=True,  # dk and dv spill with 4 warps; forward and dq lose by 8, see README
     tiles={"backward_dkdv_pointer": (Tile(), Tile(warps=8), Tile(keys=32, warps=8, stages=1))},
+    tiles_float32=_FLOAT32 | {"backward_dq_pointer": (_SMALL, _ROWS, _SMALL)},
 )
 ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": _AMPERE,

@@ -35,7 +35,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_path, check_writable
-from sparse_forcing.kernels.block_selection import block_scores, build_block_index, pool_blocks, select_blocks
+from sparse_forcing.kernels.block_selection import build_block_index, choose_blocks, pool_blocks, select_blocks
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
 from sparse_forcing.kernels.block_sparse_attention.interface import resolve_backend
 
@@ -278,7 +278,7 @@ def break_down(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
     index = inputs.lists(DENSITIES[1])
 
     def select() -> Tensor:
-        return build_block_index(persistent, others, select_blocks(block_scores(query_blocks, key_blocks), top_k))
+        return build_block_index(persistent, others, choose_blocks(query_blocks, key_blocks, top_k=top_k))
 
     tensors = inputs.query, inputs.key_pool, inputs.value_pool
     parts: dict[str, Callable[[], object]] = {

@@ -31,6 +31,7 @@ from sparse_forcing.kernels.block_sparse_attention.triton_launch import (
 WARP_SPECIALISE = "SPARSE_FORCING_WARP_SPECIALISE"
 INTERPRETED = triton.knobs.runtime.interpret  # read once: Triton itself decides at import
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_CHECKED: set[torch.device] = set()  # devices on which the specialised kernel was compared with the plain one
 
 
 def why_unavailable(query: Tensor) -> str | None:
@@ -162,8 +163,9 @@ def specialised(device: torch.device) -> bool:
         raise ConfigError(f"{WARP_SPECIALISE} is {wish!r}; set auto, 0 or 1")
     if wish != "auto":
         return wish == "1"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and not _agreement.cache_info().currsize:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing() and device not in _CHECKED:
         return False  # the check reads a result, which a graph capture forbids; warm up once before capturing
+    _CHECKED.add(device)
     return _agreement(device)
 
 

@@ -21,7 +21,7 @@ def _inputs(tokens: int, head_dim: int, dtype: torch.dtype) -> tuple[list[torch.
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("tokens", "head_dim"), [(64, 128), (60, 128), (60, 64), (16, 32)])
+@pytest.mark.parametrize(("tokens", "head_dim"), [(64, 128), (60, 128), (60, 64), (16, 32), (64, 256), (90, 40)])
 @pytest.mark.parametrize("persistent", [0, 8], ids=["lists", "shared"])
 def test_output_mass_and_gradients(tokens, head_dim, dtype, persistent):
     leaves, index = _inputs(tokens, head_dim, dtype)
@@ -34,7 +34,7 @@ def test_output_mass_and_gradients(tokens, head_dim, dtype, persistent):
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     found = torch.autograd.grad(result.out, leaves, grad)
     wanted = torch.autograd.grad(out, doubles, grad.double())
-    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    tolerance = {torch.float32: 2e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}[dtype]
     pairs = [(result.out, out), (result.lse.exp(), lse.exp()), (mass, wanted_mass), *zip(found, wanted)]
     for a, b in pairs:
         assert (a.double() - b).norm() <= tolerance * b.norm()
@@ -47,6 +47,34 @@ def test_specialised_kernel_agrees_with_the_plain_one():
 
     for tokens, head_dim in ((64, 128), (60, 128), (64, 64)):
         assert specialised_difference(torch.device("cuda"), tokens, head_dim) < 2e-2
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_gradients_at_large_logits(head_dim, dtype):
+    leaves, _ = _inputs(64, head_dim, dtype)
+    index = torch.arange(8, dtype=torch.int32, device="cuda").expand(2, 3, 7, 8).contiguous()
+    scale = 30 * head_dim**-0.5
+    out = block_sparse_attention(*leaves, index, scale=scale, backend="triton").out
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    wanted_out = reference.forward(*doubles, index, None, None, scale, 0, False)[0]
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
+    found = (out, *torch.autograd.grad(out, leaves, grad))
+    wanted = (wanted_out, *torch.autograd.grad(wanted_out, doubles, grad.double()))
+    tolerance = {torch.float16: 5e-4, torch.bfloat16: 5e-3}[dtype]
+    for a, b in zip(found, wanted):
+        assert (a.double() - b).norm() <= tolerance * b.norm()
+
+
+def test_compiles_into_one_graph():
+    leaves, index = _inputs(64, 128, torch.bfloat16)
+
+    def loss(*tensors):
+        return block_sparse_attention(*tensors, index, backend="triton").out.float().square().sum()
+
+    grads = [torch.autograd.grad(f(*leaves), leaves) for f in (loss, torch.compile(loss, fullgraph=True))]
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b)
 
 
 def test_two_backward_passes_agree_bitwise():

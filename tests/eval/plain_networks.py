@@ -179,8 +179,8 @@ def bilinear_at(picture: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torc
 def plain_lookup(first: torch.Tensor, second: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     """Correlation features [4 * 81, h, w]; features [C, h, w], points [2, h, w] as (x, y); x varies slowest."""
     channels, height, width = first.shape
-    out = torch.zeros(4 * 81, height, width)
-    window = torch.arange(-4.0, 5.0)
+    out = points.new_zeros(4 * 81, height, width)
+    window = torch.arange(-4, 5).to(points.dtype)
     for i in range(height):
         for j in range(width):
             volume = (first[:, i, j, None, None] * second).sum(0) / math.sqrt(channels)
@@ -203,7 +203,7 @@ def plain_raft(first: torch.Tensor, second: torch.Tensor, s: State, iterations: 
     origin = torch.stack(
         [torch.arange(width).expand(height, width), torch.arange(height)[:, None].expand(height, width)]
     )
-    points = origin.float()
+    points = origin.to(first.dtype)
     u = "update_block"
     for _ in range(iterations):
         flow = (points - origin)[None]
@@ -227,7 +227,7 @@ def plain_upsample(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     _, height, width = flow.shape
     weights = mask.view(9, 8, 8, height, width).softmax(0)
     padded = F.pad(8 * flow, (1, 1, 1, 1))
-    out = torch.zeros(2, 8 * height, 8 * width)
+    out = flow.new_zeros(2, 8 * height, 8 * width)
     for i in range(height):
         for j in range(width):
             around = padded[:, i : i + 3, j : j + 3].reshape(2, 9)

@@ -221,7 +221,7 @@ def test_dynamic_degree_with_a_real_network_matches_the_plain_one(monkeypatch: p
         flow = plain.plain_raft(images[first], images[second], state, 2)
         largest = flow.norm(dim=0).flatten().sort().values
         magnitudes.append(float(largest[-int(0.05 * len(largest)) :].mean()))
-    assert given == pytest.approx(np.mean(magnitudes), rel=1e-3)
+    assert given == pytest.approx(np.mean(magnitudes), rel=1e-5)
 
 
 class Boxes:

@@ -42,9 +42,7 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
     """[B, H, Nq, Nk] -> [B, H, Nq, min(top_k, Nk)] int32 window positions, ascending."""
     if not 0 < scores.shape[-1] <= MAX_WINDOW or scores.numel() == 0:
         return reference.select_blocks(scores, top_k, own)
-    launch, selected = plan_select(scores.detach().float().contiguous(), top_k, own)
-    _run(launch, scores.device)
-    return selected
+    return select_op(scores.detach().float().contiguous(), top_k, own)
 
 
 def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
@@ -53,9 +51,7 @@ def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Ten
     if not fits or query_blocks.numel() == 0:
         scores = reference.block_scores(query_blocks, key_blocks, scale)
         return reference.select_blocks(scores, top_k, own)
-    launch, selected = plan_choose(query_blocks.detach(), key_blocks.detach(), top_k, own, scale)
-    _run(launch, query_blocks.device)
-    return selected
+    return choose_op(query_blocks.detach(), key_blocks.detach(), top_k, own, scale)
 
 
 def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -64,9 +60,7 @@ def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int
     kept = min(capacity, candidates)
     if kept in (0, candidates) or candidates > MAX_WINDOW:
         return reference.update_persistent(candidate_slots, importance, capacity)
-    launch, winners, losers = plan_update(candidate_slots, importance, kept)
-    _run(launch, importance.device)
-    return winners, losers
+    return update_op(candidate_slots, importance.detach(), kept)
 
 
 def _run(launch: Launch, device: torch.device) -> None:
@@ -185,3 +179,47 @@ def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Te
 
 
 pool_op.register_autograd(_pool_differentiate, setup_context=_pool_save)
+
+
+# The choices are ops of their own as well, so that torch.compile and FakeTensor see shapes and no launches. They have
+# no gradient: their inputs are detached above.
+
+
+@torch.library.custom_op("sparse_forcing::select_blocks", mutates_args=())
+def select_op(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    """Row-wise top-K of contiguous float32 scores [B, H, Nq, Nk] -> int32 [B, H, Nq, min(top_k, Nk)]."""
+    launch, selected = plan_select(scores, top_k, own)
+    _run(launch, scores.device)
+    return selected
+
+
+@select_op.register_fake
+def _select_fake(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    return scores.new_empty((*scores.shape[:3], min(top_k, scores.shape[3])), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparse_forcing::choose_blocks", mutates_args=())
+def choose_op(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
+    """Scores and top-K fused: [B, H, Nq, D] x [B, H, Nk, D] -> int32 [B, H, Nq, min(top_k, Nk)]."""
+    launch, selected = plan_choose(query_blocks, key_blocks, top_k, own, scale)
+    _run(launch, query_blocks.device)
+    return selected
+
+
+@choose_op.register_fake
+def _choose_fake(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
+    return query_blocks.new_empty((*query_blocks.shape[:3], min(top_k, key_blocks.shape[2])), dtype=torch.int32)
+
+
+@torch.library.custom_op("sparse_forcing::update_persistent", mutates_args=())
+def update_op(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Top-C of [B, H, Nc]: (winners [B, H, kept], losers [B, H, Nc - kept])."""
+    launch, winners, losers = plan_update(candidate_slots, importance, kept)
+    _run(launch, importance.device)
+    return winners, losers
+
+
+@update_op.register_fake
+def _update_fake(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    *lead, candidates = candidate_slots.shape
+    return candidate_slots.new_empty((*lead, kept)), candidate_slots.new_empty((*lead, candidates - kept))

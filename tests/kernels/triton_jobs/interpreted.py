@@ -335,3 +335,17 @@ def test_pooling_and_its_gradients_equal_the_reference(sizes, weighted):
         results.append((pooled, *torch.autograd.grad(pooled.square().sum(), [t for t in leaves if t is not None])))
     for found, wanted in zip(*results):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_selection_and_update_are_ops_that_know_their_shapes():
+    """opcheck: schema, no aliasing, and a fake kernel that agrees with the real one."""
+    q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
+    own = torch.tensor([0, 1, 2, 3, -1])
+    slots, importance = torch.arange(12).view(1, 2, 6), torch.randn(1, 2, 6)
+    for op, arguments in (
+        (selection.choose_op, (q, k, 4, own, 0.5)),
+        (selection.choose_op, (q, k, 20, None, 0.5)),
+        (selection.select_op, (torch.randn(1, 2, 5, 9), 4, own)),
+        (selection.update_op, (slots, importance, 2)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))

@@ -33,6 +33,7 @@ DEFAULT_MAX_PIXELS = 1 << 29  # over all frames of one video: 1.6 GB of RGB
 MAX_SIDE = 16_384
 
 # Demuxers for one self-contained file. Playlists and scripts (hls, concat, ...) could open other files or the network.
+SMALLEST_TREE = 128  # pixels; below, x264's macroblock tree reads memory it never wrote: no two encodings are equal
 _CONTAINERS = "mov,matroska,avi,mpeg,mpegts,mpegvideo,h264,hevc,flv,ogg,gif,ivf,obu,yuv4mpegpipe"
 _BT709 = 1  # the code of BT.709 for primaries and transfer (ISO/IEC 23091-2)
 
@@ -227,6 +228,8 @@ class VideoWriter:
         stream.pix_fmt = "yuv444p" if odd else "yuv420p"
         # A fixed number of threads: x264's output depends on it.
         stream.options = {"crf": str(self._crf), "preset": "fast", "threads": "2"}
+        if min(stream.height, stream.width) < SMALLEST_TREE:
+            stream.options = {**stream.options, "x264-params": "mbtree=0"}
         context = stream.codec_context
         context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
         context.color_primaries = context.color_trc = _BT709

@@ -19,6 +19,7 @@ from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.pretrain import PretrainConfig, start
+from sparse_forcing.vae import TokenAutoencoder
 
 TINY = PipelineConfig(
     fps=float(FRAME_RATE),
@@ -53,7 +54,10 @@ def main() -> None:
     args = parser.parse_args()
     pipe = trained_pipeline(args.run, load_config(PretrainConfig, args.config, []), averaged=args.averaged)
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
-    for part in (pipe.transformer, pipe.text_encoder):
+    learned: list = [pipe.transformer, pipe.text_encoder]
+    if isinstance(pipe.vae, TokenAutoencoder):
+        learned += [pipe.vae.encoder, pipe.vae.decoder]
+    for part in learned:
         assert isinstance(part, torch.nn.Module)
         part.to(torch.bfloat16)
     pipe.save_pretrained(args.out)

@@ -1,11 +1,10 @@
 """Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core).
 
-python -m sparse_forcing.training.autoencode --config training/configs/tiny-autoencoder.yaml --out runs/tiny-autoencoder
+sparse-forcing train autoencoder --config training/configs/tiny-autoencoder.yaml --output runs/tiny-autoencoder
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import time
@@ -109,18 +108,3 @@ def train(config: AutoencoderConfig, out: Path) -> None:
             save_checkpoint(out, step, parts, asdict(config))
             saved = time.monotonic()
     vae.eval().save_pretrained(out / "vae")
-
-
-def main() -> None:
-    from sparse_forcing.config import load_config
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
-    args = parser.parse_args()
-    train(load_config(AutoencoderConfig, args.config, args.set), args.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -6,12 +6,11 @@ forcing: the sequence [context | noisy], where the context is clean or slightly 
 own errors. Before all that the text encoder learns which attributes captions name, and during it an inner layer
 also predicts where the object is (training/scene_targets.py); both heads are dropped in the end.
 
-    python -m sparse_forcing.training.pretrain --config CONFIG.yaml --out runs/tiny
+    sparse-forcing train pretrain --config CONFIG.yaml --output runs/tiny
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import time
@@ -364,18 +363,3 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
         if step == total or time.monotonic() - saved > 60 * config.checkpoint_minutes:
             save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
             saved = time.monotonic()
-
-
-def main() -> None:
-    from sparse_forcing.config import load_config
-
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--set", action="append", default=[], metavar="a.b=c")
-    args = parser.parse_args()
-    pretrain(load_config(PretrainConfig, args.config, args.set), args.out)
-
-
-if __name__ == "__main__":
-    main()

@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
 OUTPUT ?= outputs/demo.mp4
-PROMPT ?= a medium red square stays still on a white background
+PROMPT ?= a large red circle stays still on a white background
 TESTS ?= tests
 export PROMPT
 

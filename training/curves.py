@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sparse_forcing.config import load_config
 from sparse_forcing.files import atomic_path
-from sparse_forcing.training.pretrain import PretrainConfig
+from sparse_forcing.training.curriculum import PretrainConfig
 
 
 def draw(metrics: Path, config: PretrainConfig, output: Path) -> None:
@@ -23,10 +23,12 @@ def draw(metrics: Path, config: PretrainConfig, output: Path) -> None:
     from matplotlib import pyplot as plt
 
     # A resumed run logs the steps since its checkpoint again; the later row counts.
-    rows = {row["step"]: row["loss"] for row in map(json.loads, metrics.read_text().splitlines())}
-    steps = sorted(rows)
+    rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}
     figure, axes = plt.subplots(figsize=(8, 4))
-    axes.plot(steps, [rows[step] for step in steps], marker=".", linewidth=1)
+    for name, label in (("loss", "first chunks"), ("continuation_loss", "continuations")):
+        steps = [step for step in sorted(rows) if name in rows[step]]
+        axes.plot(steps, [rows[step][name] for step in steps], marker=".", linewidth=1, label=label)
+    axes.legend(loc="lower left")
     starts = [0, *accumulate(stage.steps for stage in config.stages)]
     for start, stage in zip(starts, config.stages):
         axes.axvline(start, color="gray", linewidth=0.5)

@@ -21,12 +21,13 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.rope import Rotary
 from sparse_forcing.training.autoencode import AutoencoderConfig
+from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.distill import DistillConfig
 from sparse_forcing.training.forcing import ForcingConfig
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.model_sizes import ModelSizes, model_sizes, on_meta
 from sparse_forcing.training.ode import OdeConfig
-from sparse_forcing.training.pretrain import PretrainConfig, TextToVideo, make_optimizers
+from sparse_forcing.training.pretrain import TextToVideo, make_optimizers
 from sparse_forcing.transformer import CausalWanBlock
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 

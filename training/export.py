@@ -17,8 +17,9 @@ from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
+from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.pretrain import PretrainConfig, start
+from sparse_forcing.training.pretrain import start
 from sparse_forcing.vae import TokenAutoencoder
 
 TINY = PipelineConfig(

@@ -19,18 +19,20 @@ def sample_sigma(batch: int, groups: int, *, shift: float, spread: float, genera
     return shift_sigma(u, shift).view(batch, groups)
 
 
-def unit_variance_weight(sigma: Tensor, latent_std: list[float] | None, channel_power: float = 0.0) -> Tensor | float:
+def sigma_quantile(sigma: Tensor, *, shift: float, spread: float) -> Tensor:
+    """The share of `sample_sigma`'s levels that are below sigma."""
+    return torch.special.ndtr(torch.logit(shift_sigma(sigma, 1 / shift)) / spread)
+
+
+def unit_variance_weight(sigma: Tensor, latent_std: list[float] | None) -> Tensor | float:
     """Weight of the squared flow error that makes it the squared error of the preconditioned network output:
     (1 - sigma)^2 + sigma^2 / s^2 per channel of standard deviation s. sigma [B, F] -> [B, C, F, 1, 1].
-
-    `channel_power` p multiplies a channel's weight by s^p over the mean of s^p: large components, which hold the
-    layout, then count more than those of fine texture.
     """
     if latent_std is None:
         return 1.0
     s = torch.tensor(latent_std, dtype=sigma.dtype)[:, None, None, None]
     t = sigma[:, None, :, None, None]
-    return ((1 - t) ** 2 + t**2 / s**2) * s**channel_power / (s**channel_power).mean()
+    return (1 - t) ** 2 + t**2 / s**2
 
 
 def noisy_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
@@ -38,9 +40,9 @@ def noisy_latents(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     return add_noise(latents.transpose(1, 2), noise.transpose(1, 2), sigma).transpose(1, 2)
 
 
-def flow_matching_loss(flow: Tensor, latents: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
-    """mean(weight * |v - (noise - x0)|^2)."""
-    return (weight * (flow.float() - (noise - latents)) ** 2).mean()
+def flow_matching_error(flow: Tensor, latents: Tensor, noise: Tensor, weight: Tensor | float = 1.0) -> Tensor:
+    """weight * |v - (noise - x0)|^2, mean per frame: [B, C, F, H, W] -> [B, F]."""
+    return (weight * (flow.float() - (noise - latents)) ** 2).mean((1, 3, 4))
 
 
 def per_chunk(draws: Tensor, chunks: list[int]) -> Tensor:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from dataclasses import asdict, dataclass, field
+from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,95 +28,16 @@ from sparse_forcing.scenes.captions import caption, vocabulary_words
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
+from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, learning_rate, part_at, stage_at
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.losses import flow_matching_loss, noisy_latents, sample_sigma, unit_variance_weight
+from sparse_forcing.training.level_balance import LevelBalance
+from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.scene_targets import ATTRIBUTES, POSE_NUMBERS, attribute_targets, pose_targets
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
 EmbeddedAutoencoder = PatchAutoencoder | TokenAutoencoder
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """A stretch of the curriculum: `steps` optimizer steps on clips of `latent_frames`.
-
-    A `continuation` stage starts most clips in the middle of their scene and learns every chunk but the first.
-    """
-
-    latent_frames: int
-    batch_size: int
-    steps: int
-    continuation: bool = False
-    learning_rate: float = 2e-3
-    final_learning_rate: float | None = None
-    warmup_steps: int = 100
-    size: int = 64
-
-    def __post_init__(self) -> None:
-        if min(self.latent_frames, self.batch_size, self.steps, self.size, self.warmup_steps) < 1:
-            raise ConfigError(
-                f"stages: latent_frames, batch_size, steps, size and warmup_steps must be positive, got {self}"
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainConfig:
-    """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
-
-    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
-    `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
-    """
-
-    seed: int = 0
-    num_attention_heads: int = 6
-    attention_head_dim: int = 32
-    num_layers: int = 8
-    ffn_dim: int = 768
-    text_dim: int = 128
-    text_len: int = 32
-    latent_channels: int = 96
-    chunk_frames: int = 2
-    horizon_frames: int = 10
-    position_harmonics: int = 4
-    optimizer: str = "muon"
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.999
-    shift: float = 4.0
-    sigma_spread: float = 1.3
-    channel_power: float = 0.0
-    text_steps: int = 400
-    pose_layer: int = 4
-    pose_weight: float = 0.5
-    context_noise: float = 0.15
-    caption_dropout: float = 0.1
-    two_object_fraction: float = 0.25
-    checkpoint_minutes: float = 4.0
-    keep_checkpoints: int = 2
-    compile: bool = False
-    autoencoder: str | None = None
-    init_from: str | None = None
-    stages: tuple[StageConfig, ...] = field(
-        default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
-    )
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("muon", "adamw"):
-            raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
-        if not self.stages:
-            raise ConfigError("stages: at least one stage is needed")
-        for number, stage in enumerate(self.stages):
-            if stage.latent_frames > self.chunk_frames and stage.latent_frames % self.chunk_frames:
-                raise ConfigError(
-                    f"stages.{number}.latent_frames: {stage.latent_frames} is not a multiple of chunk_frames "
-                    f"{self.chunk_frames}"
-                )
-            if stage.continuation and stage.latent_frames <= self.chunk_frames:
-                raise ConfigError(f"stages.{number}: a continuation needs more than one chunk of {self.chunk_frames}")
-        if not 0 <= self.pose_layer < self.num_layers:
-            raise ConfigError(f"pose_layer: there are layers 0 to {self.num_layers - 1}, got {self.pose_layer}")
 
 
 class TextToVideo(nn.Module):
@@ -141,6 +63,7 @@ class TextToVideo(nn.Module):
         )
         self.pose_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, POSE_NUMBERS)
         self.attribute_head = nn.Linear(config.text_dim, ATTRIBUTES)
+        self.balance = LevelBalance(2, shift=config.shift, spread=config.sigma_spread)
         self.pose_features: Tensor | None = None
         self.transformer.blocks[config.pose_layer].register_forward_hook(self._keep_features)
 
@@ -215,22 +138,6 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
     return optimizers
 
 
-def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
-    """The stage of a global step and the step's number inside it."""
-    for stage in config.stages:
-        if step < stage.steps:
-            return stage, step
-        step -= stage.steps
-    raise IndexError("step beyond the last stage")
-
-
-def learning_rate(stage: StageConfig, step: int) -> float:
-    """Warm-up, then constant, or linear towards `final_learning_rate`."""
-    final = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
-    decayed = stage.learning_rate + (final - stage.learning_rate) * step / stage.steps
-    return decayed * min(1.0, (step + 1) / stage.warmup_steps)
-
-
 def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
     """Teach the text encoder which attributes a caption names; returns the last loss."""
     parameters = [*model.text_encoder.parameters(), *model.attribute_head.parameters()]
@@ -272,24 +179,33 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
     }
 
 
+@dataclass(frozen=True)
+class Losses:
+    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose."""
+
+    flow: Tensor
+    balanced: Tensor
+    pose: Tensor
+
+
 def training_loss(
     model: TextToVideo,
     vae: EmbeddedAutoencoder,
     clips: ClipBatch,
     config: PretrainConfig,
-    stage: StageConfig,
+    part: StageConfig,
     step: int,
-) -> tuple[Tensor, Tensor]:
-    """(flow matching loss, pose loss) of a batch of clips; teacher forcing when they span more than one chunk."""
+) -> Losses:
+    """Losses of a batch of clips; teacher forcing when they span more than one chunk."""
     generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
     with torch.no_grad():
         latents = vae.encode(clips.pixels)
     batch, frames, rows = latents.shape[0], latents.shape[2], latents.shape[3]
     inputs: dict = {"policy": ParallelAttention(frames)}
     if frames > config.chunk_frames:
-        inputs = forcing_inputs(latents, config, stage, generator)
+        inputs = forcing_inputs(latents, config, part, generator)
     targets = pose_targets(clips.scenes, clips.start, frames, vae.temporal_stride, rows)
-    if stage.continuation:
+    if part.continuation:
         latents = latents[:, :, config.chunk_frames :]
     length = min(frames, config.chunk_frames)
     noisy_frames = latents.shape[2]
@@ -300,36 +216,67 @@ def training_loss(
     with torch.autocast(latents.device.type, torch.bfloat16):
         text = model.text_encoder.encode(clips.captions)
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
-    weight = unit_variance_weight(sigma, model.transformer.config.latent_std, config.channel_power)
-    pose = model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1))
-    return flow_matching_loss(flow, latents, noise, weight), pose
+    error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
+    return Losses(
+        flow=error.mean(),
+        balanced=model.balance(error, sigma, kind=int(part.continuation > 0)),
+        pose=model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1)),
+    )
 
 
 def train_step(
     model: TextToVideo, optimizers: list, ema: ParameterEma, vae: EmbeddedAutoencoder, config: PretrainConfig, step: int
-) -> tuple[float, float]:
-    """One optimizer step: (flow loss, pose loss). Raises FloatingPointError before touching the weights when one of
-    them is not finite."""
-    stage, stage_step = stage_at(config, step)
+) -> dict[str, float]:
+    """One optimizer step; its losses by name. Raises FloatingPointError before touching the weights when one of them is
+    not finite."""
+    part = part_at(config, step)
     clips = procedural_batch(
-        config.seed + 1, step, batch_size=stage.batch_size, num_frames=stage.latent_frames * vae.temporal_stride,
-        size=stage.size, two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if stage.continuation else 0.0,
+        config.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
+        size=part.size, two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if part.continuation else 0.0,
     )  # fmt: skip
-    loss, pose = training_loss(model, vae, clips, config, stage, step)
-    (loss + config.pose_weight * pose).backward()
+    losses = training_loss(model, vae, clips, config, part, step)
+    (losses.balanced + config.pose_weight * losses.pose).backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not (torch.isfinite(loss) and torch.isfinite(norm)):
+    if not (torch.isfinite(losses.balanced) and torch.isfinite(norm)):
         raise FloatingPointError(
-            f"step {step}: loss {loss.item()}, gradient norm {norm.item()}; weights left unchanged"
+            f"step {step}: loss {losses.flow.item()}, gradient norm {norm.item()}; weights left unchanged"
         )
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(stage, stage_step)
+            group["lr"] = learning_rate(*stage_at(config, step))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     ema.update(model)
-    return loss.item(), pose.item()
+    name = "continuation_loss" if part.continuation else "loss"
+    return {name: losses.flow.item(), "pose_loss": losses.pose.item()}
+
+
+class Progress:
+    """Mean losses of the last stretch, as a line of `metrics.jsonl` and one to read."""
+
+    def __init__(self, out: Path, total: int) -> None:
+        self.out, self.total = out, total
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums: dict[str, list[float]] = defaultdict(list)
+        self.steps, self.began = 0, time.monotonic()
+
+    def add(self, losses: dict[str, float]) -> None:
+        self.steps += 1
+        for name, value in losses.items():
+            self.sums[name].append(value)
+
+    def report(self, step: int) -> None:
+        means = {name: sum(values) / len(values) for name, values in sorted(self.sums.items())}
+        seconds = (time.monotonic() - self.began) / self.steps
+        with (self.out / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps({"step": step, **means, "seconds_per_step": seconds}) + "\n")
+        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
+        left = seconds * (self.total - step) / 60
+        print(f"step {step}/{self.total} {shown} {seconds:.2f} s/step, {left:.0f} min left", flush=True)
+        self._reset()
 
 
 def pretrain(config: PretrainConfig, out: Path) -> None:
@@ -345,21 +292,15 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
         ema.reset(model)
     if config.compile:
         for block in model.transformer.blocks:
-            block.compile()
+            block.compile(dynamic=False)  # a stage has few sizes, and fixed ones are faster
     total = sum(stage.steps for stage in config.stages)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {total}", flush=True)
-    saved, window, began = time.monotonic(), [], time.monotonic()
+    saved, progress = time.monotonic(), Progress(out, total)
     while step < total:
-        window.append(train_step(model, optimizers, ema, vae, config, step))
+        progress.add(train_step(model, optimizers, ema, vae, config, step))
         step += 1
         if step % 50 == 0 or step == total:
-            seconds = (time.monotonic() - began) / len(window)
-            loss, pose = (sum(values) / len(window) for values in zip(*window))
-            row = {"step": step, "loss": loss, "pose_loss": pose, "seconds_per_step": seconds}
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            print(f"step {step}/{total} loss {loss:.4f} pose {pose:.4f} {seconds:.2f} s/step", flush=True)
-            window, began = [], time.monotonic()
+            progress.report(step)
         if step == total or time.monotonic() - saved > 60 * config.checkpoint_minutes:
             save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
             saved = time.monotonic()

@@ -12,8 +12,9 @@ import torch
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.training import autoencode
 from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_loss, train
+from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.data.procedural import procedural_batch
-from sparse_forcing.training.pretrain import PretrainConfig, make_autoencoder
+from sparse_forcing.training.pretrain import make_autoencoder
 from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
 

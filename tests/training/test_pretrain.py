@@ -16,10 +16,12 @@ from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
 from sparse_forcing.training import pretrain as recipe
+from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.export import trained_pipeline
-from sparse_forcing.training.losses import sample_sigma, unit_variance_weight
-from sparse_forcing.training.pretrain import PretrainConfig, StageConfig, TextToVideo
+from sparse_forcing.training.level_balance import LevelBalance
+from sparse_forcing.training.losses import sample_sigma, sigma_quantile
+from sparse_forcing.training.pretrain import TextToVideo
 from sparse_forcing.training.scene_targets import ATTRIBUTES, HARMONICS, POSE_NUMBERS, attribute_targets, pose_targets
 from tests.training.helpers import differences, newest, state
 
@@ -92,16 +94,42 @@ def test_sigma_draws_of_a_batch_fill_the_quantiles_of_their_distribution() -> No
     assert ((quantiles * 128).floor() == torch.arange(128)).float().mean() > 0.97
 
 
-def test_channel_power_moves_weight_to_large_components_and_keeps_the_mean() -> None:
-    sigma = torch.full((1, 1), 0.5)
-    even, tilted = (unit_variance_weight(sigma, STD, power)[0, :, 0, 0, 0] for power in (0.0, 1.0))
-    ratio = tilted / even
-    torch.testing.assert_close(ratio, torch.tensor(STD))
-    assert ratio.mean() == 1
+def test_the_quantile_of_a_level_inverts_its_draw() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sigma = sample_sigma(4000, 1, shift=4.0, spread=1.3, generator=generator)
+    quantile = sigma_quantile(sigma, shift=4.0, spread=1.3).flatten().sort().values
+    torch.testing.assert_close(quantile, (torch.arange(4000) + 0.5) / 4000, atol=3e-4, rtol=0)
 
 
-@pytest.mark.parametrize("continuation", [False, True])
-def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: bool) -> None:
+def test_balanced_errors_count_equally_at_every_level_and_for_every_kind() -> None:
+    balance = LevelBalance(2, shift=4.0, spread=1.3)
+    generator = torch.Generator().manual_seed(0)
+    for kind, scale in ((0, 1.0), (1, 0.1)) * 60:
+        sigma = sample_sigma(64, 2, shift=4.0, spread=1.3, generator=generator)
+        error = (scale * sigma**4).requires_grad_()
+        loss = balance(error, sigma, kind)
+    assert loss.item() == pytest.approx(1, abs=0.05)
+    loss.backward()
+    assert error.grad is not None
+    share = error.grad * error.detach() * error.numel()  # every element's part of the loss, 1 on average
+    high, low = share[sigma > 0.9].mean(), share[sigma < 0.6].mean()
+    assert high.item() == pytest.approx(1, abs=0.1)
+    assert low.item() == pytest.approx(1, abs=0.25)
+
+
+def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:
+    mixed = StageConfig(latent_frames=6, batch_size=4, steps=400, continuation=0.25)
+    settings = config(StageConfig(latent_frames=1, batch_size=2, steps=3), mixed)
+    assert recipe.part_at(settings, 2) == settings.stages[0]
+    parts = [recipe.part_at(settings, 3 + step) for step in range(400)]
+    going_on = [part for part in parts if part.continuation]
+    assert 60 < len(going_on) < 140
+    assert set(going_on) == {replace(mixed, continuation=1.0)}
+    assert set(parts) - set(going_on) == {replace(mixed, latent_frames=2, batch_size=12, continuation=0.0)}
+
+
+@pytest.mark.parametrize("continuation", [0.0, 1.0])
+def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: float) -> None:
     torch.manual_seed(0)
     settings = config(StageConfig(latent_frames=6, batch_size=1, steps=1, continuation=continuation))
     model = TextToVideo(settings, STD).eval()
@@ -136,13 +164,11 @@ def test_pose_loss_reaches_the_inner_layer_and_leaves_two_objects_out() -> None:
     model = TextToVideo(settings, STD)
     vae, _ = recipe.make_autoencoder(settings)
     clips = batch(4)
-    _, pose = recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0)
-    pose.backward()
+    recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0).pose.backward()
     assert model.pose_head.weight.grad is not None
     assert model.transformer.patch_embedding.weight.grad.any()
     two = batch(4, two_object_fraction=1.0)
-    _, pose = recipe.training_loss(model, vae, two, settings, settings.stages[0], 0)
-    assert pose == 0
+    assert recipe.training_loss(model, vae, two, settings, settings.stages[0], 0).pose == 0
 
 
 def test_the_text_encoder_learns_what_captions_name() -> None:
@@ -157,7 +183,7 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
 ) -> None:
     stages = (
         StageConfig(latent_frames=1, batch_size=2, steps=3, size=32),
-        StageConfig(latent_frames=4, batch_size=2, steps=2, size=32, continuation=True),
+        StageConfig(latent_frames=4, batch_size=2, steps=4, size=32, continuation=0.5),
     )
     settings = config(*stages, checkpoint_minutes=0)
     recipe.pretrain(settings, tmp_path / "whole")
@@ -175,7 +201,8 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     recipe.pretrain(settings, tmp_path / "out")
     assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
     rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 5
+    assert rows[-1]["step"] == 7
+    assert rows[-1].keys() == {"step", "loss", "continuation_loss", "pose_loss", "seconds_per_step"}
 
 
 def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:
@@ -190,7 +217,7 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"pose_layer": 2}, "pose_layer: there are layers 0 to 1"),
-        ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=True),)}, "more than one chunk"),
+        ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=1.0),)}, "more than one chunk"),
         ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
         ({"optimizer": "sgd"}, "expected muon or adamw"),
         ({"stages": ()}, "at least one stage"),

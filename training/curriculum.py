@@ -1,0 +1,119 @@
+"""What pretraining learns, and when: its settings, the stages of its curriculum, their parts and learning rates."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field, replace
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.training.data.procedural import step_seed
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """A stretch of the curriculum: `steps` optimizer steps on clips of `latent_frames`.
+
+    `continuation` is the share of steps that go on from a clean chunk: they start most clips in the middle of their
+    scene and learn every chunk but the first. The other steps then learn first chunks, as many frames in all.
+    """
+
+    latent_frames: int
+    batch_size: int
+    steps: int
+    continuation: float = 0.0
+    learning_rate: float = 2e-3
+    final_learning_rate: float | None = None
+    warmup_steps: int = 100
+    size: int = 64
+
+    def __post_init__(self) -> None:
+        if min(self.latent_frames, self.batch_size, self.steps, self.size, self.warmup_steps) < 1:
+            raise ConfigError(
+                f"stages: latent_frames, batch_size, steps, size and warmup_steps must be positive, got {self}"
+            )
+        if not 0 <= self.continuation <= 1:
+            raise ConfigError(f"stages: continuation is a share in [0, 1], got {self.continuation}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
+
+    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
+    `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
+    """
+
+    seed: int = 0
+    num_attention_heads: int = 6
+    attention_head_dim: int = 32
+    num_layers: int = 8
+    ffn_dim: int = 768
+    text_dim: int = 128
+    text_len: int = 32
+    latent_channels: int = 96
+    chunk_frames: int = 2
+    horizon_frames: int = 10
+    position_harmonics: int = 4
+    optimizer: str = "muon"
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    shift: float = 4.0
+    sigma_spread: float = 1.3
+    text_steps: int = 400
+    pose_layer: int = 4
+    pose_weight: float = 0.5
+    context_noise: float = 0.15
+    caption_dropout: float = 0.1
+    two_object_fraction: float = 0.25
+    checkpoint_minutes: float = 4.0
+    keep_checkpoints: int = 2
+    compile: bool = False
+    autoencoder: str | None = None
+    init_from: str | None = None
+    stages: tuple[StageConfig, ...] = field(
+        default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
+    )
+
+    def __post_init__(self) -> None:
+        if self.optimizer not in ("muon", "adamw"):
+            raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
+        if not self.stages:
+            raise ConfigError("stages: at least one stage is needed")
+        for number, stage in enumerate(self.stages):
+            if stage.latent_frames > self.chunk_frames and stage.latent_frames % self.chunk_frames:
+                raise ConfigError(
+                    f"stages.{number}.latent_frames: {stage.latent_frames} is not a multiple of chunk_frames "
+                    f"{self.chunk_frames}"
+                )
+            if stage.continuation and stage.latent_frames <= self.chunk_frames:
+                raise ConfigError(f"stages.{number}: a continuation needs more than one chunk of {self.chunk_frames}")
+        if not 0 <= self.pose_layer < self.num_layers:
+            raise ConfigError(f"pose_layer: there are layers 0 to {self.num_layers - 1}, got {self.pose_layer}")
+
+
+def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
+    """The stage of a global step and the step's number inside it."""
+    for stage in config.stages:
+        if step < stage.steps:
+            return stage, step
+        step -= stage.steps
+    raise IndexError("step beyond the last stage")
+
+
+def part_at(config: PretrainConfig, step: int) -> StageConfig:
+    """What a global step learns: its stage, or one of the two parts of a stage with continuations."""
+    stage, _ = stage_at(config, step)
+    if stage.continuation == 0:
+        return stage
+    if random.Random(step_seed(config.seed, step, stream=3)).random() < stage.continuation:
+        return replace(stage, continuation=1.0)
+    chunks = stage.latent_frames // config.chunk_frames
+    return replace(stage, latent_frames=config.chunk_frames, batch_size=stage.batch_size * chunks, continuation=0.0)
+
+
+def learning_rate(stage: StageConfig, step: int) -> float:
+    """Warm-up, then constant, or linear towards `final_learning_rate`."""
+    final = stage.learning_rate if stage.final_learning_rate is None else stage.final_learning_rate
+    decayed = stage.learning_rate + (final - stage.learning_rate) * step / stage.steps
+    return decayed * min(1.0, (step + 1) / stage.warmup_steps)

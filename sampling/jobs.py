@@ -15,12 +15,12 @@ MAX_FRAMES = 1_000_000
 _VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg"}
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {
-    "window_frames": ("window", "sink", "sparse"),
+    "window_frames": ("window", "sink", "sparse", "heavy_hitter"),
     "sink_frames": ("sink",),
-    "persistent_blocks": ("sparse",),
+    "persistent_blocks": ("sparse", "heavy_hitter"),
     "top_k": ("sparse",),
-    "tile": ("sparse",),
-    "positions": ("full", "window", "sink", "sparse"),
+    "tile": ("sparse", "heavy_hitter"),
+    "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
 
 
@@ -36,7 +36,7 @@ class GenerateConfig:
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
     scale: enlarge every pixel to scale x scale in the mp4.
-    overlay: also write a video in which the persistent blocks light up.
+    overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     skip_existing: leave out videos that are already there.
     """
 
@@ -54,7 +54,7 @@ class GenerateConfig:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
-    memory: Literal["full", "window", "sink", "sparse"] | None = None
+    memory: Literal["full", "window", "sink", "sparse", "heavy_hitter"] | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
     persistent_blocks: int | None = None
@@ -89,7 +89,7 @@ class GenerateConfig:
                 raise ConfigError(
                     f"{flag(name)} has no effect with --memory {self.memory}; it is for {', '.join(kinds)}"
                 )
-        if self.overlay and self.memory not in (None, "sparse"):
+        if self.overlay and self.memory not in (None, *MEMORY_KNOBS["persistent_blocks"]):
             raise ConfigError(
                 f"--overlay shows persistent blocks, which --memory {self.memory} does not have; use sparse"
             )

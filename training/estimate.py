@@ -146,12 +146,15 @@ def cache_bytes(config: dict[str, Any], work: Work) -> int:
         return 0
     sizes = on_meta(config).config
     if work.memory.kind == "sparse":
-        frames = work.frames
+        tokens = work.frames * work.tokens_per_frame
     else:
-        kept = work.frames if work.memory.kind == "full" else work.memory.window_frames
-        frames = sum(min(kept, end) for end in range(sizes.chunk_frames, work.frames + 1, sizes.chunk_frames))
+        kept = work.tokens_per_frame * (work.memory.window or work.frames)
+        if work.memory.kind == "heavy_hitter":
+            kept += work.memory.persistent_tokens
+        ends = range(sizes.chunk_frames, work.frames + 1, sizes.chunk_frames)
+        tokens = sum(min(kept, end * work.tokens_per_frame) for end in ends)
     per_token = 2 * sizes.num_attention_heads * sizes.attention_head_dim * work.number_bytes
-    return work.micro_batch * sizes.num_layers * per_token * frames * work.tokens_per_frame
+    return work.micro_batch * sizes.num_layers * per_token * tokens
 
 
 def estimate_distillation(

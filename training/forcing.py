@@ -81,8 +81,9 @@ class ForcingConfig:
             raise ConfigError(f"weighting: expected schedule or unit_variance, got {self.weighting!r}")
         if not 0 <= self.context_noise < 1 or not 0 < self.ema_decay < 1 or self.selector_weight < 0:
             raise ConfigError("context_noise must be in [0, 1), ema_decay in (0, 1), selector_weight not negative")
-        if self.mode != "teacher" and self.memory is not None and self.memory.kind == "sparse":
-            raise ConfigError("memory.kind: sparse is trained chunk by chunk, which only mode: teacher does")
+        if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
+            kind = self.memory.kind
+            raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")
 
 
 class ForcingRecipe(OneNetwork):

@@ -43,7 +43,7 @@ class OdeConfig:
     def __post_init__(self) -> None:
         if self.data.kind != "shards":
             raise ConfigError("data.kind: ODE regression reads shards of trajectories; make them with: data ode-pairs")
-        if self.memory is not None and self.memory.kind == "sparse":
+        if self.memory is not None and not self.memory.sees_whole_frames:
             raise ConfigError("memory.kind: ODE regression sees noisy context in parallel; use full, window or sink")
 
     @property

@@ -26,11 +26,12 @@ FLAGS = {
     "width": "pixels",
     "num_inference_steps": "denoising steps of a chunk",
     "guidance_scale": "classifier-free guidance; 1 is none",
-    "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, or the window's "
-    "best blocks and a persistent set (default: the model's)",
+    "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, the window's "
+    "best blocks and a persistent set, or a window and the tokens attended to most (default: the model's)",
     "window_frames": "latent frames in the window, the current chunk included",
     "sink_frames": "latent frames kept from the start of the video",
-    "persistent_blocks": "blocks for each layer and head kept from all that left the window",
+    "persistent_blocks": "blocks for each layer and head kept from all that left the window; heavy_hitter: as many "
+    "tokens as they have",
     "top_k": "share of the window's blocks that a query block sees, above 0 up to 1",
     "tile": "latent frames, token rows and token columns of a block",
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",

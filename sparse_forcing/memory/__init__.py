@@ -5,10 +5,12 @@ from __future__ import annotations
 from sparse_forcing.memory.base import MemoryGeometry, MemoryPass, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.dense import DenseMemory
+from sparse_forcing.memory.heavy_hitter import HeavyHitterMemory
 from sparse_forcing.memory.sparse import SparseMemory
 
 __all__ = [
     "DenseMemory",
+    "HeavyHitterMemory",
     "MemoryConfig",
     "MemoryGeometry",
     "MemoryPass",
@@ -29,4 +31,5 @@ def make_memory(
     """A fresh, empty memory of the configured kind."""
     if config.kind == "sparse":
         return SparseMemory(config, geometry, cache_gradient, selectors=selectors, backend=backend)
-    return DenseMemory(config, geometry, cache_gradient)
+    kind = HeavyHitterMemory if config.kind == "heavy_hitter" else DenseMemory
+    return kind(config, geometry, cache_gradient)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sparse_forcing.errors import ConfigError
 
-KINDS = ("full", "window", "sink", "sparse")
+KINDS = ("full", "window", "sink", "sparse", "heavy_hitter")
 POSITIONS = ("absolute", "relative")
 IMPORTANCE = ("coarse", "mass")
 
@@ -16,10 +17,11 @@ class MemoryConfig:
     """Kind of memory and its knobs; lengths in latent frames.
 
     Args:
-        kind: full (Self-Forcing), window, sink (LongLive: window and the video's first frames), sparse (this method).
+        kind: full (Self-Forcing), window, sink (LongLive: window and the video's first frames), sparse (this method),
+            heavy_hitter (H2O: window and single tokens, as many as the persistent blocks of `sparse` have).
         window_frames: recent frames kept, the current chunk included and, as in Self-Forcing, the sink too.
         sink_frames: first frames of the video that a `sink` memory never drops.
-        tile: latent frames, token rows and token columns of a block (`sparse`).
+        tile: latent frames, token rows and token columns of a block.
         persistent_blocks: blocks per layer and head kept from everything that left the window; 0 for none.
         top_k: share of a full window's blocks that a query block attends to; 1 for all of them.
         importance: what persistent blocks are ranked by: "coarse", block attention of representatives (the paper), or
@@ -62,6 +64,16 @@ class MemoryConfig:
     def window(self) -> int | None:
         """Window in frames, or None for a full memory."""
         return None if self.kind == "full" else self.window_frames
+
+    @property
+    def persistent_tokens(self) -> int:
+        """Tokens of the persistent blocks, per layer and head: also the number of heavy hitters."""
+        return self.persistent_blocks * math.prod(self.tile)
+
+    @property
+    def sees_whole_frames(self) -> bool:
+        """True when every layer and head sees the same frames, which a frame mask can express."""
+        return self.kind in ("full", "window", "sink")
 
     @property
     def sink(self) -> int:

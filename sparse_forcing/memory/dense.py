@@ -22,7 +22,7 @@ class DenseLayer:
 
 
 class DenseMemory(RolloutMemory):
-    """Every cached frame is visible to the current chunk."""
+    """Every cached token is visible to the current chunk."""
 
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
         super().__init__(config, geometry, cache_gradient)
@@ -32,14 +32,19 @@ class DenseMemory(RolloutMemory):
 
     @property
     def cached_frames(self) -> int:
-        """Frames before the current chunk."""
+        """Whole frames before the current chunk."""
         return len(self.positions)
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens before the current chunk."""
+        return self.cached_frames * self.geometry.tokens_per_frame
 
     def cached(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values [B, tokens, H, D] in cache order, the current chunk last."""
         state = self.layers[layer]
         assert state is not None, "nothing cached yet"
-        end = (self.cached_frames + self.chunk_frames) * self.geometry.tokens_per_frame
+        end = self.cached_tokens + self.chunk_frames * self.geometry.tokens_per_frame
         return state.keys[:, :end], state.values[:, :end]
 
     def _make_room(self, frames: int) -> None:
@@ -68,19 +73,25 @@ class DenseMemory(RolloutMemory):
 
     def _move_positions(self, frames: int) -> None:
         moved = [max(p + frames, floor) for p, floor in zip(self.positions, self._floors)]
-        n = self.geometry.tokens_per_frame
-        for state in filter(None, self.layers):
-            past = state.keys[:, : self.cached_frames * n]
-            delta = torch.tensor([new - old for new, old in zip(moved, self.positions)], device=past.device)
-            keys = shift_time(past, delta.repeat_interleave(n)[:, None])
+        n, end = self.geometry.tokens_per_frame, self.cached_tokens
+        delta = torch.tensor([new - old for new, old in zip(moved, self.positions)]).repeat_interleave(n)[:, None]
+        for layer, state in enumerate(self.layers):
+            if state is None:
+                continue
+            past = state.keys[:, :end]
+            keys = shift_time(past, self._shifts(layer, frames, delta.to(past.device)))
             if self.cache_gradient == "none":
                 past.copy_(keys)
             else:
-                state.keys = torch.cat([keys, state.keys[:, self.cached_frames * n :]], 1)
+                state.keys = torch.cat([keys, state.keys[:, end:]], 1)
         self.positions = moved
 
+    def _shifts(self, layer: int, frames: int, delta: Tensor) -> Tensor:
+        """Frames to move each cached key by, broadcastable to [B, tokens, H], given `delta` of the whole frames."""
+        return delta
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
-        start = self.cached_frames * self.geometry.tokens_per_frame
+        start = self.cached_tokens
         end = start + key.shape[1]
         if self.cache_gradient != "none":
             return self._attend_out_of_place(layer, query, key, value, start, clean)
@@ -109,8 +120,7 @@ class DenseMemory(RolloutMemory):
         state = self.layers[layer]
         if state is not None and state.keys.shape[1] >= end:
             return state
-        known = self.config.window or self.geometry.capacity_frames or 0
-        capacity = max(end, known * self.geometry.tokens_per_frame, 0 if state is None else 3 * start // 2)
+        capacity = max(end, self._known_capacity, 0 if state is None else 3 * start // 2)
         shape = (key.shape[0], capacity, *key.shape[2:])
         grown = DenseLayer(key.new_zeros(shape), key.new_zeros(shape))
         if state is not None:
@@ -119,7 +129,12 @@ class DenseMemory(RolloutMemory):
         return grown
 
     @property
+    def _known_capacity(self) -> int:
+        """Tokens the memory will hold, as far as that is known."""
+        return (self.config.window or self.geometry.capacity_frames or 0) * self.geometry.tokens_per_frame
+
+    @property
     def cache_bytes(self) -> int:
         """Bytes of the cached entries, the current chunk's included; a buffer's spare room does not count."""
-        end = (self.cached_frames + self.chunk_frames) * self.geometry.tokens_per_frame
+        end = self.cached_tokens + self.chunk_frames * self.geometry.tokens_per_frame
         return sum(x[:, :end].nbytes for state in filter(None, self.layers) for x in (state.keys, state.values))

@@ -51,9 +51,13 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize("memory", ["full", "window", "sink", "sparse"])
+@pytest.mark.parametrize("memory", ["full", "window", "sink", "sparse", "heavy_hitter"])
 def test_every_memory_generates_and_reports_its_cache(model: Path, tmp_path: Path, memory: str) -> None:
-    flags = {"sink": ["--sink-frames", "1"], "sparse": ["--overlay", "--top-k", "0.25"]}.get(memory, [])
+    flags = {
+        "sink": ["--sink-frames", "1"],
+        "sparse": ["--overlay", "--top-k", "0.25"],
+        "heavy_hitter": ["--overlay", "--persistent-blocks", "3", "--tile", "1", "1", "5"],
+    }.get(memory, [])
     target = tmp_path / "c.mp4"
     arguments = ["generate", "a red ball", "--model", str(model), "--output", str(target), "--num-frames", "30"]
     assert main([*arguments, "--memory", memory, *flags]) == 0
@@ -64,7 +68,7 @@ def test_every_memory_generates_and_reports_its_cache(model: Path, tmp_path: Pat
     assert record["settings"]["memory"]["kind"] == memory
     assert record["cache_bytes_peak"] > 0
     assert len(record["seconds_per_chunk"]) == 4
-    assert (tmp_path / "overlay" / "c.mp4").exists() == (memory == "sparse")
+    assert (tmp_path / "overlay" / "c.mp4").exists() == ("--overlay" in flags)
 
 
 def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ STEPS = "loop: {steps: 1, trackers: []}\n"
         ("forcing", "loop: {steps: -3}", "steps: must be at least 1, got -3"),
         ("forcing", "loop: {steps: 1, global_batch: 3, micro_batch: 2}", "global_batch: 3 is not a multiple"),
         ("forcing", STEPS + "mode: diffusion\nmemory: {kind: sparse}", "memory.kind: sparse is trained chunk by chunk"),
+        ("forcing", STEPS + "mode: diffusion\nmemory: {kind: heavy_hitter}", "heavy_hitter is trained chunk by chunk"),
         (
             "forcing",
             STEPS + "learned_selector: true\nmemory: {kind: full}",

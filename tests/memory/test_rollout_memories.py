@@ -47,8 +47,9 @@ def test_sparsity_changes_the_result(run):
         MemoryConfig(kind="sink", window_frames=7, sink_frames=1),
         MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3),
         MemoryConfig(tile=(2, 3, 4), top_k=0.5, window_frames=6, persistent_blocks=3, importance="mass"),
+        MemoryConfig(kind="heavy_hitter", tile=(1, 3, 5), window_frames=7, persistent_blocks=2),
     ],
-    ids=["full", "window", "sink", "sparse", "sparse-mass"],
+    ids=["full", "window", "sink", "sparse", "sparse-mass", "heavy-hitter"],
 )
 @pytest.mark.parametrize("cache_gradient", ["detached", "straight_through"])
 def test_training_caches_hold_the_values_of_inference(run, config, cache_gradient):

@@ -29,6 +29,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "training" / "configs").glob("*.ya
 TINY: dict[str, Any] = {"data": DataConfig(size=64, latent_frames=6), "rollout_frames": 6}
 ONE = replace(LOOP, global_batch=1, micro_batch=1)
 SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5)
+HEAVY = replace(SPARSE, kind="heavy_hitter")
 WAN: dict[str, Any] = {"num_layers": 30}
 TOLERANCE = 0.15
 """How far what a real step needs beside the state may lie from the estimate, relative to it."""
@@ -62,7 +63,7 @@ def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) ->
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("memory", [MEMORIES["full"], SPARSE], ids=["full", "sparse"])
+@pytest.mark.parametrize("memory", [MEMORIES["full"], SPARSE, HEAVY], ids=["full", "sparse", "heavy-hitter"])
 def test_peak_of_a_real_step_is_near_the_estimate(memory: MemoryConfig, checkpointing: bool) -> None:
     """One step of both networks of `tiny`, every tensor alive counted (workspace inside the kernels is not)."""
     loop = replace(ONE, gradient_checkpointing=checkpointing)

@@ -1,4 +1,5 @@
 # make demo   a video from a prompt        make test   every check and test
+# make reproduce   the paper in miniature: hours, goes on where it stopped (REPRODUCE="--set a.b=c" changes settings)
 # Both create .venv when it is missing and need nothing but Python 3.10 or later with venv.
 
 PYTHON ?= python3
@@ -7,19 +8,24 @@ JOBS ?= 2
 OUTPUT ?= outputs/demo.mp4
 PROMPT ?= a large red circle stays still on a white background
 TESTS ?= tests
+REPRODUCE ?=
 export PROMPT
 
 RUN := $(VENV)/bin/python
 # torch first and alone: whichever build of this range is at hand is taken, the small CPU build where there is no other.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format reproduce clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
 
 test: check
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+
+reproduce: $(VENV)/.installed-dev
+	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \
+		--results docs/results/miniature $(REPRODUCE)
 
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .

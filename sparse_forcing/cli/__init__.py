@@ -10,7 +10,7 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparse_forcing import __version__
@@ -32,12 +32,23 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints one line, no traceback, for input that cannot be used."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = f"{PROGRAM} {arguments[0]}" if arguments and arguments[0] in COMMANDS else PROGRAM
+    if not arguments or arguments[0] not in COMMANDS:
+        return _guarded(PROGRAM, lambda: _top_level(arguments))
+    return run_module(f"sparse_forcing.cli.{arguments[0]}", arguments[1:], name=f"{PROGRAM} {arguments[0]}")
+
+
+def run_module(module: str, arguments: Sequence[str], *, name: str | None = None) -> int:
+    """Run a command's module; `name` is what its messages call it (default: `python -m` and the module)."""
+    name = name or f"python -m {module}"
+    return _guarded(name, lambda: _command(name, module, list(arguments)))
+
+
+def _guarded(name: str, work: Callable[[], int]) -> int:
     previous = signal.signal(signal.SIGTERM, _terminated)
     _printable(sys.stdout)
     try:
         try:
-            return _top_level(arguments) if name == PROGRAM else _command(name, arguments)
+            return work()
         finally:
             sys.stdout.flush()  # here, where a reader that is gone can still be handled
     except SparseForcingError as error:
@@ -54,11 +65,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _command(name: str, arguments: list[str]) -> int:
-    command = importlib.import_module(f"sparse_forcing.cli.{arguments[0]}")
+def _command(name: str, module: str, arguments: list[str]) -> int:
+    command = importlib.import_module(module)
     parser = Parser(prog=name, description=command.__doc__)
     command.add_arguments(parser)
-    return command.run(parser.parse_args(arguments[1:]))
+    return command.run(parser.parse_args(arguments))
 
 
 def _top_level(arguments: list[str]) -> int:

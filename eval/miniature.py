@@ -1,0 +1,175 @@
+"""Evaluation of several students, each with its own memory, on the same held-out prompts: resumable batch by batch.
+
+Every batch is a file; an interruption loses the one that was running. A folder's name carries a hash of all that its
+numbers depend on, so nothing measured under other settings is taken for an answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sparse_forcing.config import to_plain
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.judged_rollouts import JudgedBatch, RolloutSettings, judge_batch, stream, summarize_rollouts
+from sparse_forcing.files import atomic_path, atomic_write_json, read_json
+from sparse_forcing.images import read_image
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What every student is judged on.
+
+    Args:
+        prompts: held-out prompts; ablation_prompts: the first of them, for the variants that are ablations.
+        batch_size: rollouts generated together.
+        horizons: multiples of the training horizon.
+        timing_prompts: prompts whose rollouts are timed, several students in turns.
+        recall_prompts: of the selector's recall.
+        sheet_prompts: the first prompts, whose frames are kept to look at.
+    """
+
+    prompts: int = 200
+    ablation_prompts: int = 100
+    batch_size: int = 10
+    horizons: tuple[int, ...] = (1, 4, 12)
+    seed: int = 0
+    timing_prompts: int = 3
+    recall_prompts: int = 32
+    sheet_prompts: int = 4
+
+    def __post_init__(self) -> None:
+        counts = ("ablation_prompts", "batch_size", "timing_prompts", "recall_prompts", "sheet_prompts")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.prompts < 2:
+            raise ConfigError(f"prompts: at least 2 are needed for an interval, got {self.prompts}")
+        for name in ("ablation_prompts", "timing_prompts", "recall_prompts", "sheet_prompts"):
+            if getattr(self, name) > self.prompts:
+                raise ConfigError(f"{name}: {getattr(self, name)} is more than prompts, {self.prompts}")
+        self.rollouts()  # checks the horizons
+        if min(self.horizons) != 1:
+            raise ConfigError(f"horizons: 1 (the training horizon) is what the others are compared with, got "
+                              f"{list(self.horizons)}")  # fmt: skip
+
+    def rollouts(self) -> RolloutSettings:
+        return RolloutSettings(horizons=self.horizons, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A model and the memory it is judged with."""
+
+    model: Path
+    memory: MemoryConfig
+
+
+def digest(*parts: Any) -> str:
+    """Eight hex digits that change with any of the parts (plain data)."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def evaluate_student(
+    name: str, student: Student, prompts: list[str], config: EvaluationConfig, out: Path
+) -> dict[str, Any]:
+    """Judge a student on `prompts`, batch by batch, in a folder under `out`; what is there already is read.
+
+    Returns:
+        the summary (see `summarize_rollouts`), the memory, the hash of the weights, and `records`: per horizon a column
+        of values for each number; `folder` of the frames.
+    """
+    pipe = SparseForcingPipeline.from_pretrained(str(student.model))
+    settings = config.rollouts()
+    key = digest(pipe.weights_sha256, to_plain(student.memory), to_plain(settings), config.batch_size, prompts)
+    folder = out / f"{name}-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = []
+    for first in range(0, len(prompts), config.batch_size):
+        path = folder / f"batch-{first:05d}.json"
+        batch = prompts[first : first + config.batch_size]
+        if not path.is_file():
+            began = time.monotonic()
+            judged = judge_batch(pipe, student.memory, batch, first, settings)
+            for number in range(first, min(first + len(batch), config.sheet_prompts)):
+                _write_frames(folder / f"frames-{number:03d}.png", judged.frames[number - first])
+            atomic_write_json(path, {k: v for k, v in asdict(judged).items() if k != "frames"})
+            left = (len(prompts) - first - len(batch)) / len(batch) * (time.monotonic() - began) / 60
+            print(
+                f"{name}: {first + len(batch)}/{len(prompts)} prompts, {left:.0f} min left", file=sys.stderr, flush=True
+            )
+        batches.append(_read_batch(path))
+    return {
+        "memory": to_plain(student.memory),
+        "weights_sha256": pipe.weights_sha256,
+        **summarize_rollouts(pipe, batches),
+        "records": {str(h): _columns([r for b in batches for r in b.records[h]]) for h in settings.horizons},
+        "folder": folder,
+    }
+
+
+def _read_batch(path: Path) -> JudgedBatch:
+    found = read_json(path)
+    records = {int(horizon): rows for horizon, rows in found.pop("records").items()}
+    return JudgedBatch(records=records, frames=np.zeros(0, np.uint8), **found)
+
+
+def _columns(records: list[dict[str, Any]]) -> dict[str, list[float | None]]:
+    return {name: [None if r[name] is None else round(r[name], 6) for r in records] for name in records[0]}
+
+
+def _write_frames(path: Path, frames: np.ndarray) -> None:
+    """Frames [N, H, W, 3] side by side."""
+    with atomic_path(path) as temporary:
+        Image.fromarray(np.concatenate(list(frames), 1)).save(temporary, format="PNG")
+
+
+def read_frames(folder: Path, number: int) -> np.ndarray:
+    """[H, horizons * W, 3] of the prompt `number`."""
+    return read_image(folder / f"frames-{number:03d}.png")
+
+
+def time_students(
+    students: Mapping[str, Student], prompts: list[str], config: EvaluationConfig, out: Path
+) -> dict[str, Any]:
+    """Model seconds of whole rollouts to the longest horizon, one prompt at a time. The students take turns chunk by
+    chunk in this process, so that whatever else the machine does slows them all alike.
+
+    Returns:
+        `threads`; per student `rollouts` (seconds of each prompt's) and `chunks` (median seconds of each chunk).
+    """
+    pipes = {name: SparseForcingPipeline.from_pretrained(str(s.model)) for name, s in students.items()}
+    settings = config.rollouts()
+    described = {name: [pipes[name].weights_sha256, to_plain(s.memory)] for name, s in students.items()}
+    path = out / f"timing-{digest(described, to_plain(settings), prompts, torch.get_num_threads())}.json"
+    if path.is_file():
+        return read_json(path)
+    seconds: dict[str, list[list[float]]] = {name: [] for name in students}
+    for number, prompt in enumerate(prompts):
+        rollouts = [stream(pipes[name], s.memory, [prompt], number, settings) for name, s in students.items()]
+        rows = [[chunk.seconds for chunk in turn] for turn in zip(*rollouts)]
+        for name, row in zip(students, zip(*rows)):
+            seconds[name].append(list(row))
+        print(f"timing: {number + 1}/{len(prompts)} prompts", file=sys.stderr, flush=True)
+    result = {
+        "threads": torch.get_num_threads(),
+        "students": {
+            name: {"rollouts": [sum(row) for row in rows], "chunks": np.median(rows, 0).tolist()}
+            for name, rows in seconds.items()
+        },
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write_json(path, result)
+    return result

@@ -1,0 +1,43 @@
+"""The paper in miniature: train a teacher and its students, judge them, write the table; goes on where it stopped.
+
+python -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \
+    --results docs/results/miniature
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from sparse_forcing.cli import run_module
+from sparse_forcing.cli.flags import path
+from sparse_forcing.files import check_writable, output_lock
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=path, metavar="PATH", required=True, help="YAML file of settings")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting; repeatable")
+    parser.add_argument("--output", type=path, metavar="PATH", required=True, help="folder of trainings and rollouts")
+    parser.add_argument("--results", type=path, metavar="PATH", required=True, help="folder of the table and the plots")
+    parser.add_argument(
+        "--selector", type=path, metavar="PATH", help="of the selector's recall (default: beside --results)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what is not done yet; returns 0, or 143 when a training was stopped to be resumed."""
+    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+
+    selector = arguments.selector or arguments.results.parent / "selector"
+    for folder in (arguments.output, arguments.results, selector):
+        check_writable(folder, folder=True)
+    work = Reproduction(read_reproduce_config(arguments.config, arguments.set), arguments.output)
+    with output_lock(arguments.output):
+        code = work.train()
+        if code == 0:
+            work.evaluate(arguments.results, selector)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(run_module("sparse_forcing.cli.reproduce", sys.argv[1:]))

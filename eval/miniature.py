@@ -10,8 +10,8 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,14 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A model and the memory it is judged with."""
+    """A model, the memory it is judged with, and a name for its weights that changes whenever they may."""
 
     model: Path
     memory: MemoryConfig
+    weights: str
+
+    def described(self) -> list[Any]:
+        return [self.weights, to_plain(self.memory)]
 
 
 def digest(*parts: Any) -> str:
@@ -82,42 +86,57 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def evaluate_student(
-    name: str, student: Student, prompts: list[str], config: EvaluationConfig, out: Path
-) -> dict[str, Any]:
-    """Judge a student on `prompts`, batch by batch, in a folder under `out`; what is there already is read.
+@dataclass(frozen=True, kw_only=True)
+class StudentRollouts:
+    """One student's rollouts of all its prompts, in files of a folder under `out`, one for each batch."""
 
-    Returns:
-        the summary (see `summarize_rollouts`), the memory, the hash of the weights, and `records`: per horizon a column
-        of values for each number; `folder` of the frames.
-    """
-    pipe = SparseForcingPipeline.from_pretrained(str(student.model))
-    settings = config.rollouts()
-    key = digest(pipe.weights_sha256, to_plain(student.memory), to_plain(settings), config.batch_size, prompts)
-    folder = out / f"{name}-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = []
-    for first in range(0, len(prompts), config.batch_size):
-        path = folder / f"batch-{first:05d}.json"
-        batch = prompts[first : first + config.batch_size]
-        if not path.is_file():
-            began = time.monotonic()
-            judged = judge_batch(pipe, student.memory, batch, first, settings)
-            for number in range(first, min(first + len(batch), config.sheet_prompts)):
-                _write_frames(folder / f"frames-{number:03d}.png", judged.frames[number - first])
-            atomic_write_json(path, {k: v for k, v in asdict(judged).items() if k != "frames"})
-            left = (len(prompts) - first - len(batch)) / len(batch) * (time.monotonic() - began) / 60
-            print(
-                f"{name}: {first + len(batch)}/{len(prompts)} prompts, {left:.0f} min left", file=sys.stderr, flush=True
-            )
-        batches.append(_read_batch(path))
-    return {
-        "memory": to_plain(student.memory),
-        "weights_sha256": pipe.weights_sha256,
-        **summarize_rollouts(pipe, batches),
-        "records": {str(h): _columns([r for b in batches for r in b.records[h]]) for h in settings.horizons},
-        "folder": folder,
-    }
+    name: str
+    student: Student
+    prompts: list[str]
+    config: EvaluationConfig
+    out: Path
+
+    @cached_property
+    def folder(self) -> Path:
+        settings = to_plain(self.config.rollouts())
+        key = digest(self.student.described(), settings, self.config.batch_size, self.prompts)
+        return self.out / f"{self.name}-{key}"
+
+    @property
+    def batches(self) -> list[int]:
+        """Number of the first prompt of every batch."""
+        return list(range(0, len(self.prompts), self.config.batch_size))
+
+    def path(self, first: int) -> Path:
+        return self.folder / f"batch-{first:05d}.json"
+
+    def judge(self, first: int) -> int:
+        """Roll out and judge a batch; its file appears last."""
+        pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
+        batch = self.prompts[first : first + self.config.batch_size]
+        began = time.monotonic()
+        judged = judge_batch(pipe, self.student.memory, batch, first, self.config.rollouts())
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for number in range(first, min(first + len(batch), self.config.sheet_prompts)):
+            _write_frames(self.folder / f"frames-{number:03d}.png", judged.frames[number - first])
+        atomic_write_json(self.path(first), {k: v for k, v in asdict(judged).items() if k != "frames"})
+        seconds = (time.monotonic() - began) / len(batch)
+        done = f"{self.name}: prompts {first + 1} to {first + len(batch)} of {len(self.prompts)}"
+        print(f"{done}, {seconds:.1f} s each", file=sys.stderr, flush=True)
+        return 0
+
+    def result(self) -> dict[str, Any]:
+        """The summary (see `summarize_rollouts`), the memory, the hash of the weights, and `records`: per horizon a
+        column of values for each number."""
+        pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
+        batches = [_read_batch(self.path(first)) for first in self.batches]
+        horizons = self.config.horizons
+        return {
+            "memory": to_plain(self.student.memory),
+            "weights_sha256": pipe.weights_sha256,
+            **summarize_rollouts(pipe, batches),
+            "records": {str(h): _columns([r for b in batches for r in b.records[h]]) for h in horizons},
+        }
 
 
 def _read_batch(path: Path) -> JudgedBatch:
@@ -141,35 +160,41 @@ def read_frames(folder: Path, number: int) -> np.ndarray:
     return read_image(folder / f"frames-{number:03d}.png")
 
 
-def time_students(
-    students: Mapping[str, Student], prompts: list[str], config: EvaluationConfig, out: Path
-) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class DecodingTimes:
     """Model seconds of whole rollouts to the longest horizon, one prompt at a time. The students take turns chunk by
-    chunk in this process, so that whatever else the machine does slows them all alike.
+    chunk in one process, so that whatever else the machine does slows them all alike.
 
-    Returns:
-        `threads`; per student `rollouts` (seconds of each prompt's) and `chunks` (median seconds of each chunk).
+    The file: `threads`; per student `rollouts` (seconds of each prompt's) and `chunks` (median seconds of each chunk).
     """
-    pipes = {name: SparseForcingPipeline.from_pretrained(str(s.model)) for name, s in students.items()}
-    settings = config.rollouts()
-    described = {name: [pipes[name].weights_sha256, to_plain(s.memory)] for name, s in students.items()}
-    path = out / f"timing-{digest(described, to_plain(settings), prompts, torch.get_num_threads())}.json"
-    if path.is_file():
-        return read_json(path)
-    seconds: dict[str, list[list[float]]] = {name: [] for name in students}
-    for number, prompt in enumerate(prompts):
-        rollouts = [stream(pipes[name], s.memory, [prompt], number, settings) for name, s in students.items()]
-        rows = [[chunk.seconds for chunk in turn] for turn in zip(*rollouts)]
-        for name, row in zip(students, zip(*rows)):
-            seconds[name].append(list(row))
-        print(f"timing: {number + 1}/{len(prompts)} prompts", file=sys.stderr, flush=True)
-    result = {
-        "threads": torch.get_num_threads(),
-        "students": {
+
+    students: dict[str, Student]
+    prompts: list[str]
+    config: EvaluationConfig
+    out: Path
+
+    @cached_property
+    def path(self) -> Path:
+        described = {name: student.described() for name, student in self.students.items()}
+        return self.out / f"timing-{digest(described, to_plain(self.config.rollouts()), self.prompts)}.json"
+
+    def measure(self) -> int:
+        pipes = {name: SparseForcingPipeline.from_pretrained(str(s.model)) for name, s in self.students.items()}
+        settings = self.config.rollouts()
+        seconds: dict[str, list[list[float]]] = {name: [] for name in pipes}
+        for number, prompt in enumerate(self.prompts):
+            rollouts = [
+                stream(pipes[name], student.memory, [prompt], number, settings)
+                for name, student in self.students.items()
+            ]
+            turns = [[chunk.seconds for chunk in turn] for turn in zip(*rollouts)]
+            for name, row in zip(seconds, zip(*turns)):
+                seconds[name].append(list(row))
+            print(f"timing: {number + 1}/{len(self.prompts)} prompts", file=sys.stderr, flush=True)
+        found = {
             name: {"rollouts": [sum(row) for row in rows], "chunks": np.median(rows, 0).tolist()}
             for name, rows in seconds.items()
-        },
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write_json(path, result)
-    return result
+        }
+        self.out.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.path, {"threads": torch.get_num_threads(), "students": found})
+        return 0

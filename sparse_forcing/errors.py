@@ -21,3 +21,7 @@ class VideoError(SparseForcingError):
 
 class OutputError(SparseForcingError):
     """An output path cannot be written."""
+
+
+class InUseError(OutputError):
+    """Another run is writing to an output path."""

@@ -20,7 +20,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_forcing.errors import ConfigError, OutputError
+from sparse_forcing.errors import ConfigError, InUseError, OutputError
 
 PathLike = str | os.PathLike[str]
 
@@ -241,7 +241,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
 
 @contextmanager
 def output_lock(path: PathLike) -> Iterator[None]:
-    """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets OutputError at once.
+    """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets InUseError at once.
 
     The lock dies with its process, so a killed run never blocks the next one. Not for network file systems without
     working locks.
@@ -273,7 +273,7 @@ def _take_lock(lock: Path, target: Path) -> int:
         except OSError as error:
             owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(handle)
-            raise OutputError(
+            raise InUseError(
                 f"another run (process {owner}) is writing to {target}; wait for it or choose another output"
             ) from error
         with suppress(FileNotFoundError):

@@ -115,9 +115,10 @@ class TrainingPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One run of a stage: `function(config, folder)` as `sparse-forcing train` calls it."""
+    """One run of a stage: `function(config, folder)` as `sparse-forcing train` calls it; `parents` come before it."""
 
     folder: Path
+    parents: tuple[Training, ...]
     config: Any
     function: Callable[[Any, Path], int]
 
@@ -126,14 +127,14 @@ class Training:
         """The trained model, once the run is complete."""
         return self.folder / "pipeline"
 
-    @property
     def complete(self) -> bool:
         return (self.model / MANIFEST).is_file()
 
+    def ready(self) -> bool:
+        return all(parent.complete() for parent in self.parents)
+
     def run(self) -> int:
-        """Train, or go on, unless it is complete; returns 0, or 143 after SIGTERM."""
-        if self.complete:
-            return 0
+        """Train, or go on; returns 0, or 143 after SIGTERM."""
         print(f"training {self.folder.name}", file=sys.stderr, flush=True)
         return self.function(self.config, self.folder)
 
@@ -188,7 +189,8 @@ class _Planner:
         names = {key: p.folder.name if isinstance(p, Training) else self.base_hash for key, p in parents.items()}
         key = json.dumps({**to_plain(config), **names}, sort_keys=True)
         folder = self.out / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-        return Training(folder=folder, config=config, function=function)
+        trained = tuple(parent for parent in parents.values() if isinstance(parent, Training))
+        return Training(folder=folder, parents=trained, config=config, function=function)
 
     def _check_horizon(self, config: Any) -> None:
         for name, frames in (("rollout_frames", getattr(config, "rollout_frames", None)),

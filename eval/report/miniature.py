@@ -74,14 +74,15 @@ def _speed_lines(result: Mapping[str, Any]) -> Iterator[str]:
         yield ""
 
 
-def write_selector(rows: list[dict[str, Any]], settings: Mapping[str, Any], out: Path) -> None:
-    """recall.json and recall.md of the selector's recall."""
-    atomic_write_text(out / "recall.json", json.dumps({"settings": settings, "recall": rows}, allow_nan=False) + "\n")
+def write_selector(found: Mapping[str, Any], out: Path) -> None:
+    """recall.json and recall.md of the selector's recall: `recall` rows, and how many `prompts` they come from."""
+    rows = found["recall"]
+    atomic_write_text(out / "recall.json", json.dumps(found, allow_nan=False) + "\n")
     lines = [
         "# Recall of true attention mass by the block selector",
         "",
         f"Written by `{COMMAND}`: share of dense attention mass inside the chosen window blocks, on the sparse "
-        f"student's rollouts of {settings['prompts']} held-out prompts; mean and, in brackets, standard deviation over "
+        f"student's rollouts of {found['prompts']} held-out prompts; mean and, in brackets, standard deviation over "
         "layers and heads.",
         "",
         "| blocks kept | mean pooling | learned | oracle | gap closed (95 %) |",

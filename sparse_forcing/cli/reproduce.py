@@ -11,7 +11,7 @@ import sys
 
 from sparse_forcing.cli import run_module
 from sparse_forcing.cli.flags import path
-from sparse_forcing.files import check_writable, output_lock
+from sparse_forcing.files import check_writable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,17 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Do what is not done yet; returns 0, or 143 when a training was stopped to be resumed."""
+    """Do what is not done yet, together with other processes that run the same command; returns 0 when everything is
+    done, 143 when a training was stopped to be resumed."""
     from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
 
     selector = arguments.selector or arguments.results.parent / "selector"
     for folder in (arguments.output, arguments.results, selector):
         check_writable(folder, folder=True)
     work = Reproduction(read_reproduce_config(arguments.config, arguments.set), arguments.output)
-    with output_lock(arguments.output):
-        code = work.train()
-        if code == 0:
-            work.evaluate(arguments.results, selector)
+    code = work.run()
+    if code == 0:
+        work.write(arguments.results, selector)
     return code
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 from sparse_forcing.config import load_config, to_plain
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.claims import FULL_CACHE
 from sparse_forcing.eval.judged_rollouts import chunks_until
-from sparse_forcing.eval.miniature import EvaluationConfig, Student, digest, evaluate_student, time_students
+from sparse_forcing.eval.miniature import DecodingTimes, EvaluationConfig, Student, StudentRollouts, digest
 from sparse_forcing.eval.report.miniature import write_miniature, write_selector
 from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import held_out_prompts
+from sparse_forcing.tasks import Task, run_tasks
 from sparse_forcing.training.miniature import VARIANTS, Training, TrainingPlan, plan_trainings
 from sparse_forcing.training.recall import measure_recall
 
@@ -51,64 +53,104 @@ class Reproduction:
     """The whole work of a config under one output folder. Making it checks every stage; nothing is trained yet."""
 
     def __init__(self, config: ReproduceConfig, output: Path) -> None:
-        self.config, self.folder = config, output / "evaluation"
-        names = dict.fromkeys(VARIANTS[name].student for name in config.variants)
-        chains = plan_trainings(config.training, list(names), output)
-        trainings = {training.folder: training for chain in chains.values() for training in chain}
-        self.trainings: list[Training] = list(trainings.values())
-        self.students = {
-            name: Student(
-                model=chains[VARIANTS[name].student][-1].model,
-                memory=VARIANTS[name].memory_of(config.training.memory),
-            )
-            for name in config.variants
-        }
+        self.config, self.output, self.folder = config, output, output / "evaluation"
+        kinds = dict.fromkeys(VARIANTS[name].student for name in config.variants)
+        self.chains = plan_trainings(config.training, list(kinds), output)
+        self.prompts = held_out_prompts(config.evaluation.prompts, seed=config.evaluation.seed)
+        self.rollouts = {name: self._rollouts(name) for name in config.variants}
+        timed = {name: rollouts.student for name, rollouts in self.rollouts.items() if name in MAIN}
+        self.times = DecodingTimes(
+            students=timed, prompts=self.prompts[: config.evaluation.timing_prompts], config=config.evaluation,
+            out=self.folder,
+        )  # fmt: skip
+        self.recall = self._recall() if "sparse" in self.rollouts else None
 
-    def train(self) -> int:
-        """Every training that is not complete; returns 0, or the exit code of the one that was stopped."""
-        for training in self.trainings:
-            if code := training.run():
-                return code
-        return 0
-
-    def evaluate(self, results: Path, selector_results: Path) -> None:
-        """Judge every variant, time the main ones, measure the selector; write the results."""
+    def _rollouts(self, name: str) -> StudentRollouts:
+        training = self.chains[VARIANTS[name].student][-1]
         settings = self.config.evaluation
-        prompts = held_out_prompts(settings.prompts, seed=settings.seed)
-        variants: dict[str, dict[str, Any]] = {}
-        for name, student in self.students.items():
-            count = settings.prompts if name in MAIN else settings.ablation_prompts
-            variants[name] = evaluate_student(name, student, prompts[:count], settings, self.folder)
-        folders = {name: found.pop("folder") for name, found in variants.items()}
+        student = Student(
+            model=training.model,
+            weights=training.folder.name,
+            memory=VARIANTS[name].memory_of(self.config.training.memory),
+        )
+        prompts = self.prompts[: settings.prompts if name in MAIN else settings.ablation_prompts]
+        return StudentRollouts(name=name, student=student, prompts=prompts, config=settings, out=self.folder)
+
+    def _recall(self) -> SelectorRecall:
+        settings = self.config.evaluation
+        return SelectorRecall(
+            student=self.rollouts["sparse"].student,
+            prompts=self.prompts[: settings.recall_prompts],
+            seed=settings.seed,
+            out=self.folder,
+        )
+
+    @property
+    def trainings(self) -> list[Training]:
+        """Every training once, the teacher's first."""
+        return list({training.folder: training for chain in self.chains.values() for training in chain}.values())
+
+    def tasks(self) -> Iterator[Task]:
+        """All work, in an order in which one process can do it."""
+        for training in self.trainings:
+            yield Task(name=training.folder.name, done=training.complete, ready=training.ready, run=training.run)
+        for name, rollouts in self.rollouts.items():
+            trained = self.chains[VARIANTS[name].student][-1].complete
+            for first in rollouts.batches:
+                path = rollouts.path(first)
+                yield Task(
+                    name=f"{rollouts.folder.name}-{path.stem}", done=path.is_file, ready=trained,
+                    run=partial(rollouts.judge, first),
+                )  # fmt: skip
+        if len(self.times.students) > 1:
+            yield Task(name="timing", done=self.times.path.is_file, ready=self.trained, run=self.times.measure)
+        if self.recall is not None:
+            yield Task(name="recall", done=self.recall.path.is_file, ready=self.trained, run=self.recall.measure)
+
+    def trained(self) -> bool:
+        return all(training.complete() for training in self.trainings)
+
+    def run(self) -> int:
+        """Do what is not done, with whatever other processes run the same command; returns 0 when everything is, or the
+        exit code of a training that was stopped."""
+        return run_tasks(list(self.tasks()), self.output / "locks")
+
+    def write(self, results: Path, selector_results: Path) -> None:
+        """Table, plots and JSON of everything that was measured."""
+        variants = {name: rollouts.result() for name, rollouts in self.rollouts.items()}
         result = {
             "settings": to_plain(self.config),
-            "prompts": prompts,
+            "prompts": self.prompts,
             "variants": variants,
-            "timing": self.time(prompts[: settings.timing_prompts]),
-            "recall": self.recall(prompts[: settings.recall_prompts], selector_results),
+            "timing": read_json(self.times.path) if len(self.times.students) > 1 else None,
+            "recall": read_json(self.recall.path)["recall"] if self.recall else None,
         }
-        write_miniature(result, folders, prompts[: settings.sheet_prompts], results)
+        shown = self.prompts[: self.config.evaluation.sheet_prompts]
+        write_miniature(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
+        if self.recall:
+            write_selector(read_json(self.recall.path), selector_results)
         print((results / "miniature.md").read_text(), end="")
 
-    def time(self, prompts: list[str]) -> dict[str, Any] | None:
-        """Seconds of the main variants' rollouts, in turns; None with fewer than two of them."""
-        timed = {name: student for name, student in self.students.items() if name in MAIN}
-        return time_students(timed, prompts, self.config.evaluation, self.folder) if len(timed) > 1 else None
 
-    def recall(self, prompts: list[str], results: Path) -> list[dict[str, Any]] | None:
-        """Recall on the sparse student's own rollouts as far as the training horizon; None without that student."""
-        student = self.students.get("sparse")
-        if student is None:
-            return None
-        pipe = SparseForcingPipeline.from_pretrained(str(student.model))
-        seed = self.config.evaluation.seed
-        settings = {"prompts": len(prompts), "chunks": chunks_until(pipe, 1), "seed": seed}
-        key = digest(pipe.weights_sha256, to_plain(student.memory), settings, prompts)
-        path = self.folder / f"recall-{key}.json"
-        if not path.is_file():
-            print("recall of the selector", file=sys.stderr, flush=True)
-            rows = measure_recall(pipe, prompts, chunks=settings["chunks"], seed=seed, memory=student.memory)
-            atomic_write_json(path, rows)
-        rows = read_json(path)
-        write_selector(rows, {**settings, "weights_sha256": pipe.weights_sha256}, results)
-        return rows
+@dataclass(frozen=True, kw_only=True)
+class SelectorRecall:
+    """Recall of the sparse student's selector on its own rollouts as far as the training horizon, in a file."""
+
+    student: Student
+    prompts: list[str]
+    seed: int
+    out: Path
+
+    @cached_property
+    def path(self) -> Path:
+        return self.out / f"recall-{digest(self.student.described(), self.prompts, self.seed)}.json"
+
+    def measure(self) -> int:
+        pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
+        chunks = chunks_until(pipe, 1)
+        rows = measure_recall(pipe, self.prompts, chunks=chunks, seed=self.seed, memory=self.student.memory)
+        settings = {"prompts": len(self.prompts), "chunks": chunks, "seed": self.seed}
+        self.out.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(self.path, {**settings, "weights_sha256": pipe.weights_sha256, "recall": rows})
+        print("recall of the selector is measured", file=sys.stderr, flush=True)
+        return 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from sparse_forcing.training import miniature
 from sparse_forcing.training.guard import STOPPED
 from sparse_forcing.training.miniature import CONFIGS, STUDENTS, VARIANTS
 from tests.training.conftest import CHUNK, HORIZON, SIZE
+from tests.training.helpers import ROOT
 
 SHORT = ["loop.global_batch=2", "loop.micro_batch=1", f"data.size={SIZE}", f"data.latent_frames={HORIZON}"]
 DISTILL = [*SHORT, f"rollout_frames={HORIZON}", "sampler.steps=2", "critic_ratio=1"]
@@ -95,7 +99,7 @@ def test_every_variant_is_in_the_results(done: Path) -> None:
 def test_selector_results_are_of_held_out_rollouts(done: Path) -> None:
     found = json.loads((done / "results/selector/recall.json").read_text())
     assert [row["share"] for row in found["recall"]] == [0.0625, 0.125, 0.25]
-    assert all(len(row["learned"]["prompts"]) == found["settings"]["prompts"] == 2 for row in found["recall"])
+    assert all(len(row["learned"]["prompts"]) == found["prompts"] == 2 for row in found["recall"])
     assert "gap closed" in (done / "results/selector/recall.md").read_text()
 
 
@@ -115,7 +119,7 @@ def test_changed_settings_train_what_depends_on_them_and_nothing_else(
         from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
 
         work = Reproduction(read_reproduce_config(path, list(overrides)), done / "run")
-        return {training.folder.name for training in work.trainings if not training.complete}
+        return {training.folder.name for training in work.trainings if not training.complete()}
 
     assert folders() == set()
     assert {name.rpartition("-")[0] for name in folders("training.student.steps=2")} == {
@@ -157,15 +161,12 @@ def test_a_stopped_training_is_reported_and_goes_on(
 ) -> None:
     config = settings(model_folder)
     config["variants"] = ["training-free"]
-    started = []
-
-    def stopped(stage: miniature.Training) -> int:
-        started.append(stage.folder.name.split("-")[0])
-        return STOPPED if len(started) == 2 else 0
-
-    monkeypatch.setattr(miniature.Training, "run", stopped)
+    monkeypatch.setattr(miniature.Training, "run", lambda training: STOPPED)
     assert reproduce(tmp_path, config) == STOPPED
-    assert started == ["teacher", "start"]
+    assert not (tmp_path / "results/miniature/miniature.md").exists()
+    monkeypatch.undo()
+    assert reproduce(tmp_path, config) == 0
+    assert (tmp_path / "results/miniature/miniature.md").exists()
 
 
 @pytest.mark.parametrize(
@@ -208,8 +209,34 @@ def test_the_shipped_config_is_sound(tmp_path: Path) -> None:
     from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
 
     work = Reproduction(read_reproduce_config(CONFIGS / "reproduce.yaml", []), tmp_path)
-    assert list(work.students) == list(VARIANTS)
+    assert list(work.rollouts) == list(VARIANTS)
     assert work.config.evaluation.prompts >= 200
     assert max(work.config.evaluation.horizons) == 12
+    # Starts need the base model alone, so that a second process has work from the first minute.
+    assert {t.folder.name.split("-")[0] for t in work.trainings if not t.parents} == {"teacher", "start"}
     steps = {t.config.loop.steps for t in work.trainings if t.folder.name.startswith("student")}
     assert len(steps) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path) -> None:
+    """Each training runs once, and both end with the whole result."""
+    config = settings(model_folder)
+    config["variants"] = ["dense", "training-free", "sparse"]
+    path = tmp_path / "reproduce.yaml"
+    path.write_text(json.dumps(config))
+    command = [sys.executable, "-m", "sparse_forcing.cli.reproduce", "--config", path, "--output", tmp_path / "run"]
+    both = [
+        subprocess.Popen(
+            [*command, "--results", tmp_path / f"results-{who}" / "miniature"], cwd=ROOT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for who in "ab"
+    ]  # fmt: skip
+    said = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    trainings = [line for text in said for line in text.splitlines() if line.startswith("training ")]
+    assert len(trainings) == len(set(trainings)) == 5
+    assert all("training " in text for text in said)
+    found = [json.loads((tmp_path / f"results-{who}/miniature/miniature.json").read_text()) for who in "ab"]
+    assert found[0] == found[1]

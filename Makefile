@@ -8,6 +8,7 @@ JOBS ?= 2
 OUTPUT ?= outputs/demo.mp4
 PROMPT ?= a large red circle stays still on a white background
 TESTS ?= tests
+RESULTS ?= docs/results/miniature
 REPRODUCE ?=
 export PROMPT
 
@@ -25,7 +26,7 @@ test: check
 
 reproduce: $(VENV)/.installed-dev
 	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \
-		--results docs/results/miniature $(REPRODUCE)
+		--results $(RESULTS) $(REPRODUCE)
 
 check: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .

@@ -39,7 +39,7 @@ def _draw_intervals(
     panels: Mapping[str, Mapping[str, list[dict[str, Any]]]], horizons: list[int], label: str, path: Path
 ) -> None:
     plt = _pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels) + 2, 4), squeeze=False, layout="constrained")
     for ax, (measure, curves) in zip(axes[0], panels.items()):
         for number, (name, cells) in enumerate(curves.items()):
             x = np.arange(len(horizons)) + 0.04 * (number - len(curves) / 2)  # side by side, so that bars stay apart
@@ -52,19 +52,19 @@ def _draw_intervals(
         ax.set_xticks(range(len(horizons)), [f"{h}x" for h in horizons])
         ax.set(xlabel="horizon, training lengths", ylabel=label, title=measure)
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     _save(figure, path)
 
 
 def _draw_cache(result: Mapping[str, Any], path: Path) -> None:
     plt = _pyplot()
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7, 4), layout="constrained")
     for number, (name, row) in enumerate(result["variants"].items()):
         mib = np.array(row["cache_bytes"]) / 2**20
         ax.plot(np.arange(1, len(mib) + 1), mib, label=name, color=color(number), linewidth=1)
     ax.set(xlabel="chunk", ylabel="cache of one video, MiB")
     ax.grid(alpha=0.3)
-    ax.legend(fontsize=7)
+    figure.legend(loc="outside right center", fontsize=8)
     _save(figure, path)
 
 

@@ -9,8 +9,9 @@ Three decisions carry the speed (figures in README.md):
 * The persistent entries are the same for all query blocks of a head. They are visited by wide pieces, whose rows are
   many query blocks at once, so a gathered block serves hundreds of rows. Nothing else differs between the two kinds.
 
-Softmax works in base 2: exp2 costs a third of exp here. bfloat16 and float16 are computed in float32; only the factors
-of P V, P dO, dS K and dS Q are rounded to bfloat16, for bfloat16 input, where oneDNN multiplies it fast.
+Softmax works in base 2: exp2 costs a third of exp here. The products of the scores carry the scale, so that queries are
+used as they are. bfloat16 and float16 are computed in float32; only the factors of P V, P dO, dS K and dS Q are rounded
+to bfloat16, for bfloat16 input, where oneDNN multiplies it fast.
 
 Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
 M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
@@ -18,8 +19,9 @@ M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -34,8 +36,9 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
 )
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 
-PIECE_BYTES = 2 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
+PIECE_BYTES = 3 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
 GROUP_BYTES = 4 << 20  # float32 sums of the gradients of a group of heads, for types narrower than that
+SAFE_SUM = 2.0**60  # float32 and bfloat16 end at 2^127: room for values up to 1e19, and 66 binary digits below the sum
 LOWEST = -1e30  # running maximum of an empty row: finite, so that -inf - LOWEST stays -inf instead of NaN
 LOG2E = math.log2(math.e)
 
@@ -61,50 +64,46 @@ def forward(
     return_mass: bool,
     keep_rest: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See ops.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v, `total` sum exp2(s - peak)."""
+    """See ops.py. Online softmax over pieces; `acc` holds sum exp2(s - peak) v."""
     B, H, Nq, _, _ = query.shape
     T, M = key_pool.shape[3], block_index.shape[-1]
     if not block_index.numel():
         return *_nothing_listed(query, M if return_mass else 0), query.new_zeros(rest_shape(query, keep_rest))
     padding = _padded_rows(query_sizes, query)
-    q = _rows(query, padding, scale * LOG2E)
+    q, work = _rows(query, padding, query.dtype, "cleared queries"), _work_dtype(query)
     lists = Lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
-    acc, peak, total = torch.empty_like(q), q.new_empty(q.shape[:-1]), q.new_empty(q.shape[:-1])
-    mass = _Mass(q, M) if return_mass else None
+    # Of the output's type the sums become the output, otherwise they are scratch.
+    acc = torch.empty_like(q) if q.dtype == work else Buffer("sums", work).view(*q.shape)
+    softmax, mass = _Softmax(acc), _Mass(acc, M) if return_mass else None
     stored = Buffer("stored keys", query.dtype)  # values overwrite keys: half the cache
-    k_buffer, s_buffer = (Buffer(purpose, q.dtype) for purpose in ("keys", "scores"))
-    v_buffer, p_buffer = (Buffer(purpose, _product_dtype(query)) for purpose in ("product values", "product scores"))
+    q_buffer, k_buffer, s_buffer = (Buffer(purpose, work) for purpose in ("queries", "keys", "scores"))
+    v_buffer, p_buffer, pv_buffer = (
+        Buffer(purpose, _product_dtype(query)) for purpose in ("product values", "product scores", "products")
+    )
 
     for piece in _pieces(query, T, M, num_persistent, buffers=1):
-        acc_p, peak_p, total_p = piece.rows(acc), piece.rows(peak).unsqueeze(1), piece.rows(total).unsqueeze(1)
-        padded = lists.padded_keys(piece)
-        s = s_buffer.bmm(k_buffer.hold(keys.gather(piece, stored)), piece.rows(q).mT)
-        if padded is not None:
-            s.masked_fill_(padded, float("-inf"))
-        decay = _raise_peak(s, peak_p, piece.first)
-        if padded is not None:
-            peak_p.clamp_(min=LOWEST)
-        s.sub_(peak_p).exp2_()
-        if decay is None:
-            torch.sum(s, 1, keepdim=True, out=total_p)
-        else:
+        acc_p, padded = piece.rows(acc), lists.padded_keys(piece)
+        k, q_p = k_buffer.hold(keys.gather(piece, stored)), q_buffer.hold(piece.rows(q))
+        scores = functools.partial(_scores, s_buffer, k, q_p.mT, scale, padded)
+        p, decay = softmax.weigh(piece, scores, padded is not None)
+        if decay is not None:
             acc_p.mul_(decay.mT)
-            total_p.mul_(decay).add_(s.sum(1, keepdim=True))
         # Padded values have weight 0, but 0 * NaN is NaN: gather clears them.
         v = v_buffer.hold(values.gather(piece, stored, padded))
-        _add_product(acc_p, p_buffer.hold(s).mT, v, first=piece.first)
+        _add_product(acc_p, p_buffer.hold(p).mT, v, pv_buffer, first=piece.first)
         if mass is not None:
-            mass.add(piece, s, peak_p)
+            mass.add(piece, p, piece.rows(softmax.peak).unsqueeze(1))
 
-    lse2 = total.log2().add_(peak)
+    total = softmax.total
+    lse2 = total.log2().add_(softmax.peak)
     if lists.sizes is not None:
         total.masked_fill_(total == 0, 1)
     exact = acc.div_(total.unsqueeze(-1))
     if padding is not None:
         exact.masked_fill_(padding.unsqueeze(-1), 0)
         lse2.masked_fill_(padding, float("-inf"))
-    block_mass = q.new_zeros((B, H, Nq, 0)) if mass is None else mass.finish(lse2).view(B, H, Nq, M)
+    block_mass = acc.new_zeros((B, H, Nq, 0)) if mass is None else mass.finish(lse2).view(B, H, Nq, M)
     out = exact.view(query.shape).to(query.dtype)
     shape = rest_shape(query, keep_rest)
     rest = exact.sub_(out.flatten(0, 2)).to(query.dtype).view(shape) if math.prod(shape) else query.new_empty(shape)
@@ -134,7 +133,7 @@ def backward(
         dlse = None if grad_lse is None else grad_lse[group]
         rest = out_rest[group] if out_rest.numel() else None
         rows = _BackwardRows(grad_out[group], dlse, query[group], out[group], rest, lse[group], scale)
-        return _backward_heads(rows, *pools, block_index[group], sizes, num_persistent)
+        return _backward_heads(rows, *pools, block_index[group], sizes, scale, num_persistent)
 
     if block_index.numel() and query.dtype == _work_dtype(query):
         return of((slice(None), slice(None)))
@@ -151,6 +150,7 @@ def _backward_heads(
     value_pool: Tensor,
     block_index: Tensor,
     key_sizes: Tensor | None,
+    scale: float,
     num_persistent: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the working type: p = exp(s - lse) again, piece by piece; ds = p (dp - delta),
@@ -165,7 +165,9 @@ def _backward_heads(
     k_stored, v_stored = (Buffer(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
     k_buffer, v_buffer = (Buffer(purpose, work) for purpose in ("keys", "values"))
     p_buffer, ds_buffer = (Buffer(purpose, work) for purpose in ("scores", "ds"))
-    px_buffer, dsx_buffer = (Buffer(purpose, product) for purpose in ("product scores", "product ds"))
+    px_buffer, dsx_buffer, dq_buffer = (
+        Buffer(purpose, product) for purpose in ("product scores", "product ds", "products")
+    )
     # Where the products for dk and dv go: over the gathered blocks, which are no longer needed by then.
     dk_buffer, dv_buffer = (k_stored, v_stored) if product == query.dtype else (k_buffer, v_buffer)
 
@@ -173,13 +175,12 @@ def _backward_heads(
         padded = lists.padded_keys(piece)
         kx, vx = keys.gather(piece, k_stored, padded), values.gather(piece, v_stored, padded)
         k, v = k_buffer.hold(kx), v_buffer.hold(vx)
-        p = p_buffer.bmm(k, piece.rows(rows.scaled_q).mT)
-        if padded is not None:
-            p.masked_fill_(padded, float("-inf"))
+        p = _scores(p_buffer, k, piece.rows(rows.work_q).mT, scale, padded)
         p.sub_(piece.rows(rows.lse2).unsqueeze(1)).exp2_()
-        ds = ds_buffer.bmm(v, piece.rows(rows.scaled_do).mT).sub_(piece.rows(rows.delta).unsqueeze(1)).mul_(p)
+        dp = ds_buffer.bmm(v, piece.rows(rows.work_do).mT, factor=scale)
+        ds = dp.sub_(piece.rows(rows.delta).unsqueeze(1)).mul_(p)
         ds = dsx_buffer.hold(ds)
-        _add_product(piece.rows(dq), ds.mT, kx if kx.dtype == product else k, first=False)
+        _add_product(piece.rows(dq), ds.mT, kx if kx.dtype == product else k, dq_buffer, first=False)
         targets_p = piece.lists(targets).flatten()
         dk_p = k_buffer.hold(dk_buffer.bmm(ds, piece.rows(rows.q)))
         dk.index_add_(0, targets_p, dk_p.view(-1, T * D))
@@ -200,10 +201,10 @@ def _head_groups(pool: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 class _BackwardRows:
-    """What the backward needs of every row, [B * H * Nq, Tq, ...]. The scale goes with dout, so that ds carries it.
+    """What the backward needs of every row, [B * H * Nq, Tq, ...]. The scale goes with dp, so that ds carries it.
 
-    q, do: factors of the products for dk and dv. scaled_q, scaled_do: factors of the scores and of dp, in the working
-    type, times scale * log2(e) and scale. lse2, delta: base-2 log-sum-exp; scale (<dout, out> - dlse).
+    work_q, work_do: factors of the scores and of dp, in the working type; q, do: of the products for dk and dv.
+    lse2, delta: base-2 log-sum-exp; scale (<dout, out> - dlse).
     """
 
     def __init__(
@@ -218,16 +219,22 @@ class _BackwardRows:
     ):
         silent = lse.flatten(0, 2) == float("-inf")  # padded or empty rows: p = 0 and no gradient, whatever arrives
         drop = silent if bool(silent.any()) else None
-        product = _product_dtype(query)
-        self.scaled_q, self.scaled_do = _rows(query, drop, scale * LOG2E), _rows(grad_out, drop, scale)
-        self.q, self.do = (_cleared(x.to(product), drop) for x in (query, grad_out))
+        work, product = _work_dtype(query), _product_dtype(query)
+        self.work_q, self.work_do = _rows(query, drop, work, "queries"), _rows(grad_out, drop, work, "output gradients")
+        self.q, self.do = self.work_q, self.work_do
+        if product != work:
+            self.q, self.do = (
+                _rows(query, drop, product, "product queries"),
+                _rows(grad_out, drop, product, "product dO"),
+            )
         self.lse2 = lse.flatten(0, 2) * LOG2E
         exact = out.flatten(0, 2)
         if out_rest is not None:
-            exact = exact.to(self.scaled_do.dtype).add_(out_rest.flatten(0, 2))
-        self.delta = (self.scaled_do * exact).sum(-1)
+            exact = exact.to(work).add_(out_rest.flatten(0, 2))
+        self.delta = (self.work_do * exact).sum(-1)
         if grad_lse is not None:
-            self.delta.sub_(grad_lse.flatten(0, 2), alpha=scale)
+            self.delta.sub_(grad_lse.flatten(0, 2))
+        self.delta.mul_(scale)
         if drop is not None:
             self.lse2.masked_fill_(drop, float("inf"))
             self.delta.masked_fill_(drop, 0)
@@ -260,18 +267,12 @@ def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
     return (torch.arange(Tq) >= query_sizes.unsqueeze(-1)).repeat(B * H, 1)
 
 
-def _rows(x: Tensor, drop: Tensor | None, factor: float) -> Tensor:
-    """x [B, H, Nq, Tq, D] times factor as a new [B * H * Nq, Tq, D] in the working type, 0 in the rows to drop."""
-    rows = torch.empty(x.shape, dtype=_work_dtype(x))
-    torch.mul(x, factor, out=rows) if x.dtype == rows.dtype else rows.copy_(x).mul_(factor)
-    rows = rows.flatten(0, 2)
+def _rows(x: Tensor, drop: Tensor | None, dtype: torch.dtype, purpose: str) -> Tensor:
+    """x [B, H, Nq, Tq, D] as [B * H * Nq, Tq, D] of a type, 0 in the rows to drop: x itself, or a copy in scratch."""
+    if drop is None and x.dtype == dtype and x.is_contiguous():
+        return x.flatten(0, 2)
+    rows = Buffer(purpose, dtype).view(*x.shape).copy_(x).flatten(0, 2)
     return rows if drop is None else rows.masked_fill_(drop.unsqueeze(-1), 0)
-
-
-def _cleared(x: Tensor, drop: Tensor | None) -> Tensor:
-    """x [B, H, Nq, Tq, D] as [B * H * Nq, Tq, D], 0 in the rows to drop."""
-    rows = x.contiguous().flatten(0, 2)
-    return rows if drop is None else rows.masked_fill(drop.unsqueeze(-1), 0)
 
 
 def _product_dtype(query: Tensor) -> torch.dtype:
@@ -281,12 +282,55 @@ def _product_dtype(query: Tensor) -> torch.dtype:
     return _work_dtype(query)
 
 
-def _add_product(acc: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """acc = a @ b at first, acc += a @ b later, batched; acc may be of a wider type than the factors."""
+def _add_product(acc: Tensor, a: Tensor, b: Tensor, buffer: Buffer, first: bool) -> None:
+    """acc = a @ b at first, acc += a @ b later, batched; by way of `buffer` where acc is wider than the factors."""
     if acc.dtype == a.dtype:
         acc.baddbmm_(a, b, beta=0 if first else 1)
     else:
-        acc.copy_(torch.bmm(a, b)) if first else acc.add_(torch.bmm(a, b))
+        product = buffer.bmm(a, b)
+        acc.copy_(product) if first else acc.add_(product)
+
+
+def _scores(buffer: Buffer, k: Tensor, q: Tensor, scale: float, padded: Tensor | None) -> Tensor:
+    """Base-2 scores [n, L, R] of k [n, L, D] and q [n, D, R], -inf at padded keys."""
+    s = buffer.bmm(k, q, factor=scale * LOG2E)
+    return s if padded is None else s.masked_fill_(padded, float("-inf"))
+
+
+class _Softmax:
+    """Softmax of rows whose scores come piece by piece: weights exp2(s - peak) and their sum `total`, [B * H * Nq, Tq].
+
+    Any peak near the maximum gives the same digits. It stays 0, which saves two passes over the scores, until the sum
+    of a piece leaves [1 / SAFE_SUM, SAFE_SUM]; from then on it is the running maximum.
+    """
+
+    def __init__(self, rows: Tensor):
+        self.peak, self.total = rows.new_zeros(rows.shape[:-1]), rows.new_empty(rows.shape[:-1])
+        self.safe = True
+
+    def weigh(self, piece: Piece, scores: Callable[[], Tensor], padded: bool) -> tuple[Tensor, Tensor | None]:
+        """Weights [n, L, R] of a piece, in the place of its scores, and the factor on what was accumulated before."""
+        total, decay = piece.rows(self.total).unsqueeze(1), None
+        sums = total if piece.first else torch.empty_like(total)
+        s = scores()
+        if self.safe:
+            torch.sum(s.exp2_(), 1, keepdim=True, out=sums)
+            least, most = (float(x) for x in sums.aminmax())
+            # Sums that vanish matter only at first: later they vanish beside what is there.
+            self.safe = most < SAFE_SUM and (least > 1 / SAFE_SUM or not piece.first)
+            if not self.safe:
+                s = scores()
+        if not self.safe:
+            peak = piece.rows(self.peak).unsqueeze(1)
+            decay = _raise_peak(s, peak, piece.first)
+            if padded:
+                peak.clamp_(min=LOWEST)
+            torch.sum(s.sub_(peak).exp2_(), 1, keepdim=True, out=sums)
+        if decay is not None:
+            total.mul_(decay)
+        if not piece.first:
+            total.add_(sums)
+        return s, decay
 
 
 def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:
@@ -306,8 +350,8 @@ def _raise_peak(s: Tensor, peak: Tensor, first: bool) -> Tensor | None:
 class _Mass:
     """Block mass: per piece the sums of exp2(s - peak) over each block's keys, set right by the final lse."""
 
-    def __init__(self, q: Tensor, entries: int):
-        self.sums = q.new_zeros((len(q), entries, q.shape[1]))
+    def __init__(self, rows: Tensor, entries: int):
+        self.sums = rows.new_zeros((len(rows), entries, rows.shape[1]))
         self.peaks = torch.zeros_like(self.sums)
 
     def add(self, piece: Piece, weights: Tensor, peak: Tensor) -> None:

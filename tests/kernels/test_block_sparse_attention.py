@@ -121,6 +121,43 @@ def test_large_logits(backend, dtype, tolerance, pieces):
     check(problem(1, 2, 3, 8, 5, 8, 32, 4, persistent=2, scale=30.0, dtype=dtype), backend, tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("height", [-900.0, -95.0, -70.0, 50.0, 70.0, 900.0])
+@pytest.mark.parametrize(
+    "where", [slice(0, 1), slice(1, 2), slice(3, 4), slice(0, 4)], ids=["first", "second", "last", "all"]
+)
+def test_scores_far_from_zero_in_any_piece(where, height, dtype, pieces):
+    """Scores near `height` in some listed blocks: the running maximum must set in when, and only when, it is needed."""
+    p = problem(1, 2, 4, 8, 6, 8, 16, 4, scale=1.0, dtype=torch.float64, seed=3)
+    query, key_pool = p.query.clone(), 0.2 * p.key_pool
+    query[..., 0] = 1
+    for b, h, i in torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(4)).tolist():
+        key_pool[b, h, p.block_index[b, h, i, where].long(), :, 0] = height
+    p = p.with_inputs(*(x.to(dtype) for x in (query, key_pool, p.value_pool)))
+    check(p, "cpu", {torch.float64: 1e-11, torch.float32: 1e-4, torch.bfloat16: 8e-3}[dtype])
+
+
+def test_the_running_maximum_sets_in_only_when_sums_leave_the_safe_range(monkeypatch):
+    raised = []
+    raise_peak = cpu._raise_peak
+    monkeypatch.setattr(cpu, "_raise_peak", lambda s, *rest: (raised.append(s.shape), raise_peak(s, *rest))[1])
+    p = problem(1, 2, 4, 8, 6, 8, 16, 4, dtype=torch.float32)
+    block_sparse_attention(*p.inputs, p.block_index, backend="cpu")
+    assert not raised
+    for scale in (1e-3, 0.25):  # scores of all signs: their largest is above zero, so only the upper end is reached
+        block_sparse_attention(*p.inputs, p.block_index, scale=scale, backend="cpu")
+        assert not raised
+    block_sparse_attention(*p.inputs, p.block_index, scale=30.0, backend="cpu")
+    assert raised
+
+
+def test_values_of_any_size_survive_large_scores():
+    p = problem(1, 2, 4, 8, 6, 8, 16, 4, scale=6.0, dtype=torch.float32)
+    wanted = by_hand(p)[0]
+    got = block_sparse_attention(p.query, p.key_pool, 1e15 * p.value_pool, p.block_index, scale=6.0, backend="cpu").out
+    assert error(got / 1e15, wanted) < 1e-4
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_poisoned_padding_changes_nothing(backend, pieces):
     p = problem(2, 2, 5, 8, 9, 8, 16, 6, persistent=2, ragged=True, short_lists=True, seed=5)

@@ -13,6 +13,7 @@ import pytest
 
 from sparse_forcing.cli import run_module
 from sparse_forcing.eval import miniature as evaluation
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training import miniature
 from sparse_forcing.training.guard import STOPPED
 from sparse_forcing.training.miniature import CONFIGS, STUDENTS, VARIANTS
@@ -167,6 +168,19 @@ def test_a_stopped_training_is_reported_and_goes_on(
     monkeypatch.undo()
     assert reproduce(tmp_path, config) == 0
     assert (tmp_path / "results/miniature/miniature.md").exists()
+
+
+def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(model_folder)
+    config["variants"] = ["sparse"]
+    rollouts = [*DISTILL, "windows=2", f"window_frames={CHUNK}"]
+    config["training"]["long"] = {"config": "tiny-long.yaml", "steps": 1, "set": rollouts}
+    assert reproduce(tmp_path, config) == 0
+    (long,) = (tmp_path / "run").glob("long-sparse-*")
+    result = json.loads((tmp_path / "results/miniature/miniature.json").read_text())
+    judged = SparseForcingPipeline.from_pretrained(str(long / "pipeline"))
+    assert result["variants"]["sparse"]["weights_sha256"] == judged.weights_sha256
+    assert result["timing"] is None  # nothing to compare with
 
 
 @pytest.mark.parametrize(

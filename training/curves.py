@@ -25,7 +25,7 @@ def draw(metrics: Path, config: PretrainConfig, output: Path) -> None:
     # A resumed run logs the steps since its checkpoint again; the later row counts.
     rows = {row["step"]: row for row in map(json.loads, metrics.read_text().splitlines())}
     figure, axes = plt.subplots(figsize=(8, 4))
-    for name, label in (("loss", "first chunks"), ("continuation_loss", "continuations")):
+    for name, label in (("loss", "loss"), ("continuation_loss", "loss of continuations")):
         steps = [step for step in sorted(rows) if name in rows[step]]
         axes.plot(steps, [rows[step][name] for step in steps], marker=".", linewidth=1, label=label)
     axes.legend(loc="lower left")

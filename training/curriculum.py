@@ -63,6 +63,7 @@ class PretrainConfig:
     text_steps: int = 400
     pose_layer: int = 4
     pose_weight: float = 0.5
+    attribute_weight: float = 1.0
     context_noise: float = 0.15
     caption_dropout: float = 0.1
     two_object_fraction: float = 0.25

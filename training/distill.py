@@ -4,7 +4,8 @@ The rollout is the one that inference runs, memory included: a sparse student tr
 selection, its evictions and its persistent set. Three networks take part:
 
 * generator: the student; every chunk of a rollout carries gradients in one denoising step, its exit step
-* real score: the frozen teacher; fake score (critic): follows the student's distribution by flow matching
+* real score: the frozen teacher; fake score (critic): follows the student's distribution by flow matching. Both are
+  bidirectional, as in the paper, or causal (`score.causal_window`)
 
 `steps` counts critic updates. The generator is updated before the critic whenever the step is a multiple of
 `critic_ratio`, on prompts and noise of its own; each update accumulates its own micro-batches, so accumulation and
@@ -26,6 +27,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, SparseMemory
@@ -73,6 +75,9 @@ class ScoreConfig:
             differs (Self-Forcing's released weights: 8), None for the generator's.
         low, high: timesteps are clamped to this range.
         sid_alpha: of the SiD loss.
+        causal_window: None for a bidirectional teacher: all frames of a clip, equally noisy, see each other. A number
+            for a causal one, such as the student's own start: every noisy chunk sees itself and the finished chunks
+            before it, that many latent frames in all.
     """
 
     real_guidance: float = 3.0
@@ -82,10 +87,13 @@ class ScoreConfig:
     low: float = 20.0
     high: float = 980.0
     sid_alpha: float = 1.0
+    causal_window: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.low < self.high <= 1000:
             raise ConfigError(f"low and high: need 0 < low < high <= 1000, got {self.low} and {self.high}")
+        if self.causal_window is not None and self.causal_window < 1:
+            raise ConfigError(f"causal_window: must be at least 1 latent frame, got {self.causal_window}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,7 +291,6 @@ class DistillRecipe:
         # One exit step for all chunks, samples and processes of an update.
         shared = generators(config.loop.seed, step, 1, stream=stream + 4)[0]
         exit_step = int(torch.randint(0, config.sampler.steps, (), generator=shared))
-        scores = {name: score_of(net, text, negative) for name, net in (("real", self.real), ("fake", self.fake))}
         latents = self._start(len(prompts))
         memory = memory_of(self.model, self.memory, latents, cache_gradient=config.cache_gradient)
         if train and config.selector_weight and isinstance(memory, SparseMemory):
@@ -308,9 +315,22 @@ class DistillRecipe:
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
             losses = getattr(memory, "selector_losses", [])
+            scores = {
+                name: score_of(net, text, negative, self._context(clip))
+                for name, net in (("real", self.real), ("fake", self.fake))
+            }
             yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
             losses.clear()
             past = clip.detach()
+
+    def _context(self, clip: Tensor) -> Context | None:
+        """What a causal teacher sees beside the noisy clip."""
+        window, size = self.config.score.causal_window, self.model.config.chunk_frames
+        if window is None:
+            return None
+        frames = clip.shape[1]
+        mask = teacher_forcing_mask([size] * (frames // size), window=window)
+        return Context(clip.detach(), ParallelAttention(2 * frames, mask, torch.arange(frames).repeat(2)))
 
     def _start(self, batch: int) -> Tensor:
         """An empty [B, 0, C, H, W] that carries the sizes of a rollout, those of the model's own videos."""
@@ -331,12 +351,25 @@ class DistillRecipe:
         )  # fmt: skip
 
 
-def score_of(network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor) -> Score:
-    """A transformer as a score of one micro-batch's prompts: all frames at one noise level see each other."""
+@dataclass(frozen=True)
+class Context:
+    """Finished chunks [B, F, C, H, W] that the noisy chunks of the same clip see, and what sees what."""
+
+    clip: Tensor
+    policy: ParallelAttention
+
+
+def score_of(
+    network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor, context: Context | None = None
+) -> Score:
+    """A transformer as a score of one micro-batch's prompts; without a context all frames see each other."""
 
     def score(x_t: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        prompt = text if conditional else negative
-        return network(x_t.transpose(1, 2), timestep, prompt).transpose(1, 2)
+        prompt, inputs = text if conditional else negative, {}
+        if context is not None:
+            timestep = timestep[:, None].expand(-1, x_t.shape[1])
+            inputs = {"policy": context.policy, "clean_hidden_states": context.clip.transpose(1, 2)}
+        return network(x_t.transpose(1, 2), timestep, prompt, **inputs).transpose(1, 2)
 
     return score
 

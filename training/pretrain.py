@@ -3,8 +3,9 @@
 Short clips first: one latent frame teaches colours and shapes several times faster per minute than long clips do, so
 most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
 forcing: the sequence [context | noisy], where the context is clean or slightly noisy, so that rollouts tolerate their
-own errors. Before all that the text encoder learns which attributes captions name, and during it an inner layer
-also predicts where the object is (training/scene_targets.py); both heads are dropped in the end.
+own errors. Before all that and during it the text encoder learns which attributes captions name: still pictures
+alone would make it forget the direction of motions. An inner layer also predicts where the object is
+(training/scene_targets.py). Both heads are dropped in the end.
 
     sparse-forcing train pretrain --config CONFIG.yaml --output runs/tiny
 """
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption, vocabulary_words
-from sparse_forcing.scenes.sample import sample_scenes
+from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, learning_rate, part_at, stage_at
@@ -70,11 +71,14 @@ class TextToVideo(nn.Module):
     def _keep_features(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
         self.pose_features = tokens
 
-    def attributes(self, captions: list[str]) -> Tensor:
-        """Logits of what captions say, [B, ATTRIBUTES], from the pooled text that the transformer sees, too."""
-        text = self.text_encoder.encode(captions)
+    def attribute_loss(self, text: Tensor, scenes: SceneBatch, told: Tensor) -> Tensor:
+        """Cross-entropy of what captions say, read off the pooled text that the transformer sees, too.
+
+        text: encoded captions [B, text_len, dim]; told [B]: whose caption says anything.
+        """
         used = (text != 0).any(-1, keepdim=True)
-        return self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
+        logits = self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
+        return F.binary_cross_entropy_with_logits(logits[told], attribute_targets(scenes)[told])
 
     def pose_loss(self, targets: Tensor, one_object: Tensor) -> Tensor:
         """Squared error of the pose read off the noisy tokens of the last forward pass; scenes of one object only."""
@@ -150,7 +154,8 @@ def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
         )
         words = random.Random(seed)
         captions = [caption(scene, words) for scene in scenes.scenes()]
-        loss = F.binary_cross_entropy_with_logits(model.attributes(captions), attribute_targets(scenes))
+        everything = torch.ones(len(captions), dtype=torch.bool)
+        loss = model.attribute_loss(model.text_encoder.encode(captions), scenes, everything)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -181,11 +186,13 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 @dataclass(frozen=True)
 class Losses:
-    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose."""
+    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose;
+    attribute."""
 
     flow: Tensor
     balanced: Tensor
     pose: Tensor
+    attribute: Tensor
 
 
 def training_loss(
@@ -221,6 +228,7 @@ def training_loss(
         flow=error.mean(),
         balanced=model.balance(error, sigma, kind=int(part.continuation > 0)),
         pose=model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1)),
+        attribute=model.attribute_loss(text.float(), clips.scenes, torch.tensor([c != "" for c in clips.captions])),
     )
 
 
@@ -236,9 +244,10 @@ def train_step(
         late_start_fraction=0.8 if part.continuation else 0.0,
     )  # fmt: skip
     losses = training_loss(model, vae, clips, config, part, step)
-    (losses.balanced + config.pose_weight * losses.pose).backward()
+    total = losses.balanced + config.pose_weight * losses.pose + config.attribute_weight * losses.attribute
+    total.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not (torch.isfinite(losses.balanced) and torch.isfinite(norm)):
+    if not (torch.isfinite(total) and torch.isfinite(norm)):
         raise FloatingPointError(
             f"step {step}: loss {losses.flow.item()}, gradient norm {norm.item()}; weights left unchanged"
         )
@@ -249,7 +258,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     ema.update(model)
     name = "continuation_loss" if part.continuation else "loss"
-    return {name: losses.flow.item(), "pose_loss": losses.pose.item()}
+    return {name: losses.flow.item(), "pose_loss": losses.pose.item(), "attribute_loss": losses.attribute.item()}
 
 
 class Progress:

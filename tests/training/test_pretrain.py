@@ -178,6 +178,27 @@ def test_the_text_encoder_learns_what_captions_name() -> None:
     assert recipe.pretrain_text(model, replace(settings, text_steps=60)) < 0.6 * early
 
 
+def test_the_attribute_loss_reaches_the_text_encoder_and_leaves_dropped_captions_out() -> None:
+    settings = config()
+    model = TextToVideo(settings, STD)
+    vae, _ = recipe.make_autoencoder(settings)
+    clips = batch(4)
+    clips.captions[1] = ""
+
+    def loss() -> torch.Tensor:
+        return recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0).attribute
+
+    told = loss()
+    told.backward()
+    assert model.text_encoder.token_embedding.weight.grad is not None
+    assert model.text_encoder.token_embedding.weight.grad.any()
+    assert model.transformer.patch_embedding.weight.grad is None
+    clips.scenes.motion[1] = (clips.scenes.motion[1] + 1) % 13
+    assert loss() == told
+    clips.scenes.motion[0] = (clips.scenes.motion[0] + 1) % 13
+    assert loss() != told
+
+
 def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +223,7 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
     rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7
-    assert rows[-1].keys() == {"step", "loss", "continuation_loss", "pose_loss", "seconds_per_step"}
+    assert rows[-1].keys() == {"step", "loss", "continuation_loss", "pose_loss", "attribute_loss", "seconds_per_step"}
 
 
 def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
+from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe, ScoreConfig
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
@@ -105,6 +106,25 @@ def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder:
         (gradient,) = torch.autograd.grad(clip[:, 2:].square().sum(), recipe.model.proj_out.weight)
         assert gradient.abs().max() > 0
         assert not clip[:, :2].requires_grad or not earlier[:, 2:].detach().requires_grad
+    recipe.update(0)
+
+
+def test_a_causal_teacher_scores_every_chunk_after_the_finished_ones(model_folder: Path) -> None:
+    recipe = distill(model_folder, score=ScoreConfig(causal_window=4))
+    clip, _, scores, *_ = next(recipe.clips(0, 0, _CRITIC))
+    timestep = torch.tensor([300.0, 800.0])
+    noisy = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
+    text = recipe.pipe.text_encoder.encode(recipe.source.prompts(0, 2))
+    together = scores["real"](noisy, timestep, True)
+    for start in (0, 2):
+        part = slice(start, start + 2)
+        inputs = {"clean_hidden_states": clip[:, :start].transpose(1, 2)} if start else {}
+        # One chunk sees all of its sequence but for the context, which does not see the chunk.
+        mask = torch.ones(start + 2, start + 2, dtype=torch.bool)
+        mask[:start, start:] = False
+        policy = ParallelAttention(start + 2, mask)
+        alone = recipe.real(noisy[:, part].transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
+        torch.testing.assert_close(together[:, part], alone, rtol=1e-4, atol=1e-5)
     recipe.update(0)
 
 

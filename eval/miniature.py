@@ -99,21 +99,24 @@ class StudentRollouts:
     @cached_property
     def folder(self) -> Path:
         settings = to_plain(self.config.rollouts())
-        key = digest(self.student.described(), settings, self.config.batch_size, self.prompts)
-        return self.out / f"{self.name}-{key}"
+        return self.out / f"{self.name}-{digest(self.student.described(), settings)}"
 
     @property
     def batches(self) -> list[int]:
         """Number of the first prompt of every batch."""
         return list(range(0, len(self.prompts), self.config.batch_size))
 
+    def batch(self, first: int) -> list[str]:
+        return self.prompts[first : first + self.config.batch_size]
+
     def path(self, first: int) -> Path:
-        return self.folder / f"batch-{first:05d}.json"
+        """Named after its prompts: judging more prompts goes on from the batches that are there."""
+        return self.folder / f"batch-{first:05d}-{digest(self.batch(first))}.json"
 
     def judge(self, first: int) -> int:
         """Roll out and judge a batch; its file appears last."""
         pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
-        batch = self.prompts[first : first + self.config.batch_size]
+        batch = self.batch(first)
         began = time.monotonic()
         judged = judge_batch(pipe, self.student.memory, batch, first, self.config.rollouts())
         self.folder.mkdir(parents=True, exist_ok=True)

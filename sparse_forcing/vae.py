@@ -130,6 +130,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         latent_channels: numbers per token.
         components: principal components of a patch that the encoder sees.
         dim, num_blocks: width and depth of encoder and decoder.
+        decoder_blocks: depth of the decoder when it is another one.
     """
 
     first_frame_alone = False
@@ -143,6 +144,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         components: int = 192,
         dim: int = 160,
         num_blocks: int = 2,
+        decoder_blocks: int | None = None,
     ) -> None:
         super().__init__()
         self.temporal_stride, self.spatial_stride = temporal_stride, spatial_stride
@@ -153,8 +155,8 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         )
         self.normalize = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
         self.decoder = nn.Sequential(
-            nn.Linear(latent_channels, dim), *(ConvBlock(dim) for _ in range(num_blocks)), nn.LayerNorm(dim),
-            nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
+            nn.Linear(latent_channels, dim), *(ConvBlock(dim) for _ in range(decoder_blocks or num_blocks)),
+            nn.LayerNorm(dim), nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
         )  # fmt: skip
 
     def encode(self, pixels: Tensor) -> Tensor:

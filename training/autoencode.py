@@ -1,6 +1,9 @@
-"""Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core).
+"""Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core), or a better decoder for it.
 
 sparse-forcing train autoencoder --config training/configs/tiny-autoencoder.yaml --output runs/tiny-autoencoder
+sparse-forcing train autoencoder --config training/configs/tiny-decoder.yaml --output runs/tiny-decoder
+
+A new decoder leaves the latents as they are, so that video models trained on them go on being right.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ class AutoencoderConfig:
         sizes: pixels to the side of the clips; steps take turns, and batches keep their number of pixels.
         batch_size: clips of `sizes[0]` in a step.
         noise: standard deviation of the noise added to (unit variance) latents, drawn up to this value for each clip.
+        decoder_blocks: depth of the decoder, `num_blocks` when None.
+        init_from: folder of a trained autoencoder (its `latent_channels`, `components`, `dim` and `num_blocks` hold):
+            only a new decoder is trained for its latents.
     """
 
     steps: int = 3000
@@ -40,6 +46,8 @@ class AutoencoderConfig:
     components: int = 192
     dim: int = 160
     num_blocks: int = 2
+    decoder_blocks: int | None = None
+    init_from: str | None = None
     noise: float = 0.3
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -48,6 +56,8 @@ class AutoencoderConfig:
     def __post_init__(self) -> None:
         if not self.sizes or min(self.steps, self.batch_size, *self.sizes) < 1:
             raise ConfigError("steps, batch_size and sizes must be positive")
+        if self.decoder_blocks is not None and self.decoder_blocks < 1:
+            raise ConfigError(f"decoder_blocks: must be at least 1, got {self.decoder_blocks}")
 
 
 def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
@@ -57,6 +67,27 @@ def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
         caption_dropout=0.0,
     )  # fmt: skip
     vae.patches.fit(clips.pixels)
+
+
+def start(config: AutoencoderConfig) -> TokenAutoencoder:
+    """A fresh autoencoder, or a trained one, frozen, with a fresh decoder."""
+    if config.init_from is None:
+        vae = TokenAutoencoder(
+            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+            decoder_blocks=config.decoder_blocks,
+        )  # fmt: skip
+        fit_patches(vae, config.seed)
+        return vae
+    try:
+        trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"init_from: {config.init_from} cannot be read; train it first") from error
+    vae = TokenAutoencoder.from_config({**trained.config, "decoder_blocks": config.decoder_blocks})
+    for part in ("patches", "encoder", "normalize"):
+        getattr(vae, part).load_state_dict(getattr(trained, part).state_dict())
+    vae.eval().requires_grad_(False)
+    vae.decoder.train().requires_grad_(True)
+    return vae
 
 
 def reconstruction_loss(vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator) -> Tensor:
@@ -72,11 +103,9 @@ def train(config: AutoencoderConfig, out: Path) -> None:
     """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    vae = TokenAutoencoder(
-        config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks
-    )
-    fit_patches(vae, config.seed)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    vae = start(config)
+    learned = [p for p in vae.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     parts: dict[str, Stateful] = {"vae": vae, "optimizer": optimizer}
     step, window = latest_checkpoint(out, parts), []
     saved = began = time.monotonic()

@@ -1,4 +1,5 @@
-"""The trainings of the paper in miniature: one teacher, and per student a causal start and its distillation.
+"""The trainings of the paper in miniature: one teacher, and per student a causal start and its distillation. Without a
+teacher's training the causal base model is every student's teacher, without a start's it is their start.
 
 Every student gets the same data, steps and losses and differs in its memory alone. A training is a folder whose name
 carries a hash of its settings and of everything it starts from: a finished one is used as it is, one that was cut off
@@ -90,6 +91,8 @@ class TrainingPlan:
         model: the base model, an embedded one's name or a folder.
         memory: the sparse memory; every student's differs from it in one thing.
         selector_weight: of the learned selector's distillation loss, in every stage that trains one.
+        teacher: makes a bidirectional teacher of the base model; None: the base model, causal, is the teacher.
+        start: prepares the base model for each student's memory; None: students are distilled right away.
         long: long tuning of every student after its distillation; None for none.
     """
 
@@ -97,8 +100,8 @@ class TrainingPlan:
     model: str = "tiny"
     seed: int = 0
     selector_weight: float = 0.1
-    teacher: StageSettings
-    start: StageSettings
+    teacher: StageSettings | None = None
+    start: StageSettings | None = None
     student: StageSettings
     long: StageSettings | None = None
 
@@ -140,13 +143,15 @@ class Training:
 
 
 def plan_trainings(plan: TrainingPlan, students: Sequence[str], out: Path) -> dict[str, list[Training]]:
-    """The runs that lead to each student, in order; the teacher's is the first of every list. Nothing is trained here.
+    """The runs that lead to each student, in order. Nothing is trained here.
 
     Raises:
         ConfigError, WeightsError: a setting of any stage, or the base model, cannot be used.
     """
     base = find_model(plan.model)
     make = _Planner(plan, out, base)
+    if plan.teacher is None:
+        return {name: list(make.student(name, base)) for name in students}
     teacher = make.training("teacher", "forcing", plan.teacher, base, memory=None)
     return {name: [teacher, *make.student(name, teacher)] for name in students}
 
@@ -161,26 +166,28 @@ class _Planner:
         for variant in VARIANTS.values():
             check_memory(base, variant.memory_of(plan.memory))
 
-    def student(self, name: str, teacher: Training) -> Iterator[Training]:
+    def student(self, name: str, teacher: Path | Training) -> Iterator[Training]:
         """Causal start, distillation and long tuning of one student."""
         plan, kind = self.plan, STUDENTS[name]
         settings: dict[str, Any] = {"memory": replace(plan.memory, **kind.memory)}
         if kind.learned_selector:
             settings |= {"learned_selector": True, "selector_weight": plan.selector_weight}
-        start = self.training(f"start-{name}", "forcing", plan.start, self.base, **settings)
-        last = self.training(f"student-{name}", "distill", plan.student, start, teacher=teacher, **settings)
-        yield from (start, last)
+        start: Path | Training = self.base
+        if plan.start is not None:
+            yield (start := self.training(f"start-{name}", "forcing", plan.start, self.base, **settings))
+        yield (last := self.training(f"student-{name}", "distill", plan.student, start, teacher=teacher, **settings))
         if plan.long is not None:
             yield self.training(f"long-{name}", "distill", plan.long, last, teacher=teacher, **settings)
 
     def training(
         self, name: str, stage: str, settings: StageSettings, model: Path | Training, *,
-        teacher: Training | None = None, **changes: Any,
+        teacher: Path | Training | None = None, **changes: Any,
     ) -> Training:  # fmt: skip
         path = CONFIGS / settings.config
         try:
             config, function = load_stage(stage, path, [*settings.set, f"loop.steps={settings.steps}"])
             self._check_horizon(config)
+            self._check_teacher(config, teacher)
         except ConfigError as error:
             raise ConfigError(f"{name.partition('-')[0]}: {error}") from error
         parents = {"model": model} | ({"teacher": teacher} if teacher else {})
@@ -199,6 +206,16 @@ class _Planner:
                 raise ConfigError(
                     f"{name}: {frames} latent frames, but horizons are counted in the model's clips of {self.horizon}"
                 )
+
+    @staticmethod
+    def _check_teacher(config: Any, teacher: Path | Training | None) -> None:
+        causal = teacher is not None and config.score.causal_window is not None
+        if causal and isinstance(teacher, Training):
+            raise ConfigError(
+                "set: score.causal_window is for the base model as teacher; the trained one is bidirectional"
+            )
+        if isinstance(teacher, Path) and not causal:
+            raise ConfigError("set: the base model as teacher is causal and needs score.causal_window")
 
 
 def horizon_frames(model: Path) -> int:

@@ -75,6 +75,7 @@ def test_intervals() -> None:
 
 def test_held_out_prompts_are_equal_for_equal_seeds() -> None:
     assert held_out_prompts(5, seed=3) == held_out_prompts(5, seed=3) != held_out_prompts(5, seed=4)
+    assert held_out_prompts(9, seed=3)[:5] == held_out_prompts(5, seed=3)
     assert all(len(parse_caption(p).objects) == 2 for p in held_out_prompts(5, objects=2))
 
 

@@ -93,6 +93,23 @@ def test_killed_and_resumed_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest
     assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
 
 
-def test_settings_that_make_no_sense_are_refused() -> None:
+def test_a_new_decoder_leaves_the_latents_as_they_are(run_folder: Path, tmp_path: Path) -> None:
+    first = replace(CONFIG, init_from=str(run_folder / "vae"), decoder_blocks=2, steps=60, learning_rate=5e-3)
+    train(first, tmp_path)
+    old, new = (TokenAutoencoder.from_pretrained(folder / "vae").eval() for folder in (run_folder, tmp_path))
+    pixels = procedural_batch(
+        7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
+    ).pixels
+    assert torch.equal(old.encode(pixels), new.encode(pixels))
+    assert len(new.decoder) == len(old.decoder) + 1
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
+
+
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
+    with pytest.raises(ConfigError, match="decoder_blocks"):
+        replace(CONFIG, decoder_blocks=0)
+    with pytest.raises(ConfigError, match="train it first"):
+        autoencode.start(replace(CONFIG, init_from=str(tmp_path)))

@@ -21,7 +21,8 @@ from tests.training.conftest import CHUNK, HORIZON, SIZE
 from tests.training.helpers import ROOT
 
 SHORT = ["loop.global_batch=2", "loop.micro_batch=1", f"data.size={SIZE}", f"data.latent_frames={HORIZON}"]
-DISTILL = [*SHORT, f"rollout_frames={HORIZON}", "sampler.steps=2", "critic_ratio=1"]
+CAUSAL_DISTILL = [*SHORT, f"rollout_frames={HORIZON}", "sampler.steps=2", "critic_ratio=1"]
+DISTILL = [*CAUSAL_DISTILL, "score.causal_window=null"]
 
 
 def settings(model: Path) -> dict[str, Any]:
@@ -137,10 +138,11 @@ def test_an_interrupted_evaluation_loses_one_batch(
 ) -> None:
     config = settings(model_folder)
     config["variants"], config["evaluation"]["seed"] = ["dense", "sparse"], 1
-    judged, judge = [], evaluation.judge_batch
+    judged, judge, interruptions = [], evaluation.judge_batch, [3]
 
     def interrupted(*arguments: Any) -> Any:
-        if len(judged) == 3:
+        if [len(judged)] == interruptions:
+            interruptions.clear()
             raise KeyboardInterrupt
         judged.append(arguments[3])
         return judge(*arguments)
@@ -151,6 +153,13 @@ def test_an_interrupted_evaluation_loses_one_batch(
     judged.clear()
     assert reproduce(done, config) == 0
     assert judged == [2]
+    judged.clear()
+    config["evaluation"] |= {"prompts": 6, "ablation_prompts": 4}
+    assert reproduce(done, config) == 0
+    assert judged == [4, 4]  # more prompts go on from what is there
+    config["evaluation"] |= {"prompts": 4, "ablation_prompts": 2}
+    assert reproduce(done, config) == 0
+    assert judged == [4, 4]
     result = json.loads((done / "results/miniature/miniature.json").read_text())
     assert [row["prompts"] for row in result["variants"].values()] == [4, 4]
     unmeasured = [claim for claim in result["claims"] if claim["met"] is None]
@@ -183,6 +192,20 @@ def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model
     assert result["timing"] is None  # nothing to compare with
 
 
+def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, model_folder: Path) -> None:
+    config = settings(model_folder)
+    config["variants"] = ["dense", "sparse"]
+    config["training"] |= {"teacher": None, "start": None, "student": {
+        "config": "tiny-distill.yaml", "steps": 1, "set": CAUSAL_DISTILL,
+    }}  # fmt: skip
+    assert reproduce(tmp_path, config) == 0
+    trained = sorted(path.parent for path in (tmp_path / "run").glob("*/pipeline"))
+    assert [folder.name.rpartition("-")[0] for folder in trained] == ["student-dense", "student-sparse"]
+    weights = [SparseForcingPipeline.from_pretrained(str(folder / "pipeline")).weights_sha256 for folder in trained]
+    base = SparseForcingPipeline.from_pretrained(str(model_folder)).weights_sha256
+    assert len({*weights, base}) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -192,6 +215,8 @@ def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model
         ("training.student.config=none.yaml", "cannot read config"),
         ("training.student.set=[memory.kind=full]", "memory.kind is the same for every student"),
         ("training.teacher.set=[no.such=1]", "teacher: "),
+        ("training.teacher=null", "needs score.causal_window"),
+        (f"training.student.set=[{', '.join(CAUSAL_DISTILL)}]", "the trained one is bidirectional"),
         ("training.memory.window_frames=3", "window"),
         ("training.memory.top_k=1.0", "top_k must be below 1"),
         ("evaluation.horizons=[2, 4]", "horizons: 1 (the training horizon)"),
@@ -226,8 +251,8 @@ def test_the_shipped_config_is_sound(tmp_path: Path) -> None:
     assert list(work.rollouts) == list(VARIANTS)
     assert work.config.evaluation.prompts >= 200
     assert max(work.config.evaluation.horizons) == 12
-    # Starts need the base model alone, so that a second process has work from the first minute.
-    assert {t.folder.name.split("-")[0] for t in work.trainings if not t.parents} == {"teacher", "start"}
+    # Students need the base model alone, so that a second process has work from the first minute.
+    assert {t.folder.name.split("-")[0] for t in work.trainings if not t.parents} == {"student"}
     steps = {t.config.loop.steps for t in work.trainings if t.folder.name.startswith("student")}
     assert len(steps) == 1
 

@@ -1,7 +1,8 @@
 """Auxiliary targets that a procedural scene gives for free: where each token sees the object, and what a caption says.
 
 Heads that predict them are dropped after training; they make layout and words learned sooner, as aligning inner
-features does for image models (REPA, arXiv 2410.06940).
+features does for image models (REPA, arXiv 2410.06940). Rates of motion are what a caption tells even where noise hides
+the object: without them directions are hardly ever learned, because they make little difference to the pixels.
 """
 
 from __future__ import annotations
@@ -12,20 +13,22 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.scenes.render import trajectories
-from sparse_forcing.scenes.sample import SceneBatch
-from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZE_RADIUS, SIZES
+from sparse_forcing.scenes.sample import SceneBatch, is_any
+from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, ORBITING, SHAPES, SIZE_RADIUS, SIZES
 
 HARMONICS = (1, 4)  # the first says roughly where, the second exactly
-POSE_NUMBERS = 8 * len(HARMONICS) + 3
+POSE_NUMBERS = 8 * len(HARMONICS) + 3 + 5
 ATTRIBUTES = len(BACKGROUNDS) + len(COLOURS) + len(SHAPES) + len(SIZES) + len(MOTIONS)
 _SYMMETRY = {"square": 4, "triangle": 3, "star": 5}
+_FAST = {"travel": 1 / 32, "growth": 1 / 32, "turn": 1 / 4}
+"""Rates per pixel frame that count as 1: frame sides, logarithm of the radius, radians."""
 
 
 def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: int, rows: int) -> Tensor:
     """The first object as seen from every token: [B, latent_frames * rows * rows, POSE_NUMBERS], frame-major.
 
     Sine and cosine of the distance across and down (the world is a torus) in the first and last of the `stride` pixel
-    frames of a token, the logarithm of the radius, and the rotation modulo the shape's symmetry.
+    frames of a token, the logarithm of the radius, the rotation modulo the shape's symmetry, and rates (`_rates`).
     """
     x, y, radius, angle = (value[:, 0] for value in trajectories(scenes, latent_frames * stride, start=start))
     first = torch.arange(0, latent_frames * stride, stride)
@@ -36,9 +39,26 @@ def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: 
     waves = [f(2 * pi * k * d) for k in HARMONICS for d in (across, down) for f in (torch.sin, torch.cos)]
     symmetry = torch.tensor([_SYMMETRY.get(name, 0) for name in SHAPES])[scenes.shape[:, 0], None]
     turn = symmetry * angle[:, first]
-    own = torch.stack([(radius[:, first] / SIZE_RADIUS["medium"]).log() * 2, turn.cos(), turn.sin()], -1)
+    size = (radius[:, first] / SIZE_RADIUS["medium"]).log() * 2
+    rates = _rates(scenes, (x, y, radius, angle), first, stride)
+    own = torch.cat([torch.stack([size, turn.cos(), turn.sin()], -1), rates], -1)
     grid = (len(scenes), latent_frames, rows, rows, -1)
     return torch.cat([*(w.expand(grid) for w in waves), own[:, :, None, None].expand(grid)], -1).flatten(1, 3)
+
+
+def _rates(scenes: SceneBatch, path: tuple[Tensor, ...], first: Tensor, stride: int) -> Tensor:
+    """[B, latent_frames, 5]: how fast the first object travels across and down, grows, spins and orbits."""
+    x, y, radius, angle = (
+        value[:, first + stride - 1] - value[:, first] for value in (*path[:2], path[2].log(), path[3])
+    )
+    across, down = ((way + 0.5) % 1 - 0.5 for way in (x, y))
+    orbits = scenes.speed[:, :1] * sum(
+        sign * is_any(scenes.motion[:, :1], (name,), MOTIONS).float() for sign, name in zip((1, -1), ORBITING)
+    )
+    frames = max(1, stride - 1)
+    rates = (across / frames / _FAST["travel"], down / frames / _FAST["travel"], radius / frames / _FAST["growth"],
+             angle / frames / _FAST["turn"], (orbits / _FAST["turn"]).expand_as(across))  # fmt: skip
+    return torch.stack(rates, -1)
 
 
 def attribute_targets(scenes: SceneBatch) -> Tensor:

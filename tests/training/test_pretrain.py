@@ -65,6 +65,27 @@ def test_pose_targets_say_where_the_object_is_from_every_token() -> None:
             assert size.item() == pytest.approx(2 * (radius[clip, 4 * frame] / 0.172).log().item(), abs=1e-4)
 
 
+def test_rates_of_motion_have_the_direction_of_the_caption() -> None:
+    scenes = sample_scenes(200, torch.Generator().manual_seed(0))
+    targets = pose_targets(scenes, torch.zeros(200, dtype=torch.long), latent_frames=2, stride=4, rows=2)
+    across, down, growth, spin, orbit = targets[:, 0, -5:].unbind(-1)
+    expected = {
+        "moves right": across, "moves left": -across, "moves up": -down, "moves down": down, "grows": growth,
+        "shrinks": -growth, "spins clockwise": spin, "spins counterclockwise": -spin, "orbits clockwise": orbit,
+        "orbits counterclockwise": -orbit,
+    }  # fmt: skip
+    for name, rate in expected.items():
+        chosen = scenes.motion[:, 0] == MOTIONS.index(name)
+        assert (rate[chosen] > 0.5).all()
+        assert (rate[chosen] < 2).all()
+        others = [
+            other[chosen].abs().max() for other in (growth, spin, orbit) if not torch.equal(other.abs(), rate.abs())
+        ]
+        assert max(others) == 0
+    still = scenes.motion[:, 0] == MOTIONS.index("stays still")
+    assert targets[still][..., -5:].abs().max() == 0
+
+
 def test_attribute_targets_are_what_captions_say() -> None:
     scenes = sample_scenes(20, torch.Generator().manual_seed(1), two_object_fraction=0.5)
     names = [*BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *MOTIONS]

@@ -82,7 +82,8 @@ def start(config: AutoencoderConfig) -> TokenAutoencoder:
         trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {config.init_from} cannot be read; train it first") from error
-    vae = TokenAutoencoder.from_config({**trained.config, "decoder_blocks": config.decoder_blocks})
+    settings = {name: value for name, value in trained.config.items() if not name.startswith("_")}
+    vae = TokenAutoencoder(**{**settings, "decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
         getattr(vae, part).load_state_dict(getattr(trained, part).state_dict())
     vae.eval().requires_grad_(False)

@@ -99,7 +99,9 @@ def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> No
     old = pipe.transformer
     if old.selectors:
         return
-    new = CausalWanTransformer3DModel.from_config({**old.config, "selector_tokens": math.prod(memory.tile)})
+    # Not from_config: it ignores a setting that the model's own file does not mention.
+    settings = {name: value for name, value in old.config.items() if not name.startswith("_")}
+    new = CausalWanTransformer3DModel(**{**settings, "selector_tokens": math.prod(memory.tile)})
     missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected
     assert all(".selector." in name for name in missing)

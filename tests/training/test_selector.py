@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,10 +12,13 @@ from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
 from sparse_forcing.memory import MemoryGeometry, make_memory
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.selector import BlockSelector, recall, selection_loss
 from sparse_forcing.training.recall import measure_recall
+from sparse_forcing.training.stage import add_selector
+from sparse_forcing.weights.manifest import MANIFEST
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE, make_pipeline
 
 
@@ -41,6 +46,18 @@ def test_untrained_selector_changes_nothing() -> None:
     learned.load_state_dict(plain.state_dict(), strict=False)
     assert len(learned.selectors) == 2
     torch.testing.assert_close(roll(learned)[0], roll(plain)[0])
+
+
+def test_a_model_older_than_selectors_gets_one(tmp_path: Path) -> None:
+    """A diffusers Wan folder does not mention the setting."""
+    make_pipeline().save_pretrained(tmp_path / "old")
+    (tmp_path / "old" / MANIFEST).unlink()
+    path = tmp_path / "old/transformer/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "selector_tokens"}))
+    pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "old"))
+    assert not pipe.transformer.selectors
+    add_selector(pipe, SPARSE)
+    assert len(pipe.transformer.selectors) == 2
 
 
 def test_training_and_inference_rollouts_agree() -> None:

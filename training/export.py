@@ -6,12 +6,13 @@ python -m sparse_forcing.training.export runs/tiny --config training/configs/tin
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from sparse_forcing.config import load_config
-from sparse_forcing.errors import WeightsError
+from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
@@ -19,7 +20,7 @@ from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.pretrain import start
+from sparse_forcing.training.pretrain import make_autoencoder, start
 from sparse_forcing.vae import TokenAutoencoder
 
 TINY = PipelineConfig(
@@ -34,16 +35,26 @@ TINY = PipelineConfig(
 )
 
 
-def trained_pipeline(run: Path, config: PretrainConfig, *, averaged: bool) -> SparseForcingPipeline:
-    """The pipeline of a run's newest complete checkpoint, with its averaged or its last weights."""
+def trained_pipeline(run: Path, config: PretrainConfig) -> SparseForcingPipeline:
+    """The pipeline of a run's newest complete checkpoint, with its averaged weights."""
     vae, model = start(config)
     ema = ParameterEma(model, config.ema_decay)
-    if not latest_checkpoint(run, {"ema": ema} if averaged else {"model": model}):
+    if not latest_checkpoint(run, {"ema": ema}):
         raise WeightsError(f"{run}: no complete checkpoint")
-    if averaged:
-        ema.copy_to(model)
+    ema.copy_to(model)
     model.eval()
     return SparseForcingPipeline(model.transformer, model.text_encoder, vae, TINY)
+
+
+def with_autoencoder(config: PretrainConfig, folder: str) -> PretrainConfig:
+    """The config with another autoencoder. Raises ConfigError when its latents are others than those trained on."""
+    changed = replace(config, autoencoder=folder)
+    new, old = (make_autoencoder(c)[0] for c in (changed, config))
+    for part in ("patches", "encoder", "normalize"):
+        first, second = (getattr(vae, part, torch.nn.Identity()).state_dict() for vae in (new, old))
+        if first.keys() != second.keys() or any(not torch.equal(first[name], second[name]) for name in first):
+            raise ConfigError(f"--autoencoder: {folder} has other latents than {config.autoencoder} ({part} differs)")
+    return changed
 
 
 def main() -> None:
@@ -51,9 +62,14 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--config", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--averaged", action="store_true", help="averaged weights instead of the last ones")
+    parser.add_argument(
+        "--autoencoder", help="another one than the config's, with a better decoder for the same latents"
+    )
     args = parser.parse_args()
-    pipe = trained_pipeline(args.run, load_config(PretrainConfig, args.config, []), averaged=args.averaged)
+    config = load_config(PretrainConfig, args.config, [])
+    if args.autoencoder is not None:
+        config = with_autoencoder(config, args.autoencoder)
+    pipe = trained_pipeline(args.run, config)
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):

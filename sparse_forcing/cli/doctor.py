@@ -17,7 +17,7 @@ from sparse_forcing import __version__
 from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError
 
-EMBEDDED_MODEL = Path(__file__).resolve().parent.parent / "models" / "tiny"
+EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
 OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")
 
@@ -114,13 +114,18 @@ def _backends() -> Iterator[Finding]:
         yield Finding(f"{row['operation']} {row['backend']}", state, row["reason"] or row["status"])
 
 
-def _embedded_model() -> Iterator[Finding]:
+def _embedded_models() -> Iterator[Finding]:
     from sparse_forcing.weights.manifest import folder_hash, verify_manifest
 
-    if verify_manifest(EMBEDDED_MODEL) is None:
-        yield Finding("model tiny", "broken", f"{EMBEDDED_MODEL}: has no manifest of hashes")
-    else:
-        yield Finding("model tiny", "ok", f"all hashes match, weights_sha256 {folder_hash(EMBEDDED_MODEL)[:16]}")
+    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob("*/pipeline.json"))
+    if not folders:
+        yield Finding("models", "broken", f"{EMBEDDED_MODELS}: no embedded model; reinstall the package")
+    for folder in folders:
+        subject = f"model {folder.name}"
+        if verify_manifest(folder) is None:
+            yield Finding(subject, "broken", f"{folder}: has no manifest of hashes")
+        else:
+            yield Finding(subject, "ok", f"all hashes match, weights_sha256 {folder_hash(folder)[:16]}")
 
 
 def _video() -> Iterator[Finding]:
@@ -169,4 +174,4 @@ def _memory_report(config_path: Path, processes: int | None, *, as_json: bool) -
     return 0
 
 
-CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _backends, _embedded_model, _video)
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _backends, _embedded_models, _video)

@@ -11,7 +11,7 @@ from sparse_forcing.scenes.sample import sample_scenes
 
 
 def held_out_prompts(count: int, *, seed: int = 0, objects: int = 1) -> list[str]:
-    """`count` captions in varied wording of held-out scenes with one or two objects; more of them begin with the same."""
+    """`count` captions in varied wording of held-out scenes with one or two objects; more begin with the same."""
     generator, words = torch.Generator().manual_seed(seed), random.Random(seed)
     batches = (
         sample_scenes(1, generator, two_object_fraction=objects - 1.0, split="heldout").scenes() for _ in range(count)

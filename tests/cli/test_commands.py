@@ -125,17 +125,25 @@ def test_doctor_notices_a_missing_requirement(
     assert [line.split()[0] for line in lines if "einops" in line or "surely" in line] == ["broken", "no"]
 
 
-def test_doctor_checks_the_embedded_model(
+def test_doctor_checks_every_embedded_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from sparse_forcing.weights.manifest import write_manifest
 
-    monkeypatch.setattr(doctor, "EMBEDDED_MODEL", tmp_path)
-    monkeypatch.setattr(doctor, "CHECKS", (doctor._embedded_model, doctor._video))
-    (tmp_path / "w.safetensors").write_bytes(b"weights")
-    write_manifest(tmp_path)
+    monkeypatch.setattr(doctor, "EMBEDDED_MODELS", tmp_path)
+    monkeypatch.setattr(doctor, "CHECKS", (doctor._embedded_models, doctor._video))
+    assert main(["doctor"]) == 1
+    assert "no embedded model" in capsys.readouterr().out
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pipeline.json").write_text("{}")
+        (tmp_path / name / "w.safetensors").write_bytes(b"weights")
+        write_manifest(tmp_path / name)
     assert main(["doctor"]) == 0
-    (tmp_path / "w.safetensors").write_bytes(b"weightz")
+    out = capsys.readouterr().out
+    assert "model one" in out
+    assert "model two" in out
+    (tmp_path / "two" / "w.safetensors").write_bytes(b"weightz")
     assert main(["doctor"]) == 1
     assert "SHA-256 differs" in capsys.readouterr().out
 

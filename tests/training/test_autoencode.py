@@ -15,6 +15,7 @@ from sparse_forcing.training import autoencode
 from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_loss, train
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.data.procedural import procedural_batch
+from sparse_forcing.training.export import with_autoencoder
 from sparse_forcing.training.pretrain import make_autoencoder
 from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
@@ -106,6 +107,11 @@ def test_a_new_decoder_leaves_the_latents_as_they_are(run_folder: Path, tmp_path
     ).pixels
     assert torch.equal(old.encode(pixels), new.encode(pixels))
     assert len(new.decoder) == len(old.decoder) + 1
+    pretrained = PretrainConfig(autoencoder=str(trained))
+    assert with_autoencoder(pretrained, str(tmp_path / "vae")).autoencoder == str(tmp_path / "vae")
+    train(replace(CONFIG, steps=1, seed=1), tmp_path / "other")
+    with pytest.raises(ConfigError, match="other latents"):
+        with_autoencoder(pretrained, str(tmp_path / "other/vae"))
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
 

@@ -250,7 +250,7 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
 def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:
     settings = config(checkpoint_minutes=0)
     recipe.pretrain(settings, tmp_path / "run")
-    pipe = trained_pipeline(tmp_path / "run", settings, averaged=True)
+    pipe = trained_pipeline(tmp_path / "run", settings)
     pipe.save_pretrained(tmp_path / "model")
     assert not [name for name in pipe.transformer.state_dict() if "pose" in name or "attribute" in name]
 

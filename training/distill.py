@@ -181,8 +181,8 @@ class DistillRecipe:
         self.real = load_transformer(teacher)
         prepare(self.real, loop, self.device, train=False)
         self.optimizers = {
-            "generator": make_optimizer(self.model.parameters(), config.generator),
-            "critic": make_optimizer(self.fake.parameters(), config.critic),
+            "generator": make_optimizer(self.model, config.generator),
+            "critic": make_optimizer(self.fake, config.critic),
         }
         self.ema = ParameterEma(self.model, config.ema_decay)
         self.source = source_of(config.data, loop.seed + 1, self.pipe)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,11 @@ from sparse_forcing.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the schedule is a linear warm-up, then constant, linear or cosine to `final_fraction` of the rate."""
+    """AdamW; the schedule is a linear warm-up, then constant, linear or cosine to `final_fraction` of the rate.
+
+    selector_factor: learned block selectors take so many times the rate; they start as plain means beside weights that
+    are already good.
+    """
 
     learning_rate: float = 2e-6
     betas: tuple[float, float] = (0.0, 0.999)
@@ -22,10 +26,13 @@ class OptimizerConfig:
     warmup_steps: int = 0
     schedule: str = "constant"
     final_fraction: float = 0.0
+    selector_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate: must be positive, got {self.learning_rate}")
+        if self.selector_factor <= 0:
+            raise ConfigError(f"selector_factor: must be positive, got {self.selector_factor}")
         if self.schedule not in ("constant", "linear", "cosine"):
             raise ConfigError(f"schedule: expected constant, linear or cosine, got {self.schedule!r}")
         if not 0 <= self.final_fraction <= 1 or self.warmup_steps < 0:
@@ -39,12 +46,18 @@ class OptimizerConfig:
         return self.learning_rate * warm * (1 - (1 - self.final_fraction) * fall)
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over the trainable parameters."""
-    trainable = [p for p in parameters if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    selectors = [p for name, p in trainable if ".selector." in name]
+    groups: list[dict[str, Any]] = [{"params": [p for _, p in trainable]}]
+    if selectors and config.selector_factor != 1:
+        others = [p for name, p in trainable if ".selector." not in name]
+        groups = [{"params": others}, {"params": selectors, "factor": config.selector_factor}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Rate of every group, times its own factor if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("factor", 1.0)

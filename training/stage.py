@@ -235,7 +235,7 @@ class OneNetwork:
         prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
         self.source = source_of(config.data, config.loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.shift)
-        self.optimizer = make_optimizer(self.model.parameters(), config.optimizer)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
         self.parts: dict[str, Stateful] = {
             "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),

@@ -63,7 +63,7 @@ def test_bad_number_stops_before_the_weights_change(where: str, bad: float) -> N
     """A finite loss with a bad gradient counts, too."""
     torch.manual_seed(0)
     model, loop, config = nn.Linear(3, 1), LoopConfig(steps=3, global_batch=1, micro_batch=1), OptimizerConfig()
-    optimizer = make_optimizer(model.parameters(), config)
+    optimizer = make_optimizer(model, config)
     before = [p.clone() for p in model.parameters()]
 
     def losses(_: int) -> Any:

@@ -87,6 +87,19 @@ def test_selector_learns_during_distillation(selector_folder: Path) -> None:
     assert {"gate", "query_weights", "key_weights", "query_projection", "key_projection"} == changed
 
 
+def test_selectors_can_learn_faster_than_the_rest(selector_folder: Path) -> None:
+    rate = OptimizerConfig(learning_rate=1e-3, selector_factor=10.0, betas=(0.0, 0.99), weight_decay=0.0)
+    recipe = distill(selector_folder, selector_weight=0.1, generator=rate)
+    before = {n: p.detach().clone() for n, p in recipe.model.named_parameters()}
+    recipe.update(0)
+    moved = {n: (p - before[n]).abs().max().item() for n, p in recipe.model.named_parameters()}
+    selectors = [change for name, change in moved.items() if ".selector." in name]
+    others = [change for name, change in moved.items() if ".selector." not in name]
+    # Adam's first step is the learning rate.
+    assert max(selectors) == pytest.approx(1e-2, rel=0.01)
+    assert max(others) == pytest.approx(1e-3, rel=0.01)
+
+
 def test_selector_loss_needs_a_selector(model_folder: Path) -> None:
     with pytest.raises(ConfigError, match="learned selector"):
         distill(model_folder, selector_weight=0.1)

@@ -1,6 +1,7 @@
-"""Turn a pretraining checkpoint into the model folder that the package ships and `from_pretrained` loads.
+"""Turn a pretraining checkpoint, or a student's pipeline folder, into the bfloat16 folder that the package ships.
 
 python -m sparse_forcing.training.export runs/tiny --config training/configs/tiny.yaml --out MODEL_FOLDER
+python -m sparse_forcing.training.export runs/tiny-distill/pipeline --out MODEL_FOLDER
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.pipeline import PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
@@ -57,19 +58,26 @@ def with_autoencoder(config: PretrainConfig, folder: str) -> PretrainConfig:
     return changed
 
 
+def trained(run: Path, config_path: str | None, autoencoder: str | None) -> SparseForcingPipeline:
+    """The pipeline of a pretraining run, or of a folder that a later stage wrote."""
+    if (run / PIPELINE_FILE).is_file():
+        if config_path is not None or autoencoder is not None:
+            raise ConfigError(f"{run} is a finished model; --config and --autoencoder are for pretraining runs")
+        return SparseForcingPipeline.from_pretrained(str(run))
+    if config_path is None:
+        raise ConfigError(f"{run}: no {PIPELINE_FILE}; a pretraining run needs --config")
+    config = load_config(PretrainConfig, config_path, [])
+    return trained_pipeline(run, config if autoencoder is None else with_autoencoder(config, autoencoder))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("run", type=Path)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", help="of a pretraining run")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument(
-        "--autoencoder", help="another one than the config's, with a better decoder for the same latents"
-    )
+    parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
     args = parser.parse_args()
-    config = load_config(PretrainConfig, args.config, [])
-    if args.autoencoder is not None:
-        config = with_autoencoder(config, args.autoencoder)
-    pipe = trained_pipeline(args.run, config)
+    pipe = trained(args.run, args.config, args.autoencoder)
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):

@@ -15,6 +15,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
+from sparse_forcing.training import export
 from sparse_forcing.training import pretrain as recipe
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.data.procedural import procedural_batch
@@ -253,6 +254,12 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
     pipe = trained_pipeline(tmp_path / "run", settings)
     pipe.save_pretrained(tmp_path / "model")
     assert not [name for name in pipe.transformer.state_dict() if "pose" in name or "attribute" in name]
+    again = export.trained(tmp_path / "model", None, None)  # a student's folder is exported the same way
+    assert again.transformer.state_dict().keys() == pipe.transformer.state_dict().keys()
+    with pytest.raises(ConfigError, match="needs --config"):
+        export.trained(tmp_path / "run", None, None)
+    with pytest.raises(ConfigError, match="finished model"):
+        export.trained(tmp_path / "model", "tiny.yaml", None)
 
 
 @pytest.mark.parametrize(

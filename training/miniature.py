@@ -169,9 +169,11 @@ class _Planner:
     def student(self, name: str, teacher: Path | Training) -> Iterator[Training]:
         """Causal start, distillation and long tuning of one student."""
         plan, kind = self.plan, STUDENTS[name]
-        settings: dict[str, Any] = {"memory": replace(plan.memory, **kind.memory)}
-        if kind.learned_selector:
-            settings |= {"learned_selector": True, "selector_weight": plan.selector_weight}
+        settings: dict[str, Any] = {
+            "memory": replace(plan.memory, **kind.memory),
+            "learned_selector": kind.learned_selector,
+            "selector_weight": plan.selector_weight if kind.learned_selector else 0.0,
+        }
         start: Path | Training = self.base
         if plan.start is not None:
             yield (start := self.training(f"start-{name}", "forcing", plan.start, self.base, **settings))

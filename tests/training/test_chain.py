@@ -39,7 +39,7 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
         tmp_path / name for name in "teacher start pairs ode dmd sid long".split()
     )
     memory = {"memory__kind": kind, **(TILES if kind == "sparse" else {})}
-    selector = SELECTOR if kind == "sparse" else {}
+    selector = SELECTOR if kind == "sparse" else {"learned_selector": False, "selector_weight": 0}
     rollout = {"sampler__steps": 2, "rollout_frames": 4}
     scores = {"teacher": teacher / "pipeline"}
 
@@ -60,7 +60,18 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
         loop__global_batch=2, loop__micro_batch=1, loop__trackers="[]",
     )  # fmt: skip
     train("distill", "tiny-distill.yaml", dmd, 2, model=ode / "pipeline", **scores, **memory, **selector, **rollout)
-    train("distill", "tiny-distill.yaml", sid, 1, model=ode / "pipeline", **scores, **memory, **rollout, loss="sid")
+    train(
+        "distill",
+        "tiny-distill.yaml",
+        sid,
+        1,
+        model=ode / "pipeline",
+        **scores,
+        **memory,
+        **selector,
+        **rollout,
+        loss="sid",
+    )
     train(
         "distill", "tiny-long.yaml", long, 1, model=dmd / "pipeline", **scores, **memory, **selector, **rollout,
         windows=3, window_frames=2,

@@ -69,9 +69,9 @@ def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) ->
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("memory", [MEMORIES["full"], SPARSE, HEAVY], ids=["full", "sparse", "heavy-hitter"])
 def test_peak_of_a_real_step_is_near_the_estimate(memory: MemoryConfig, checkpointing: bool) -> None:
-    """One step of both networks of `tiny`, every tensor alive counted (workspace inside the kernels is not)."""
+    """One step of both networks of `tiny-base`, every tensor alive counted (workspace inside the kernels is not)."""
     loop = replace(ONE, gradient_checkpointing=checkpointing)
-    recipe = distill(Path("tiny"), memory=memory, loop=loop, **TINY)
+    recipe = distill(Path("tiny-base"), memory=memory, loop=loop, **TINY)
     recipe.update(0)  # makes the optimizers' state
     gc.collect()
     with LiveBytes(state_of(recipe)) as live:
@@ -83,7 +83,7 @@ def test_peak_of_a_real_step_is_near_the_estimate(memory: MemoryConfig, checkpoi
 
 
 def test_peak_of_a_forcing_step_is_near_the_estimate() -> None:
-    config = ForcingConfig(loop=ONE, model="tiny", mode="teacher", data=TINY["data"], memory=MEMORIES["full"])
+    config = ForcingConfig(loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES["full"])
     recipe = ForcingRecipe(config, Accelerator(cpu=True))
     recipe.update(0)
     gc.collect()

@@ -9,7 +9,7 @@ whole at the time is among the activations.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -159,7 +159,7 @@ def cache_bytes(config: dict[str, Any], work: Work) -> int:
 
 def estimate_distillation(
     generator: dict[str, Any], critic: dict[str, Any], teacher: dict[str, Any], work: Work, *, shards: int = 1,
-    encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None,
+    encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None, score_context: int = 0,
 ) -> MemoryEstimate:  # fmt: skip
     """Estimate of three networks. The two updates of a step follow each other: the gradients and graphs of one are gone
     when the other begins.
@@ -167,11 +167,12 @@ def estimate_distillation(
     Args:
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
+        score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
     """
     trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
-    at_once = Work(**{**_fields(work), "memory": None})
+    at_once = replace(work, memory=None, context_frames=score_context)
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
         gradients=max(trained) // shards * _STATE_BYTES,
@@ -202,10 +203,6 @@ def estimate_one_network(
     )
 
 
-def _fields(work: Work) -> dict[str, Any]:
-    return {name: getattr(work, name) for name in work.__dataclass_fields__}
-
-
 def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, list[str]]:
     """Estimate of a stage's config on `processes`, and notes on what was assumed. Of models only configs are read.
 
@@ -230,7 +227,13 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         return estimate_one_network(model.transformer, work, **options), model.notes
     teacher = model_sizes(config.teacher)
     estimate = estimate_distillation(
-        model.transformer, teacher.transformer, teacher.transformer, work, critic_lora=config.critic_lora, **options
+        model.transformer,
+        teacher.transformer,
+        teacher.transformer,
+        work,
+        critic_lora=config.critic_lora,
+        score_context=work.frames if config.score.causal_window else 0,
+        **options,
     )
     return estimate, list(dict.fromkeys([*model.notes, *teacher.notes]))
 
@@ -262,8 +265,9 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
     """Estimate of the autoencoder's training; its clips have the same number of pixels at every size."""
     with FakeTensorMode():
         vae = TokenAutoencoder(
-            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks
-        )
+            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+            decoder_blocks=config.decoder_blocks,
+        )  # fmt: skip
         shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
         saved: dict[int, Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(

@@ -17,7 +17,7 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.training.cli_entry import guess_stage, load_stage
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.distill import DistillRecipe
+from sparse_forcing.training.distill import DistillRecipe, ScoreConfig
 from sparse_forcing.training.estimate import Work, estimate_distillation, estimate_stage, parameter_count
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.lora import LoraConfig
@@ -67,11 +67,18 @@ def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) ->
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("memory", [MEMORIES["full"], SPARSE, HEAVY], ids=["full", "sparse", "heavy-hitter"])
-def test_peak_of_a_real_step_is_near_the_estimate(memory: MemoryConfig, checkpointing: bool) -> None:
+@pytest.mark.parametrize(
+    ("memory", "causal_window"),
+    [(MEMORIES["full"], None), (MEMORIES["full"], 4), (SPARSE, None), (HEAVY, None)],
+    ids=["full", "full-causal-teacher", "sparse", "heavy-hitter"],
+)
+def test_peak_of_a_real_step_is_near_the_estimate(
+    memory: MemoryConfig, causal_window: int | None, checkpointing: bool
+) -> None:
     """One step of both networks of `tiny-base`, every tensor alive counted (workspace inside the kernels is not)."""
     loop = replace(ONE, gradient_checkpointing=checkpointing)
-    recipe = distill(Path("tiny-base"), memory=memory, loop=loop, **TINY)
+    score = ScoreConfig(causal_window=causal_window)
+    recipe = distill(Path("tiny-base"), memory=memory, loop=loop, score=score, **TINY)
     recipe.update(0)  # makes the optimizers' state
     gc.collect()
     with LiveBytes(state_of(recipe)) as live:

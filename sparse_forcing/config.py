@@ -302,3 +302,11 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "a list"
     return f"{'text ' if isinstance(value, str) else ''}{value!r}"[:80]
+
+
+def constructor_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a diffusers config passes to its class's constructor, without diffusers' own notes ("_class_name", ...).
+
+    For changed settings instead of `from_config`, which ignores one that the model's file does not mention.
+    """
+    return {name: value for name, value in config.items() if not name.startswith("_")}

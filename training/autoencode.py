@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
@@ -82,8 +83,7 @@ def start(config: AutoencoderConfig) -> TokenAutoencoder:
         trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {config.init_from} cannot be read; train it first") from error
-    settings = {name: value for name, value in trained.config.items() if not name.startswith("_")}
-    vae = TokenAutoencoder(**{**settings, "decoder_blocks": config.decoder_blocks})
+    vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
         getattr(vae, part).load_state_dict(getattr(trained, part).state_dict())
     vae.eval().requires_grad_(False)

@@ -27,7 +27,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, SparseMemory
@@ -41,6 +40,7 @@ from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.score_losses import Score, critic_loss, dmd_loss, score_timestep, sid_loss
+from sparse_forcing.training.scores import ScoreConfig, context_of, score_of
 from sparse_forcing.training.stage import (
     Metrics,
     add_selector,
@@ -57,43 +57,11 @@ from sparse_forcing.training.stage import (
     trained_part,
 )
 from sparse_forcing.training.validation import write_samples
-from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.weights.manifest import MANIFEST, folder_hash
 
 LOSSES = ("dmd", "sid")
 _GENERATOR, _CRITIC = 3, 4
 """Random streams of the two updates of a step."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreConfig:
-    """How scores are compared.
-
-    Args:
-        real_guidance, fake_guidance: added on top of the conditional prediction; classifier-free weight minus one.
-        shift: of the levels at which scores are compared; schedule_shift: of the score networks' own table, when it
-            differs (Self-Forcing's released weights: 8), None for the generator's.
-        low, high: timesteps are clamped to this range.
-        sid_alpha: of the SiD loss.
-        causal_window: None for a bidirectional teacher: all frames of a clip, equally noisy, see each other. A number
-            for a causal one, such as the student's own start: every noisy chunk sees itself and the finished chunks
-            before it, that many latent frames in all.
-    """
-
-    real_guidance: float = 3.0
-    fake_guidance: float = 0.0
-    shift: float = 5.0
-    schedule_shift: float | None = None
-    low: float = 20.0
-    high: float = 980.0
-    sid_alpha: float = 1.0
-    causal_window: int | None = None
-
-    def __post_init__(self) -> None:
-        if not 0 < self.low < self.high <= 1000:
-            raise ConfigError(f"low and high: need 0 < low < high <= 1000, got {self.low} and {self.high}")
-        if self.causal_window is not None and self.causal_window < 1:
-            raise ConfigError(f"causal_window: must be at least 1 latent frame, got {self.causal_window}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -315,22 +283,13 @@ class DistillRecipe:
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
             losses = getattr(memory, "selector_losses", [])
+            context = context_of(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
-                name: score_of(net, text, negative, self._context(clip))
-                for name, net in (("real", self.real), ("fake", self.fake))
+                name: score_of(net, text, negative, context) for name, net in (("real", self.real), ("fake", self.fake))
             }
             yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
             losses.clear()
             past = clip.detach()
-
-    def _context(self, clip: Tensor) -> Context | None:
-        """What a causal teacher sees beside the noisy clip."""
-        window, size = self.config.score.causal_window, self.model.config.chunk_frames
-        if window is None:
-            return None
-        frames = clip.shape[1]
-        mask = teacher_forcing_mask([size] * (frames // size), window=window)
-        return Context(clip.detach(), ParallelAttention(2 * frames, mask, torch.arange(frames).repeat(2)))
 
     def _start(self, batch: int) -> Tensor:
         """An empty [B, 0, C, H, W] that carries the sizes of a rollout, those of the model's own videos."""
@@ -349,29 +308,6 @@ class DistillRecipe:
             self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora,
             sampler=self.config.sampler, memory=self.memory,
         )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Context:
-    """Finished chunks [B, F, C, H, W] that the noisy chunks of the same clip see, and what sees what."""
-
-    clip: Tensor
-    policy: ParallelAttention
-
-
-def score_of(
-    network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor, context: Context | None = None
-) -> Score:
-    """A transformer as a score of one micro-batch's prompts; without a context all frames see each other."""
-
-    def score(x_t: Tensor, timestep: Tensor, conditional: bool) -> Tensor:
-        prompt, inputs = text if conditional else negative, {}
-        if context is not None:
-            timestep = timestep[:, None].expand(-1, x_t.shape[1])
-            inputs = {"policy": context.policy, "clean_hidden_states": context.clip.transpose(1, 2)}
-        return network(x_t.transpose(1, 2), timestep, prompt, **inputs).transpose(1, 2)
-
-    return score
 
 
 def train(config: DistillConfig, out: Path) -> int:

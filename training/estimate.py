@@ -17,6 +17,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_forcing.attention import dense_attention
+from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.rope import Rotary
@@ -222,9 +223,11 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     shards = processes if config.loop.parallel == "fsdp" else 1
     text = 0 if config.data.kind == "shards" and config.data.stored_text else model.text_bytes // shards
     options: dict[str, Any] = {"shards": shards, "encoders": text + model.autoencoder_bytes, "lora": config.lora}
-    work = _work(config, model)
+    work, notes = _work(config, model), list(model.notes)
+    if work.memory and work.memory.kind == "sparse" and _has_selector(config, model):
+        notes.append("what the learned selector's own arithmetic keeps is not counted")
     if not isinstance(config, DistillConfig):
-        return estimate_one_network(model.transformer, work, **options), model.notes
+        return estimate_one_network(model.transformer, work, **options), notes
     teacher = model_sizes(config.teacher)
     estimate = estimate_distillation(
         model.transformer,
@@ -235,7 +238,11 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         score_context=work.frames if config.score.causal_window else 0,
         **options,
     )
-    return estimate, list(dict.fromkeys([*model.notes, *teacher.notes]))
+    return estimate, list(dict.fromkeys([*notes, *teacher.notes]))
+
+
+def _has_selector(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> bool:
+    return bool(getattr(config, "learned_selector", False) or model.transformer.get("selector_tokens"))
 
 
 def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
@@ -248,7 +255,7 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
         for optimizer in make_optimizers(model, config)
         for group in optimizer.param_groups
     )
-    sizes = {name: value for name, value in model.transformer.config.items() if not name.startswith("_")}
+    sizes = constructor_settings(model.transformer.config)
     activations = []
     for stage in config.stages:
         context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import read_json
 from sparse_forcing.geometry import VideoGeometry
@@ -122,4 +123,4 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return {name: value for name, value in read_json(folder / "config.json").items() if not name.startswith("_")}
+    return constructor_settings(read_json(folder / "config.json"))

@@ -71,14 +71,14 @@ class TextToVideo(nn.Module):
     def _keep_features(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
         self.pose_features = tokens
 
-    def attribute_loss(self, text: Tensor, scenes: SceneBatch, told: Tensor) -> Tensor:
-        """Cross-entropy of what captions say, read off the pooled text that the transformer sees, too.
-
-        text: encoded captions [B, text_len, dim]; told [B]: whose caption says anything.
-        """
+    def attribute_loss(self, text: Tensor, captions: list[str], scenes: SceneBatch) -> Tensor:
+        """Cross-entropy of what captions say, read off the text [B, text_len, dim], pooled as the transformer sees it;
+        dropped captions (empty ones) say nothing."""
         used = (text != 0).any(-1, keepdim=True)
         logits = self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
-        return F.binary_cross_entropy_with_logits(logits[told], attribute_targets(scenes)[told])
+        error = F.binary_cross_entropy_with_logits(logits, attribute_targets(scenes), reduction="none").mean(1)
+        told = torch.tensor([caption != "" for caption in captions], device=error.device)
+        return (error * told).sum() / told.sum().clamp(min=1)
 
     def pose_loss(self, targets: Tensor, one_object: Tensor) -> Tensor:
         """Squared error of the pose read off the noisy tokens of the last forward pass; scenes of one object only."""
@@ -154,8 +154,7 @@ def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
         )
         words = random.Random(seed)
         captions = [caption(scene, words) for scene in scenes.scenes()]
-        everything = torch.ones(len(captions), dtype=torch.bool)
-        loss = model.attribute_loss(model.text_encoder.encode(captions), scenes, everything)
+        loss = model.attribute_loss(model.text_encoder.encode(captions), captions, scenes)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -228,7 +227,7 @@ def training_loss(
         flow=error.mean(),
         balanced=model.balance(error, sigma, kind=int(part.continuation > 0)),
         pose=model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1)),
-        attribute=model.attribute_loss(text.float(), clips.scenes, torch.tensor([c != "" for c in clips.captions])),
+        attribute=model.attribute_loss(text.float(), clips.captions, clips.scenes),
     )
 
 

@@ -17,7 +17,8 @@ from sparse_forcing.scenes.sample import SceneBatch, is_any
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, ORBITING, SHAPES, SIZE_RADIUS, SIZES
 
 HARMONICS = (1, 4)  # the first says roughly where, the second exactly
-POSE_NUMBERS = 8 * len(HARMONICS) + 3 + 5
+RATES = 5
+POSE_NUMBERS = 8 * len(HARMONICS) + 3 + RATES
 ATTRIBUTES = len(BACKGROUNDS) + len(COLOURS) + len(SHAPES) + len(SIZES) + len(MOTIONS)
 _SYMMETRY = {"square": 4, "triangle": 3, "star": 5}
 _FAST = {"travel": 1 / 32, "growth": 1 / 32, "turn": 1 / 4}
@@ -47,18 +48,20 @@ def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: 
 
 
 def _rates(scenes: SceneBatch, path: tuple[Tensor, ...], first: Tensor, stride: int) -> Tensor:
-    """[B, latent_frames, 5]: how fast the first object travels across and down, grows, spins and orbits."""
-    x, y, radius, angle = (
-        value[:, first + stride - 1] - value[:, first] for value in (*path[:2], path[2].log(), path[3])
-    )
-    across, down = ((way + 0.5) % 1 - 0.5 for way in (x, y))
-    orbits = scenes.speed[:, :1] * sum(
-        sign * is_any(scenes.motion[:, :1], (name,), MOTIONS).float() for sign, name in zip((1, -1), ORBITING)
-    )
-    frames = max(1, stride - 1)
-    rates = (across / frames / _FAST["travel"], down / frames / _FAST["travel"], radius / frames / _FAST["growth"],
-             angle / frames / _FAST["turn"], (orbits / _FAST["turn"]).expand_as(across))  # fmt: skip
-    return torch.stack(rates, -1)
+    """[B, latent_frames, RATES]: how fast the first object travels across and down, grows, spins and orbits."""
+    x, y, radius, angle = path
+
+    def per_frame(value: Tensor) -> Tensor:
+        return (value[:, first + stride - 1] - value[:, first]) / max(1, stride - 1)
+
+    def travel(value: Tensor) -> Tensor:
+        moved = value[:, first + stride - 1] - value[:, first]
+        return ((moved + 0.5) % 1 - 0.5) / max(1, stride - 1) / _FAST["travel"]
+
+    clockwise, counterclockwise = (is_any(scenes.motion[:, :1], (name,), MOTIONS).float() for name in ORBITING)
+    orbit = scenes.speed[:, :1] * (clockwise - counterclockwise) / _FAST["turn"]
+    growth, spin = per_frame(radius.log()) / _FAST["growth"], per_frame(angle) / _FAST["turn"]
+    return torch.stack([travel(x), travel(y), growth, spin, orbit.expand_as(spin)], -1)
 
 
 def attribute_targets(scenes: SceneBatch) -> Tensor:

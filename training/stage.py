@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
@@ -99,9 +100,8 @@ def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> No
     old = pipe.transformer
     if old.selectors:
         return
-    # Not from_config: it ignores a setting that the model's own file does not mention.
-    settings = {name: value for name, value in old.config.items() if not name.startswith("_")}
-    new = CausalWanTransformer3DModel(**{**settings, "selector_tokens": math.prod(memory.tile)})
+    settings = constructor_settings(old.config) | {"selector_tokens": math.prod(memory.tile)}
+    new = CausalWanTransformer3DModel(**settings)
     missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected
     assert all(".selector." in name for name in missing)
@@ -196,7 +196,7 @@ def export_pipeline(
     if lora is not None:
         save_adapters(folder.parent / "adapter", state, model)
         state = merged(state, lora)
-    fresh = CausalWanTransformer3DModel(**{k: v for k, v in model.config.items() if not k.startswith("_")})
+    fresh = CausalWanTransformer3DModel(**constructor_settings(model.config))
     fresh.load_state_dict(state)
     frozen = find_model(source)
     parts = [path for name in ("text_encoder", "tokenizer", "vae") if (path := frozen / name).is_dir()]

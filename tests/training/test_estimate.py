@@ -17,11 +17,12 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.training.cli_entry import guess_stage, load_stage
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.distill import DistillRecipe, ScoreConfig
+from sparse_forcing.training.distill import DistillRecipe
 from sparse_forcing.training.estimate import Work, estimate_distillation, estimate_stage, parameter_count
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.model_sizes import model_sizes
+from sparse_forcing.training.scores import ScoreConfig
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
 
@@ -138,6 +139,8 @@ def test_doctor_answers_for_every_config(path: Path, capsys: pytest.CaptureFixtu
     assert answer["total"] == sum(answer["bytes"].values())
     assert answer["stage"] == guess_stage(path)
     config, _ = load_stage(answer["stage"], path)
+    if getattr(config, "learned_selector", False):
+        assert any("selector" in note for note in answer["notes"])
     if path.stem.startswith("wan"):
         assert config.loop.global_batch == 64
         assert config.loop.gradient_checkpointing

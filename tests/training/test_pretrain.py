@@ -219,6 +219,8 @@ def test_the_attribute_loss_reaches_the_text_encoder_and_leaves_dropped_captions
     assert loss() == told
     clips.scenes.motion[0] = (clips.scenes.motion[0] + 1) % 13
     assert loss() != told
+    clips.captions[:] = [""] * len(clips.captions)
+    assert loss() == 0
 
 
 def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(

@@ -17,10 +17,11 @@ from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe, ScoreConfig
+from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.training.scores import ScoreConfig
 from tests.training.conftest import HORIZON, SPARSE
 
 MEMORIES = {

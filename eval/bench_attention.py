@@ -150,7 +150,7 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
             "bench attention: --output draws a plot and needs matplotlib: pip install 'sparse-forcing[eval]'"
         )
     torch.manual_seed(0)
-    backend = resolve_backend("auto", torch.empty(0, device=where))
+    backend = resolve_backend("auto", torch.empty(0, 0, device=where))
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {where}, backend {backend}, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
     errors = check_correctness(where, backend, dtypes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from sparse_forcing.errors import ConfigError
 
@@ -27,10 +28,13 @@ class RolloutBenchConfig:
     """Options of `bench rollout`.
 
     prompts: held-out scenes. horizons: multiples of the default clip to judge. memories: names of `memory_variants`.
-    objects: 1 or 2 per scene. batch_size: rollouts generated together. output: folder of the table and its JSON.
+    objects: 1 or 2 per scene. size: pixels to the side. batch_size: rollouts generated together. device: "auto" is the
+    GPU where there is one. output: folder of the table and its JSON.
     """
 
     model: str = "tiny"
+    device: str = "auto"
+    size: int | None = None
     prompts: int = 200
     objects: int = 1
     horizons: tuple[int, ...] = (1,)
@@ -44,5 +48,33 @@ class RolloutBenchConfig:
     def __post_init__(self) -> None:
         if self.objects not in (1, 2):
             raise ConfigError(f"objects: 1 or 2, got {self.objects}")
-        if min(self.prompts, self.batch_size, *self.horizons) < 1:
-            raise ConfigError("prompts, batch_size and horizons must be positive")
+        if min(self.prompts, self.batch_size, *self.horizons, self.size or 1) < 1:
+            raise ConfigError("prompts, batch_size, horizons and size must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamBenchConfig:
+    """Options of `bench stream`.
+
+    model_size: a published size or an embedded model's; its weights are not read. height, width: pixels; the model's
+    default where None. chunks: length of each rollout. memories: kinds that take turns. device, dtype: the accelerator
+    and bfloat16 where there is one, else the CPU and float32. output: folder of the table and its JSON.
+    """
+
+    model_size: str = "wan-1.3b"
+    height: int | None = None
+    width: int | None = None
+    chunks: int = 12
+    memories: tuple[str, ...] = ("full", "sparse")
+    num_inference_steps: int = 4
+    seed: int = 0
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.chunks < 1:
+            raise ConfigError(f"--chunks: at least 1, got {self.chunks}")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size is not None and size < 1:
+                raise ConfigError(f"--{name}: at least 1 pixel, got {size}")

@@ -12,6 +12,7 @@ import json
 import time
 
 from sparse_forcing.config import to_plain
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench_options import RolloutBenchConfig
 from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge_batch, summarize_rollouts
@@ -41,14 +42,19 @@ def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
 def run(config: RolloutBenchConfig) -> int:
     """Roll out every memory over the same prompts; writes rollout.json and rollout.md, prints JSON last."""
     out = check_writable(config.output, folder=True) if config.output else None
-    pipe = SparseForcingPipeline.from_pretrained(config.model)
+    pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     variants = memory_variants(pipe.default_memory)
     unknown = set(config.memories) - set(variants)
     if unknown:
         raise ConfigError(f"memories: unknown {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
     prompts = held_out_prompts(config.prompts, seed=config.seed, objects=config.objects)
     rows: dict[str, dict] = {}
-    result = {"config": to_plain(config), "weights_sha256": pipe.weights_sha256, "memories": rows}
+    result = {
+        "config": to_plain(config),
+        "device": str(pipe.device),
+        "weights_sha256": pipe.weights_sha256,
+        "memories": rows,
+    }
     for name in config.memories:
         row = measure_memory(pipe, variants[name], prompts, config)
         rows[name] = row
@@ -70,6 +76,7 @@ def measure_memory(
         seed=config.seed,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        size=config.size,
     )
     batches = []
     for first in range(0, len(prompts), config.batch_size):

@@ -33,12 +33,13 @@ Record = dict[str, float | None]
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings:
-    """How far and from what noise; sampler settings are the model's own where None."""
+    """How far, how large (pixels to the side) and from what noise; settings are the model's own where None."""
 
     horizons: tuple[int, ...] = (1, 4, 12)
     seed: int = 0
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    size: int | None = None
 
     def __post_init__(self) -> None:
         if not self.horizons or min(self.horizons) < 1 or len(set(self.horizons)) < len(self.horizons):
@@ -66,6 +67,8 @@ def stream(
     """The rollout of prompts number `first`, `first` + 1, ...: noise depends on a prompt's number alone."""
     return pipe.stream(
         prompts,
+        height=settings.size,
+        width=settings.size,
         num_frames=max(settings.horizons) * pipe.config.num_frames,
         memory=memory,
         generator=[torch.Generator().manual_seed(settings.seed * 100_003 + first + i) for i in range(len(prompts))],

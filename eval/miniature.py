@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from sparse_forcing.config import to_plain
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.judged_rollouts import JudgedBatch, RolloutSettings, judge_batch, stream, summarize_rollouts
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json
@@ -39,6 +40,7 @@ class EvaluationConfig:
         timing_prompts: prompts whose rollouts are timed, several students in turns.
         recall_prompts: of the selector's recall.
         sheet_prompts: the first prompts, whose frames are kept to look at.
+        device: "auto" is the GPU where there is one.
     """
 
     prompts: int = 200
@@ -49,6 +51,7 @@ class EvaluationConfig:
     timing_prompts: int = 3
     recall_prompts: int = 32
     sheet_prompts: int = 4
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         counts = ("ablation_prompts", "batch_size", "timing_prompts", "recall_prompts", "sheet_prompts")
@@ -76,6 +79,10 @@ class Student:
     model: Path
     memory: MemoryConfig
     weights: str
+
+    def load(self, device: str) -> SparseForcingPipeline:
+        """The model on a device ("auto": the GPU where there is one)."""
+        return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device, "evaluation.device:"))
 
     def described(self) -> list[Any]:
         return [self.weights, to_plain(self.memory)]
@@ -115,7 +122,7 @@ class StudentRollouts:
 
     def judge(self, first: int) -> int:
         """Roll out and judge a batch; its file appears last."""
-        pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
+        pipe = self.student.load(self.config.device)
         batch = self.batch(first)
         began = time.monotonic()
         judged = judge_batch(pipe, self.student.memory, batch, first, self.config.rollouts())
@@ -168,7 +175,8 @@ class DecodingTimes:
     """Model seconds of whole rollouts to the longest horizon, one prompt at a time. The students take turns chunk by
     chunk in one process, so that whatever else the machine does slows them all alike.
 
-    The file: `threads`; per student `rollouts` (seconds of each prompt's) and `chunks` (median seconds of each chunk).
+    The file: `device`, `threads`; per student `rollouts` (seconds of each prompt's) and `chunks` (median seconds of
+    each chunk).
     """
 
     students: dict[str, Student]
@@ -182,7 +190,7 @@ class DecodingTimes:
         return self.out / f"timing-{digest(described, to_plain(self.config.rollouts()), self.prompts)}.json"
 
     def measure(self) -> int:
-        pipes = {name: SparseForcingPipeline.from_pretrained(str(s.model)) for name, s in self.students.items()}
+        pipes = {name: s.load(self.config.device) for name, s in self.students.items()}
         settings = self.config.rollouts()
         seconds: dict[str, list[list[float]]] = {name: [] for name in pipes}
         for number, prompt in enumerate(self.prompts):
@@ -199,5 +207,8 @@ class DecodingTimes:
             for name, rows in seconds.items()
         }
         self.out.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(self.path, {"threads": torch.get_num_threads(), "students": found})
+        atomic_write_json(
+            self.path,
+            {"device": str(next(iter(pipes.values())).device), "threads": torch.get_num_threads(), "students": found},
+        )
         return 0

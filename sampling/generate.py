@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing import __version__
 from sparse_forcing.config import to_plain
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError, OutputError, SparseForcingError
 from sparse_forcing.files import atomic_write_json, check_writable, output_lock, sweep_temporaries
 from sparse_forcing.sampling.jobs import MAX_FRAMES, MEMORY_KNOBS, GenerateConfig, Job, flag
@@ -85,21 +86,6 @@ def load_pipeline(config: GenerateConfig) -> Any:
     device = resolve_device(config.device)
     dtype = getattr(torch, config.dtype) if config.dtype else None
     return SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).to(device)
-
-
-def resolve_device(name: str) -> str:
-    """`auto` picks the GPU where there is one; a device that is not there is a ConfigError, never a silent fallback."""
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or ["unknown"])[0]
-        raise ConfigError(f"--device {name}: not usable with torch {torch.__version__} here ({reason:.120})") from error
-    return str(device)
 
 
 def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig:

@@ -6,7 +6,7 @@ Legend: F latent frames, R x C token rows and columns of a latent frame, N = R *
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -171,17 +171,31 @@ class TileLayout:
         valid = torch.arange(self.block_tokens)[None] < self.sizes[:, None]
         return valid.flatten().nonzero().flatten()
 
+    def on(self, device: torch.device) -> TileLayout:
+        """The same layout with its tables on `device`, copied once: a copy in every layer would wait for the GPU."""
+        if device.type == "cpu":
+            return self
+        if device not in self._copies:
+            self._copies[device] = twin = replace(self)
+            for name in ("order", "inverse", "sizes", "first_frame", "padded", "unpadded"):
+                twin.__dict__[name] = getattr(self, name).to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, TileLayout]:
+        return {}
+
     def to_blocks(self, x: Tensor) -> Tensor:
         """[B, L, H, D] in tile order -> [B, H, num_blocks, block_tokens, D] (a view when every block is full)."""
         b, _, h, d = x.shape
         x = x.transpose(1, 2)
         if not self.uniform:
-            x = x[:, :, self.padded.flatten().to(x.device)]
+            x = x[:, :, self.on(x.device).padded.flatten()]
         return x.unflatten(2, (self.num_blocks, self.block_tokens)) if x.numel() else x.view(b, h, 0, 0, d)
 
     def from_blocks(self, x: Tensor) -> Tensor:
         """[B, H, num_blocks, block_tokens, D] -> [B, L, H, D] in tile order."""
         x = x.flatten(2, 3)
         if not self.uniform:
-            x = x[:, :, self.unpadded.to(x.device)]
+            x = x[:, :, self.on(x.device).unpadded]
         return x.transpose(1, 2)

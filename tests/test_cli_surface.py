@@ -26,8 +26,8 @@ SURFACE = {
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
     "--plugins --stand-ins --static-filter --cache --workers --device --max-frames --max-pixels --strict-exit "
     "--report --no-report --embed-videos --no-embed-videos --resamples",
-    "bench": "WHAT --quick --repeats --device --model --prompts --objects --horizons --memories --batch-size --seed "
-    "--num-inference-steps --guidance-scale --output",
+    "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
+    "--seed --num-inference-steps --guidance-scale --model-size --height --width --chunks --dtype --output",
     "convert": "SOURCE TARGET --part --head-dim --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed "
     "--json",

@@ -15,6 +15,7 @@ class StageConfig:
 
     `continuation` is the share of steps that go on from a clean chunk: they start most clips in the middle of their
     scene and learn every chunk but the first. The other steps then learn first chunks, as many frames in all.
+    `sizes` are pixels to the side of the clips; each step draws one, and batches keep their number of pixels.
     """
 
     latent_frames: int
@@ -24,12 +25,13 @@ class StageConfig:
     learning_rate: float = 2e-3
     final_learning_rate: float | None = None
     warmup_steps: int = 100
-    size: int = 64
+    sizes: tuple[int, ...] = (64,)
 
     def __post_init__(self) -> None:
-        if min(self.latent_frames, self.batch_size, self.steps, self.size, self.warmup_steps) < 1:
+        numbers = (self.latent_frames, self.batch_size, self.steps, self.warmup_steps)
+        if not self.sizes or min(*numbers, *self.sizes) < 1:
             raise ConfigError(
-                f"stages: latent_frames, batch_size, steps, size and warmup_steps must be positive, got {self}"
+                f"stages: latent_frames, batch_size, steps, sizes and warmup_steps must be positive, got {self}"
             )
         if not 0 <= self.continuation <= 1:
             raise ConfigError(f"stages: continuation is a share in [0, 1], got {self.continuation}")
@@ -41,9 +43,11 @@ class PretrainConfig:
 
     `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
+    `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.
     """
 
     seed: int = 0
+    device: str = "auto"
     num_attention_heads: int = 6
     attention_head_dim: int = 32
     num_layers: int = 8
@@ -103,8 +107,11 @@ def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
 
 
 def part_at(config: PretrainConfig, step: int) -> StageConfig:
-    """What a global step learns: its stage, or one of the two parts of a stage with continuations."""
+    """What a global step learns: one size of its stage, and one of the two parts of a stage with continuations."""
     stage, _ = stage_at(config, step)
+    size = random.Random(step_seed(config.seed, step, stream=4)).choice(stage.sizes)
+    pixels = (size / stage.sizes[0]) ** 2
+    stage = replace(stage, sizes=(size,), batch_size=max(1, round(stage.batch_size / pixels)))
     if stage.continuation == 0:
         return stage
     if random.Random(step_seed(config.seed, step, stream=3)).random() < stage.continuation:

@@ -259,7 +259,7 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
     activations = []
     for stage in config.stages:
         context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0
-        tokens = (stage.size // PatchAutoencoder(1).spatial_stride) ** 2
+        tokens = (stage.sizes[0] // PatchAutoencoder(1).spatial_stride) ** 2  # batches of all sizes have as many
         work = Work(
             frames=stage.latent_frames, context_frames=context, tokens_per_frame=tokens, text_len=config.text_len,
             micro_batch=stage.batch_size, checkpointing=False,

@@ -30,7 +30,7 @@ def unit_variance_weight(sigma: Tensor, latent_std: list[float] | None) -> Tenso
     """
     if latent_std is None:
         return 1.0
-    s = torch.tensor(latent_std, dtype=sigma.dtype)[:, None, None, None]
+    s = torch.tensor(latent_std, dtype=sigma.dtype, device=sigma.device)[:, None, None, None]
     t = sigma[:, None, :, None, None]
     return (1 - t) ** 2 + t**2 / s**2
 

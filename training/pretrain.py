@@ -1,4 +1,4 @@
-"""Recipe: pretrain a small causal text-to-video model from nothing, on a CPU, on procedural clips.
+"""Recipe: pretrain a small causal text-to-video model from nothing, on a CPU or a GPU, on procedural clips.
 
 Short clips first: one latent frame teaches colours and shapes several times faster per minute than long clips do, so
 most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption, vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
@@ -64,12 +65,17 @@ class TextToVideo(nn.Module):
         )
         self.pose_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, POSE_NUMBERS)
         self.attribute_head = nn.Linear(config.text_dim, ATTRIBUTES)
-        self.balance = LevelBalance(2, shift=config.shift, spread=config.sigma_spread)
+        self.sizes = sorted({size for stage in config.stages for size in stage.sizes})
+        self.balance = LevelBalance(2 * len(self.sizes), shift=config.shift, spread=config.sigma_spread)
         self.pose_features: Tensor | None = None
         self.transformer.blocks[config.pose_layer].register_forward_hook(self._keep_features)
 
     def _keep_features(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
         self.pose_features = tokens
+
+    def task(self, part: StageConfig) -> int:
+        """The row of the balance for what a step learns."""
+        return 2 * self.sizes.index(part.sizes[0]) + int(part.continuation > 0)
 
     def attribute_loss(self, text: Tensor, captions: list[str], scenes: SceneBatch) -> Tensor:
         """Cross-entropy of what captions say, read off the text [B, text_len, dim], pooled as the transformer sees it;
@@ -154,7 +160,8 @@ def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
         )
         words = random.Random(seed)
         captions = [caption(scene, words) for scene in scenes.scenes()]
-        loss = model.attribute_loss(model.text_encoder.encode(captions), captions, scenes)
+        text = model.text_encoder.encode(captions)
+        loss = model.attribute_loss(text, captions, scenes.to(text.device))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
@@ -170,9 +177,9 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
     chunk = config.chunk_frames
     level = torch.rand(batch, frames // chunk, generator=generator) ** 2 * config.context_noise
     level = level * (torch.rand(batch, 1, generator=generator) < 0.5)
-    level = level.repeat_interleave(chunk, 1)[:, :-chunk]
+    level = level.repeat_interleave(chunk, 1)[:, :-chunk].to(latents.device)
     context = latents[:, :, :-chunk]
-    noise = torch.randn(context.shape, generator=generator)
+    noise = torch.randn(context.shape, generator=generator).to(latents.device)
     skipped = chunk if stage.continuation else 0
     kept = torch.cat([torch.arange(frames - chunk), torch.arange(frames + skipped, 2 * frames)])
     mask = teacher_forcing_mask([chunk] * (frames // chunk))[kept][:, kept]
@@ -219,13 +226,14 @@ def training_loss(
         batch, noisy_frames // length, shift=config.shift, spread=config.sigma_spread, generator=generator
     ).repeat_interleave(length, 1)
     noise = torch.randn(latents.shape, generator=generator)
+    sigma, noise = sigma.to(latents.device), noise.to(latents.device)
     with torch.autocast(latents.device.type, torch.bfloat16):
         text = model.text_encoder.encode(clips.captions)
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
     return Losses(
         flow=error.mean(),
-        balanced=model.balance(error, sigma, kind=int(part.continuation > 0)),
+        balanced=model.balance(error, sigma, kind=model.task(part)),
         pose=model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1)),
         attribute=model.attribute_loss(text.float(), clips.captions, clips.scenes),
     )
@@ -239,8 +247,8 @@ def train_step(
     part = part_at(config, step)
     clips = procedural_batch(
         config.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
-        size=part.size, two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if part.continuation else 0.0,
+        size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if part.continuation else 0.0, device=model.transformer.device,
     )  # fmt: skip
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.attribute_weight * losses.attribute
@@ -257,6 +265,7 @@ def train_step(
         optimizer.zero_grad(set_to_none=True)
     ema.update(model)
     name = "continuation_loss" if part.continuation else "loss"
+    name += f"_{part.sizes[0]}" if part.sizes[0] != model.sizes[0] else ""
     return {name: losses.flow.item(), "pose_loss": losses.pose.item(), "attribute_loss": losses.attribute.item()}
 
 
@@ -291,7 +300,9 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
+    device = resolve_device(config.device, "device:")
     vae, model = start(config)
+    vae.to(device), model.to(device)
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)

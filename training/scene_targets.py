@@ -32,13 +32,14 @@ def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: 
     frames of a token, the logarithm of the radius, the rotation modulo the shape's symmetry, and rates (`_rates`).
     """
     x, y, radius, angle = (value[:, 0] for value in trajectories(scenes, latent_frames * stride, start=start))
-    first = torch.arange(0, latent_frames * stride, stride)
+    device = scenes.motion.device
+    first = torch.arange(0, latent_frames * stride, stride, device=device)
     ends = torch.stack([first, first + stride - 1])
-    centre = (torch.arange(rows) + 0.5) / rows
+    centre = (torch.arange(rows, device=device) + 0.5) / rows
     across = (centre - x[:, ends, None]).movedim(1, -1)[:, :, None]  # [B, F, 1, R, 2]
     down = (centre - y[:, ends, None]).movedim(1, -1)[:, :, :, None]  # [B, F, R, 1, 2]
     waves = [f(2 * pi * k * d) for k in HARMONICS for d in (across, down) for f in (torch.sin, torch.cos)]
-    symmetry = torch.tensor([_SYMMETRY.get(name, 0) for name in SHAPES])[scenes.shape[:, 0], None]
+    symmetry = torch.tensor([_SYMMETRY.get(name, 0) for name in SHAPES], device=device)[scenes.shape[:, 0], None]
     turn = symmetry * angle[:, first]
     size = (radius[:, first] / SIZE_RADIUS["medium"]).log() * 2
     rates = _rates(scenes, (x, y, radius, angle), first, stride)

@@ -1,4 +1,4 @@
-"""Measure attention (correctness against float64 first, then interleaved timings) or long rollouts; last line JSON."""
+"""Measure attention (correctness first, then timings), long rollouts, or the speed of a model size; last line JSON."""
 
 from __future__ import annotations
 
@@ -7,24 +7,36 @@ from dataclasses import asdict, fields
 
 from sparse_forcing.cli.flags import add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench_options import AttentionBenchConfig, RolloutBenchConfig
+from sparse_forcing.eval.bench_options import AttentionBenchConfig, RolloutBenchConfig, StreamBenchConfig
 
-CONFIGS: dict[str, type] = {"attention": AttentionBenchConfig, "rollout": RolloutBenchConfig}
+CONFIGS: dict[str, type] = {
+    "attention": AttentionBenchConfig,
+    "rollout": RolloutBenchConfig,
+    "stream": StreamBenchConfig,
+}
 ATTENTION_FLAGS = {
     "quick": "attention: the first shape and its forward only",
     "repeats": "attention: timed runs of everything (default: 7)",
-    "device": "attention: torch device (default: the accelerator when there is one)",
+    "device": "torch device (default: the accelerator when there is one)",
 }
 ROLLOUT_FLAGS = {
     "model": "rollout: embedded model or folder (default: tiny)",
     "prompts": "rollout: held-out prompts (default: 200)",
+    "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
-    "memories": "rollout: memories to compare (default: full window sink sparse)",
+    "memories": "rollout, stream: memories to compare (default: full window sink sparse; stream: full sparse)",
     "batch_size": "rollout: videos generated together (default: 20)",
-    "seed": "rollout: of prompts and noise (default: 0)",
-    "num_inference_steps": "rollout: denoising steps per chunk (default: the model's)",
+    "seed": "rollout, stream: of prompts, weights and noise (default: 0)",
+    "num_inference_steps": "rollout, stream: denoising steps per chunk (default: the model's; stream: 4)",
     "guidance_scale": "rollout: guidance (default: the model's)",
+}
+STREAM_FLAGS = {
+    "model_size": "stream: wan-1.3b, wan-14b, tiny or tiny-base, with random weights (default: wan-1.3b)",
+    "height": "stream: pixel rows (default: the model's, 480 for Wan)",
+    "width": "stream: pixel columns (default: the model's, 832 for Wan)",
+    "chunks": "stream: length of each rollout in chunks (default: 12)",
+    "dtype": "stream: of weights and arithmetic (default: bfloat16, float32 on a CPU)",
 }
 
 
@@ -32,21 +44,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)
+    add_config_flags(parser, StreamBenchConfig, STREAM_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, {"output": "folder for tables and plots"})
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the benchmark; returns its exit code. A flag of the other benchmark is an error, not ignored."""
+    """Run the benchmark; returns its exit code. A flag of another benchmark is an error, not ignored."""
     cls = CONFIGS[arguments.target]
     own = {field.name for field in fields(cls)} | {"target", "command"}
-    foreign = [name for name in vars(arguments) if name in {*ATTENTION_FLAGS, *ROLLOUT_FLAGS} and name not in own]
+    known = {*ATTENTION_FLAGS, *ROLLOUT_FLAGS, *STREAM_FLAGS}
+    foreign = [name for name in vars(arguments) if name in known and name not in own]
     if foreign:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
-    config: AttentionBenchConfig | RolloutBenchConfig = read_config(cls, arguments)
+    config: AttentionBenchConfig | RolloutBenchConfig | StreamBenchConfig = read_config(cls, arguments)
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval import bench_rollout
 
         return bench_rollout.run(config)
+    if isinstance(config, StreamBenchConfig):
+        from sparse_forcing.eval import bench_stream
+        from sparse_forcing.training.model_sizes import WAN
+
+        return bench_stream.run(config, {f"wan-{size}": changes for size, changes in WAN.items()})
     from sparse_forcing.eval import bench_attention
 
     return bench_attention.run(**asdict(config))

@@ -16,7 +16,6 @@ from sparse_forcing.eval.judged_rollouts import chunks_until
 from sparse_forcing.eval.miniature import DecodingTimes, EvaluationConfig, Student, StudentRollouts, digest
 from sparse_forcing.eval.report.miniature import write_miniature, write_selector
 from sparse_forcing.files import atomic_write_json, read_json
-from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import held_out_prompts
 from sparse_forcing.tasks import Task, run_tasks
 from sparse_forcing.training.miniature import VARIANTS, Training, TrainingPlan, plan_trainings
@@ -82,6 +81,7 @@ class Reproduction:
             student=self.rollouts["sparse"].student,
             prompts=self.prompts[: settings.recall_prompts],
             seed=settings.seed,
+            device=settings.device,
             out=self.folder,
         )
 
@@ -139,6 +139,7 @@ class SelectorRecall:
     student: Student
     prompts: list[str]
     seed: int
+    device: str
     out: Path
 
     @cached_property
@@ -146,7 +147,7 @@ class SelectorRecall:
         return self.out / f"recall-{digest(self.student.described(), self.prompts, self.seed)}.json"
 
     def measure(self) -> int:
-        pipe = SparseForcingPipeline.from_pretrained(str(self.student.model))
+        pipe = self.student.load(self.device)
         chunks = chunks_until(pipe, 1)
         rows = measure_recall(pipe, self.prompts, chunks=chunks, seed=self.seed, memory=self.student.memory)
         settings = {"prompts": len(self.prompts), "chunks": chunks, "seed": self.seed}

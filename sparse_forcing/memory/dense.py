@@ -79,7 +79,8 @@ class DenseMemory(RolloutMemory):
             if state is None:
                 continue
             past = state.keys[:, :end]
-            keys = shift_time(past, self._shifts(layer, frames, delta.to(past.device)))
+            delta = delta.to(past.device)  # once: the layers share a device
+            keys = shift_time(past, self._shifts(layer, frames, delta))
             if self.cache_gradient == "none":
                 past.copy_(keys)
             else:

@@ -135,4 +135,4 @@ class RebuiltAttention(torch.autograd.Function):
 
 
 def _query_sizes(layout: TileLayout, query: Tensor) -> Tensor | None:
-    return None if layout.uniform else layout.sizes.to(query.device)
+    return None if layout.uniform else layout.on(query.device).sizes

@@ -201,7 +201,7 @@ class SparseMemory(RolloutMemory):
 
     def _pool(self, layer: int, blocks: Tensor, side: str) -> Tensor:
         weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
-        sizes = None if self.layout.uniform else self.layout.sizes.to(blocks.device)
+        sizes = None if self.layout.uniform else self.layout.on(blocks.device).sizes
         if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
             blocks = blocks.detach()
         return pool_blocks(blocks, sizes, weights)
@@ -253,7 +253,7 @@ class SparseMemory(RolloutMemory):
             state.keys,
             state.values,
             index,
-            query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device),
+            query_sizes=None if self.layout.uniform else self.layout.on(queries.device).sizes,
             key_sizes=state.sizes,
             num_persistent=self.num_persistent,
             return_mass=measure,
@@ -325,7 +325,7 @@ class SparseMemory(RolloutMemory):
         everything = torch.arange(window.shape[2], dtype=torch.int32, device=window.device)
         mass = block_sparse_attention(
             queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=sizes, return_mass=True,
-            query_sizes=None if self.layout.uniform else self.layout.sizes.to(queries.device), backend=self.backend,
+            query_sizes=None if self.layout.uniform else self.layout.on(queries.device).sizes, backend=self.backend,
         ).mass  # fmt: skip
         assert mass is not None
         return keys, sizes, mass
@@ -371,8 +371,8 @@ class SparseMemory(RolloutMemory):
                 with self.history():
                     setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
         if state.sizes is not None:
-            state.sizes = state.sizes.scatter(2, slots, self.layout.sizes.to(slots.device).expand(slots.shape))
-        first = self.layout.first_frame.to(slots.device).expand(slots.shape)
+            state.sizes = state.sizes.scatter(2, slots, self.layout.on(slots.device).sizes.expand(slots.shape))
+        first = self.layout.on(slots.device).first_frame.expand(slots.shape)
         state.position = state.position.scatter(2, slots, first + self.chunk_position)
         state.floor = state.floor.scatter(2, slots, first)
         if state.history is not None:
@@ -435,6 +435,6 @@ class SparseMemory(RolloutMemory):
         for state in states:
             place = gather_slots(state.origin, state.persistent)[0] % n
             kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
-        sizes = self.layout.sizes.to(kept.device)
-        tokens = kept.repeat_interleave(sizes)[self.layout.inverse.to(kept.device)]
+        sizes = self.layout.on(kept.device).sizes
+        tokens = kept.repeat_interleave(sizes)[self.layout.on(kept.device).inverse]
         return tokens.view(self.layout.frames, self.layout.rows, self.layout.cols)

@@ -17,7 +17,7 @@ from sparse_forcing.scenes.sample import RESIZE_LOG, SHAPE_SCALE, SceneBatch, ex
 from sparse_forcing.scenes.vocabulary import BACKGROUND_RGB, COLOUR_RGB, MOTIONS, SHAPES
 
 RING_HOLE = 0.55  # inner over outer radius
-_CHUNK_PIXELS = 1 << 16  # drawn together, so that the working set stays in a core's cache
+_CHUNK_PIXELS = 1 << 16  # drawn together on a CPU, so that the working set stays in a core's cache
 _POLYGON_EDGES = {"square": 4, "triangle": 3, "star": 5}
 _FIRST_NORMAL = {"square": 0.0, "triangle": pi / 2, "star": -pi / 2}  # clockwise from the right
 _INRADIUS = {"square": 1.0, "triangle": 0.5, "star": cos(2 * pi / 5)}  # of the edge lines, relative to SHAPE_SCALE
@@ -36,7 +36,7 @@ def render(scenes: SceneBatch, frames: int, side: int, *, start: int | Tensor = 
     video = background[:, None, :, None, None].expand(-1, frames, -1, side, side).clone()
     x, y, radius, angle = trajectories(scenes, frames, start=start)
     contrast = _palette(COLOUR_RGB, device)[scenes.colour] - background[:, None]
-    step = max(1, _CHUNK_PIXELS // (frames * side * side))
+    step = max(1, _CHUNK_PIXELS // (frames * side * side)) if device.type == "cpu" else len(scenes)
     for number, shape in enumerate(SHAPES):
         for place in range(scenes.present.shape[1]):
             chosen = (scenes.present[:, place] & (scenes.shape[:, place] == number)).nonzero()[:, 0]

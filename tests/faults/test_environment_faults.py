@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.sampling.generate import resolve_device
 
 ROOT = Path(__file__).resolve().parents[2]
 ATTENTION = """

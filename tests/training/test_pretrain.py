@@ -36,7 +36,7 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
         "latent_channels": 4, "pose_layer": 1, "text_steps": 2, "checkpoint_minutes": 1e9,
     }  # fmt: skip
     return PretrainConfig(
-        stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, size=32),), **small | changes
+        stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes
     )
 
 
@@ -150,6 +150,15 @@ def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames()
     assert set(parts) - set(going_on) == {replace(mixed, latent_frames=2, batch_size=12, continuation=0.0)}
 
 
+def test_steps_draw_a_size_and_keep_the_number_of_pixels() -> None:
+    settings = config(StageConfig(latent_frames=1, batch_size=8, steps=400, sizes=(32, 32, 32, 64)))
+    parts = [recipe.part_at(settings, step) for step in range(400)]
+    assert {(part.sizes, part.batch_size) for part in parts} == {((32,), 8), ((64,), 2)}
+    assert 60 < sum(part.sizes == (64,) for part in parts) < 140
+    model = TextToVideo(settings, STD)
+    assert [model.task(replace(parts[0], sizes=(size,))) for size in (32, 64)] == [0, 2]
+
+
 @pytest.mark.parametrize("continuation", [0.0, 1.0])
 def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: float) -> None:
     torch.manual_seed(0)
@@ -227,8 +236,8 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = (
-        StageConfig(latent_frames=1, batch_size=2, steps=3, size=32),
-        StageConfig(latent_frames=4, batch_size=2, steps=4, size=32, continuation=0.5),
+        StageConfig(latent_frames=1, batch_size=2, steps=3, sizes=(32,)),
+        StageConfig(latent_frames=4, batch_size=2, steps=4, sizes=(32,), continuation=0.5),
     )
     settings = config(*stages, checkpoint_minutes=0)
     recipe.pretrain(settings, tmp_path / "whole")

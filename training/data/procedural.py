@@ -42,14 +42,17 @@ def procedural_batch(
     caption_dropout: float,
     split: str = "train",
     late_start_fraction: float = 0.0,
+    device: torch.device | str = "cpu",
 ) -> ClipBatch:
     """The batch of one step, with varied captions. Clips show the first frames of their scene, except for a share that
-    starts at any later moment of its first five seconds."""
+    starts at any later moment of its first five seconds. What is drawn at random does not depend on `device`, where the
+    scenes are rendered and stay."""
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     words = random.Random(step_seed(seed, step))
     scenes = sample_scenes(batch_size, generator, two_object_fraction=two_object_fraction, split=split)
     start = torch.randint(max(1, CLIP_FRAMES - num_frames + 1), (batch_size,), generator=generator)
     start *= torch.rand(batch_size, generator=generator) < late_start_fraction
-    video = render(scenes, num_frames, size, start=start)
     captions = ["" if words.random() < caption_dropout else caption(scene, words) for scene in scenes.scenes()]
+    scenes, start = scenes.to(device), start.to(device)
+    video = render(scenes, num_frames, size, start=start)
     return ClipBatch(video.transpose(1, 2), captions, scenes, start)

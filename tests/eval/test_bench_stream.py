@@ -1,0 +1,97 @@
+"""bench stream: memories in turns, random weights; a sparse cache is flat, a full one grows; bad input is one line."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_forcing.cli import main
+from sparse_forcing.eval import bench_stream
+
+TINY = ("bench", "stream", "--model-size", "tiny", "--device", "cpu", "--height", "64", "--width", "64")
+
+
+def last_line(capsys: pytest.CaptureFixture[str]) -> dict:
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_path: Path) -> None:
+    assert main([*TINY, "--chunks", "4", "--output", str(tmp_path)]) == 0
+    report = last_line(capsys)
+    assert report == json.loads((tmp_path / "stream.json").read_text("utf-8"))
+    assert report["ok"]
+    assert (report["weights"], report["decoding"]) == ("random", "not included")
+    full, sparse = report["memories"]["full"], report["memories"]["sparse"]
+    assert sparse["cache_bytes"][2] == sparse["cache_bytes"][3]  # two chunks fill the window, the third what persists
+    assert all(after > before for before, after in pairwise(full["cache_bytes"]))
+    for row in (full, sparse):
+        assert len(row["chunk_seconds"]) == 4
+        assert row["last_third_seconds"] == row["chunk_seconds"][-1]
+        assert row["pixel_frames_per_second"] == pytest.approx(8 / row["last_third_seconds"])
+        assert row["cache_bytes_peak"] == max(row["cache_bytes"])
+        assert row["gpu_peak_bytes"] is None
+    assert report["full_over_sparse"] == pytest.approx(full["last_third_seconds"] / sparse["last_third_seconds"])
+    text = (tmp_path / "stream.md").read_text("utf-8")
+    assert "decoding not included" in text
+    assert "| full |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model-size", "wan-9b"], "--model-size: unknown 'wan-9b'; known are wan-1.3b, wan-14b, tiny, tiny-base"),
+        (["--memories", "full", "elephant"], "--memories: unknown elephant"),
+        (["--chunks", "0"], "--chunks: at least 1"),
+        (["--height", "63"], "height: 63 pixels is not a positive multiple of 8"),
+        (["--num-inference-steps", "0"], "num_inference_steps: expected 1 to 1000"),
+        (["--device", "nowhere"], "--device nowhere: not usable"),
+        (["--model", "tiny"], "--model has no effect on bench stream"),
+        (["--output", "/proc/x"], "cannot write into /proc/x"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_built(arguments, message, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(bench_stream, "measure", lambda *_: pytest.fail("measured bad input"))
+    assert main([*TINY, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_latents_that_are_not_finite_end_the_run_without_a_report(capsys, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(bench_stream, "HEAD_STD", float("inf"))
+    assert main([*TINY, "--chunks", "1", "--output", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "not finite" in captured.err
+    assert json.loads(captured.out.splitlines()[-1])["ok"] is False
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_are_the_same_for_the_same_seed() -> None:
+    config = bench_stream.StreamBenchConfig(model_size="tiny")
+    architecture = bench_stream.find_architecture("tiny", {})
+    first, second = (
+        bench_stream.build(architecture, (8, 8), config, torch.device("cpu"), torch.float32) for _ in range(2)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), second.model.parameters()))
+    assert torch.equal(first.text, second.text)
+
+
+def test_gpu_peaks_count_what_is_shared_and_what_is_own(monkeypatch) -> None:
+    counters = {"now": 100, "peak": 0}
+
+    def allocate(temporary: int, kept: int) -> None:
+        counters["peak"] = max(counters["peak"], counters["now"] + kept + temporary)
+        counters["now"] += kept
+
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda _: counters["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: counters["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: counters.update(peak=counters["now"]))
+    meter = bench_stream.GpuMeter(torch.device("cuda"))
+    for name, temporary, kept in (("full", 7, 50), ("sparse", 9, 20), ("full", 7, 30), ("sparse", 5, 0)):
+        with meter.turn(name):
+            allocate(temporary, kept)
+    assert meter.peaks == {"full": 100 + 50 + 30 + 7, "sparse": 100 + 20 + 9}

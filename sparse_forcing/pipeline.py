@@ -154,6 +154,9 @@ class SparseForcingPipeline:
         folder = Path(folder)
         for name in ("transformer", "text_encoder", "vae"):
             getattr(self, name).save_pretrained(folder / name)
+            settings = read_json(folder / name / "config.json")
+            settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
+            atomic_write_json(folder / name / "config.json", settings)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
         write_manifest(folder)
 

@@ -187,9 +187,11 @@ def estimate_distillation(
 
 
 def estimate_one_network(
-    config: dict[str, Any], work: Work, *, shards: int = 1, encoders: int = 0, lora: LoraConfig | None = None
-) -> MemoryEstimate:
-    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`."""
+    config: dict[str, Any], work: Work, *, shards: int = 1, encoders: int = 0, lora: LoraConfig | None = None,
+    guided: bool = False,
+) -> MemoryEstimate:  # fmt: skip
+    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
+    weights are kept, frozen, to learn from."""
     trained = trained_count(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
@@ -197,7 +199,7 @@ def estimate_one_network(
         gradients=trained // shards * _STATE_BYTES,
         optimizers=2 * trained // shards * _STATE_BYTES,
         averages=trained // shards * _STATE_BYTES,
-        frozen=0,
+        frozen=parameter_count(config) // shards * _STATE_BYTES if guided else 0,
         encoders=encoders,
         cache=cache_bytes(config, work),
         activations=activation_bytes(config, work),
@@ -227,7 +229,8 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     if work.memory and work.memory.kind == "sparse" and _has_selector(config, model):
         notes.append("what the learned selector's own arithmetic keeps is not counted")
     if not isinstance(config, DistillConfig):
-        return estimate_one_network(model.transformer, work, **options), notes
+        guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
+        return estimate_one_network(model.transformer, work, guided=guided, **options), notes
     teacher = model_sizes(config.teacher)
     estimate = estimate_distillation(
         model.transformer,

@@ -6,10 +6,14 @@
 
 With a memory other than `full`, teacher forcing runs chunk by chunk through that memory, exactly as inference does:
 window, block selection, eviction and the persistent set are active while the weights learn.
+
+With `guidance_scale` the target is not the data's flow but the guided flow of the starting weights: one pass then does
+what took two.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,19 +27,22 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.sampling.samplers import guided
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
-from sparse_forcing.training.losses import forcing_loss, unit_variance_weight
+from sparse_forcing.training.losses import scheduled_flow_loss, unit_variance_weight
 from sparse_forcing.training.optim import OptimizerConfig
 from sparse_forcing.training.stage import (
     OneNetwork,
     add_selector,
     autocast,
     draw_number,
+    export_pipeline,
     generators,
     memory_of,
     noise_like,
+    prepare,
 )
 
 MODES = ("bidirectional", "diffusion", "teacher")
@@ -52,6 +59,8 @@ class ForcingConfig:
         weighting: "schedule" (Self-Forcing's bell around t = 500), or "unit_variance" (squared error of the
             preconditioned network output, for models with latent_std).
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
+        guidance_scale: of the starting weights, whose flow with classifier-free guidance is then the target of teacher
+            forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
@@ -69,6 +78,7 @@ class ForcingConfig:
     shift: float = 5.0
     weighting: str = "schedule"
     context_noise: float = 0.0
+    guidance_scale: float = 1.0
     learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
@@ -81,6 +91,8 @@ class ForcingConfig:
             raise ConfigError(f"weighting: expected schedule or unit_variance, got {self.weighting!r}")
         if not 0 <= self.context_noise < 1 or not 0 < self.ema_decay < 1 or self.selector_weight < 0:
             raise ConfigError("context_noise must be in [0, 1), ema_decay in (0, 1), selector_weight not negative")
+        if self.guidance_scale != 1 and self.mode != "teacher":
+            raise ConfigError(f"guidance_scale: {self.guidance_scale:g} needs mode: teacher, got {self.mode}")
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
             kind = self.memory.kind
             raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")
@@ -97,9 +109,12 @@ class ForcingRecipe(OneNetwork):
             self.memory = replace(self.memory, kind="full")
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
+        if self.guide is not None:
+            prepare(self.guide, config.loop, self.device, train=False)
 
     def load(self) -> SparseForcingPipeline:
         pipe = super().load()
+        self.guide = copy.deepcopy(pipe.transformer).eval() if self.config.guidance_scale != 1 else None
         if self.config.learned_selector:
             add_selector(pipe, self.config.memory)
         return pipe
@@ -118,7 +133,8 @@ class ForcingRecipe(OneNetwork):
         noisy = add_noise(latents, noise, self.schedule.sigma_at(timestep))
         with autocast(self.device, config.loop):
             flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
-        yield self.flow_loss(flow, latents, noise, timestep) + config.selector_weight * extra
+            target = noise - latents if self.guide is None else self.guided_flow(noisy, latents, timestep, text, chunks)
+        yield self.flow_loss(flow, target, timestep) + config.selector_weight * extra
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
         """[B, F] timesteps from the shifted grid, one per chunk (or per clip)."""
@@ -146,6 +162,19 @@ class ForcingRecipe(OneNetwork):
         policy = ParallelAttention(2 * frames, teacher_forcing_mask(chunks), torch.arange(frames).repeat(2))
         inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
         return self.run(noisy, timestep, text, policy, **inputs), nothing
+
+    @torch.no_grad()
+    def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
+        """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
+        assert self.guide is not None
+        window = None if self.memory.kind == "full" else self.memory.window_frames
+        policy = ParallelAttention(
+            2 * noisy.shape[1], teacher_forcing_mask(chunks, window=window), torch.arange(noisy.shape[1]).repeat(2)
+        )
+        texts = torch.cat([text, self.pipe.text_encoder.encode([""] * len(text)).to(text)])
+        x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
+        flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)
+        return guided(flow.transpose(1, 2), self.config.guidance_scale)
 
     def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy, **inputs: Tensor) -> Tensor:
         return self.model(noisy.transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
@@ -179,12 +208,18 @@ class ForcingRecipe(OneNetwork):
         order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
         return frozenset(order[: min(self.config.selector_layers, layers)].tolist())
 
-    def flow_loss(self, flow: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor) -> Tensor:
+    def flow_loss(self, flow: Tensor, target: Tensor, timestep: Tensor) -> Tensor:
         if self.config.weighting == "schedule":
-            return forcing_loss(flow, latents, noise, timestep, self.schedule)
+            return scheduled_flow_loss(flow, target, timestep, self.schedule)
         weight = unit_variance_weight(timestep.cpu() / 1000, self.model.config.latent_std)
-        error = (flow.float() - (noise - latents)).square().transpose(1, 2)
+        error = (flow.float() - target).square().transpose(1, 2)
         return (error * (weight.to(error) if isinstance(weight, Tensor) else weight)).mean()
+
+    def export(self, folder: Path) -> None:
+        changes: dict[str, object] = {"memory": self.memory}
+        if self.guide is not None:
+            changes["sampler"] = replace(self.pipe.config.sampler, guidance_scale=1.0)
+        export_pipeline(self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora, **changes)
 
 
 def train(config: ForcingConfig, out: Path) -> int:

@@ -57,7 +57,12 @@ def forcing_loss(flow: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor,
     Args:
         flow, latents, noise: [B, F, C, H, W]; timestep: [B, F], constant inside a chunk.
     """
-    error = (flow.float() - (noise - latents).float()).square().flatten(2).mean(-1)
+    return scheduled_flow_loss(flow, noise - latents, timestep, schedule)
+
+
+def scheduled_flow_loss(flow: Tensor, target: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
+    """The same for any target flow [B, F, C, H, W]."""
+    error = (flow.float() - target.float()).square().flatten(2).mean(-1)
     return (error * schedule.training_weight_at(timestep)).mean()
 
 

@@ -164,6 +164,9 @@ def test_saved_folder_loads_and_generates_the_same(pipe, tmp_path):
     assert len(loaded.weights_sha256) == 64
     expected = pipe(PROMPT, num_frames=8, generator=seeded()).frames
     np.testing.assert_array_equal(loaded(PROMPT, num_frames=8, generator=seeded()).frames, expected)
+    loaded.save_pretrained(tmp_path / "again")  # where it was loaded from leaves no trace
+    manifests = [(tmp_path / name / MANIFEST).read_text() for name in ("model", "again")]
+    assert manifests[0] == manifests[1]
 
 
 def test_a_flipped_bit_or_a_missing_file_is_named(pipe, tmp_path):

@@ -22,7 +22,7 @@ from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
 from sparse_forcing.training.scores import ScoreConfig
-from tests.training.conftest import HORIZON, SPARSE
+from tests.training.conftest import CHANNELS, HORIZON, SPARSE
 
 MEMORIES = {
     "full": MemoryConfig(kind="full"),
@@ -170,6 +170,40 @@ def test_teacher_forcing_through_a_memory_equals_the_parallel_mask(model_folder:
         recipe.memory = replace(MEMORIES[memory], window_frames=everything, top_k=1.0)
     (cached,) = recipe.losses(0, 0)
     torch.testing.assert_close(cached, parallel)
+
+
+@pytest.mark.parametrize("memory", ["full", "sparse"])
+def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_path: Path, memory: str) -> None:
+    def recipe(scale: float) -> ForcingRecipe:
+        config = ForcingConfig(
+            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=scale,
+            weighting="unit_variance", optimizer=OptimizerConfig(learning_rate=1e-4),
+        )  # fmt: skip
+        return ForcingRecipe(config, Accelerator(cpu=True))
+
+    guided = recipe(30.0)
+    clip, text = torch.randn(2, HORIZON, CHANNELS, 4, 4), guided.pipe.text_encoder.encode(["a red circle", ""])
+    x, time, chunks = torch.randn_like(clip), torch.full((2, HORIZON), 500.0), guided.chunks(HORIZON)
+    found = guided.guided_flow(x, clip, time, text, chunks)
+    assert not torch.allclose(found[0], found[1])
+    # Without a caption there is nothing to be guided by, and at the start both networks have the same weights.
+    if memory == "full":
+        with torch.no_grad():
+            plain, _ = guided.flow(x, clip, time, text, chunks, [torch.Generator(), torch.Generator()])
+        torch.testing.assert_close(found[1], plain[1])
+        assert not torch.allclose(found[0], plain[0])
+    before = weights(guided.guide)
+    losses = [guided.update(step)["flow_loss"] for step in [0] * 6]
+    assert losses[-1] < losses[0]
+    assert all(torch.equal(a, b) for a, b in zip(before, guided.guide.parameters()))
+    guided.export(tmp_path / "pipeline")
+    assert SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline")).config.sampler.guidance_scale == 1
+    assert recipe(1.0).guide is None
+
+
+def test_guidance_is_learned_by_teacher_forcing_only() -> None:
+    with pytest.raises(ConfigError, match="guidance_scale: 3 needs mode: teacher"):
+        ForcingConfig(loop=LOOP, mode="bidirectional", guidance_scale=3.0)
 
 
 @pytest.mark.parametrize("mode", ["bidirectional", "diffusion", "teacher"])

@@ -8,6 +8,11 @@ fastest dense rival. Rivals and the sparse path alternate inside one process, an
 On the CPU the lists are uniformly random, the worst case for caches. With one thread the clock counts CPU seconds of
 this thread, so that other processes cost both sides the same; with more it is the wall clock.
 
+On a CUDA or ROCm GPU a forward is timed twice. The main figure, marked "graph", is the replay of a CUDA graph: the
+GPU's work alone, as a captured model or one that keeps the GPU's queue full sees it. The other is an eager call on an
+idle GPU, which at these sizes waits for the host. Forward and backward together are timed eagerly only: a captured
+autograd would measure how well it was captured.
+
     OMP_NUM_THREADS=1 taskset -c 0 python -m sparse_forcing.eval.bench_attention --output outputs/bench
 
 The last line of the output is JSON. A red correctness gate ends the run with exit code 1 before anything is timed.
@@ -42,6 +47,7 @@ from sparse_forcing.kernels.block_sparse_attention.interface import resolve_back
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value blocks -> output blocks
 
 DENSITIES = (0.0625, 0.125, 0.25)  # the paper's top-K fractions
+CAPTURED_CALLS = 10  # in one graph, so that its own launch does not count
 GATE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}  # relative error of output, lse and gradients against float64
 
 
@@ -230,7 +236,7 @@ def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def compare(
     shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, backward: bool, repeats: int
 ) -> list[dict]:
-    """One row per density: milliseconds, speed-up over the fastest rival, share of the ideal."""
+    """One row per way of timing and density: milliseconds, speed-up over the fastest rival, share of the ideal."""
     inputs = Inputs.random(shape, dtype, device)
     index = {density: inputs.lists(density) for density in DENSITIES}
     functions = dict(rivals(inputs, index[DENSITIES[1]]))
@@ -242,7 +248,14 @@ def compare(
             return lambda: torch.autograd.grad(function(*tensors), tensors, inputs.grad)
         return lambda: function(*tensors)
 
-    seconds = interleaved({name: call(function) for name, function in functions.items()}, device, repeats)
+    calls = {name: call(function) for name, function in functions.items()}
+    rows = []
+    for timing, seconds in timings(calls, device, repeats, graphs=not backward).items():
+        rows += _rows(shape, dtype, backward, timing, seconds)
+    return rows
+
+
+def _rows(shape: Shape, dtype: torch.dtype, backward: bool, timing: str, seconds: dict[str, float]) -> list[dict]:
     dense = {name: seconds[name] for name in seconds if name not in map(str, DENSITIES)}
     best = min(dense, key=dense.__getitem__)
     rows = []
@@ -253,6 +266,7 @@ def compare(
                 "shape": shape.name,
                 "dtype": str(dtype).removeprefix("torch."),
                 "backward": backward,
+                "timing": timing,
                 "density": density,
                 "milliseconds": 1e3 * mine,
                 "rivals_milliseconds": {name: 1e3 * t for name, t in dense.items()},
@@ -262,13 +276,14 @@ def compare(
             }
         )
     line = "  ".join(f"{row['density']:.2%} {row['speedup']:5.2f}x ({row['share_of_ideal']:.0%})" for row in rows)
-    print(f"{shape.name:32} {rows[0]['dtype']:8} {'fwd+bwd' if backward else 'fwd':8} "
-          f"{best} {1e3 * dense[best]:.1f} ms   {line}", flush=True)  # fmt: skip
+    what = ("fwd+bwd" if backward else "fwd") + (" graph" if timing == "graph" else "")
+    print(f"{shape.name:32} {rows[0]['dtype']:8} {what:9} {best} {1e3 * dense[best]:.1f} ms   {line}", flush=True)
     return rows
 
 
 def break_down(shape: Shape, dtype: torch.dtype, device: torch.device, backend: str, repeats: int) -> dict:
-    """Milliseconds of compression (pooling queries and keys), selection (scores, top-K, lists) and attention."""
+    """Milliseconds of compression (pooling queries and keys), selection (scores, top-K, lists) and attention; by graph
+    where there are graphs."""
     inputs = Inputs.random(shape, dtype, device)
     window = inputs.key_pool[:, :, inputs.num_persistent :]
     slots = torch.arange(inputs.key_pool.shape[2], device=device, dtype=torch.int32).expand(1, shape.heads, -1)
@@ -287,15 +302,48 @@ def break_down(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
         "attention": lambda: inputs.sparse(index, backend)(*tensors),
         "dense": lambda: inputs.dense()(*tensors),
     }
-    seconds = interleaved(parts, device, repeats)
+    timing, seconds = next(iter(timings(parts, device, repeats, graphs=True).items()))
     share = (seconds["compression"] + seconds["selection"]) / seconds["dense"]
     print(f"{shape.name:32} " + "  ".join(f"{name} {1e3 * t:.2f} ms" for name, t in seconds.items())
           + f"   selection with compression: {share:.2%} of dense", flush=True)  # fmt: skip
     return {
         "shape": shape.name,
+        "timing": timing,
         "milliseconds": {name: 1e3 * t for name, t in seconds.items()},
         "share_of_dense": share,
     }
+
+
+def timings(
+    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, graphs: bool
+) -> dict[str, dict[str, float]]:
+    """Way of timing -> median seconds of each function. Always "eager"; before it "graph", if asked for and possible.
+
+    One function that cannot be captured leaves all of them out: without the fastest rival the others say little.
+    """
+    eager = interleaved(functions, device, repeats)  # first: it compiles and tunes, which a capture forbids
+    if not graphs or device.type == "cpu":
+        return {"eager": eager}
+    try:
+        replays = {name: captured(function, device) for name, function in functions.items()}
+        unrolled = interleaved(replays, device, repeats)
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        print(f"no CUDA graph on {device}, eager calls only: {reason}", flush=True)
+        return {"eager": eager}
+    return {"graph": {name: t / CAPTURED_CALLS for name, t in unrolled.items()}, "eager": eager}
+
+
+def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
+    """Replay of a CUDA graph of CAPTURED_CALLS calls; the function was called before. RuntimeError if impossible."""
+    if device.type != "cuda":
+        raise RuntimeError(f"{device.type} has none")
+    with torch.cuda.device(device):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(CAPTURED_CALLS):
+                function()
+    return graph.replay
 
 
 def interleaved(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
@@ -346,9 +394,11 @@ def plot(rows: list[dict], folder: Path) -> Path:
         mine = [row for row in rows if row["shape"] == name]
         ideal = [row["speedup"] / row["share_of_ideal"] for row in mine[: len(DENSITIES)]]
         axis.plot(places, ideal, "k--", label="ideal")
-        for dtype, backward in dict.fromkeys((row["dtype"], row["backward"]) for row in mine):
-            line = [row["speedup"] for row in mine if (row["dtype"], row["backward"]) == (dtype, backward)]
-            axis.plot(places, line, "o-", label=f"{dtype}, {'forward + backward' if backward else 'forward'}")
+        for kind in dict.fromkeys((row["dtype"], row["backward"], row["timing"]) for row in mine):
+            line = [row["speedup"] for row in mine if (row["dtype"], row["backward"], row["timing"]) == kind]
+            dtype, backward, timing = kind
+            label = f"{dtype}, {'forward + backward' if backward else 'forward'}"
+            axis.plot(places, line, "o-", label=label + ", CUDA graph" * (timing == "graph"))
         axis.set(title=name, xlabel="density", ylabel="times as fast as dense", ylim=(0, None))
         axis.set_xticks(places, [f"{density:.4g}" for density in DENSITIES])
     axes.flat[0].legend(fontsize=8)

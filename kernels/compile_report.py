@@ -117,13 +117,7 @@ def examples(
     name: str, tokens: int = 64, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> list[tuple[str, Any]]:
     """(label, Launch) of every kernel the launch table of architecture `name` can pick, on typical tensors."""
-    from sparse_forcing.kernels.block_sparse_attention.triton_launch import (
-        UNIONS,
-        Problem,
-        architecture,
-        plan_backward,
-        plan_forward,
-    )
+    from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, plan_backward, plan_forward
 
     B, H, Nq, S, M = 1, 12, 4, 16, 8
     q, k, v = (torch.empty(B, H, n, tokens, head_dim, dtype=dtype) for n in (Nq, S, S))
@@ -147,12 +141,6 @@ def examples(
                 found.append((launch.name + suffix, launch))
 
     even, ragged = problem(), problem(rows, sizes)
-    if architecture(name).pair and tokens > 32 and head_dim in (64, 128) and dtype != torch.float32:
-        add("shared", plan_forward(even, num_persistent=M, variant="pair").launches)
-        if UNIONS:
-            add("union", plan_forward(even, variant="pair").launches)
-            add("ragged", plan_forward(ragged, variant="pair").launches[1:])
-            add("rest", plan_forward(even, variant="pair", keep_rest=True).launches[1:])
     plain = plan_forward(even)
     add("", plain.launches)
     add("", plan_backward(even, q, plain.lse, plain.out, plain.out_rest, plain.lse).launches)
@@ -250,8 +238,6 @@ def _slots(loops: list[int], warps: int, launch: Any) -> float | None:
     """Loop instructions, times warps per scheduler, over the 64 x 64 pairs one iteration covers."""
     if launch is None or not loops or "BLOCK_K" not in launch.args:
         return None
-    if launch.name == "forward_pair":  # two warp groups of 64 rows each: a scheduler runs one warp of each
-        return sum(loops) / (2 * launch.args["GROUP"])
     pairs = launch.args["BLOCK_Q"] * launch.args["BLOCK_K"] / 64**2
     return max(loops) * (warps / 4) / pairs
 

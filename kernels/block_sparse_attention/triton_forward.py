@@ -2,9 +2,8 @@
 
     forward_pointer   any layout, any head dim, ragged sizes: Ampere, Ada, AMD, float32, and every fallback
     forward_tma       Hopper and later, one query block per program, blocks fetched by the bulk copy engine (TMA)
-    forward_pair      Hopper, two query blocks per program over the union of their lists, warp specialised
 
-All walk one list per program over one pool: a persistent block and a selected window block differ only in their slot.
+Both walk one list per program over one pool: a persistent block and a selected window block differ only in their slot.
 
 Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S slots, T tokens per slot, D head dim,
 M list entries per query block. Strides are named s<tensor><dimension>; counts [B, H, Nq] is the length of each list.
@@ -24,7 +23,6 @@ from sparse_forcing.kernels.block_sparse_attention.triton_tiles import (
     online_softmax,
     rounding_rest,
     store_block,
-    store_slices,
     tile_mask,
     tile_offsets,
 )
@@ -171,134 +169,3 @@ def forward_tma(
         r_head = out_rest + head * query_blocks * Tq * D
         r_blocks = block_descriptor(r_head, query_blocks, Tq * D, D, Tq, D, BLOCK_Q, BLOCK_D)
         store_block(r_blocks, block, rounding_rest(o, out), Tq, BLOCK_Q, BLOCK_D)
-
-
-@triton.jit
-def _decode(code, half, UNION: tl.constexpr):
-    """Entry of a pair's list -> (slot, does the query block that owns this row list it: [R] bool, or one bool)."""
-    if UNION:
-        return code >> 2, ((code >> half) & 1) != 0
-    else:
-        return code >> 2, (code & 1) != 0
-
-
-@triton.jit
-def _scores(q, k, columns, T: tl.constexpr, BLOCK_K: tl.constexpr):
-    scores = tl.dot(q, tl.trans(k))
-    return tl.where(columns[None, :] < T, scores, float("-inf")) if T != BLOCK_K else scores
-
-
-@triton.jit
-def _weights(scores, m, listed, scale_log2):
-    """[R, C] exp2(scale s - m), or 0 where the row's query block does not list this slot.
-
-    Raising the row's offset to +inf does the masking: two selects per thread, where masking the scores takes 32.
-    """
-    return tl.math.exp2(scores * scale_log2 - tl.where(listed, m, float("inf"))[:, None])
-
-
-@triton.jit
-def _max_of_three(a0, a1, a2, b0, b1, b2):
-    return tl.maximum(a0, b0), tl.maximum(a1, b1), tl.maximum(a2, b2)
-
-
-@triton.jit(do_not_specialize=CHANGING)
-def forward_pair(
-    query, key_pool, value_pool, out, out_rest, lse, codes, counts, query_sizes,
-    sqb, sqh, sqn, sqt, skb, skh, sks, skt, svb, svh, svs, svt,
-    scale_log2, heads, query_blocks, slots, list_length,
-    Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, BLOCK_K: tl.constexpr, RAGGED_Q: tl.constexpr,
-    REST: tl.constexpr, UNION: tl.constexpr, GROUP: tl.constexpr, PIECES: tl.constexpr,
-    SPECIALISE: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Two query blocks per program (128 rows), GROUP (2 or 3) slots per iteration, warp specialised, for Hopper.
-
-    UNION: the two lists differ; codes [B*H, pairs, list_length] hold 4 * slot + (1 if the even query block lists it) +
-    (2 if the odd one does). Otherwise both list the same slots and bit 0 says whether the entry is real. `pair_lists`
-    makes codes and counts [B*H, pairs], padded to a multiple of GROUP with a slot that is already in the list, so that
-    the padding changes no maximum and its weights are set to 0. Why this shape:
-
-    * 128 rows halve the bytes of key and value fetched per product: 64 rows are bound by L2, not by the tensor cores.
-    * warp_specialize gives one warp group the copies and two the arithmetic (64 rows each), so neither waits in line.
-    * GROUP slots share one rescaling of acc, one running maximum and one set of row reductions: 316 issue slots per
-      64 x 64 pair for one slot, 250 for two, 237 for three. Three fit in shared memory only if out leaves in PIECES
-      slices.
-    * rows are taken from the flattened [Nq * Tq, D], so that Tq = 60 wastes 8 of 128 rows and needs no row mask: a
-      row past the pair is computed and dropped.
-
-    Form matters to the pass that splits the 128 rows over two warp groups. query must come by descriptor, and the row
-    maxima of several score tiles from one reduction, because the pass cannot trace back through a second one.
-    Triton before 3.9 splits neither that reduction nor the slices of out: there GROUP is 2, UNION off and PIECES 1.
-    """
-    tl.static_assert(GROUP == 3 or not UNION)
-    BLOCK_Q: tl.constexpr = 128
-    pair = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    batch, of_batch = head // heads, head % heads
-    rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
-    half = rows // Tq
-    q_rows = tl.make_tensor_descriptor(
-        query + batch * sqb + of_batch * sqh, shape=[query_blocks * Tq, D], strides=[sqt, 1], block_shape=[BLOCK_Q, D]
-    )
-    k_blocks = block_descriptor(key_pool + batch * skb + of_batch * skh, slots, sks, skt, T, D, BLOCK_K, D)
-    v_blocks = block_descriptor(value_pool + batch * svb + of_batch * svh, slots, svs, svt, T, D, BLOCK_K, D)
-
-    q = q_rows.load([pair * 2 * Tq, 0])
-    m = tl.full([BLOCK_Q], LOWEST, tl.float32)
-    total = tl.full([BLOCK_Q], 0.0, tl.float32)
-    acc = tl.full([BLOCK_Q, D], 0.0, tl.float32)
-    pairs = (query_blocks + 1) // 2
-    entry = codes + (head * pairs + pair) * list_length
-    count = tl.load(counts + head * pairs + pair)
-    for i in tl.range(0, count, GROUP, warp_specialize=SPECIALISE, num_stages=STAGES):
-        slot0, listed0 = _decode(tl.load(entry + i), half, UNION)
-        slot1, listed1 = _decode(tl.load(entry + i + 1), half, UNION)
-        s0 = _scores(q, load_block(k_blocks, slot0, T, BLOCK_K, D), columns, T, BLOCK_K)
-        s1 = _scores(q, load_block(k_blocks, slot1, T, BLOCK_K, D), columns, T, BLOCK_K)
-        if GROUP == 3:
-            slot2, listed2 = _decode(tl.load(entry + i + 2), half, UNION)
-            s2 = _scores(q, load_block(k_blocks, slot2, T, BLOCK_K, D), columns, T, BLOCK_K)
-            if UNION:
-                x0, x1, x2 = tl.reduce((s0, s1, s2), 1, _max_of_three)
-                top = tl.maximum(tl.where(listed0, x0, LOWEST), tl.where(listed1, x1, LOWEST))
-                top = tl.maximum(top, tl.where(listed2, x2, LOWEST))
-            else:
-                top = tl.max(tl.maximum(tl.maximum(s0, s1), s2), 1)
-        else:
-            top = tl.max(tl.maximum(s0, s1), 1)
-        m_new = tl.maximum(m, top * scale_log2)
-        shrink = tl.math.exp2(m - m_new)
-        if UNION:
-            p0 = _weights(s0, m_new, listed0, scale_log2)
-        else:  # only the last group is filled up, and never its first entry
-            p0 = tl.math.exp2(s0 * scale_log2 - m_new[:, None])
-        p1 = _weights(s1, m_new, listed1, scale_log2)
-        sums = p0 + p1
-        if GROUP == 3:
-            p2 = _weights(s2, m_new, listed2, scale_log2)
-            sums += p2
-        total = total * shrink + tl.sum(sums, 1)
-        acc = acc * shrink[:, None]
-        v0 = load_block(v_blocks, slot0, T, BLOCK_K, D)
-        v1 = load_block(v_blocks, slot1, T, BLOCK_K, D)
-        acc = tl.dot(p0.to(v0.dtype), v0, acc)
-        acc = tl.dot(p1.to(v1.dtype), v1, acc)
-        if GROUP == 3:
-            v2 = load_block(v_blocks, slot2, T, BLOCK_K, D)
-            acc = tl.dot(p2.to(v2.dtype), v2, acc)
-        m = m_new
-
-    # Rows of the pair, and among them the real ones: an odd tail has no second block, a ragged one has fewer rows.
-    row = pair * 2 * Tq + rows
-    inside = (rows < 2 * Tq) & (row < query_blocks * Tq)
-    valid = inside
-    if RAGGED_Q:
-        even = tl.load(query_sizes + pair * 2)
-        odd = tl.load(query_sizes + tl.minimum(pair * 2 + 1, query_blocks - 1))
-        valid = valid & (rows % Tq < tl.where(half == 0, even, odd))
-    o, row_lse = finish_softmax(m, total, acc, valid)
-    head_start = head * query_blocks * Tq
-    tl.store(lse + head_start + row, row_lse, mask=inside)
-    store_slices(out + head_start * D, o, row, D, inside, 0, D, PIECES)
-    if REST:
-        store_slices(out_rest + head_start * D, rounding_rest(o, out), row, D, inside, 0, D, PIECES)

@@ -11,26 +11,19 @@ entries.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.kernels.block_sparse_attention import triton_backward as bwd
 from sparse_forcing.kernels.block_sparse_attention import triton_forward as fwd
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
-from sparse_forcing.kernels.block_sparse_attention.triton_lists import (
-    block_mass,
-    inverse_lists,
-    list_counts,
-    pair_lists,
-)
+from sparse_forcing.kernels.block_sparse_attention.triton_lists import block_mass, inverse_lists, list_counts
 
-TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
-UNIONS = TRITON >= (3, 9)  # older compilers cannot partition the three-slot kernel, see `forward_pair`
 MAX_BLOCK = 128  # rows or tokens per block; 64 is what the kernels are tuned for
 MAX_HEAD_DIM = 256
 LOG2E = 1.4426950408889634
@@ -58,7 +51,6 @@ class Architecture:
 
     tma: bool = False  # has the bulk copy engine and the 64-row tensor instruction that make the TMA kernels pay
     halves: bool = False  # the pointer kernel adds up two halves of a head dim from 128 (see `forward_pointer`)
-    pair: bool = False  # the warp-specialised kernel compiles to what was measured
     tiles: Tiles = field(default_factory=dict)  # 16-bit types
     tiles_float32: Tiles = field(default_factory=dict)
 
@@ -88,7 +80,6 @@ ARCHITECTURES: dict[str, Architecture] = {
     "sm_80": _AMPERE,
     "sm_90": Architecture(
         tma=True,
-        pair=True,
         tiles={
             "forward_pointer": (Tile(), Tile(), Tile(keys=32, warps=8, stages=1)),
             "backward_dq_pointer": (Tile(), Tile(), Tile(keys=16, stages=1)),
@@ -176,15 +167,11 @@ class Problem:
         if not self.scale > 0:
             raise SparseForcingError(f"block_sparse_attention (triton): scale is {self.scale}, need a positive number")
 
-    @property
+    @functools.cached_property
     def sizes(self) -> tuple[int, int, int, int]:
         """(query blocks, slots, padded rows, padded tokens)."""
-        return (
-            self.query.shape[2],
-            self.key_pool.shape[2],
-            _padded(self.query.shape[3]),
-            _padded(self.key_pool.shape[3]),
-        )
+        (_, _, Nq, Tq, _), (_, _, S, T, _) = self.query.shape, self.key_pool.shape
+        return Nq, S, _padded(Tq), _padded(T)
 
     def aligned(self) -> bool:
         """Whether TMA can read these tensors: 64-row boxes, unit inner stride, all else a multiple of 16 bytes."""
@@ -193,19 +180,20 @@ class Problem:
 
     def common(self) -> dict[str, Any]:
         """Arguments with the same name in every attention kernel."""
-        strides: dict[str, Any] = {}
-        for letter, tensor in (("q", self.query), ("k", self.key_pool), ("v", self.value_pool)):
-            axes = ("b", "h", "n" if letter == "q" else "s", "t", "d")
-            strides |= {f"s{letter}{axis}": stride for axis, stride in zip(axes, tensor.stride())}
+        sqb, sqh, sqn, sqt, sqd = self.query.stride()
+        skb, skh, sks, skt, skd = self.key_pool.stride()
+        svb, svh, svs, svt, svd = self.value_pool.stride()
         Nq, S, rows, _ = self.sizes
-        H, D = self.query.shape[1], self.query.shape[-1]
+        _, H, _, Tq, D = self.query.shape
         precision = "ieee" if self.query.dtype == torch.float32 else "tf32"  # the latter means nothing for 16 bits
         return {
             "query": self.query, "key_pool": self.key_pool, "value_pool": self.value_pool,
-            "query_sizes": self.query_sizes, "key_sizes": self.key_sizes, **strides,
+            "query_sizes": self.query_sizes, "key_sizes": self.key_sizes,
+            "sqb": sqb, "sqh": sqh, "sqn": sqn, "sqt": sqt, "sqd": sqd,
+            "skb": skb, "skh": skh, "sks": sks, "skt": skt, "skd": skd,
+            "svb": svb, "svh": svh, "svs": svs, "svt": svt, "svd": svd,
             "scale_log2": self.scale * LOG2E, "heads": H, "query_blocks": Nq, "slots": S,
-            "Tq": self.query.shape[3], "T": self.key_pool.shape[3], "D": D,
-            "ROWS": rows, "BLOCK_D": _padded(D),
+            "Tq": Tq, "T": self.key_pool.shape[3], "D": D, "ROWS": rows, "BLOCK_D": _padded(D),
             "RAGGED_Q": self.query_sizes is not None, "RAGGED_K": self.key_sizes is not None, "PRECISION": precision,
         }  # fmt: skip
 
@@ -215,27 +203,29 @@ class Problem:
         queries, keys, warps, stages = arch.tile(kernel, D, self.query.element_size())
         _, _, rows, tokens = self.sizes
         tile = {"BLOCK_Q": min(queries, rows), "BLOCK_K": min(keys, tokens)}
-        parts = (
-            triton.cdiv(self.query.shape[3], tile["BLOCK_Q"]),
-            triton.cdiv(self.key_pool.shape[3], tile["BLOCK_K"]),
-        )
+        parts = -(-self.query.shape[3] // tile["BLOCK_Q"]), -(-self.key_pool.shape[3] // tile["BLOCK_K"])
         return tile, {"num_warps": warps, "num_stages": stages}, parts
 
 
+def power_of_two(n: int) -> int:
+    """The smallest that is at least n. (Triton's own can be called in kernels, too, and takes 8 microseconds.)"""
+    return 1 << (n - 1).bit_length()
+
+
 def _padded(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))  # 16 is the smallest edge of a tensor-core product
+    return max(16, power_of_two(n))  # 16 is the smallest edge of a tensor-core product
 
 
 def _aligned(x: Tensor) -> bool:
-    step = 16 // x.element_size()
-    strides = [s for s, n in zip(x.stride()[:-1], x.shape[:-1]) if n > 1]
+    (B, H, N, T, _), (sb, sh, sn, st, sd) = x.shape, x.stride()
     return (
         x.element_size() == 2
-        and x.stride(-1) == 1
+        and sd == 1
         and x.data_ptr() % 16 == 0
-        and all(s % step == 0 for s in strides)
-        and all(s > 0 for s in x.stride()[2:-1])
-        and (x.shape[3] < 64 or x.shape[2] == 1 or x.stride(2) == 64 * x.stride(3))  # read as one matrix
+        and not any(n > 1 and stride % 8 for n, stride in ((B, sb), (H, sh), (N, sn), (T, st)))
+        and sn > 0
+        and st > 0
+        and (T < 64 or N == 1 or sn == 64 * st)  # full blocks are read as one matrix
     )
 
 
@@ -251,51 +241,32 @@ class ForwardPlan:
     out_rest: Tensor
     lse: Tensor
     mass: Tensor
-    variant: str
 
 
-def choose_forward(problem: Problem, num_persistent: int, return_mass: bool, specialise: bool) -> str:
-    """ "pair", "tma" or "pointer".
-
-    The pair kernel works on the union of two lists. Whatever they hold, the union is at most P + 2 K entries for lists
-    of M = P + K, so it is taken when even that costs no more issue slots than two 64-row programs (248 against 357 per
-    pair of blocks). Block mass needs the list's own order, hence 64 rows. Ragged keys may hold NaN in their padding,
+def choose_forward(problem: Problem) -> str:
+    """ "tma", or "pointer" where TMA cannot read the tensors or must not: ragged keys may hold NaN in their padding,
     which only masked loads leave out.
     """
-    arch = architecture(problem.arch)
-    if not arch.tma or problem.key_sizes is not None or not problem.aligned():
-        return "pointer"
-    Nq, _, _, _ = problem.sizes
-    M, D, Tq = problem.block_index.shape[-1], problem.query.shape[-1], problem.query.shape[3]
-    flat = problem.query.stride(2) == Tq * problem.query.stride(3)
-    worthwhile = 248 * (num_persistent + 2 * (M - num_persistent)) <= 357 * M if UNIONS else num_persistent == M
-    if arch.pair and specialise and not return_mass and worthwhile and flat and D in (64, 128) and Nq > 1:
-        return "pair"
-    return "tma"
+    usable = architecture(problem.arch).tma and problem.key_sizes is None and problem.aligned()
+    return "tma" if usable else "pointer"
 
 
 def plan_forward(
     problem: Problem,
     *,
-    num_persistent: int = 0,
     return_mass: bool = False,
     keep_rest: bool = False,
-    specialise: bool = False,
     variant: str | None = None,
 ) -> ForwardPlan:
-    """Launches of one forward pass. variant overrides the choice (tests, self-check, report)."""
+    """Launches of one forward pass. variant overrides the choice (tests, report)."""
     query, index = problem.query, problem.block_index
     B, H, Nq, M = index.shape
-    variant = variant or choose_forward(problem, num_persistent, return_mass, specialise)
+    variant = variant or choose_forward(problem)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     mass = torch.empty((B, H, Nq, M if return_mass else 0), dtype=torch.float32, device=query.device)
     rest = torch.empty(rest_shape(query, keep_rest), dtype=query.dtype, device=query.device)
     keep_rest = rest.numel() > 0
-    if variant == "pair":
-        launches = _plan_pair(problem, out, rest, lse, shared=num_persistent == M)
-        return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass, variant=variant)
-
     _, _, rows, _ = problem.sizes
     counts = list_counts(index)
     name = f"forward_{variant}"
@@ -311,7 +282,7 @@ def plan_forward(
     launches = [_launch(getattr(fwd, name), (Nq * query_parts, B * H), args, **options)]
     if row_mass is not None:
         launches.append(_plan_mass(problem, row_mass, lse, counts, mass))
-    return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass, variant=variant)
+    return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass)
 
 
 def _plan_mass(problem: Problem, row_mass: Tensor, lse: Tensor, counts: Tensor, mass: Tensor) -> Launch:
@@ -322,32 +293,6 @@ def _plan_mass(problem: Problem, row_mass: Tensor, lse: Tensor, counts: Tensor, 
         "PARTS": row_mass.shape[3] // M, "RAGGED_Q": problem.query_sizes is not None,
     }  # fmt: skip
     return _launch(block_mass, (Nq, B * H), args, num_warps=4)
-
-
-def _plan_pair(problem: Problem, out: Tensor, rest: Tensor, lse: Tensor, *, shared: bool) -> list[Launch]:
-    """The union lists, then the warp-specialised kernel over them."""
-    B, H, Nq, M = problem.block_index.shape
-    pairs, group = (Nq + 1) // 2, 3 if UNIONS else 2
-    width = (M if shared else 2 * M) + group
-    codes = torch.empty((B, H, pairs, width), dtype=torch.int32, device=out.device)
-    counts = torch.empty((B, H, pairs), dtype=torch.int32, device=out.device)
-    block_m = _padded(M)
-    listing = {
-        "block_index": problem.block_index, "codes": codes, "counts": counts, "query_blocks": Nq, "list_length": M,
-        "width": width, "BLOCK_M": block_m, "CHUNK": max(1, min(32, 4096 // block_m)), "GROUP": group, "SHARED": shared,
-    }  # fmt: skip
-    common = problem.common()
-    unused = {"key_sizes", "RAGGED_K", "PRECISION", "ROWS", "BLOCK_D", "sqd", "skd", "svd"}
-    keep_rest = rest.numel() > 0
-    args = {name: value for name, value in common.items() if name not in unused} | {
-        "out": out, "out_rest": rest if keep_rest else None, "REST": keep_rest, "lse": lse, "codes": codes,
-        "counts": counts, "list_length": width, "UNION": not shared, "BLOCK_K": problem.sizes[3],
-        "GROUP": group, "PIECES": 16 if UNIONS and common["D"] == 128 else 1, "SPECIALISE": True, "STAGES": 2,
-    }  # fmt: skip
-    return [
-        _launch(pair_lists, (pairs, B * H), listing, num_warps=4),
-        _launch(fwd.forward_pair, (pairs, B * H), args, num_warps=4, num_stages=2),
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)

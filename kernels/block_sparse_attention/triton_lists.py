@@ -1,4 +1,4 @@
-"""From lists of slots to what the kernels walk: lengths, unions for pairs of query blocks, inverses for the backward.
+"""From lists of slots to what the kernels walk: lengths, inverses for the backward.
 
 Everything stays on the device and has a size known in advance, so a step can be captured in a CUDA graph.
 
@@ -30,51 +30,6 @@ def inverse_lists(block_index: Tensor, slots: int) -> tuple[Tensor, Tensor]:
     edges = torch.arange(slots + 1, dtype=ordered.dtype, device=ordered.device).expand(B, H, slots + 1)
     start = torch.searchsorted(ordered, edges.contiguous(), out_int32=True)
     return start, (position // max(M, 1)).to(torch.int32)
-
-
-@triton.jit(do_not_specialize=["query_blocks", "list_length", "width"])
-def pair_lists(
-    block_index, codes, counts, query_blocks, list_length, width,
-    BLOCK_M: tl.constexpr, CHUNK: tl.constexpr, GROUP: tl.constexpr, SHARED: tl.constexpr,
-):  # fmt: skip
-    """Union of the lists of query blocks 2p and 2p + 1 (p = program_id(0)) of head program_id(1).
-
-    codes [B*H, pairs, width]: the even list in its order, then what only the odd one has; 4 * slot + 1 (even lists
-    it) + 2 (odd lists it). counts [B*H, pairs] is rounded up to a multiple of GROUP; the filling entries repeat the
-    first slot with no bit set. SHARED promises equal lists: the even one is taken for both.
-    """
-    pair = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
-    lane, part = tl.arange(0, BLOCK_M), tl.arange(0, CHUNK)
-    even_row = block_index + (head * query_blocks + 2 * pair) * list_length
-    odd_row = even_row + list_length
-    odd_length = 0 if SHARED else tl.where(2 * pair + 1 < query_blocks, list_length, 0)
-    even = tl.load(even_row + lane, mask=lane < list_length, other=-1)
-    odd = tl.load(odd_row + lane, mask=lane < odd_length, other=-1)
-
-    shared = tl.zeros([BLOCK_M], tl.int32)  # even entry also in odd
-    known = tl.zeros([BLOCK_M], tl.int32)  # odd entry also in even
-    for offset in tl.range(0, 0 if SHARED else list_length, CHUNK):
-        at = offset + part
-        some_odd = tl.load(odd_row + at, mask=at < odd_length, other=-1)
-        some_even = tl.load(even_row + at, mask=at < list_length, other=-1)
-        shared += tl.sum((even[:, None] == some_odd[None, :]).to(tl.int32), 1)
-        known += tl.sum((odd[:, None] == some_even[None, :]).to(tl.int32), 1)
-
-    row = codes + (head * tl.num_programs(0) + pair) * width
-    kept = even >= 0
-    first = tl.sum(kept.to(tl.int32), 0)
-    tl.store(row + lane, even * 4 + 1 + 2 * (shared > 0).to(tl.int32), mask=kept)
-    extra = (odd >= 0) & (known == 0)
-    place = first + tl.cumsum(extra.to(tl.int32), 0) - 1
-    tl.store(row + place, odd * 4 + 2, mask=extra)
-    length = first + tl.sum(extra.to(tl.int32), 0)
-    rounded = (length + GROUP - 1) // GROUP * GROUP
-    filler = tl.maximum(tl.max(tl.where(lane == 0, even, -1), 0), 0)
-    filler = tl.where(first > 0, filler, tl.maximum(tl.max(tl.where(lane == 0, odd, -1), 0), 0))
-    fill = length + tl.arange(0, 4)
-    tl.store(row + fill, tl.zeros([4], tl.int32) + filler * 4, mask=fill < rounded)
-    tl.store(counts + head * tl.num_programs(0) + pair, rounded)
 
 
 @triton.jit(do_not_specialize=["list_length"])

@@ -68,13 +68,6 @@ def store_block(descriptor, block, tile, T: tl.constexpr, BLOCK: tl.constexpr, B
 
 
 @triton.jit
-def column_halves(tile):
-    """(left, right) halves of the columns of a tile, cut in registers: reshape, permute and split move no data."""
-    HALF: tl.constexpr = tile.shape[1] // 2
-    return tl.split(tl.permute(tl.reshape(tile, [tile.shape[0], 2, HALF]), [0, 2, 1]))
-
-
-@triton.jit
 def online_softmax(q, k, m, total, scale_log2, columns, size, MASK: tl.constexpr, PRECISION: tl.constexpr):
     """One key block of streaming softmax, in base 2 (exp2 is the hardware's exponential):
 
@@ -114,20 +107,3 @@ def rounding_rest(tile, pointer):
     """[R, D] what float32 `tile` loses when it is stored behind `pointer`, in that type."""
     kind = pointer.dtype.element_ty
     return (tile - tile.to(kind).to(tl.float32)).to(kind)
-
-
-@triton.jit
-def store_slices(base, tile, rows, row_stride, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr):
-    """Store tile [R, WIDTH] at columns FIRST.. in PIECES column slices, one after the other.
-
-    A store rearranges its tile through shared memory; slices need 1 / PIECES of that space, which is what lets three
-    key blocks per iteration fit beside them.
-    """
-    if PIECES == 1:
-        columns = FIRST + tl.arange(0, WIDTH)
-        tl.store(base + tile_offsets(rows, columns, row_stride, 1), tile.to(base.dtype.element_ty), mask=mask[:, None])
-    else:
-        HALF: tl.constexpr = WIDTH // 2
-        low, high = column_halves(tile)
-        store_slices(base, low, rows, row_stride, mask, FIRST, HALF, PIECES // 2)
-        store_slices(base, high, rows, row_stride, mask, FIRST + HALF, HALF, PIECES // 2)

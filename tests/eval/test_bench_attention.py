@@ -27,6 +27,7 @@ def test_a_run_reports_every_density_and_the_breakdown(monkeypatch, capsys, tmp_
     assert report["ok"]
     assert len(report["attention"]) == 12  # 2 types, forward and forward + backward, 3 densities
     assert {row["density"] for row in report["attention"]} == {0.0625, 0.125, 0.25}
+    assert {row["timing"] for row in report["attention"] + report["breakdown"]} == {"eager"}  # a CPU has no graphs
     assert set(report["breakdown"][0]["milliseconds"]) == {"compression", "selection", "attention", "dense"}
     assert (tmp_path / "new" / "bench_attention.png").read_bytes().startswith(b"\x89PNG")
 
@@ -66,3 +67,43 @@ def test_the_ideal_counts_the_persistent_set():
     assert Shape(heads=1, head_dim=64, queries=64, keys=1024, persistent=1024).ideal(0.0625) == pytest.approx(
         2 / 1.0625
     )
+
+
+def fake_clock(monkeypatch) -> None:
+    """Everything takes 20 seconds, on any device."""
+    monkeypatch.setattr(bench_attention, "interleaved", lambda functions, *_: dict.fromkeys(functions, 20.0))
+
+
+def test_graphs_come_before_eager_calls_and_count_single_calls(monkeypatch):
+    fake_clock(monkeypatch)
+    monkeypatch.setattr(bench_attention, "captured", lambda function, _: function)
+    found = bench_attention.timings({"dense": print}, torch.device("cuda"), 1, graphs=True)
+    assert list(found.items()) == [("graph", {"dense": 2.0}), ("eager", {"dense": 20.0})]
+    assert list(bench_attention.timings({"dense": print}, torch.device("cuda"), 1, graphs=False)) == ["eager"]
+
+
+@pytest.mark.parametrize("device", ["xpu", "cuda"])
+def test_where_nothing_can_be_captured_eager_calls_remain_and_a_line_says_so(device, monkeypatch, capsys):
+    def refuses(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nlong advice")
+
+    fake_clock(monkeypatch)
+    if device == "cuda":
+        monkeypatch.setattr(torch.cuda, "device", refuses)
+    assert bench_attention.timings({"dense": print}, torch.device(device), 1, graphs=True) == {"eager": {"dense": 20.0}}
+    note = capsys.readouterr().out.splitlines()
+    assert len(note) == 1
+    assert note[0].startswith(f"no CUDA graph on {device}, eager calls only: ")
+
+
+def test_every_way_of_timing_gets_its_rows(monkeypatch, capsys):
+    def both(functions, *_, graphs):
+        ways = ("graph", "eager") if graphs else ("eager",)
+        return {way: dict.fromkeys(functions, 1.0) for way in ways}
+
+    monkeypatch.setattr(bench_attention, "timings", both)
+    arguments = SMALL, torch.float32, torch.device("cpu"), "cpu"
+    rows = bench_attention.compare(*arguments, False, 1)
+    assert [row["timing"] for row in rows] == ["graph"] * 3 + ["eager"] * 3
+    assert [" fwd graph " in line for line in capsys.readouterr().out.splitlines()] == [True, False]
+    assert [row["timing"] for row in bench_attention.compare(*arguments, True, 1)] == ["eager"] * 3

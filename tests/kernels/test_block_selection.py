@@ -14,6 +14,7 @@ from sparse_forcing.kernels.block_selection import (
     block_scores,
     build_block_index,
     choose_blocks,
+    choose_lists,
     pool_blocks,
     select_blocks,
     update_persistent,
@@ -125,6 +126,9 @@ def test_lists_hold_the_persistent_slots_then_the_selected_window():
     assert index.dtype == torch.int32
     assert index.tolist() == [[[[7, 3, 10, 12], [7, 3, 11, 12]], [[9, 1, 20, 21], [9, 1, 22, 20]]]]
     assert build_block_index(persistent[..., :0], window, selected).shape == (1, 2, 2, 2)
+    q, k = normal(1, 2, 2, D), normal(1, 2, 3, D, seed=1)
+    wanted = build_block_index(persistent, window, choose_blocks(q, k, top_k=2))
+    assert torch.equal(choose_lists(q, k, persistent, window, top_k=2), wanted)
 
 
 def test_importance_is_attention_summed_over_query_blocks():

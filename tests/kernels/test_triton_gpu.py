@@ -40,15 +40,6 @@ def test_output_mass_and_gradients(tokens, head_dim, dtype, persistent):
         assert (a.double() - b).norm() <= tolerance * b.norm()
 
 
-def test_specialised_kernel_agrees_with_the_plain_one():
-    if torch.version.hip is not None or torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("only Hopper runs the warp-specialised kernel")
-    from sparse_forcing.kernels.block_sparse_attention.triton_backend import specialised_difference
-
-    for tokens, head_dim in ((64, 128), (60, 128), (64, 64)):
-        assert specialised_difference(torch.device("cuda"), tokens, head_dim) < 2e-2
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_gradients_at_large_logits(head_dim, dtype):
@@ -87,7 +78,7 @@ def test_two_backward_passes_agree_bitwise():
 
 
 def test_selection_equals_the_reference():
-    from sparse_forcing.kernels.block_selection import choose_blocks, pool_blocks, update_persistent
+    from sparse_forcing.kernels.block_selection import choose_blocks, choose_lists, pool_blocks, update_persistent
 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, 40, 60, 128, generator=generator).cuda()
@@ -96,6 +87,12 @@ def test_selection_equals_the_reference():
     own = torch.arange(19, device="cuda")
     both = [choose_blocks(q, k, top_k=137, own=own, backend=b) for b in ("triton", "reference")]
     assert torch.equal(*both)
+    named = torch.randperm(610, generator=generator).cuda().expand(1, 3, 610)
+    lists = [
+        choose_lists(q, k, named[..., :64], named[..., 64:], top_k=137, own=own, backend=b)
+        for b in ("triton", "reference")
+    ]
+    assert torch.equal(*lists)
     slots = torch.arange(142, dtype=torch.int32, device="cuda").expand(1, 3, 142).contiguous()
     importance = torch.randint(0, 9, (1, 3, 142), generator=generator).float().cuda()
     for a, b in zip(*(update_persistent(slots, importance, 64, backend=b) for b in ("triton", "reference"))):
@@ -105,7 +102,7 @@ def test_selection_equals_the_reference():
 def test_forward_can_be_captured_in_a_cuda_graph():
     leaves, index = _inputs(64, 128, torch.bfloat16)
     leaves = [x.detach() for x in leaves]
-    wanted = block_sparse_attention(*leaves, index, backend="triton").out  # also compiles and self-checks
+    wanted = block_sparse_attention(*leaves, index, backend="triton").out  # also compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -87,15 +87,14 @@ def guarded() -> Iterator[None]:
 
 
 def measured(
-    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, shared: bool = False,
-    through_lse: bool = True, keep_rest: bool = True,
+    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, through_lse: bool = True,
+    keep_rest: bool = True,
 ) -> dict[str, Tensor]:  # fmt: skip
     """Run the kernels on guarded memory; names as in `answer`. Forward None and backward "auto": the table chooses."""
     grad_out, grad_lse = gradients_in(p, through_lse)
     with guarded():
-        persistent = p.block_index.shape[-1] if shared else 0
-        options = {"num_persistent": persistent, "return_mass": mass, "keep_rest": keep_rest and backward is not None}
-        plan = plan_forward(p, **options, variant=forward)
+        keep_rest = keep_rest and backward is not None
+        plan = plan_forward(p, return_mass=mass, keep_rest=keep_rest, variant=forward)
         run(plan.launches, p.query.device)
         found = {"out": plan.out, "lse": plan.lse} | ({"mass": plan.mass} if mass else {})
         if backward is not None:

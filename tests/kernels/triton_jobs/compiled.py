@@ -5,6 +5,7 @@ Every launch comes from the launch table and is compiled by Triton's own launch 
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -14,15 +15,14 @@ import triton
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels import compile_report as report
 from sparse_forcing.kernels.block_selection import triton_backend as selection
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import UNIONS, Problem, choose_forward
+from sparse_forcing.kernels.block_sparse_attention.triton_backend import active
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, choose_forward, power_of_two
 
 RECORDED = json.loads(report.RECORDED.read_text())
 SAME_COMPILER = triton.__version__ == RECORDED["triton"]
 TENSOR_OPS = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}, "sm_120": {"HMMA"}, "gfx942": {"MFMA"}}
 # Bars of the specification on Hopper (head dim 128, full 64-token blocks): slots at most, programs per multiprocessor.
 BARS = {
-    "forward_pair shared": (240, 1),
-    "forward_pair union": (250, 1),
     "forward_tma": (357, 2),
     "backward_dq_tma": (305, 2),
     "backward_dkdv_tma": (382, 2),
@@ -47,7 +47,7 @@ def check_kernel(name: str, label: str, row: dict) -> None:
     assert row["programs"] >= 1, (name, label, row)
     if label.startswith(ATTENTION):
         assert set(row["tensor"]) == TENSOR_OPS[name], (name, label, row)
-    if "_tma" in label or "_pair" in label:
+    if "_tma" in label:
         assert row["copies"].get("UTMALDG", 0) > 0, (name, label, row)
 
 
@@ -77,10 +77,6 @@ def test_hopper_kernels_meet_their_bars():
         if SAME_COMPILER or (label.startswith(ATTENTION) and "ragged" not in label):
             check_kernel("sm_90", label, row)
     for label, (slots, programs) in BARS.items():
-        if label == "forward_pair union" and not UNIONS:
-            continue
-        if label == "forward_pair shared" and not UNIONS:
-            slots = 251  # two slots per iteration on the older compiler
         assert rows[label]["slots"] <= slots, label
         assert rows[label]["programs"] >= programs, label
     assert rows["forward_tma mass"]["slots"] <= 1.1 * rows["forward_tma"]["slots"]
@@ -123,36 +119,36 @@ def test_sixty_token_blocks_cost_little_more():
     assert rows["forward_tma"]["slots"] <= 357 + 10
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not UNIONS, reason="this Triton cannot partition the union kernel (needs 3.9)")
-def test_pair_kernel_at_head_dim_64():
-    for label, row in compiled("sm_90", only="forward_pair", head_dim=64, tokens=60).items():
-        check_kernel("sm_90", label, row)
-
-
 def _problem(
-    *, M: int = 8, key_sizes: bool = False, dtype: torch.dtype = torch.bfloat16, D: int = 128, shift: int = 0
+    *, key_sizes: bool = False, dtype: torch.dtype = torch.bfloat16, D: int = 128, shift: int = 0, arch: str = "sm_90"
 ) -> Problem:
     q = torch.empty(4 * 64 * D + 8, dtype=dtype)[shift : shift + 4 * 64 * D].view(1, 1, 4, 64, D)
     pool = torch.empty(1, 1, 9, 64, D, dtype=dtype)
     return Problem(
-        query=q, key_pool=pool, value_pool=pool, block_index=torch.zeros(1, 1, 4, M, dtype=torch.int32),
+        query=q, key_pool=pool, value_pool=pool, block_index=torch.zeros(1, 1, 4, 8, dtype=torch.int32),
         key_sizes=torch.ones(1, 1, 9, dtype=torch.int32) if key_sizes else None, query_sizes=None, scale=1.0,
-        arch="sm_90",
+        arch=arch,
     )  # fmt: skip
 
 
-def test_launch_table_chooses_the_cheapest_kernel_that_is_correct():
-    assert choose_forward(_problem(), 8, False, True) == "pair"
-    assert choose_forward(_problem(), 8, False, False) == "tma"
-    assert choose_forward(_problem(), 8, True, True) == "tma"  # block mass
-    assert choose_forward(_problem(M=8), 1, False, True) == "tma"  # the union could hold 15 slots
-    assert choose_forward(_problem(M=8), 5, False, True) == ("pair" if UNIONS else "tma")  # at most 11
-    assert choose_forward(_problem(key_sizes=True), 8, False, True) == "pointer"
-    assert choose_forward(_problem(dtype=torch.float32), 8, False, True) == "pointer"
-    assert choose_forward(_problem(shift=1), 8, False, True) == "pointer"  # not 16-byte aligned
-    assert choose_forward(_problem(D=72), 8, False, True) == "tma"
-    assert choose_forward(_problem(D=68), 8, False, True) == "pointer"
+def test_launch_table_chooses_tma_where_it_is_correct():
+    assert choose_forward(_problem()) == "tma"
+    assert choose_forward(_problem(arch="sm_80")) == "pointer"
+    assert choose_forward(_problem(key_sizes=True)) == "pointer"
+    assert choose_forward(_problem(dtype=torch.float32)) == "pointer"
+    assert choose_forward(_problem(shift=1)) == "pointer"  # not 16-byte aligned
+    assert choose_forward(_problem(D=72)) == "tma"
+    assert choose_forward(_problem(D=68)) == "pointer"
+
+
+def test_padding_is_to_the_power_of_two_that_triton_takes():
+    assert all(power_of_two(n) == triton.next_power_of_2(n) for n in range(1, 300))
+
+
+def test_the_current_device_is_set_only_where_it_changes(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    kinds = [type(active(torch.device(name))) for name in ("cpu", "cuda:1", "cuda:0")]
+    assert kinds == [contextlib.nullcontext, contextlib.nullcontext, torch.cuda.device]
 
 
 def test_report_names_unknown_architectures():

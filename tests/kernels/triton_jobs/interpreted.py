@@ -17,8 +17,6 @@ from sparse_forcing.errors import SparseForcingError  # noqa: E402
 from sparse_forcing.kernels.block_selection import reference as selection_reference  # noqa: E402
 from sparse_forcing.kernels.block_selection import triton_backend as selection  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
-from sparse_forcing.kernels.block_sparse_attention.triton_backend import specialised_difference  # noqa: E402
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import UNIONS, plan_forward  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention.triton_lists import inverse_lists  # noqa: E402
 from tests.kernels.triton_jobs.common import (  # noqa: E402
     TOLERANCE,
@@ -33,7 +31,6 @@ from tests.kernels.triton_jobs.common import (  # noqa: E402
 )  # fmt: skip
 
 torch.set_num_threads(1)
-needs_unions = pytest.mark.skipif(not UNIONS, reason="this Triton cannot partition the union kernel (needs 3.9)")
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
@@ -79,49 +76,12 @@ def test_blocks_larger_than_a_tile(p):
         check(p, measured(replace(p, arch=arch), "pointer", "pointer", mass=True))
 
 
-@needs_unions
-@pytest.mark.slow
-@pytest.mark.parametrize(("tokens", "lengths"), [(64, [4, 2, 3]), (60, [0, 4, 0])])
-def test_pair_kernel_on_the_union_of_two_lists(tokens, lengths):
-    p = problem(1, 1, 3, tokens, 6, tokens, 64, 4, dtype=BF16, lengths=lengths)
-    check(p, measured(p, "pair", None))
-
-
-@needs_unions
-@pytest.mark.slow
-def test_pair_kernel_is_not_misled_by_a_neighbour_with_far_larger_scores():
-    p = problem(1, 1, 2, 64, 4, 64, 64, 2, dtype=BF16, scale=1.0, lengths=[2, 2])
-    p.block_index.copy_(torch.tensor([[0, 1], [2, 3]]))
-    p.key_pool[:, :, 2:] *= 40  # scores of hundreds, only in the odd block's list
-    check(p, measured(p, "pair", None))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [2, 3])
-def test_pair_kernel_on_a_shared_list(length):
-    p = problem(1, 1, 3, 60, 5, 60, 64, 3, dtype=F16, lengths=[length] * 3)
-    p.block_index.copy_(p.block_index[:, :, :1].expand_as(p.block_index))
-    check(p, measured(p, "pair", None, shared=True))
-
-
-@needs_unions
-@pytest.mark.slow
-def test_pair_kernel_on_ragged_queries():
-    p = replace(problem(1, 1, 3, 60, 4, 60, 64, 2, dtype=BF16, ragged=True, lengths=[2, 1, 2]), key_sizes=None)
-    check(p, measured(p, "pair", None))
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("ragged", ["query_sizes", "key_sizes"])
 def test_hopper_plan_where_one_side_is_ragged(ragged):
     p = problem(1, 2, 3, 60, 4, 60, 64, 3, dtype=BF16, ragged=True, seed=4)
     p = replace(p, arch="sm_90", **{"query_sizes": None, "key_sizes": None, ragged: getattr(p, ragged)})
     check(p, measured(p, None, "auto"))
-
-
-@pytest.mark.slow
-def test_self_check_of_the_specialised_kernel_passes():
-    assert specialised_difference(torch.device("cpu"), head_dim=64) < 1e-2
 
 
 @pytest.mark.parametrize(("slots", "lengths"), [(5, [0, 0, 0]), (1, [1, 0, 1]), (3, [3, 3, 3])])
@@ -154,10 +114,9 @@ def test_large_logits_in_16_bits(dtype, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["tma", pytest.param("pair", marks=needs_unions)])
-def test_large_logits_in_16_bits_on_hopper(variant):
+def test_large_logits_in_16_bits_on_hopper():
     p = problem(1, 1, 2, 64, 3, 64, 64, 2, dtype=BF16, scale=30 / 8, lengths=[2, 2])
-    check(p, measured(p, variant, "tma", through_lse=False), answer(p, through_lse=False))
+    check(p, measured(p, "tma", "tma", through_lse=False), answer(p, through_lse=False))
 
 
 @pytest.mark.parametrize("scale", LARGE)
@@ -262,25 +221,6 @@ def test_inverse_lists_name_every_visitor_in_order():
         assert found == [i for i in range(6) if slot in p.block_index[b, h, i].tolist()]
 
 
-@pytest.mark.parametrize("M", [1, 5, 40])
-def test_pair_lists_are_unions(M):
-    p = problem(1, 2, 5, 64, 50, 64, 64, M, dtype=F16, seed=M)
-    with guarded():
-        plan = plan_forward(p, variant="pair", num_persistent=0)
-        plan.launches[0].run()
-    codes, counts = (plan.launches[0].args[name] for name in ("codes", "counts"))
-    group = plan.launches[0].args["GROUP"]
-    for h in range(2):
-        for pair in range(3):
-            entries = codes[0, h, pair, : counts[0, h, pair]].tolist()
-            assert len(entries) % group == 0
-            for half in range(min(2, 5 - 2 * pair)):
-                listed = [e >> 2 for e in entries if e >> half & 1]
-                wanted = [s for s in p.block_index[0, h, 2 * pair + half].tolist() if s >= 0]
-                assert sorted(listed) == sorted(wanted)
-            assert {e >> 2 for e in entries if not e & 3} <= {e >> 2 for e in entries if e & 3}
-
-
 # --- selection ------------------------------------------------------------------------------------------------------
 
 
@@ -305,6 +245,21 @@ def test_fused_scores_and_selection_equal_the_reference(dtype):
     with guarded():
         found = selection.choose_blocks(q, k, 7, own, 0.25)
     assert torch.equal(found, selection_reference.select_blocks(selection_reference.block_scores(q, k, 0.25), 7, own))
+
+
+@pytest.mark.parametrize("persistent", [0, 3, 70])
+@pytest.mark.parametrize("top_k", [1, 7, 40])
+def test_lists_written_with_the_choice_equal_the_reference(persistent, top_k):
+    q, k = _scores(1, 2, 2, 19, 24), _scores(2, 2, 2, 37, 24)
+    slots = torch.stack([torch.randperm(persistent + 37) for _ in range(4)]).view(2, 2, -1)
+    held, window = slots[..., :persistent], slots[..., persistent:]
+    own = torch.arange(18, 37)
+    with guarded():
+        found = selection.choose_lists(q, k, held, window, top_k, own, 0.25)
+    selected = selection_reference.select_blocks(selection_reference.block_scores(q, k, 0.25), top_k, own)
+    wanted = selection_reference.build_block_index(held, window, selected)
+    assert found.dtype == wanted.dtype
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("capacity", [0, 1, 5, 12, 13, 20])
@@ -337,14 +292,29 @@ def test_pooling_and_its_gradients_equal_the_reference(sizes, weighted):
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [F16, BF16])
+def test_pooling_rounds_a_mean_once(dtype):
+    x = torch.randint(-64, 64, (1, 2, 3, 8, 24), generator=torch.Generator().manual_seed(0)).to(dtype)  # exact sums
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    with guarded():
+        found = selection.pool_blocks(leaves[0], None, None, None)
+    wanted = selection_reference.pool_blocks(leaves[1], None, None, None)
+    assert found.dtype == dtype
+    assert torch.equal(found, wanted)
+    grads = [torch.autograd.grad(pooled.square().sum(), leaf)[0] for pooled, leaf in zip((found, wanted), leaves)]
+    assert torch.equal(*grads)
+
+
 def test_selection_and_update_are_ops_that_know_their_shapes():
     """opcheck: schema, no aliasing, and a fake kernel that agrees with the real one."""
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)
     own = torch.tensor([0, 1, 2, 3, -1])
     slots, importance = torch.arange(12).view(1, 2, 6), torch.randn(1, 2, 6)
     for op, arguments in (
-        (selection.choose_op, (q, k, 4, own, 0.5)),
-        (selection.choose_op, (q, k, 20, None, 0.5)),
+        (selection.pool_op, (torch.randn(1, 2, 5, 4, 8), None, torch.randn(2, 4), BF16)),
+        (selection.choose_op, (q, k, None, None, 4, own, 0.5)),
+        (selection.choose_op, (q, k, None, None, 20, None, 0.5)),
+        (selection.choose_op, (q, k, torch.zeros(1, 2, 3).long(), torch.zeros(1, 2, 9).long(), 4, own, 0.5)),
         (selection.select_op, (torch.randn(1, 2, 5, 9), 4, own)),
         (selection.update_op, (slots, importance, 2)),
     ):

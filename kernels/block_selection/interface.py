@@ -2,7 +2,7 @@
 
 One chunk of a rollout uses them in this order (Sparse Forcing, arXiv 2604.21221, sections 3 and 4):
 
-    pool_blocks -> choose_blocks (= block_scores + select_blocks) -> build_block_index -> block_sparse_attention
+    pool_blocks -> choose_lists (= block_scores + select_blocks + build_block_index) -> block_sparse_attention
     after the clean pass: block_scores or the exact block mass -> block_importance -> update_persistent
 
 `pool_blocks` and `block_scores` are differentiable; the choice is not. Nothing synchronises with the host. A faster
@@ -88,6 +88,26 @@ def choose_blocks(
     if hasattr(module, "choose_blocks"):
         return module.choose_blocks(query_blocks, key_blocks, top_k, own, scale)
     return module.select_blocks(reference.block_scores(query_blocks, key_blocks, scale), top_k, own)
+
+
+def choose_lists(
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    persistent_slots: Tensor,
+    window_slots: Tensor,
+    *,
+    top_k: int,
+    own: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """build_block_index(..., choose_blocks(...)) in one call; a fused backend does it in one launch."""
+    _check_selection("choose_lists", top_k, own, query_blocks.shape[-2])
+    module = _backend(backend, query_blocks)
+    if hasattr(module, "choose_lists"):
+        scale = _scale(None, query_blocks)
+        return module.choose_lists(query_blocks, key_blocks, persistent_slots, window_slots, top_k, own, scale)
+    selected = choose_blocks(query_blocks, key_blocks, top_k=top_k, own=own, backend=backend)
+    return build_block_index(persistent_slots, window_slots, selected)
 
 
 def build_block_index(persistent_slots: Tensor, window_slots: Tensor, selected: Tensor) -> Tensor:

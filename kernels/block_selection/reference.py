@@ -66,7 +66,7 @@ def build_block_index(persistent_slots: Tensor, window_slots: Tensor, selected: 
     B, H, Nq, _ = selected.shape
     window = window_slots.unsqueeze(2).expand(B, H, Nq, -1).gather(-1, selected.long())
     persistent = persistent_slots.unsqueeze(2).expand(B, H, Nq, -1)
-    return torch.cat((persistent.to(torch.int32), window.to(torch.int32)), dim=-1)
+    return torch.cat((persistent, window), dim=-1).to(torch.int32)
 
 
 def block_importance(scores: Tensor, query_sizes: Tensor | None) -> Tensor:

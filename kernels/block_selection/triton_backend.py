@@ -6,18 +6,18 @@ writes the selected positions. README.md counts them for the 4680 x 32760 case.
 
 from __future__ import annotations
 
-import contextlib
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection import reference
 from sparse_forcing.kernels.block_selection import triton_select as kernels
 from sparse_forcing.kernels.block_sparse_attention import triton_backend as attention
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch
+from sparse_forcing.kernels.block_sparse_attention.triton_launch import Launch, power_of_two
 
 MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -27,12 +27,17 @@ def why_unavailable(tensor: Tensor) -> str | None:
     """Reason why the kernels cannot run on this tensor, or None."""
     if tensor.dtype not in _DTYPES:
         return f"no kernel for {tensor.dtype}"
-    return attention.why_unavailable(tensor[..., :1, :1])
+    return _unfit_device(tensor.device)
+
+
+@functools.lru_cache
+def _unfit_device(device: torch.device) -> str | None:
+    return attention.why_unavailable(torch.empty(1, 1, dtype=torch.float32, device=device))
 
 
 def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> Tensor:
     """[B, H, N, T, D] -> [B, H, N, D] in x's dtype; differentiable in x, weights and projection."""
-    pooled = pool_op(x, sizes, weights)
+    pooled = pool_op(x, sizes, weights, x.dtype if projection is None else torch.float32)
     if projection is not None:
         pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
     return pooled.to(x.dtype)
@@ -47,11 +52,26 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
 
 def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
     """Scores and top-K fused: [B, H, Nq, D] x [B, H, Nk, D] -> [B, H, Nq, min(top_k, Nk)] int32, ascending."""
-    fits = 0 < key_blocks.shape[-2] <= MAX_WINDOW and key_blocks.shape[:2] == query_blocks.shape[:2]
-    if not fits or query_blocks.numel() == 0:
+    if not _fuses(query_blocks, key_blocks):
         scores = reference.block_scores(query_blocks, key_blocks, scale)
         return reference.select_blocks(scores, top_k, own)
-    return choose_op(query_blocks.detach(), key_blocks.detach(), top_k, own, scale)
+    return choose_op(query_blocks.detach(), key_blocks.detach(), None, None, top_k, own, scale)
+
+
+def choose_lists(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor, window_slots: Tensor, top_k: int,
+    own: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """`choose_blocks`, written as the attention's lists [B, H, Nq, P + min(top_k, Nk)] int32 in the same launch."""
+    if not _fuses(query_blocks, key_blocks):
+        selected = choose_blocks(query_blocks, key_blocks, top_k, own, scale)
+        return reference.build_block_index(persistent_slots, window_slots, selected)
+    return choose_op(query_blocks.detach(), key_blocks.detach(), persistent_slots, window_slots, top_k, own, scale)
+
+
+def _fuses(query_blocks: Tensor, key_blocks: Tensor) -> bool:
+    fits = 0 < key_blocks.shape[-2] <= MAX_WINDOW and key_blocks.shape[:2] == query_blocks.shape[:2]
+    return fits and query_blocks.numel() > 0
 
 
 def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -64,7 +84,7 @@ def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int
 
 
 def _run(launch: Launch, device: torch.device) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    with attention.active(device):
         launch.run()
 
 
@@ -74,15 +94,17 @@ def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], num_warps:
     )
 
 
-def plan_pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> tuple[Launch, Tensor]:
-    """The pooling launch and its result, [B, H, N, D] float32."""
+def plan_pool(
+    x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype = torch.float32
+) -> tuple[Launch, Tensor]:
+    """The pooling launch and its result, [B, H, N, D] of `dtype`; the sums are float32."""
     B, H, N, T, D = x.shape
-    pooled = torch.empty((B, H, N, D), dtype=torch.float32, device=x.device)
+    pooled = torch.empty((B, H, N, D), dtype=dtype, device=x.device)
     args = {
         "x": x, "pooled": pooled, "heads": H, "blocks": N, "T": T, "D": D,
         "sizes": None if sizes is None else sizes.expand(B, H, N).contiguous(), "RAGGED": sizes is not None,
         "weights": None if weights is None else weights.contiguous(), "WEIGHTED": weights is not None,
-        "BLOCK_T": triton.next_power_of_2(T), "BLOCK_D": triton.next_power_of_2(D),
+        "BLOCK_T": power_of_two(T), "BLOCK_D": power_of_two(D),
         **{f"sx{axis}": stride for axis, stride in zip("bhntd", x.stride())},
     }  # fmt: skip
     return _launch(kernels.pool_kernel, (N, B * H), args, 4), pooled
@@ -90,27 +112,31 @@ def plan_pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> tuple[
 
 def _rows_and_warps(window: int) -> tuple[int, int, int]:
     """(rows per program, padded window, warps): the keys stay within about 64 registers per thread."""
-    padded = max(16, triton.next_power_of_2(window))
+    padded = max(16, power_of_two(window))
     return 16, padded, 4 if padded <= 256 else 8 if padded <= 512 else 16
 
 
 def plan_choose(
-    q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float, arch: str | None = None
-) -> tuple[Launch, Tensor]:
-    """The fused scores + top-K launch and its result."""
+    q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float, arch: str | None = None,
+    *, persistent_slots: Tensor | None = None, window_slots: Tensor | None = None,
+) -> tuple[Launch, Tensor]:  # fmt: skip
+    """The fused scores + top-K launch and its result: positions, or lists where slots are given."""
     B, H, Nq, D = q.shape
     window = k.shape[-2]
     rows, padded, warps = _rows_and_warps(window)
     kept = min(top_k, window)
-    selected = torch.empty((B, H, Nq, kept), dtype=torch.int32, device=q.device)
+    persistent = 0 if persistent_slots is None else persistent_slots.shape[-1]
+    chosen = torch.empty((B, H, Nq, persistent + kept), dtype=torch.int32, device=q.device)
     amd = (arch or attention.target(q.device)).startswith("gfx")  # knows no tf32x3; without it NVIDIA's code spills
     args = {
-        "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own, "selected":
-        selected, "scale": scale, "query_blocks": Nq, "window": window, "kept": kept, "D": D,
-        "STEP": 16, "ROWS": rows, "BLOCK_N": padded, "OWN": own is not None,
+        "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own,
+        "persistent_slots": None if persistent_slots is None else persistent_slots.contiguous(),
+        "window_slots": None if window_slots is None else window_slots.contiguous(), "chosen": chosen, "scale": scale,
+        "query_blocks": Nq, "window": window, "kept": kept, "persistent": persistent, "D": D, "STEP": 16, "ROWS": rows,
+        "BLOCK_N": padded, "BLOCK_P": 64, "OWN": own is not None, "SLOTS": window_slots is not None,
         "PRECISION": "tf32" if q.dtype != torch.float32 else "ieee" if amd else "tf32x3",
     }  # fmt: skip
-    return _launch(kernels.choose_kernel, (triton.cdiv(Nq, rows), B * H), args, warps), selected
+    return _launch(kernels.choose_kernel, (-(-Nq // rows), B * H), args, warps), chosen
 
 
 def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch, Tensor]:
@@ -123,7 +149,7 @@ def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch,
         "scores_ptr": scores, "own": own, "selected": selected, "query_blocks": Nq, "window": window, "kept": kept,
         "ROWS": 4, "BLOCK_N": padded, "OWN": own is not None,
     }  # fmt: skip
-    return _launch(kernels.select_kernel, (triton.cdiv(Nq, 4), B * H), args, warps), selected
+    return _launch(kernels.select_kernel, (-(-Nq // 4), B * H), args, warps), selected
 
 
 def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, Tensor, Tensor]:
@@ -134,33 +160,47 @@ def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, T
     args = {
         "slots": slots.contiguous(), "importance": importance.detach().float().contiguous(), "kept_slots": winners,
         "freed_slots": losers, "candidates": candidates, "capacity": kept, "BLOCK_N":
-        triton.next_power_of_2(candidates), }  # fmt: skip
+        power_of_two(candidates), }  # fmt: skip
     return _launch(kernels.update_kernel, (B * H, 1), args, 4), winners, losers
 
 
-@torch.library.custom_op("sparse_forcing::pool_blocks", mutates_args=())
-def pool_op(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> Tensor:
-    """[B, H, N, T, D] -> weighted mean [B, H, N, D] float32 (no projection)."""
-    launch, pooled = plan_pool(x, sizes, weights)
+# Every op is known to torch.compile and FakeTensor by its shapes, not by its launches. Choices have no gradient: their
+# inputs are detached above. They are registered as the attention is (block_sparse_attention/ops.py), because a call
+# through custom_op costs the host three times as much and a rollout makes three in every layer of every pass.
+
+_LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
+
+
+def _register(schema: str, kernel: Callable, fake: Callable) -> Any:
+    """The op of this schema."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_forcing::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.sparse_forcing, name).default
+
+
+def _pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, T, D] -> weighted mean [B, H, N, D] of `dtype` (no projection)."""
+    launch, pooled = plan_pool(x, sizes, weights, dtype)
     if pooled.numel() > 0:
         _run(launch, x.device)
     return pooled
 
 
-@pool_op.register_fake
-def _pool_fake(x: Tensor, sizes: Tensor | None, weights: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:3], x.shape[4]), dtype=torch.float32)
+def _pool_fake(x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:3], x.shape[4]), dtype=dtype)
 
 
 def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    ctx.save_for_backward(*inputs[:3])
 
 
-def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
     """With u_t = w_t / sum |w|:  dx_t = u_t dc,  du_t = <dc, x_t>,  dw_t = (du_t - sign(w_t) sum_s du_s u_s) / sum
     |w|."""
     x, sizes, weights = ctx.saved_tensors
-    T = x.shape[3]
+    grad, T = grad.float(), x.shape[3]
     w = torch.ones((1, 1, 1, T), device=x.device) if weights is None else weights.float()[:, None, :]
     valid = valid_tokens(sizes, T)
     if valid is not None:
@@ -175,51 +215,64 @@ def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Te
         du = torch.einsum("bhnd,bhntd->bhnt", grad, values)
         dw = (du - w.sign() * (du * u).sum(-1, keepdim=True)) / total
         grad_w = (dw if valid is None else dw * valid).sum(dim=(0, 2)).to(weights.dtype)
-    return grad_x, None, grad_w
+    return grad_x, None, grad_w, None
 
 
-pool_op.register_autograd(_pool_differentiate, setup_context=_pool_save)
-
-
-# The choices are ops of their own as well, so that torch.compile and FakeTensor see shapes and no launches. They have
-# no gradient: their inputs are detached above.
-
-
-@torch.library.custom_op("sparse_forcing::select_blocks", mutates_args=())
-def select_op(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+def _select(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
     """Row-wise top-K of contiguous float32 scores [B, H, Nq, Nk] -> int32 [B, H, Nq, min(top_k, Nk)]."""
     launch, selected = plan_select(scores, top_k, own)
     _run(launch, scores.device)
     return selected
 
 
-@select_op.register_fake
 def _select_fake(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
     return scores.new_empty((*scores.shape[:3], min(top_k, scores.shape[3])), dtype=torch.int32)
 
 
-@torch.library.custom_op("sparse_forcing::choose_blocks", mutates_args=())
-def choose_op(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
-    """Scores and top-K fused: [B, H, Nq, D] x [B, H, Nk, D] -> int32 [B, H, Nq, min(top_k, Nk)]."""
-    launch, selected = plan_choose(query_blocks, key_blocks, top_k, own, scale)
+def _choose(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
+    own: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Scores and top-K fused, [B, H, Nq, D] x [B, H, Nk, D]: see `choose_blocks`, and with slots `choose_lists`."""
+    launch, chosen = plan_choose(
+        query_blocks, key_blocks, top_k, own, scale, persistent_slots=persistent_slots, window_slots=window_slots
+    )
     _run(launch, query_blocks.device)
-    return selected
+    return chosen
 
 
-@choose_op.register_fake
-def _choose_fake(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
-    return query_blocks.new_empty((*query_blocks.shape[:3], min(top_k, key_blocks.shape[2])), dtype=torch.int32)
+def _choose_fake(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
+    *_: Any,
+) -> Tensor:  # fmt: skip
+    persistent = 0 if persistent_slots is None else persistent_slots.shape[-1]
+    length = persistent + min(top_k, key_blocks.shape[2])
+    return query_blocks.new_empty((*query_blocks.shape[:3], length), dtype=torch.int32)
 
 
-@torch.library.custom_op("sparse_forcing::update_persistent", mutates_args=())
-def update_op(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+def _update(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     """Top-C of [B, H, Nc]: (winners [B, H, kept], losers [B, H, Nc - kept])."""
     launch, winners, losers = plan_update(candidate_slots, importance, kept)
     _run(launch, importance.device)
     return winners, losers
 
 
-@update_op.register_fake
 def _update_fake(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
     *lead, candidates = candidate_slots.shape
     return candidate_slots.new_empty((*lead, kept)), candidate_slots.new_empty((*lead, candidates - kept))
+
+
+pool_op = _register(
+    "pool_blocks(Tensor x, Tensor? sizes, Tensor? weights, ScalarType dtype) -> Tensor", _pool, _pool_fake
+)
+torch.library.register_autograd(pool_op, _pool_differentiate, setup_context=_pool_save, lib=_LIBRARY)
+select_op = _register("select_blocks(Tensor scores, int top_k, Tensor? own) -> Tensor", _select, _select_fake)
+choose_op = _register(
+    "choose_blocks(Tensor query_blocks, Tensor key_blocks, Tensor? persistent_slots, Tensor? window_slots, int top_k, "
+    "Tensor? own, float scale) -> Tensor",
+    _choose,
+    _choose_fake,
+)
+update_op = _register(
+    "update_persistent(Tensor candidate_slots, Tensor importance, int kept) -> (Tensor, Tensor)", _update, _update_fake
+)

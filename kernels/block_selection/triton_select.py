@@ -19,7 +19,7 @@ def pool_kernel(
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """pooled [B*H, N, D] float32: sum_t w_t x_t / sum_t |w_t| over the real tokens of block program_id(0).
+    """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of block program_id(0).
 
     x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
     """
@@ -71,14 +71,17 @@ def _write_ascending(selected, positions, out, rows, row_stride, written):
     tl.store(out + (rows * row_stride)[:, None] + place, positions, mask=selected & written[:, None])
 
 
-@triton.jit(do_not_specialize=["query_blocks", "window"])
+@triton.jit(do_not_specialize=["query_blocks", "window", "persistent"])
 def choose_kernel(
-    query_blocks_ptr, key_blocks_ptr, own, selected, scale, query_blocks, window, kept,
-    D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
-    OWN: tl.constexpr, PRECISION: tl.constexpr,
+    query_blocks_ptr, key_blocks_ptr, own, persistent_slots, window_slots, chosen, scale, query_blocks, window, kept,
+    persistent, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
+    OWN: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """selected [B*H, Nq, kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only, [ROWS,
-    BLOCK_N].
+    """chosen [B*H, Nq, persistent + kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only,
+    [ROWS, BLOCK_N].
+
+    With SLOTS a row is the list that the attention reads: persistent_slots [B*H, P], then the window_slots [B*H, Nk] of
+    the kept columns. Without, it is the kept columns alone, and persistent is 0.
 
     query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
     memory holds a slice of all key blocks instead of all of them.
@@ -87,6 +90,13 @@ def choose_kernel(
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
+    if SLOTS:
+        out = chosen + ((head * query_blocks + rows) * (persistent + kept))[:, None]
+        for start in tl.range(0, persistent, BLOCK_P):
+            at = start + tl.arange(0, BLOCK_P)
+            slots = tl.load(persistent_slots + head * persistent + at, mask=at < persistent, other=0).to(tl.int32)
+            shared = slots[None, :] + tl.zeros([ROWS, BLOCK_P], tl.int32)
+            tl.store(out + at[None, :], shared, mask=inside[:, None] & (at < persistent)[None, :])
     q_row = query_blocks_ptr + (head * query_blocks + rows)[:, None] * D
     k_row = key_blocks_ptr + (head * window + columns)[None, :] * D
     scores = tl.zeros([ROWS, BLOCK_N], tl.float32)
@@ -100,8 +110,12 @@ def choose_kernel(
         mine = tl.load(own + rows, mask=inside, other=-1)
         scores = tl.where(columns[None, :] == mine[:, None], float("inf"), scores)
     keys = tl.where((columns < window)[None, :], _ordered(scores), 0)
-    spread = columns[None, :] + tl.zeros([ROWS, BLOCK_N], tl.int32)
-    _write_ascending(_keep_largest(keys, kept), spread, selected, head * query_blocks + rows, kept, inside)
+    names = columns
+    if SLOTS:
+        names = tl.load(window_slots + head * window + columns, mask=columns < window, other=0).to(tl.int32)
+    spread = names[None, :] + tl.zeros([ROWS, BLOCK_N], tl.int32)
+    row, length = head * query_blocks + rows, persistent + kept
+    _write_ascending(_keep_largest(keys, kept), spread, chosen + persistent, row, length, inside)
 
 
 @triton.jit(do_not_specialize=["query_blocks", "window"])

@@ -21,8 +21,7 @@ from sparse_forcing.geometry import TileLayout
 from sparse_forcing.kernels.block_selection.interface import (
     block_importance,
     block_scores,
-    build_block_index,
-    choose_blocks,
+    choose_lists,
     pool_blocks,
     update_persistent,
 )
@@ -119,6 +118,7 @@ class SparseMemory(RolloutMemory):
         self.blocks_seen = 0
         self._last_blocks = 0
         self._used_slots = 0
+        self._own_places: Tensor | None = None  # [n] where the window holds the chunk's blocks, once a pass asked
         full_chunks = config.window_frames // geometry.chunk_frames
         if config.window_frames % geometry.chunk_frames:
             raise ConfigError(
@@ -136,7 +136,14 @@ class SparseMemory(RolloutMemory):
 
     @property
     def order(self) -> Tensor | None:
-        return self.layout.order
+        first = self.layers[0]
+        return self.layout.order if first is None else self.layout.on(first.window.device).order
+
+    def begin_chunk(self, frames: int) -> None:
+        super().begin_chunk(frames)
+        self._own_places = None
+        for state in filter(None, self.layers):
+            self._place_chunk(state)
 
     def _make_room(self, frames: int) -> None:
         self.layout = self._layout(frames)
@@ -181,6 +188,24 @@ class SparseMemory(RolloutMemory):
         state.persistent = kept
         state.window = torch.cat([state.window[:, :, leaving:], free[:, :, :new], fresh], 2)
 
+    def _own_slots(self, state: SparseLayer) -> Tensor:
+        """[B, H, n] slots of the current chunk, the last ones of the window."""
+        return state.window[:, :, -self.layout.num_blocks :]
+
+    def _place_chunk(self, state: SparseLayer) -> None:
+        """Say in the tables what the chunk's slots hold: once, because all passes of a chunk write the same blocks."""
+        slots = self._own_slots(state)
+        layout = self.layout.on(slots.device)
+        first = layout.first_frame.expand(slots.shape)
+        numbers = torch.arange(self.blocks_seen, self.blocks_seen + layout.num_blocks, device=slots.device)
+        state.position = state.position.scatter(2, slots, first + self.chunk_position)
+        state.floor = state.floor.scatter(2, slots, first)
+        state.origin = state.origin.scatter(2, slots, numbers.expand(slots.shape))
+        if state.sizes is not None:
+            state.sizes = state.sizes.scatter(2, slots, layout.sizes.expand(slots.shape))
+        if state.history is not None:
+            state.history = state.history.with_current(slots, first + self.chunk_position)
+
     @torch.no_grad()
     def _importance(self, layer: int, state: SparseLayer, candidates: Tensor) -> Tensor:
         """[B, H, P + E] the last chunk's block attention over the candidates, summed over its queries."""
@@ -221,15 +246,14 @@ class SparseMemory(RolloutMemory):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
         queries, keys, values = (self.layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
-        n = self.layout.num_blocks
-        own_slots = state.window[:, :, -n:]
+        own_slots = self._own_slots(state)
         new = {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
         if self.selectors is not None:
             new["value_representatives"] = self._pool(layer, values, "value")
         self._write(state, own_slots, new)
 
         pooled = self._pool(layer, queries, "query")
-        index = self._block_index(layer, state, pooled, n)
+        index = self._block_index(layer, state, pooled)
         if state.history is not None and torch.is_grad_enabled() and not clean:
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, self.layout)
@@ -331,22 +355,24 @@ class SparseMemory(RolloutMemory):
         return keys, sizes, mass
 
     @torch.no_grad()
-    def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor, n: int) -> Tensor:
+    def _block_index(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
         """[B, H, n, P + K] int32 lists: every query block sees all of P and its best window blocks, itself included.
 
         A pass that is run again for its gradients repeats its choice.
         """
         if self.replays and layer in self.chosen:
             return self.chosen[layer]
-        num_window = state.window.shape[2]
+        num_window, n = state.window.shape[2], self.layout.num_blocks
         if self.top_k >= num_window:
-            selected = torch.arange(num_window, dtype=torch.int32, device=pooled_queries.device)
-            selected = selected.expand(*pooled_queries.shape[:3], -1)
+            index = torch.cat([state.persistent, state.window], 2).int().unsqueeze(2).expand(-1, -1, n, -1)
         else:
+            if self._own_places is None:
+                self._own_places = torch.arange(num_window - n, num_window, device=pooled_queries.device)
             window = self._project(layer, gather_slots(state.representatives, state.window), "key")
-            own = torch.arange(num_window - n, num_window, device=pooled_queries.device)
-            selected = choose_blocks(self._project(layer, pooled_queries, "query"), window, top_k=self.top_k, own=own)
-        index = build_block_index(state.persistent, state.window, selected)
+            queries = self._project(layer, pooled_queries, "query")
+            index = choose_lists(
+                queries, window, state.persistent, state.window, top_k=self.top_k, own=self._own_places
+            )
         self.chosen.setdefault(layer, index)  # not those of later passes, which have no gradients
         return index
 
@@ -366,19 +392,11 @@ class SparseMemory(RolloutMemory):
             pool = getattr(state, name)
             where = slots.reshape(*slots.shape, *[1] * (new.ndim - 3)).expand_as(new)
             if self.cache_gradient == "none" or (state.history is not None and name in ("keys", "values")):
-                pool.scatter_(2, where, new.detach().to(pool.dtype))
+                with torch.no_grad():
+                    pool.scatter_(2, where, new.to(pool.dtype))
             else:
                 with self.history():
                     setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
-        if state.sizes is not None:
-            state.sizes = state.sizes.scatter(2, slots, self.layout.on(slots.device).sizes.expand(slots.shape))
-        first = self.layout.on(slots.device).first_frame.expand(slots.shape)
-        state.position = state.position.scatter(2, slots, first + self.chunk_position)
-        state.floor = state.floor.scatter(2, slots, first)
-        if state.history is not None:
-            state.history = state.history.with_current(slots, first + self.chunk_position)
-        numbers = torch.arange(self.layout.num_blocks, device=slots.device) + self.blocks_seen
-        state.origin = state.origin.scatter(2, slots, numbers.expand(slots.shape))
 
     def _room(self, layer: int, keys: Tensor) -> SparseLayer:
         """The layer's state, made on its first use with the current chunk's slots at the front of the pool."""
@@ -401,6 +419,7 @@ class SparseMemory(RolloutMemory):
             )
             if self.cache_gradient == "detached":
                 state.history = BlockHistory(place=table.int() - 1, kept_at=table)
+            self._place_chunk(state)
             self.layers[layer] = state
         elif self.cache_gradient != "none":
             state = self.layers[layer] = replace(state)  # a snapshot may hold the old one

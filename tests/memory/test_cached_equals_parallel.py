@@ -69,8 +69,8 @@ class RecordingMemory(SparseMemory):
         self._clean = clean
         return super().attend(layer, query, key, value, clean=clean)
 
-    def _block_index(self, layer, state, pooled_queries, n):
-        index = super()._block_index(layer, state, pooled_queries, n)
+    def _block_index(self, layer, state, pooled_queries):
+        index = super()._block_index(layer, state, pooled_queries)
         chunk = self.next_frame // CHUNK
         origin = state.origin[:, :, None].expand(-1, -1, index.shape[2], -1).gather(3, index.long())
         self.record[self._clean, layer, chunk] = origin

@@ -28,6 +28,7 @@ from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
@@ -61,6 +62,7 @@ class ForcingConfig:
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
         guidance_scale: of the starting weights, whose flow with classifier-free guidance is then the target of teacher
             forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
+        sampler: of the trained model; the starting model's when None.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
@@ -79,6 +81,7 @@ class ForcingConfig:
     weighting: str = "schedule"
     context_noise: float = 0.0
     guidance_scale: float = 1.0
+    sampler: SamplerConfig | None = None
     learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
@@ -216,9 +219,10 @@ class ForcingRecipe(OneNetwork):
         return (error * (weight.to(error) if isinstance(weight, Tensor) else weight)).mean()
 
     def export(self, folder: Path) -> None:
-        changes: dict[str, object] = {"memory": self.memory}
+        sampler = self.config.sampler or self.pipe.config.sampler
         if self.guide is not None:
-            changes["sampler"] = replace(self.pipe.config.sampler, guidance_scale=1.0)
+            sampler = replace(sampler, guidance_scale=1.0)
+        changes: dict[str, object] = {"memory": self.memory, "sampler": sampler}
         export_pipeline(self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora, **changes)
 
 

@@ -155,16 +155,16 @@ def examples(
 
 def selection_examples(name: str, tokens: int, head_dim: int, dtype: torch.dtype) -> list[Any]:
     """Launches of the selection kernels at the paper's size: 78 query blocks, 546 window blocks, 12 heads."""
-    from sparse_forcing.kernels.block_selection import triton_backend as selection
+    from sparse_forcing.kernels.block_selection import triton_launch as plans
 
     x = torch.empty(1, 12, 78, tokens, head_dim, dtype=dtype)
     q, k = (torch.empty(1, 12, n, head_dim, dtype=dtype) for n in (78, 546))
     own = torch.zeros(78, dtype=torch.int32)
     slots, importance = torch.zeros(1, 12, 142, dtype=torch.int32), torch.zeros(1, 12, 142)
     return [
-        selection.plan_pool(x, None, torch.ones(12, tokens))[0],
-        selection.plan_choose(q, k, 137, own, 1.0, arch=name)[0],
-        selection.plan_update(slots, importance, 64)[0],
+        plans.plan_pool(x, None, torch.ones(12, tokens))[0],
+        plans.plan_choose(q, k, 137, own, 1.0, arch=name)[0],
+        plans.plan_update(slots, importance, 64)[0],
     ]
 
 

@@ -59,6 +59,12 @@ class ParallelAttention:
         self.positions = torch.arange(num_frames) if positions is None else positions
         self.groups = None if frame_mask is None else _equal_rows(frame_mask)
 
+    @classmethod
+    def teacher_forcing(cls, chunks: list[int], *, window: int | None = None) -> ParallelAttention:
+        """Of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
+        frames = sum(chunks)
+        return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
+
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         return rotary_table(self.positions.to(device), rows, cols, head_dim, dtype)
 

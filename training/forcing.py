@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
+from sparse_forcing.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
@@ -162,7 +162,7 @@ class ForcingRecipe(OneNetwork):
         context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
         if self.memory.kind != "full":
             return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks)
-        policy = ParallelAttention(2 * frames, teacher_forcing_mask(chunks), torch.arange(frames).repeat(2))
+        policy = ParallelAttention.teacher_forcing(chunks)
         inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
         return self.run(noisy, timestep, text, policy, **inputs), nothing
 
@@ -171,9 +171,7 @@ class ForcingRecipe(OneNetwork):
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
         window = None if self.memory.kind == "full" else self.memory.window_frames
-        policy = ParallelAttention(
-            2 * noisy.shape[1], teacher_forcing_mask(chunks, window=window), torch.arange(noisy.shape[1]).repeat(2)
-        )
+        policy = ParallelAttention.teacher_forcing(chunks, window=window)
         texts = torch.cat([text, self.pipe.text_encoder.encode([""] * len(text)).to(text)])
         x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
         flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)

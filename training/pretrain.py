@@ -302,7 +302,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     torch.manual_seed(config.seed)
     device = resolve_device(config.device, "device:")
     vae, model = start(config)
-    vae.to(device), model.to(device)
+    vae.to(device)
+    model.to(device)
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)

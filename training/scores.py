@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
+from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.training.score_losses import Score
 from sparse_forcing.transformer import CausalWanTransformer3DModel
@@ -56,9 +55,8 @@ def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context |
     """What a causal teacher sees beside the noisy clip, within `window` latent frames; None: a bidirectional one."""
     if window is None:
         return None
-    frames = clip.shape[1]
-    mask = teacher_forcing_mask([chunk_frames] * (frames // chunk_frames), window=window)
-    return Context(clip.detach(), ParallelAttention(2 * frames, mask, torch.arange(frames).repeat(2)))
+    chunks = [chunk_frames] * (clip.shape[1] // chunk_frames)
+    return Context(clip.detach(), ParallelAttention.teacher_forcing(chunks, window=window))
 
 
 def score_of(

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 
 from sparse_forcing.config import load_config, to_plain
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.claims import FULL_CACHE
 from sparse_forcing.eval.judged_rollouts import chunks_until
@@ -43,6 +44,7 @@ class ReproduceConfig:
 def read_reproduce_config(path: Path, overrides: list[str]) -> ReproduceConfig:
     """The config, checked, and a proof that plots can be drawn. Raises ConfigError."""
     config = load_config(ReproduceConfig, path, overrides)
+    resolve_device(config.evaluation.device, "evaluation.device:")  # not after hours of training
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("reproduce draws plots and needs matplotlib: pip install 'sparse-forcing[eval]'")
     return config

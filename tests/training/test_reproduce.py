@@ -223,6 +223,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         ("evaluation.horizons=[1, 1]", "horizons: different"),
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),
         ("evaluation.colour=red", "evaluation.colour"),
+        ("evaluation.device=nonsense", "evaluation.device: nonsense"),
     ],
 )
 def test_bad_settings_are_one_line_before_any_work(

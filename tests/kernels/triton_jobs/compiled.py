@@ -14,7 +14,7 @@ import triton
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels import compile_report as report
-from sparse_forcing.kernels.block_selection import triton_backend as selection
+from sparse_forcing.kernels.block_selection import triton_launch as plans
 from sparse_forcing.kernels.block_sparse_attention.triton_backend import active
 from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, choose_forward, power_of_two
 
@@ -175,10 +175,10 @@ def test_selection_moves_little_more_than_one_reading_of_queries_and_keys():
     k = torch.empty(1, 12, 546, 60, 128, dtype=torch.bfloat16, device="meta")
     moved = 0
     for x in (q, k):
-        launch, pooled = selection.plan_pool(x, None, torch.ones(12, 60, device="meta"))
+        launch, pooled = plans.plan_pool(x, None, torch.ones(12, 60, device="meta"))
         moved += size(launch.args["x"]) + size(pooled)  # one program per block: nothing is read twice
         moved += 3 * size(pooled) + size(torch.empty(12, 128, 128)) + size(pooled) // 2  # projection, cast to bfloat16
-    launch, selected = selection.plan_choose(
+    launch, selected = plans.plan_choose(
         torch.empty(1, 12, 78, 128, dtype=torch.bfloat16),
         torch.empty(1, 12, 546, 128, dtype=torch.bfloat16),
         137,

@@ -70,7 +70,9 @@ class DistillConfig:
 
     Args:
         model: pipeline folder (or `tiny`) of the causal start: text encoder, autoencoder, the generator's weights.
-        teacher: pipeline folder whose transformer is the real score; the start of the fake score too.
+        teacher: pipeline folder whose transformer is the real score.
+        critic_start: weights that the fake score starts from: "teacher", or "model" when the student has learned what
+            the teacher has not, guidance for one (tiny-guided.yaml), which a fake score would first have to catch up on.
         memory: of the rollouts; the model's default when None.
         sampler: few_step; its steps are the student's.
         critic_ratio: critic updates per generator update.
@@ -89,6 +91,7 @@ class DistillConfig:
     loop: LoopConfig
     model: str = "tiny"
     teacher: str = "tiny"
+    critic_start: str = "teacher"
     loss: str = "dmd"
     data: DataConfig = field(default_factory=DataConfig)
     memory: MemoryConfig | None = None
@@ -114,6 +117,8 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.critic_start not in ("teacher", "model"):
+            raise ConfigError(f"critic_start: expected teacher or model, got {self.critic_start!r}")
         if self.sampler.kind != "few_step" or self.sampler.guidance_scale != 1:
             raise ConfigError("sampler: a student is distilled with kind few_step and guidance_scale 1")
         if min(self.critic_ratio, self.rollout_frames, self.windows) < 1:
@@ -142,9 +147,10 @@ class DistillRecipe:
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
         teacher = find_model(config.teacher)
-        teacher_hash = folder_hash(teacher if (teacher / MANIFEST).is_file() else teacher / "transformer")
+        critic = teacher if config.critic_start == "teacher" else find_model(config.model)
+        critic_hash = folder_hash(critic if (critic / MANIFEST).is_file() else critic / "transformer")
         prepare(self.model, loop, self.device, train=True, lora=config.lora)
-        self.fake = load_transformer(teacher)  # loaded one after the other: sharded ones leave room for the next
+        self.fake = load_transformer(critic)  # loaded one after the other: sharded ones leave room for the next
         prepare(self.fake, loop, self.device, train=True, lora=config.critic_lora)
         self.real = load_transformer(teacher)
         prepare(self.real, loop, self.device, train=False)
@@ -158,7 +164,7 @@ class DistillRecipe:
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
             "generator": trained_part(self.model, config.lora, self.pipe.weights_sha256),
-            "critic": trained_part(self.fake, config.critic_lora, teacher_hash),
+            "critic": trained_part(self.fake, config.critic_lora, critic_hash),
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,

@@ -62,6 +62,8 @@ class ForcingConfig:
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
         guidance_scale: of the starting weights, whose flow with classifier-free guidance is then the target of teacher
             forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
+        guidance_window: latent frames that the starting weights see for it, the predicted chunk included; as many as
+            the memory when None.
         sampler: of the trained model; the starting model's when None.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
@@ -81,6 +83,7 @@ class ForcingConfig:
     weighting: str = "schedule"
     context_noise: float = 0.0
     guidance_scale: float = 1.0
+    guidance_window: int | None = None
     sampler: SamplerConfig | None = None
     learned_selector: bool = False
     selector_weight: float = 0.0
@@ -96,6 +99,8 @@ class ForcingConfig:
             raise ConfigError("context_noise must be in [0, 1), ema_decay in (0, 1), selector_weight not negative")
         if self.guidance_scale != 1 and self.mode != "teacher":
             raise ConfigError(f"guidance_scale: {self.guidance_scale:g} needs mode: teacher, got {self.mode}")
+        if self.guidance_window is not None and (self.guidance_window < 1 or self.guidance_scale == 1):
+            raise ConfigError(f"guidance_window: {self.guidance_window} must be positive, beside a guidance_scale")
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
             kind = self.memory.kind
             raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")
@@ -170,7 +175,7 @@ class ForcingRecipe(OneNetwork):
     def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
-        window = None if self.memory.kind == "full" else self.memory.window_frames
+        window = self.config.guidance_window or self.memory.window
         policy = ParallelAttention.teacher_forcing(chunks, window=window)
         texts = torch.cat([text, self.pipe.text_encoder.encode([""] * len(text)).to(text)])
         x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))

@@ -22,8 +22,9 @@ from sparse_forcing.tasks import Task, run_tasks
 from sparse_forcing.training.miniature import VARIANTS, Training, TrainingPlan, plan_trainings
 from sparse_forcing.training.recall import measure_recall
 
-MAIN = (*FULL_CACHE, "sparse")
-"""Variants that the central claims compare, on all prompts; the others are judged on `ablation_prompts`."""
+MAIN = ("dense", "sparse")
+"""What the central claim compares, on all prompts; the other variants are judged on `ablation_prompts`."""
+TIMED = (*FULL_CACHE, "sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ class Reproduction:
         self.chains = plan_trainings(config.training, list(kinds), output)
         self.prompts = held_out_prompts(config.evaluation.prompts, seed=config.evaluation.seed)
         self.rollouts = {name: self._rollouts(name) for name in config.variants}
-        timed = {name: rollouts.student for name, rollouts in self.rollouts.items() if name in MAIN}
+        timed = {name: rollouts.student for name, rollouts in self.rollouts.items() if name in TIMED}
         self.times = DecodingTimes(
             students=timed, prompts=self.prompts[: config.evaluation.timing_prompts], config=config.evaluation,
             out=self.folder,

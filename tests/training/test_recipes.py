@@ -142,6 +142,21 @@ def test_a_causal_teacher_scores_every_chunk_after_the_finished_ones(model_folde
     recipe.update(0)
 
 
+@pytest.mark.parametrize("start", ["teacher", "model"])
+def test_the_fake_score_starts_from_the_teacher_or_from_the_student(
+    model_folder: Path, tmp_path: Path, start: str
+) -> None:
+    student = distill(model_folder)
+    student.update(0)
+    student.export(tmp_path / "student")
+    recipe = distill(model_folder, model=str(tmp_path / "student"), critic_start=start)
+    same = {
+        name: all(torch.equal(a, b) for a, b in zip(recipe.fake.parameters(), network.parameters(), strict=True))
+        for name, network in (("teacher", recipe.real), ("model", recipe.model))
+    }
+    assert same == {"teacher": start == "teacher", "model": start == "model"}
+
+
 def test_critic_rollouts_build_no_graph(model_folder: Path) -> None:
     for clip, *_ in distill(model_folder).clips(0, 0, _CRITIC):
         assert not clip.requires_grad
@@ -201,6 +216,25 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
     assert recipe(1.0).guide is None
 
 
+def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
+    def guided_flow(memory: str, window: int | None) -> torch.Tensor:
+        config = ForcingConfig(
+            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=3.0,
+            guidance_window=window,
+        )  # fmt: skip
+        recipe, generator = ForcingRecipe(config, Accelerator(cpu=True)), torch.Generator().manual_seed(0)
+        clip, x = torch.randn(2, 2, HORIZON, CHANNELS, 4, 4, generator=generator)
+        text = recipe.pipe.text_encoder.encode(["a red circle", "a blue ring"])
+        return recipe.guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
+
+    full, window = guided_flow("full", None), guided_flow("full", 2)
+    torch.testing.assert_close(window[:, :2], full[:, :2])
+    assert not torch.allclose(window[:, 2:], full[:, 2:])
+    torch.testing.assert_close(guided_flow("sparse", 2), window)
+    with pytest.raises(ConfigError, match="guidance_window: 2 must be positive, beside a guidance_scale"):
+        ForcingConfig(loop=LOOP, guidance_window=2)
+
+
 def test_guidance_is_learned_by_teacher_forcing_only() -> None:
     with pytest.raises(ConfigError, match="guidance_scale: 3 needs mode: teacher"):
         ForcingConfig(loop=LOOP, mode="bidirectional", guidance_scale=3.0)
@@ -245,6 +279,7 @@ def test_unknown_stage_and_setting() -> None:
         ({"loss": "gan"}, "loss"),
         ({"sampler": SamplerConfig(kind="euler")}, "few_step"),
         ({"critic_ratio": 0}, "critic_ratio"),
+        ({"critic_start": "student"}, "critic_start: expected teacher or model"),
         ({"cache_gradient": "none"}, "cache_gradient"),
         ({"windows": 2, "cache_gradient": "straight_through"}, "long tuning"),
         ({"loss": "sid", "windows": 2}, "sid"),

@@ -78,7 +78,7 @@ def test_every_variant_is_in_the_results(done: Path) -> None:
     result = json.loads((done / "results/miniature/miniature.json").read_text())
     assert list(result["variants"]) == list(VARIANTS)
     assert {name: row["prompts"] for name, row in result["variants"].items()} == {
-        name: 4 if name in ("dense", "dense-absolute", "sparse") else 2 for name in VARIANTS
+        name: 4 if name in ("dense", "sparse") else 2 for name in VARIANTS
     }
     assert all(len(row["records"]["2"]["all"]) == row["prompts"] for row in result["variants"].values())
     # One set of weights for each student, whatever it is judged with.

@@ -71,8 +71,8 @@ class DistillConfig:
     Args:
         model: pipeline folder (or `tiny`) of the causal start: text encoder, autoencoder, the generator's weights.
         teacher: pipeline folder whose transformer is the real score.
-        critic_start: weights that the fake score starts from: "teacher", or "model" when the student knows what the teacher
-            does not (guidance, after tiny-guided.yaml): a fake score would first have to catch up on that.
+        critic_start: weights that the fake score starts from: "teacher", or "model" when the student knows what the
+            teacher does not (guidance, after tiny-guided.yaml): a fake score would first have to catch up on that.
         memory: of the rollouts; the model's default when None.
         sampler: few_step; its steps are the student's.
         critic_ratio: critic updates per generator update.

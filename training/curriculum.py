@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.scenes.sample import motion_table
 from sparse_forcing.training.data.procedural import step_seed
 
 
@@ -16,6 +17,8 @@ class StageConfig:
     `continuation` is the share of steps that go on from a clean chunk: they start most clips in the middle of their
     scene and learn every chunk but the first. The other steps then learn first chunks, as many frames in all.
     `sizes` are pixels to the side of the clips; each step draws one, and batches keep their number of pixels.
+    `shift` is that of the stage's noise levels, the model's where None: above it a stage dwells on high noise, where
+    position and direction are decided. `motion_weights` say how much likelier than the rest a motion is.
     """
 
     latent_frames: int
@@ -26,6 +29,8 @@ class StageConfig:
     final_learning_rate: float | None = None
     warmup_steps: int = 100
     sizes: tuple[int, ...] = (64,)
+    shift: float | None = None
+    motion_weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.latent_frames, self.batch_size, self.steps, self.warmup_steps)
@@ -33,6 +38,10 @@ class StageConfig:
             raise ConfigError(
                 f"stages: latent_frames, batch_size, steps, sizes and warmup_steps must be positive, got {self}"
             )
+        if self.shift is not None and self.shift <= 0:
+            raise ConfigError(f"stages: shift must be positive, got {self.shift}")
+        if self.motion_weights is not None:
+            motion_table(self.motion_weights)
         if not 0 <= self.continuation <= 1:
             raise ConfigError(f"stages: continuation is a share in [0, 1], got {self.continuation}")
 

@@ -223,7 +223,7 @@ def training_loss(
     length = min(frames, config.chunk_frames)
     noisy_frames = latents.shape[2]
     sigma = sample_sigma(
-        batch, noisy_frames // length, shift=config.shift, spread=config.sigma_spread, generator=generator
+        batch, noisy_frames // length, shift=part.shift or config.shift, spread=config.sigma_spread, generator=generator
     ).repeat_interleave(length, 1)
     noise = torch.randn(latents.shape, generator=generator)
     sigma, noise = sigma.to(latents.device), noise.to(latents.device)
@@ -248,7 +248,8 @@ def train_step(
     clips = procedural_batch(
         config.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
         size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if part.continuation else 0.0, device=model.transformer.device,
+        late_start_fraction=0.8 if part.continuation else 0.0, motion_weights=part.motion_weights,
+        device=model.transformer.device,
     )  # fmt: skip
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.attribute_weight * losses.attribute

@@ -6,7 +6,7 @@ radians clockwise on the screen, times in frames.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from math import cos, exp, log, pi, sin
 from typing import Any
@@ -119,14 +119,16 @@ class SceneBatch:
 
 
 def sample_scenes(
-    batch: int, generator: torch.Generator, *, two_object_fraction: float = 0.0, split: str = "train"
-) -> SceneBatch:
+    batch: int, generator: torch.Generator, *, two_object_fraction: float = 0.0, split: str = "train",
+    motion_weights: Mapping[str, float] | None = None,
+) -> SceneBatch:  # fmt: skip
     """Draw ``batch`` scenes on the generator's device.
 
     ``two_object_fraction`` is each scene's probability of holding two objects of different colours in lanes of
     their own.  ``split``: "train" has no held-out (colour, shape, background, motion) combination in any object,
     "heldout" has one in at least one object, "all" ignores the split.  Motions are drawn evenly, the other
-    attributes evenly given the motion (before the split).
+    attributes evenly given the motion (before the split).  ``motion_weights``: how much likelier than the rest a
+    motion is in scenes of one object (1 where not named).
     """
     if batch < 1:
         raise ConfigError(f"sample_scenes: batch must be at least 1, got {batch}")
@@ -134,12 +136,13 @@ def sample_scenes(
         raise ConfigError(f"sample_scenes: two_object_fraction must lie in [0, 1], got {two_object_fraction}")
     if split not in SPLITS:
         raise ConfigError(f"sample_scenes: unknown split {split!r}; choose one of {', '.join(SPLITS)}")
+    weights = None if motion_weights is None else motion_table(motion_weights)
     two = torch.rand(batch, generator=generator, device=generator.device) < two_object_fraction
     places = 2 if two_object_fraction > 0 else 1
-    draft = _draw(two, places, generator)
+    draft = _draw(two, places, generator, weights)
     todo = (~_in_split(draft, split)).nonzero()[:, 0]
     while len(todo):
-        retry = _draw(two[todo], places, generator)
+        retry = _draw(two[todo], places, generator, weights)
         for name, value in retry.items():
             draft[name][todo] = value
         todo = todo[~_in_split(retry, split)]
@@ -174,8 +177,21 @@ def is_any(values: Tensor, names: Sequence[str], vocabulary: Sequence[str]) -> T
     return torch.isin(values, torch.tensor([vocabulary.index(name) for name in names], device=values.device))
 
 
-def _draw(two: Tensor, places: int, generator: torch.Generator) -> dict[str, Tensor]:
-    """Attribute numbers for a batch; ``two`` [B] says which scenes hold two objects."""
+def motion_table(weights: Mapping[str, float]) -> Tensor:
+    """Weights of the motions by number, float32 [motions], 1 where not named.  Raises ConfigError."""
+    for name, weight in weights.items():
+        _number("motion", name, MOTIONS)
+        if weight < 0:
+            raise ConfigError(f"motion_weights: {name} has weight {weight}; none may be negative")
+    found = torch.tensor([float(weights.get(name, 1)) for name in MOTIONS])
+    if not found.any():
+        raise ConfigError("motion_weights: at least one motion must have a weight above 0")
+    return found
+
+
+def _draw(two: Tensor, places: int, generator: torch.Generator, weights: Tensor | None) -> dict[str, Tensor]:
+    """Attribute numbers for a batch; ``two`` [B] says which scenes hold two objects, ``weights`` how likely each motion
+    is in the others (None: all alike)."""
     batch, device = len(two), two.device
 
     def below(high: int, *shape: int) -> Tensor:
@@ -186,7 +202,10 @@ def _draw(two: Tensor, places: int, generator: torch.Generator) -> dict[str, Ten
 
     axis = below(2, batch, 1).expand(-1, places)
     lanes = [[MOTIONS.index(name) for name in names] for names in (ROW_MOTIONS, COLUMN_MOTIONS)]
-    motion = torch.where(two[:, None], pick(lanes, axis), below(len(MOTIONS), batch, places))
+    free = below(len(MOTIONS), batch, places)
+    if weights is not None:
+        free = torch.multinomial(weights.to(device), free.numel(), True, generator=generator).view_as(free)
+    motion = torch.where(two[:, None], pick(lanes, axis), free)
     shape = below(len(SHAPES), batch, places)
     visible = [SHAPES.index(name) for name in SPINNING_SHAPES]
     shape = torch.where(is_any(motion, SPINNING, MOTIONS), pick([visible], torch.zeros_like(motion)), shape)

@@ -213,6 +213,32 @@ def test_held_out_hash_never_changes_and_takes_a_tenth():
     assert held.nonzero()[:5, 0].tolist() == [0, 7, 11, 22, 25]
 
 
+def test_motions_of_one_object_scenes_are_drawn_by_their_weights():
+    weights = {"orbits clockwise": 6.0, "stays still": 0.0}
+    batch = sample_scenes(8000, _generator(3), two_object_fraction=0.2, split="all", motion_weights=weights)
+    two = batch.present[:, 1]
+    share = torch.bincount(batch.motion[~two, 0], minlength=len(MOTIONS)) / (~two).sum()
+    assert share[MOTIONS.index("stays still")] == 0
+    assert abs(share[MOTIONS.index("orbits clockwise")] - 6 / 17) < 0.02
+    assert (share[MOTIONS.index("grows")] - 1 / 17).abs() < 0.01
+    assert (batch.motion[two] == MOTIONS.index("stays still")).any()
+    even, none = (sample_scenes(8, _generator(3), motion_weights=w) for w in ({}, None))
+    assert even.motion.shape == none.motion.shape
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"hops": 1.0}, "motion is 'hops'; choose"),
+        ({"grows": -1.0}, "grows has weight -1"),
+        (dict.fromkeys(MOTIONS, 0.0), "at least one motion"),
+    ],
+)
+def test_impossible_motion_weights_are_refused(weights, message):
+    with pytest.raises(ConfigError, match=message):
+        sample_scenes(1, _generator(0), motion_weights=weights)
+
+
 def test_sample_covers_the_vocabulary_evenly():
     scenes = sample_scenes(6500, _generator(), split="all")
     for values, count in ((scenes.colour, 8), (scenes.background, 6), (scenes.motion, 13)):

@@ -18,10 +18,11 @@ from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAP
 from sparse_forcing.training import export
 from sparse_forcing.training import pretrain as recipe
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
-from sparse_forcing.training.data.procedural import procedural_batch
+from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch
+from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.export import trained_pipeline
 from sparse_forcing.training.level_balance import LevelBalance
-from sparse_forcing.training.losses import sample_sigma, sigma_quantile
+from sparse_forcing.training.losses import sample_sigma, sigma_quantile, unit_variance_weight
 from sparse_forcing.training.pretrain import TextToVideo
 from sparse_forcing.training.scene_targets import ATTRIBUTES, HARMONICS, POSE_NUMBERS, attribute_targets, pose_targets
 from tests.training.helpers import differences, newest, state
@@ -137,6 +138,35 @@ def test_balanced_errors_count_equally_at_every_level_and_for_every_kind() -> No
     high, low = share[sigma > 0.9].mean(), share[sigma < 0.6].mean()
     assert high.item() == pytest.approx(1, abs=0.1)
     assert low.item() == pytest.approx(1, abs=0.25)
+
+
+def test_a_stage_has_its_own_motions_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    only = dict.fromkeys(MOTIONS, 0.0) | {"orbits clockwise": 1.0}
+    medians = []
+    for shift in (None, 40.0):
+        stage = StageConfig(latent_frames=1, batch_size=64, steps=1, sizes=(32,), shift=shift, motion_weights=only)
+        settings = config(stage, two_object_fraction=0.0)
+        vae, model = recipe.start(settings)
+        levels, clips = [], []
+
+        def made(*args: Any, clips: list = clips, **options: Any) -> ClipBatch:
+            clips.append(procedural_batch(*args, **options))
+            return clips[0]
+
+        def weight(sigma: torch.Tensor, std: list[float], levels: list = levels) -> torch.Tensor | float:
+            levels.append(sigma)
+            return unit_variance_weight(sigma, std)
+
+        monkeypatch.setattr(recipe, "procedural_batch", made)
+        monkeypatch.setattr(recipe, "unit_variance_weight", weight)
+        ema = ParameterEma(model, 0.9)
+        recipe.train_step(model, recipe.make_optimizers(model, settings), ema, vae, settings, 0)
+        assert {scene.objects[0].motion for scene in clips[0].scenes.scenes()} == {"orbits clockwise"}
+        medians.append(levels[0].median().item())
+    assert medians[0] < 0.85 < 0.95 < medians[1]
+    for wrong in ({"shift": 0.0}, {"motion_weights": {"hops": 1.0}}):
+        with pytest.raises(ConfigError, match=r"shift must be positive|'hops'"):
+            StageConfig(latent_frames=1, batch_size=1, steps=1, **wrong)
 
 
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:

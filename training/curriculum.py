@@ -76,6 +76,8 @@ class PretrainConfig:
     text_steps: int = 400
     pose_layer: int = 4
     pose_weight: float = 0.5
+    course_layer: int = 2
+    course_weight: float = 1.0
     attribute_weight: float = 1.0
     context_noise: float = 0.15
     caption_dropout: float = 0.1
@@ -102,8 +104,9 @@ class PretrainConfig:
                 )
             if stage.continuation and stage.latent_frames <= self.chunk_frames:
                 raise ConfigError(f"stages.{number}: a continuation needs more than one chunk of {self.chunk_frames}")
-        if not 0 <= self.pose_layer < self.num_layers:
-            raise ConfigError(f"pose_layer: there are layers 0 to {self.num_layers - 1}, got {self.pose_layer}")
+        for name, layer in (("pose_layer", self.pose_layer), ("course_layer", self.course_layer)):
+            if not 0 <= layer < self.num_layers:
+                raise ConfigError(f"{name}: there are layers 0 to {self.num_layers - 1}, got {layer}")
 
 
 def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:

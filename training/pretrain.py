@@ -4,8 +4,8 @@ Short clips first: one latent frame teaches colours and shapes several times fas
 most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
 forcing: the sequence [context | noisy], where the context is clean or slightly noisy, so that rollouts tolerate their
 own errors. Before all that and during it the text encoder learns which attributes captions name: still pictures
-alone would make it forget the direction of motions. An inner layer also predicts where the object is
-(training/scene_targets.py). Both heads are dropped in the end.
+alone would make it forget the direction of motions. Inner layers also predict where the object is and where the caption
+sends it (training/scene_targets.py). These heads are dropped in the end.
 
     sparse-forcing train pretrain --config CONFIG.yaml --output runs/tiny
 """
@@ -17,6 +17,7 @@ import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,7 +36,14 @@ from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch,
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
-from sparse_forcing.training.scene_targets import ATTRIBUTES, POSE_NUMBERS, attribute_targets, pose_targets
+from sparse_forcing.training.scene_targets import (
+    ATTRIBUTES,
+    COURSE_NUMBERS,
+    POSE_NUMBERS,
+    attribute_targets,
+    course_targets,
+    pose_targets,
+)
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
@@ -63,15 +71,17 @@ class TextToVideo(nn.Module):
             latent_std=latent_std,
             position_harmonics=config.position_harmonics,
         )
-        self.pose_head = nn.Linear(config.num_attention_heads * config.attention_head_dim, POSE_NUMBERS)
+        width = config.num_attention_heads * config.attention_head_dim
+        self.pose_head, self.course_head = nn.Linear(width, POSE_NUMBERS), nn.Linear(width, COURSE_NUMBERS)
         self.attribute_head = nn.Linear(config.text_dim, ATTRIBUTES)
         self.sizes = sorted({size for stage in config.stages for size in stage.sizes})
         self.balance = LevelBalance(2 * len(self.sizes), shift=config.shift, spread=config.sigma_spread)
-        self.pose_features: Tensor | None = None
-        self.transformer.blocks[config.pose_layer].register_forward_hook(self._keep_features)
+        self.features: dict[nn.Linear, Tensor] = {}
+        for head, layer in ((self.pose_head, config.pose_layer), (self.course_head, config.course_layer)):
+            self.transformer.blocks[layer].register_forward_hook(partial(self._keep_features, head))
 
-    def _keep_features(self, block: nn.Module, inputs: object, tokens: Tensor) -> None:
-        self.pose_features = tokens
+    def _keep_features(self, head: nn.Linear, block: nn.Module, inputs: object, tokens: Tensor) -> None:
+        self.features[head] = tokens
 
     def task(self, part: StageConfig) -> int:
         """The row of the balance for what a step learns."""
@@ -86,12 +96,12 @@ class TextToVideo(nn.Module):
         told = torch.tensor([caption != "" for caption in captions], device=error.device)
         return (error * told).sum() / told.sum().clamp(min=1)
 
-    def pose_loss(self, targets: Tensor, one_object: Tensor) -> Tensor:
-        """Squared error of the pose read off the noisy tokens of the last forward pass; scenes of one object only."""
-        assert self.pose_features is not None
-        features, self.pose_features = self.pose_features[:, -targets.shape[1] :], None
-        error = (self.pose_head(features.float()) - targets).square().mean((1, 2))
-        return (error * one_object).mean()
+    def token_loss(self, head: nn.Linear, targets: Tensor, counted: Tensor) -> Tensor:
+        """Squared error of what a head reads off the noisy tokens of the last forward pass against targets [B, tokens,
+        numbers], over the clips that count [B]."""
+        features = self.features.pop(head)[:, -targets.shape[1] :]
+        error = (head(features.float()) - targets).square().mean((1, 2))
+        return (error * counted).mean()
 
 
 def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[float]]:
@@ -149,8 +159,10 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
 
 
 def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
-    """Teach the text encoder which attributes a caption names; returns the last loss."""
-    parameters = [*model.text_encoder.parameters(), *model.attribute_head.parameters()]
+    """Teach the text encoder which attributes a caption names, or a trained one's new head; returns the last loss."""
+    parameters = [*model.attribute_head.parameters()]
+    if config.init_from is None:
+        parameters += model.text_encoder.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     loss = torch.zeros(())
     for step in range(config.text_steps):
@@ -192,12 +204,13 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 @dataclass(frozen=True)
 class Losses:
-    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose;
-    attribute."""
+    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose,
+    course and attribute: of the other heads."""
 
     flow: Tensor
     balanced: Tensor
     pose: Tensor
+    course: Tensor
     attribute: Tensor
 
 
@@ -217,7 +230,7 @@ def training_loss(
     inputs: dict = {"policy": ParallelAttention(frames)}
     if frames > config.chunk_frames:
         inputs = forcing_inputs(latents, config, part, generator)
-    targets = pose_targets(clips.scenes, clips.start, frames, vae.temporal_stride, rows)
+    poses = pose_targets(clips.scenes, clips.start, frames, vae.temporal_stride, rows)
     if part.continuation:
         latents = latents[:, :, config.chunk_frames :]
     length = min(frames, config.chunk_frames)
@@ -230,11 +243,15 @@ def training_loss(
     with torch.autocast(latents.device.type, torch.bfloat16):
         text = model.text_encoder.encode(clips.captions)
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
+    courses = course_targets(clips.scenes, rows).repeat(1, noisy_frames, 1)
+    one_object = ~clips.scenes.present[:, 1:].any(1)
+    told = torch.tensor([caption != "" for caption in clips.captions], device=one_object.device)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
     return Losses(
         flow=error.mean(),
         balanced=model.balance(error, sigma, kind=model.task(part)),
-        pose=model.pose_loss(targets[:, -noisy_frames * rows * rows :], ~clips.scenes.present[:, 1:].any(1)),
+        pose=model.token_loss(model.pose_head, poses[:, -noisy_frames * rows * rows :], one_object),
+        course=model.token_loss(model.course_head, courses, one_object & told),
         attribute=model.attribute_loss(text.float(), clips.captions, clips.scenes),
     )
 
@@ -252,7 +269,8 @@ def train_step(
         device=model.transformer.device,
     )  # fmt: skip
     losses = training_loss(model, vae, clips, config, part, step)
-    total = losses.balanced + config.pose_weight * losses.pose + config.attribute_weight * losses.attribute
+    total = losses.balanced + config.pose_weight * losses.pose + config.course_weight * losses.course
+    total = total + config.attribute_weight * losses.attribute
     total.backward()
     norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     if not (torch.isfinite(total) and torch.isfinite(norm)):
@@ -267,7 +285,8 @@ def train_step(
     ema.update(model)
     name = "continuation_loss" if part.continuation else "loss"
     name += f"_{part.sizes[0]}" if part.sizes[0] != model.sizes[0] else ""
-    return {name: losses.flow.item(), "pose_loss": losses.pose.item(), "attribute_loss": losses.attribute.item()}
+    others = {"pose_loss": losses.pose, "course_loss": losses.course, "attribute_loss": losses.attribute}
+    return {name: losses.flow.item(), **{key: loss.item() for key, loss in others.items()}}
 
 
 class Progress:
@@ -308,7 +327,7 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
     step = latest_checkpoint(out, parts)
-    if step == 0 and config.text_steps and config.init_from is None:
+    if step == 0 and config.text_steps:
         print(f"captions: loss {pretrain_text(model, config):.4f} after {config.text_steps} steps", flush=True)
         ema.reset(model)
     if config.compile:

@@ -2,7 +2,8 @@
 
 Heads that predict them are dropped after training; they make layout and words learned sooner, as aligning inner
 features does for image models (REPA, arXiv 2410.06940). Rates of motion are what a caption tells even where noise hides
-the object: without them directions are hardly ever learned, because they make little difference to the pixels.
+the object: without them directions are hardly ever learned, because they make little difference to the pixels. Courses
+combine the caption with the place: without them a clockwise orbit is not told from a counterclockwise one.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, ORBI
 HARMONICS = (1, 4)  # the first says roughly where, the second exactly
 RATES = 5
 POSE_NUMBERS = 8 * len(HARMONICS) + 3 + RATES
+COURSE_NUMBERS = 2
 ATTRIBUTES = len(BACKGROUNDS) + len(COLOURS) + len(SHAPES) + len(SIZES) + len(MOTIONS)
 _SYMMETRY = {"square": 4, "triangle": 3, "star": 5}
+_STRAIGHT = {"moves right": (1.0, 0.0), "moves left": (-1.0, 0.0), "moves up": (0.0, -1.0), "moves down": (0.0, 1.0)}
 _FAST = {"travel": 1 / 32, "growth": 1 / 32, "turn": 1 / 4}
 """Rates per pixel frame that count as 1: frame sides, logarithm of the radius, radians."""
 
@@ -63,6 +66,21 @@ def _rates(scenes: SceneBatch, path: tuple[Tensor, ...], first: Tensor, stride: 
     orbit = scenes.speed[:, :1] * (clockwise - counterclockwise) / _FAST["turn"]
     growth, spin = per_frame(radius.log()) / _FAST["growth"], per_frame(angle) / _FAST["turn"]
     return torch.stack([travel(x), travel(y), growth, spin, orbit.expand_as(spin)], -1)
+
+
+def course_targets(scenes: SceneBatch, rows: int) -> Tensor:
+    """Where the first object would be heading if it were at a token: [B, rows * rows, COURSE_NUMBERS], unit vectors
+    across and down; 0 for motions whose direction the caption does not tell, or that go nowhere."""
+    device = scenes.motion.device
+    centre = (torch.arange(rows, device=device) + 0.5) / rows - 0.5
+    down, across = torch.meshgrid(centre, centre, indexing="ij")
+    clockwise = torch.stack([-down, across], -1) / torch.hypot(down, across).clamp(min=1e-6)[..., None]
+    courses = torch.zeros(len(MOTIONS), rows, rows, COURSE_NUMBERS, device=device)
+    for name, direction in _STRAIGHT.items():
+        courses[MOTIONS.index(name)] = torch.tensor(direction, device=device)
+    for name, sense in zip(ORBITING, (1, -1)):
+        courses[MOTIONS.index(name)] = sense * clockwise
+    return courses[scenes.motion[:, 0]].flatten(1, 2)
 
 
 def attribute_targets(scenes: SceneBatch) -> Tensor:

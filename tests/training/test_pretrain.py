@@ -24,7 +24,14 @@ from sparse_forcing.training.export import trained_pipeline
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import sample_sigma, sigma_quantile, unit_variance_weight
 from sparse_forcing.training.pretrain import TextToVideo
-from sparse_forcing.training.scene_targets import ATTRIBUTES, HARMONICS, POSE_NUMBERS, attribute_targets, pose_targets
+from sparse_forcing.training.scene_targets import (
+    ATTRIBUTES,
+    HARMONICS,
+    POSE_NUMBERS,
+    attribute_targets,
+    course_targets,
+    pose_targets,
+)
 from tests.training.helpers import differences, newest, state
 
 STD = [2.0, 1.0, 0.5, 0.5]
@@ -34,7 +41,7 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     """A model whose step takes milliseconds."""
     small: dict[str, Any] = {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
-        "latent_channels": 4, "pose_layer": 1, "text_steps": 2, "checkpoint_minutes": 1e9,
+        "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 2, "checkpoint_minutes": 1e9,
     }  # fmt: skip
     return PretrainConfig(
         stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes
@@ -220,16 +227,39 @@ def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: float)
         assert of_noisy == [i == number for i in range(len(of_noisy))]
 
 
-def test_pose_loss_reaches_the_inner_layer_and_leaves_two_objects_out() -> None:
+@pytest.mark.parametrize("name", ["pose", "course"])
+def test_losses_of_tokens_reach_their_inner_layer_and_leave_two_objects_out(name: str) -> None:
     settings = config()
     model = TextToVideo(settings, STD)
     vae, _ = recipe.make_autoencoder(settings)
-    clips = batch(4)
-    recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0).pose.backward()
-    assert model.pose_head.weight.grad is not None
+
+    def loss(clips: ClipBatch) -> torch.Tensor:
+        return getattr(recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0), name)
+
+    loss(batch(4)).backward()
+    assert getattr(model, f"{name}_head").weight.grad is not None
     assert model.transformer.patch_embedding.weight.grad.any()
-    two = batch(4, two_object_fraction=1.0)
-    assert recipe.training_loss(model, vae, two, settings, settings.stages[0], 0).pose == 0
+    blocks = [any(p.grad is not None for p in block.parameters()) for block in model.transformer.blocks]
+    assert blocks == ([True, True] if name == "pose" else [True, False])
+    assert loss(batch(4, two_object_fraction=1.0)) == 0
+    dropped = batch(4)
+    dropped.captions[:] = [""] * len(dropped.captions)
+    assert (loss(dropped) == 0) == (name == "course")  # what only captions tell
+
+
+def test_courses_are_where_scenes_take_their_objects() -> None:
+    scenes, rows = sample_scenes(400, torch.Generator().manual_seed(0)), 16
+    courses = course_targets(scenes, rows).unflatten(1, (rows, rows))
+    x, y, _, _ = (value[:, 0] for value in trajectories(scenes, 2))
+    moved = torch.stack([x, y], -1).diff(dim=1)[:, 0]
+    told = torch.tensor([MOTIONS[m].startswith(("moves", "orbits")) for m in scenes.motion[:, 0]])
+    assert torch.equal(told, courses.flatten(1).any(1))
+    assert sum(MOTIONS[m].startswith("orbits") for m in scenes.motion[:, 0]) > 20
+    row, col = ((value[:, 0] * rows).long().clamp(0, rows - 1) for value in (y, x))
+    course = courses[torch.arange(len(scenes)), row, col]
+    cosine = torch.nn.functional.cosine_similarity(course, moved, dim=1)
+    assert cosine[told].min() > 0.9
+    torch.testing.assert_close(course[told].norm(dim=1), torch.ones(int(told.sum())))
 
 
 def test_the_text_encoder_learns_what_captions_name() -> None:
@@ -286,7 +316,8 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
     rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7
-    assert rows[-1].keys() == {"step", "loss", "continuation_loss", "pose_loss", "attribute_loss", "seconds_per_step"}
+    losses = {"loss", "continuation_loss", "pose_loss", "course_loss", "attribute_loss"}
+    assert rows[-1].keys() == {"step", *losses, "seconds_per_step"}
 
 
 def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:
@@ -294,7 +325,7 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
     recipe.pretrain(settings, tmp_path / "run")
     pipe = trained_pipeline(tmp_path / "run", settings)
     pipe.save_pretrained(tmp_path / "model")
-    assert not [name for name in pipe.transformer.state_dict() if "pose" in name or "attribute" in name]
+    assert not [name for name in pipe.transformer.state_dict() if "_head" in name]
     again = export.trained(tmp_path / "model", None, None)  # a student's folder is exported the same way
     assert again.transformer.state_dict().keys() == pipe.transformer.state_dict().keys()
     with pytest.raises(ConfigError, match="needs --config"):
@@ -307,6 +338,7 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"pose_layer": 2}, "pose_layer: there are layers 0 to 1"),
+        ({"course_layer": -1}, "course_layer: there are layers 0 to 1"),
         ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=1.0),)}, "more than one chunk"),
         ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
         ({"optimizer": "sgd"}, "expected muon or adamw"),

@@ -60,6 +60,8 @@ class ForcingConfig:
         weighting: "schedule" (Self-Forcing's bell around t = 500), or "unit_variance" (squared error of the
             preconditioned network output, for models with latent_std).
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
+        cache_gradient: through a memory, "detached" (the clean chunks' keys and values are constants: half the
+            activations) or "clean" (they learn too, as in the parallel form, which a `full` memory always takes).
         guidance_scale: of the starting weights, whose flow with classifier-free guidance is then the target of teacher
             forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
         guidance_window: latent frames that the starting weights see for it, the predicted chunk included; as many as
@@ -82,6 +84,7 @@ class ForcingConfig:
     shift: float = 5.0
     weighting: str = "schedule"
     context_noise: float = 0.0
+    cache_gradient: str = "detached"
     guidance_scale: float = 1.0
     guidance_window: int | None = None
     sampler: SamplerConfig | None = None
@@ -99,6 +102,8 @@ class ForcingConfig:
             raise ConfigError("context_noise must be in [0, 1), ema_decay in (0, 1), selector_weight not negative")
         if self.guidance_scale != 1 and self.mode != "teacher":
             raise ConfigError(f"guidance_scale: {self.guidance_scale:g} needs mode: teacher, got {self.mode}")
+        if self.cache_gradient not in ("detached", "clean"):
+            raise ConfigError(f"cache_gradient: expected detached or clean, got {self.cache_gradient!r}")
         if self.guidance_window is not None and (self.guidance_window < 1 or self.guidance_scale == 1):
             raise ConfigError(f"guidance_window: {self.guidance_window} must be positive, beside a guidance_scale")
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
@@ -194,7 +199,7 @@ class ForcingRecipe(OneNetwork):
         self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int]
     ) -> tuple[Tensor, Tensor]:
         """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
-        memory = memory_of(self.model, self.memory, noisy, cache_gradient="detached")
+        memory = memory_of(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
         if self.config.selector_weight and isinstance(memory, SparseMemory):
             memory.distilled_layers = self.sampled_layers(int(timestep.sum().item()))
         parts, start = [], 0
@@ -202,9 +207,11 @@ class ForcingRecipe(OneNetwork):
             part = slice(start, start + frames)
             memory.begin_chunk(frames)
             parts.append(self.run(noisy[:, part], timestep[:, start], text, memory.denoising_pass()))
-            with torch.no_grad():
-                self.run(context[:, part], level[:, start], text, memory.clean_pass())
             start += frames
+            if start == noisy.shape[1]:
+                break  # nothing comes after the last chunk
+            with torch.set_grad_enabled(self.config.cache_gradient == "clean" and torch.is_grad_enabled()):
+                self.run(context[:, part], level[:, part.start], text, memory.clean_pass())
         losses = getattr(memory, "selector_losses", [])
         extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
         return torch.cat(parts, 1), extra

@@ -18,7 +18,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.rope import Rotary, rotary_table
 
-CACHE_GRADIENTS = ("none", "detached", "straight_through")
+CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,8 @@ class RolloutMemory(ABC):
     Args:
         cache_gradient: "none" writes in place (inference). The others never modify a tensor that autograd may hold:
             "detached" stops gradients at the cache; "straight_through" gives cached entries the clean pass's values
-            and the gradient of the pass that produced the chunk, as Self-Forcing's released weights were trained.
+            and the gradient of the pass that produced the chunk, as Self-Forcing's released weights were trained;
+            "clean" keeps the gradient of the clean pass itself, as the parallel form of teacher forcing does.
     """
 
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
@@ -134,7 +135,8 @@ class RolloutMemory(ABC):
         return torch.enable_grad() if self.cache_gradient == "straight_through" else nullcontext()
 
     def merge_clean(self, stored: Tensor, clean: Tensor) -> Tensor:
-        """What the clean pass leaves in the cache, given what the last denoising pass stored."""
+        """What the clean pass leaves in the cache, given what the last denoising pass stored. With "clean" it must run
+        with gradients, or the chunk has none."""
         if self.cache_gradient == "straight_through":
             return stored + (clean - stored).detach()
         return clean

@@ -51,7 +51,7 @@ def test_sparsity_changes_the_result(run):
     ],
     ids=["full", "window", "sink", "sparse", "sparse-mass", "heavy-hitter"],
 )
-@pytest.mark.parametrize("cache_gradient", ["detached", "straight_through"])
+@pytest.mark.parametrize("cache_gradient", ["detached", "straight_through", "clean"])
 def test_training_caches_hold_the_values_of_inference(run, config, cache_gradient):
     close(run(config, 5, cache_gradient=cache_gradient), run(config, 5))
 

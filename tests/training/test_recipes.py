@@ -187,6 +187,30 @@ def test_teacher_forcing_through_a_memory_equals_the_parallel_mask(model_folder:
     torch.testing.assert_close(cached, parallel)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("memory", ["window", "sink", "sparse"])
+def test_gradients_through_clean_chunks_equal_the_parallel_mask(
+    model_folder: Path, memory: str, checkpointing: bool
+) -> None:
+    def gradients(memory: MemoryConfig, cache_gradient: str) -> dict[str, torch.Tensor]:
+        loop = replace(LOOP, gradient_checkpointing=checkpointing)
+        config = ForcingConfig(
+            loop=loop, model=str(model_folder), data=DATA, memory=memory, cache_gradient=cache_gradient
+        )
+        recipe = ForcingRecipe(config, Accelerator(cpu=True))
+        (loss,) = recipe.losses(0, 0)
+        loss.backward()
+        return {name: p.grad for name, p in recipe.model.named_parameters() if p.grad is not None}
+
+    everything = replace(MEMORIES[memory], window_frames=HORIZON, top_k=1.0)
+    parallel, clean = gradients(MEMORIES["full"], "detached"), gradients(everything, "clean")
+    assert parallel.keys() == clean.keys()
+    for name, gradient in parallel.items():
+        torch.testing.assert_close(clean[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
+    detached = gradients(everything, "detached")
+    assert any(not torch.allclose(detached[name], gradient, atol=1e-6) for name, gradient in parallel.items())
+
+
 @pytest.mark.parametrize("memory", ["full", "sparse"])
 def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_path: Path, memory: str) -> None:
     def recipe(scale: float) -> ForcingRecipe:
@@ -233,6 +257,11 @@ def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
     torch.testing.assert_close(guided_flow("sparse", 2), window)
     with pytest.raises(ConfigError, match="guidance_window: 2 must be positive, beside a guidance_scale"):
         ForcingConfig(loop=LOOP, guidance_window=2)
+
+
+def test_forcing_has_two_kinds_of_cache_gradients() -> None:
+    with pytest.raises(ConfigError, match="cache_gradient: expected detached or clean"):
+        ForcingConfig(loop=LOOP, cache_gradient="straight_through")
 
 
 def test_guidance_is_learned_by_teacher_forcing_only() -> None:

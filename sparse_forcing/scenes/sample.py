@@ -202,10 +202,10 @@ def _draw(two: Tensor, places: int, generator: torch.Generator, weights: Tensor 
 
     axis = below(2, batch, 1).expand(-1, places)
     lanes = [[MOTIONS.index(name) for name in names] for names in (ROW_MOTIONS, COLUMN_MOTIONS)]
-    free = below(len(MOTIONS), batch, places)
+    in_lane, free = pick(lanes, axis), below(len(MOTIONS), batch, places)
     if weights is not None:
         free = torch.multinomial(weights.to(device), free.numel(), True, generator=generator).view_as(free)
-    motion = torch.where(two[:, None], pick(lanes, axis), free)
+    motion = torch.where(two[:, None], in_lane, free)
     shape = below(len(SHAPES), batch, places)
     visible = [SHAPES.index(name) for name in SPINNING_SHAPES]
     shape = torch.where(is_any(motion, SPINNING, MOTIONS), pick([visible], torch.zeros_like(motion)), shape)

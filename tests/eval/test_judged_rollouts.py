@@ -76,6 +76,11 @@ def test_intervals() -> None:
 def test_held_out_prompts_are_equal_for_equal_seeds() -> None:
     assert held_out_prompts(5, seed=3) == held_out_prompts(5, seed=3) != held_out_prompts(5, seed=4)
     assert held_out_prompts(9, seed=3)[:5] == held_out_prompts(5, seed=3)
+    # Published numbers are of these very prompts.
+    assert held_out_prompts(2, seed=0) == [
+        "Over dark green, a big orange square sliding up.",
+        "A medium yellow hoop bouncing horizontally against a white backdrop.",
+    ]
     assert all(len(parse_caption(p).objects) == 2 for p in held_out_prompts(5, objects=2))
 
 

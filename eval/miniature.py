@@ -128,7 +128,7 @@ class StudentRollouts:
         judged = judge_batch(pipe, self.student.memory, batch, first, self.config.rollouts())
         self.folder.mkdir(parents=True, exist_ok=True)
         for number in range(first, min(first + len(batch), self.config.sheet_prompts)):
-            _write_frames(self.folder / f"frames-{number:03d}.png", judged.frames[number - first])
+            _write_frames(_frames_path(self.folder, number, self.prompts[number]), judged.frames[number - first])
         atomic_write_json(self.path(first), {k: v for k, v in asdict(judged).items() if k != "frames"})
         seconds = (time.monotonic() - began) / len(batch)
         done = f"{self.name}: prompts {first + 1} to {first + len(batch)} of {len(self.prompts)}"
@@ -165,9 +165,14 @@ def _write_frames(path: Path, frames: np.ndarray) -> None:
         Image.fromarray(np.concatenate(list(frames), 1)).save(temporary, format="PNG")
 
 
-def read_frames(folder: Path, number: int) -> np.ndarray:
-    """[H, horizons * W, 3] of the prompt `number`."""
-    return read_image(folder / f"frames-{number:03d}.png")
+def read_frames(folder: Path, number: int, prompt: str) -> np.ndarray:
+    """[H, horizons * W, 3] of a prompt and its number."""
+    return read_image(_frames_path(folder, number, prompt))
+
+
+def _frames_path(folder: Path, number: int, prompt: str) -> Path:
+    """Named after the prompt, as batches are: frames of other prompts in the same folder are not taken for its own."""
+    return folder / f"frames-{number:03d}-{digest(prompt)}.png"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ class TextToVideo(nn.Module):
         used = (text != 0).any(-1, keepdim=True)
         logits = self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
         error = F.binary_cross_entropy_with_logits(logits, attribute_targets(scenes), reduction="none").mean(1)
-        told = torch.tensor([caption != "" for caption in captions], device=error.device)
+        told = _told(captions, error.device)
         return (error * told).sum() / told.sum().clamp(min=1)
 
     def token_loss(self, head: nn.Linear, targets: Tensor, counted: Tensor) -> Tensor:
@@ -102,6 +102,11 @@ class TextToVideo(nn.Module):
         features = self.features.pop(head)[:, -targets.shape[1] :]
         error = (head(features.float()) - targets).square().mean((1, 2))
         return (error * counted).mean()
+
+
+def _told(captions: list[str], device: torch.device) -> Tensor:
+    """[B] bool: which captions were not dropped."""
+    return torch.tensor([caption != "" for caption in captions], device=device)
 
 
 def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[float]]:
@@ -245,7 +250,7 @@ def training_loss(
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
     courses = course_targets(clips.scenes, rows).repeat(1, noisy_frames, 1)
     one_object = ~clips.scenes.present[:, 1:].any(1)
-    told = torch.tensor([caption != "" for caption in clips.captions], device=one_object.device)
+    told = _told(clips.captions, one_object.device)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
     return Losses(
         flow=error.mean(),

@@ -70,7 +70,9 @@ def _draw_cache(result: Mapping[str, Any], path: Path) -> None:
 
 def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: list[int], path: Path) -> None:
     """A row for each variant, a group of columns for each prompt: the middle frame of every horizon."""
-    rows = {name: [read_frames(folder, i) for i in range(len(prompts))] for name, folder in folders.items()}
+    rows = {
+        name: [read_frames(folder, i, prompt) for i, prompt in enumerate(prompts)] for name, folder in folders.items()
+    }
     height, width = next(iter(rows.values()))[0].shape[:2]
     height, width = SCALE * height, SCALE * width
     sheet = Image.new(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from sparse_forcing.cli import run_module
+from sparse_forcing.errors import VideoError
 from sparse_forcing.eval import miniature as evaluation
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training import miniature
@@ -243,6 +244,14 @@ def test_a_horizon_that_is_not_the_clip_is_refused(
     config["training"]["student"]["set"] = [*DISTILL, f"rollout_frames={2 * HORIZON}"]
     assert reproduce(tmp_path, config) == 2
     assert f"rollout_frames: {2 * HORIZON} latent frames" in capsys.readouterr().err
+
+
+def test_frames_of_other_prompts_are_not_taken_for_its_own(done: Path) -> None:
+    prompt = json.loads((done / "results/miniature/miniature.json").read_text())["prompts"][0]
+    (folder,) = (done / "run" / "evaluation").glob("sparse-*")
+    assert evaluation.read_frames(folder, 0, prompt).ndim == 3
+    with pytest.raises(VideoError, match="no such image"):
+        evaluation.read_frames(folder, 0, "a blue ring")
 
 
 def test_the_shipped_config_is_sound(tmp_path: Path) -> None:

@@ -246,12 +246,15 @@ def test_a_horizon_that_is_not_the_clip_is_refused(
     assert f"rollout_frames: {2 * HORIZON} latent frames" in capsys.readouterr().err
 
 
-def test_frames_of_other_prompts_are_not_taken_for_its_own(done: Path) -> None:
-    prompt = json.loads((done / "results/miniature/miniature.json").read_text())["prompts"][0]
-    (folder,) = (done / "run" / "evaluation").glob("sparse-*")
-    assert evaluation.read_frames(folder, 0, prompt).ndim == 3
+def test_frames_of_other_prompts_are_not_taken_for_its_own(done: Path, model_folder: Path) -> None:
+    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+
+    path = done / "reproduce.yaml"
+    path.write_text(json.dumps(settings(model_folder)))
+    sparse = Reproduction(read_reproduce_config(path, []), done / "run").rollouts["sparse"]
+    assert evaluation.read_frames(sparse.folder, 0, sparse.batch(0)[0]).ndim == 3
     with pytest.raises(VideoError, match="no such image"):
-        evaluation.read_frames(folder, 0, "a blue ring")
+        evaluation.read_frames(sparse.folder, 0, "a blue ring")
 
 
 def test_the_shipped_config_is_sound(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field, replace
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.scenes.sample import motion_table
+from sparse_forcing.scenes.sample import motion_table, shape_table
 from sparse_forcing.training.data.procedural import step_seed
 
 
@@ -18,7 +18,8 @@ class StageConfig:
     scene and learn every chunk but the first. The other steps then learn first chunks, as many frames in all.
     `sizes` are pixels to the side of the clips; each step draws one, and batches keep their number of pixels.
     `shift` is that of the stage's noise levels, the model's where None: above it a stage dwells on high noise, where
-    position and direction are decided. `motion_weights` say how much likelier than the rest a motion is.
+    position and direction are decided. `motion_weights` and `shape_weights` say how much likelier than the rest a
+    motion or a shape is.
     """
 
     latent_frames: int
@@ -31,6 +32,7 @@ class StageConfig:
     sizes: tuple[int, ...] = (64,)
     shift: float | None = None
     motion_weights: dict[str, float] | None = None
+    shape_weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         numbers = (self.latent_frames, self.batch_size, self.steps, self.warmup_steps)
@@ -42,6 +44,8 @@ class StageConfig:
             raise ConfigError(f"stages: shift must be positive, got {self.shift}")
         if self.motion_weights is not None:
             motion_table(self.motion_weights)
+        if self.shape_weights is not None:
+            shape_table(self.shape_weights)
         if not 0 <= self.continuation <= 1:
             raise ConfigError(f"stages: continuation is a share in [0, 1], got {self.continuation}")
 

@@ -271,7 +271,7 @@ def train_step(
         config.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
         size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
         late_start_fraction=0.8 if part.continuation else 0.0, motion_weights=part.motion_weights,
-        device=model.transformer.device,
+        shape_weights=part.shape_weights, device=model.transformer.device,
     )  # fmt: skip
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.course_weight * losses.course

@@ -120,7 +120,7 @@ class SceneBatch:
 
 def sample_scenes(
     batch: int, generator: torch.Generator, *, two_object_fraction: float = 0.0, split: str = "train",
-    motion_weights: Mapping[str, float] | None = None,
+    motion_weights: Mapping[str, float] | None = None, shape_weights: Mapping[str, float] | None = None,
 ) -> SceneBatch:  # fmt: skip
     """Draw ``batch`` scenes on the generator's device.
 
@@ -128,7 +128,7 @@ def sample_scenes(
     their own.  ``split``: "train" has no held-out (colour, shape, background, motion) combination in any object,
     "heldout" has one in at least one object, "all" ignores the split.  Motions are drawn evenly, the other
     attributes evenly given the motion (before the split).  ``motion_weights``: how much likelier than the rest a
-    motion is in scenes of one object (1 where not named).
+    motion is in scenes of one object (1 where not named); ``shape_weights``: the same for shapes, in all scenes.
     """
     if batch < 1:
         raise ConfigError(f"sample_scenes: batch must be at least 1, got {batch}")
@@ -136,13 +136,14 @@ def sample_scenes(
         raise ConfigError(f"sample_scenes: two_object_fraction must lie in [0, 1], got {two_object_fraction}")
     if split not in SPLITS:
         raise ConfigError(f"sample_scenes: unknown split {split!r}; choose one of {', '.join(SPLITS)}")
-    weights = None if motion_weights is None else motion_table(motion_weights)
+    motions = None if motion_weights is None else motion_table(motion_weights)
+    shapes = None if shape_weights is None else shape_table(shape_weights)
     two = torch.rand(batch, generator=generator, device=generator.device) < two_object_fraction
     places = 2 if two_object_fraction > 0 else 1
-    draft = _draw(two, places, generator, weights)
+    draft = _draw(two, places, generator, motions, shapes)
     todo = (~_in_split(draft, split)).nonzero()[:, 0]
     while len(todo):
-        retry = _draw(two[todo], places, generator, weights)
+        retry = _draw(two[todo], places, generator, motions, shapes)
         for name, value in retry.items():
             draft[name][todo] = value
         todo = todo[~_in_split(retry, split)]
@@ -179,19 +180,33 @@ def is_any(values: Tensor, names: Sequence[str], vocabulary: Sequence[str]) -> T
 
 def motion_table(weights: Mapping[str, float]) -> Tensor:
     """Weights of the motions by number, float32 [motions], 1 where not named.  Raises ConfigError."""
+    return _table("motion", weights, MOTIONS)
+
+
+def shape_table(weights: Mapping[str, float]) -> Tensor:
+    """Weights of the shapes by number, float32 [shapes], 1 where not named.  Raises ConfigError."""
+    table = _table("shape", weights, SHAPES)
+    if not table[[SHAPES.index(name) for name in SPINNING_SHAPES]].any():
+        raise ConfigError(f"shape_weights: {_either(SPINNING_SHAPES)} must have a weight above 0, or nothing can spin")
+    return table
+
+
+def _table(kind: str, weights: Mapping[str, float], names: Sequence[str]) -> Tensor:
     for name, weight in weights.items():
-        _number("motion", name, MOTIONS)
+        _number(kind, name, names)
         if weight < 0:
-            raise ConfigError(f"motion_weights: {name} has weight {weight}; none may be negative")
-    found = torch.tensor([float(weights.get(name, 1)) for name in MOTIONS])
+            raise ConfigError(f"{kind}_weights: {name} has weight {weight}; none may be negative")
+    found = torch.tensor([float(weights.get(name, 1)) for name in names])
     if not found.any():
-        raise ConfigError("motion_weights: at least one motion must have a weight above 0")
+        raise ConfigError(f"{kind}_weights: at least one {kind} must have a weight above 0")
     return found
 
 
-def _draw(two: Tensor, places: int, generator: torch.Generator, weights: Tensor | None) -> dict[str, Tensor]:
-    """Attribute numbers for a batch; ``two`` [B] says which scenes hold two objects, ``weights`` how likely each motion
-    is in the others (None: all alike)."""
+def _draw(
+    two: Tensor, places: int, generator: torch.Generator, motions: Tensor | None, shapes: Tensor | None
+) -> dict[str, Tensor]:
+    """Attribute numbers for a batch; ``two`` [B] says which scenes hold two objects, ``motions`` how likely each motion
+    is in the others and ``shapes`` each shape (None: all alike)."""
     batch, device = len(two), two.device
 
     def below(high: int, *shape: int) -> Tensor:
@@ -200,15 +215,23 @@ def _draw(two: Tensor, places: int, generator: torch.Generator, weights: Tensor 
     def pick(table: Sequence[Sequence[int]], row: Tensor) -> Tensor:
         return torch.tensor(table, device=device)[row, below(len(table[0]), *row.shape)]
 
+    def by_weight(table: Tensor) -> Tensor:
+        count = batch * places
+        return torch.multinomial(table.to(device), count, True, generator=generator).view(batch, places)
+
     axis = below(2, batch, 1).expand(-1, places)
     lanes = [[MOTIONS.index(name) for name in names] for names in (ROW_MOTIONS, COLUMN_MOTIONS)]
     in_lane, free = pick(lanes, axis), below(len(MOTIONS), batch, places)
-    if weights is not None:
-        free = torch.multinomial(weights.to(device), free.numel(), True, generator=generator).view_as(free)
+    if motions is not None:
+        free = by_weight(motions)
     motion = torch.where(two[:, None], in_lane, free)
     shape = below(len(SHAPES), batch, places)
     visible = [SHAPES.index(name) for name in SPINNING_SHAPES]
-    shape = torch.where(is_any(motion, SPINNING, MOTIONS), pick([visible], torch.zeros_like(motion)), shape)
+    spinning = pick([visible], torch.zeros_like(motion))
+    if shapes is not None:
+        shape = by_weight(shapes)
+        spinning = by_weight(shapes * torch.isin(torch.arange(len(SHAPES)), torch.tensor(visible)))
+    shape = torch.where(is_any(motion, SPINNING, MOTIONS), spinning, shape)
     pair = torch.tensor(_SIZE_PAIRS, device=device)[below(len(_SIZE_PAIRS), batch)][:, :places]
     size = torch.where(two[:, None], pair, below(len(SIZES), batch, places))
     colour = below(len(COLOURS), batch, 1)

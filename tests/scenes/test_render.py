@@ -9,7 +9,7 @@ import torch
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.render import RING_HOLE, coverage, render, trajectories
-from sparse_forcing.scenes.sample import SHAPE_SCALE, SceneBatch, batch_from_scenes, sample_scenes
+from sparse_forcing.scenes.sample import SHAPE_SCALE, SceneBatch, batch_from_scenes, is_any, sample_scenes
 from sparse_forcing.scenes.vocabulary import (
     BACKGROUND_RGB,
     BACKGROUNDS,
@@ -226,17 +226,33 @@ def test_motions_of_one_object_scenes_are_drawn_by_their_weights():
     assert even.motion.shape == none.motion.shape
 
 
+def test_shapes_are_drawn_by_their_weights_and_only_some_spin():
+    batch = sample_scenes(
+        8000, _generator(3), two_object_fraction=0.2, split="all", shape_weights={"star": 4, "ring": 0}
+    )
+    spins = is_any(batch.motion, SPINNING, MOTIONS) & batch.present
+    others = ~is_any(batch.motion, SPINNING, MOTIONS) & batch.present
+    counts = [torch.bincount(batch.shape[which], minlength=len(SHAPES)) for which in (spins, others)]
+    spinning, rest = ({name: float(n / count.sum()) for name, n in zip(SHAPES, count)} for count in counts)
+    assert {name for name, share in spinning.items() if share} == set(SPINNING_SHAPES)
+    assert spinning["star"] == pytest.approx(4 / (3 + len(SPINNING_SHAPES)), abs=0.03)
+    assert rest["ring"] == 0
+    assert rest["star"] == pytest.approx(4 / 7, abs=0.02)
+
+
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"hops": 1.0}, "motion is 'hops'; choose"),
-        ({"grows": -1.0}, "grows has weight -1"),
-        (dict.fromkeys(MOTIONS, 0.0), "at least one motion"),
+        ({"motion_weights": {"hops": 1.0}}, "motion is 'hops'; choose"),
+        ({"motion_weights": {"grows": -1.0}}, "motion_weights: grows has weight -1"),
+        ({"motion_weights": dict.fromkeys(MOTIONS, 0.0)}, "at least one motion"),
+        ({"shape_weights": {"heart": 1.0}}, "shape is 'heart'; choose"),
+        ({"shape_weights": dict.fromkeys(SPINNING_SHAPES, 0.0)}, "or nothing can spin"),
     ],
 )
-def test_impossible_motion_weights_are_refused(weights, message):
+def test_impossible_weights_are_refused(weights, message):
     with pytest.raises(ConfigError, match=message):
-        sample_scenes(1, _generator(0), motion_weights=weights)
+        sample_scenes(1, _generator(0), **weights)
 
 
 def test_sample_covers_the_vocabulary_evenly():

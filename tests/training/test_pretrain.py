@@ -147,11 +147,14 @@ def test_balanced_errors_count_equally_at_every_level_and_for_every_kind() -> No
     assert low.item() == pytest.approx(1, abs=0.25)
 
 
-def test_a_stage_has_its_own_motions_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stage_has_its_own_motions_shapes_and_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     only = dict.fromkeys(MOTIONS, 0.0) | {"orbits clockwise": 1.0}
+    stars = dict.fromkeys(SHAPES, 0.0) | {"star": 1.0}
     medians = []
     for shift in (None, 40.0):
-        stage = StageConfig(latent_frames=1, batch_size=64, steps=1, sizes=(32,), shift=shift, motion_weights=only)
+        stage = StageConfig(
+            latent_frames=1, batch_size=64, steps=1, sizes=(32,), shift=shift, motion_weights=only, shape_weights=stars
+        )
         settings = config(stage, two_object_fraction=0.0)
         vae, model = recipe.start(settings)
         levels, clips = [], []
@@ -168,11 +171,12 @@ def test_a_stage_has_its_own_motions_and_noise(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(recipe, "unit_variance_weight", weight)
         ema = ParameterEma(model, 0.9)
         recipe.train_step(model, recipe.make_optimizers(model, settings), ema, vae, settings, 0)
-        assert {scene.objects[0].motion for scene in clips[0].scenes.scenes()} == {"orbits clockwise"}
+        drawn = [scene.objects[0] for scene in clips[0].scenes.scenes()]
+        assert {(item.shape, item.motion) for item in drawn} == {("star", "orbits clockwise")}
         medians.append(levels[0].median().item())
     assert medians[0] < 0.85 < 0.95 < medians[1]
-    for wrong in ({"shift": 0.0}, {"motion_weights": {"hops": 1.0}}):
-        with pytest.raises(ConfigError, match=r"shift must be positive|'hops'"):
+    for wrong in ({"shift": 0.0}, {"motion_weights": {"hops": 1.0}}, {"shape_weights": {"heart": 1.0}}):
+        with pytest.raises(ConfigError, match=r"shift must be positive|'hops'|'heart'"):
             StageConfig(latent_frames=1, batch_size=1, steps=1, **wrong)
 
 

@@ -44,16 +44,18 @@ def procedural_batch(
     split: str = "train",
     late_start_fraction: float = 0.0,
     motion_weights: Mapping[str, float] | None = None,
+    shape_weights: Mapping[str, float] | None = None,
     device: torch.device | str = "cpu",
 ) -> ClipBatch:
     """The batch of one step, with varied captions. Clips show the first frames of their scene, except for a share that
-    starts at any later moment of its first five seconds; `motion_weights` as in `sample_scenes`. What is drawn at
+    starts at any later moment of its first five seconds; weights as in `sample_scenes`. What is drawn at
     random does not depend on `device`, where the scenes are rendered and stay."""
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     words = random.Random(step_seed(seed, step))
     scenes = sample_scenes(
-        batch_size, generator, two_object_fraction=two_object_fraction, split=split, motion_weights=motion_weights
-    )
+        batch_size, generator, two_object_fraction=two_object_fraction, split=split, motion_weights=motion_weights,
+        shape_weights=shape_weights,
+    )  # fmt: skip
     start = torch.randint(max(1, CLIP_FRAMES - num_frames + 1), (batch_size,), generator=generator)
     start *= torch.rand(batch_size, generator=generator) < late_start_fraction
     captions = ["" if words.random() < caption_dropout else caption(scene, words) for scene in scenes.scenes()]

@@ -1,9 +1,11 @@
-"""Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core), or a better decoder for it.
+"""Recipe: train the embedded model's autoencoder on procedural clips (minutes on one core), or a better one from it.
 
 sparse-forcing train autoencoder --config training/configs/tiny-autoencoder.yaml --output runs/tiny-autoencoder
 sparse-forcing train autoencoder --config training/configs/tiny-decoder.yaml --output runs/tiny-decoder
+sparse-forcing train autoencoder --config training/configs/tiny-details.yaml --output runs/tiny-details
 
-A new decoder leaves the latents as they are, so that video models trained on them go on being right.
+A new decoder leaves the latents as they are, so that video models trained on them go on being right. More channels
+leave the old ones (nearly) as they are, so that those models have only the new ones to learn.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from torch import Tensor
 
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.scenes.sample import shape_table
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
 from sparse_forcing.vae import TokenAutoencoder
@@ -35,7 +38,12 @@ class AutoencoderConfig:
         noise: standard deviation of the noise added to (unit variance) latents, drawn up to this value for each clip.
         decoder_blocks: depth of the decoder, `num_blocks` when None.
         init_from: folder of a trained autoencoder (its `latent_channels`, `components`, `dim` and `num_blocks` hold):
-            only a new decoder is trained for its latents.
+            only a new decoder is trained for its latents, unless there are `extra_channels`.
+        extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning.
+        anchor: weight of the squared distance of the old channels from what they were.
+        object_weight: how much more than the background objects and their surroundings count. With it errors are
+            relative to contrast, so that a green star on gray has its points drawn as a yellow one on black has.
+        shape_weights: how much likelier than the rest a shape is.
     """
 
     steps: int = 3000
@@ -49,6 +57,10 @@ class AutoencoderConfig:
     num_blocks: int = 2
     decoder_blocks: int | None = None
     init_from: str | None = None
+    extra_channels: int = 0
+    anchor: float = 0.1
+    object_weight: float = 0.0
+    shape_weights: dict[str, float] | None = None
     noise: float = 0.3
     learning_rate: float = 2e-3
     warmup_steps: int = 50
@@ -59,6 +71,12 @@ class AutoencoderConfig:
             raise ConfigError("steps, batch_size and sizes must be positive")
         if self.decoder_blocks is not None and self.decoder_blocks < 1:
             raise ConfigError(f"decoder_blocks: must be at least 1, got {self.decoder_blocks}")
+        if min(self.extra_channels, self.anchor, self.object_weight) < 0:
+            raise ConfigError("extra_channels, anchor and object_weight must not be negative")
+        if self.extra_channels and (self.init_from is None or self.decoder_blocks is not None):
+            raise ConfigError("extra_channels: need an autoencoder to add them to (init_from), whose decoder goes on")
+        if self.shape_weights is not None:
+            shape_table(self.shape_weights)
 
 
 def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
@@ -70,55 +88,100 @@ def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
     vae.patches.fit(clips.pixels)
 
 
-def start(config: AutoencoderConfig) -> TokenAutoencoder:
-    """A fresh autoencoder, or a trained one, frozen, with a fresh decoder."""
+def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder | None]:
+    """What learns, and what its old channels must not leave: a fresh autoencoder, a trained one, frozen,
+    with a fresh decoder, or a trained one with more channels."""
     if config.init_from is None:
         vae = TokenAutoencoder(
             config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
             decoder_blocks=config.decoder_blocks,
         )  # fmt: skip
         fit_patches(vae, config.seed)
-        return vae
+        return vae, None
     try:
-        trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True)
+        trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True).float()
     except (OSError, ValueError) as error:
         raise ConfigError(f"init_from: {config.init_from} cannot be read; train it first") from error
+    trained.eval().requires_grad_(False)
+    if config.extra_channels:
+        return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
         getattr(vae, part).load_state_dict(getattr(trained, part).state_dict())
     vae.eval().requires_grad_(False)
     vae.decoder.train().requires_grad_(True)
+    return vae, None
+
+
+def with_channels(trained: TokenAutoencoder, extra: int) -> TokenAutoencoder:
+    """The same autoencoder with `extra` channels after its own, encoded at random and ignored by the decoder."""
+    vae = TokenAutoencoder(
+        **constructor_settings(trained.config) | {"latent_channels": trained.latent_channels + extra}
+    )
+    grown = vae.state_dict()
+    for name, value in trained.state_dict().items():
+        if grown[name].shape != value.shape:
+            grown[name] = grown[name].zero_() if name.startswith("decoder.") else grown[name]
+            grown[name][tuple(slice(length) for length in value.shape)] = value
+        else:
+            grown[name] = value
+    vae.load_state_dict(grown)
     return vae
 
 
-def reconstruction_loss(vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Mean squared pixel error after noise on the latents."""
+def object_weights(pixels: Tensor, weight: float) -> Tensor:
+    """What each of the pixels [B, 3, F, H, W] counts for, [B, 1, F, H, W]: 1 / contrast, and 1 + `weight` times that
+    where an object is near; contrast is the objects' mean squared distance from the background, the frame's median."""
+    background = pixels.flatten(3).median(-1).values[..., None, None]
+    distance = (pixels - background).square().sum(1)
+    objects = distance > 0.01 * distance.amax((1, 2, 3), keepdim=True).clamp(min=1e-3)
+    contrast = (distance * objects).sum((1, 2, 3)) / objects.sum((1, 2, 3)).clamp(min=1)
+    reach = max(1, pixels.shape[-1] // 32)
+    near = F.max_pool2d(objects.float(), 2 * reach + 1, 1, reach)
+    return ((1 + weight * near) / contrast.clamp(min=0.1)[:, None, None, None])[:, None]
+
+
+def reconstruction_loss(
+    vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator, *, object_weight: float = 0.0,
+    anchor: tuple[TokenAutoencoder, float] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Loss, and mean squared pixel error after noise on the latents. The error counts by `object_weights` where that is
+    not 0; an `anchor` adds the squared distance of the first channels from another autoencoder's, times a weight."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         latents = vae.encode(pixels)
         level = noise * torch.rand(len(pixels), 1, 1, 1, 1, generator=generator)
         noisy = latents + level * torch.randn(latents.shape, generator=generator)
-        return F.mse_loss(vae.draw(noisy), pixels)
+        error = (vae.draw(noisy) - pixels).square()
+        loss = (error * object_weights(pixels, object_weight)).mean() if object_weight else error.mean()
+        if anchor is not None:
+            other, weight = anchor
+            held = other.encode(pixels)
+            loss = loss + weight * (latents[:, : held.shape[1]] - held).square().mean()
+    return loss, error.mean().detach()
 
 
 def train(config: AutoencoderConfig, out: Path) -> None:
     """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
-    vae = start(config)
+    vae, old = start(config)
     learned = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     parts: dict[str, Stateful] = {"vae": vae, "optimizer": optimizer}
     step, window = latest_checkpoint(out, parts), []
+    anchor = None if old is None else (old, config.anchor)
     saved = began = time.monotonic()
     while step < config.steps:
         size = config.sizes[step % len(config.sizes)]
         clips = procedural_batch(
             config.seed + 1, step, batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
             num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
-            caption_dropout=0.0, late_start_fraction=0.8,
+            caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
-        loss = reconstruction_loss(vae, clips.pixels, config.noise, generator)
+        loss, error = reconstruction_loss(
+            vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
@@ -126,7 +189,7 @@ def train(config: AutoencoderConfig, out: Path) -> None:
             group["lr"] = rate * min(1.0, (step + 1) / config.warmup_steps)
         optimizer.step()
         step += 1
-        window.append(loss.item())
+        window.append(error.item())
         if step % 50 == 0 or step == config.steps:
             row = {"step": step, "loss": sum(window) / len(window), "seconds": (time.monotonic() - began) / len(window)}
             with (out / "metrics.jsonl").open("a") as log:

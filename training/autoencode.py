@@ -25,6 +25,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.sample import shape_table
 from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
+from sparse_forcing.training.growth import load_leading
 from sparse_forcing.vae import TokenAutoencoder
 
 
@@ -118,14 +119,7 @@ def with_channels(trained: TokenAutoencoder, extra: int) -> TokenAutoencoder:
     vae = TokenAutoencoder(
         **constructor_settings(trained.config) | {"latent_channels": trained.latent_channels + extra}
     )
-    grown = vae.state_dict()
-    for name, value in trained.state_dict().items():
-        if grown[name].shape != value.shape:
-            grown[name] = grown[name].zero_() if name.startswith("decoder.") else grown[name]
-            grown[name][tuple(slice(length) for length in value.shape)] = value
-        else:
-            grown[name] = value
-    vae.load_state_dict(grown)
+    load_leading(vae, trained.state_dict(), silent=("decoder.",))
     return vae
 
 

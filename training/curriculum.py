@@ -55,7 +55,8 @@ class PretrainConfig:
     """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
 
     `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
-    `init_from` names a model folder (or an embedded model) to go on from, instead of random weights.
+    `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
+    `autoencoder` may add channels to the latents of that model, which begin at zero effect.
     `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.
     """
 

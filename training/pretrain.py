@@ -34,6 +34,7 @@ from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, learning_rate, part_at, stage_at
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.growth import load_leading
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.scene_targets import (
@@ -128,7 +129,8 @@ def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[
 
 
 def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
-    """Autoencoder and model: fresh, or those of `init_from`."""
+    """Autoencoder and model: fresh, or those of `init_from`, or its model and an `autoencoder` whose latents begin like
+    those it knows."""
     if config.init_from is None:
         vae, latent_std = make_autoencoder(config)
         return vae, TextToVideo(config, latent_std)
@@ -137,10 +139,16 @@ def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
     pipe = SparseForcingPipeline.from_pretrained(config.init_from)
     if not isinstance(pipe.vae, EmbeddedAutoencoder) or not isinstance(pipe.text_encoder, WordTextEncoder):
         raise ConfigError(f"init_from: {config.init_from} is not a model of this recipe's kind")
-    model = TextToVideo(config, list(pipe.transformer.config.latent_std))
-    model.transformer.load_state_dict(pipe.transformer.state_dict())
+    vae, std = pipe.vae, list(pipe.transformer.config.latent_std)
+    if config.autoencoder is not None:
+        vae, std = make_autoencoder(config)
+    model = TextToVideo(config, std)
+    try:
+        load_leading(model.transformer, pipe.transformer.state_dict(), silent=("patch_embedding.", "proj_out."))
+    except ConfigError as error:
+        raise ConfigError(f"init_from: {config.init_from} is no smaller model of this shape ({error})") from error
     model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
-    return pipe.vae, model
+    return vae, model
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:

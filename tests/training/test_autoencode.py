@@ -81,11 +81,11 @@ def test_killed_and_resumed_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest
     train(config, tmp_path / "whole")
     loss, calls = autoencode.reconstruction_loss, []
 
-    def killed(*arguments):
+    def killed(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return loss(*arguments)
+        return loss(*arguments, **options)
 
     monkeypatch.setattr(autoencode, "reconstruction_loss", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -116,10 +116,58 @@ def test_a_new_decoder_leaves_the_latents_as_they_are(run_folder: Path, tmp_path
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
 
 
+def clips(count: int = 16):
+    return procedural_batch(
+        7, 0, batch_size=count, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
+    ).pixels
+
+
+@torch.no_grad()
+def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    config = replace(
+        CONFIG, init_from=str(run_folder / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0, steps=150, noise=0.1, warmup_steps=10,
+        learning_rate=3e-3, shape_weights={"star": 3.0},
+    )  # fmt: skip
+    old = TokenAutoencoder.from_pretrained(run_folder / "vae").eval()
+    pixels, channels = clips(), CONFIG.latent_channels
+    begun = autoencode.start(config)[0].eval()
+    torch.testing.assert_close(begun.encode(pixels)[:, :channels], old.encode(pixels))
+    torch.testing.assert_close(begun.decode(begun.encode(pixels)), old.decode(old.encode(pixels)))
+    with torch.enable_grad():
+        train(config, tmp_path)
+    new = TokenAutoencoder.from_pretrained(tmp_path / "vae").eval()
+    latents = new.encode(pixels)
+    assert latents.shape[1] == channels + 4
+    assert (latents[:, :channels] - old.encode(pixels)).square().mean() < 0.1
+    assert latents[:, channels:].std().item() == pytest.approx(1, abs=0.4)
+    weights = autoencode.object_weights(pixels, 4.0)
+    before, after = (((vae.decode(vae.encode(pixels)) - pixels).square() * weights).mean().item() for vae in (old, new))
+    assert after < 0.9 * before
+
+
+def test_objects_count_more_and_by_their_contrast() -> None:
+    pixels = torch.zeros(2, 3, 2, 64, 64)
+    pixels[0, :, :, 20:30, 20:30], pixels[1, :, :, 20:30, 20:30] = 0.5, 1.0
+    pale, vivid = autoencode.object_weights(pixels, 4.0)
+    torch.testing.assert_close(pale, 4 * vivid)
+    assert (pale[0, 0, 25, 25] / pale[0, 0, 50, 50]).item() == pytest.approx(5)
+    assert (pale[0, 0, 18, 31] / pale[0, 0, 17, 31]).item() == pytest.approx(5)  # two pixels around it
+    assert autoencode.object_weights(torch.zeros_like(pixels), 4.0).isfinite().all()
+
+
 def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
+    for wrong in ({"extra_channels": 2}, {"extra_channels": 2, "init_from": "x", "decoder_blocks": 2}):
+        with pytest.raises(ConfigError, match="extra_channels"):
+            replace(CONFIG, **wrong)
+    with pytest.raises(ConfigError, match="must not be negative"):
+        replace(CONFIG, anchor=-1.0)
+    with pytest.raises(ConfigError, match="'heart'"):
+        replace(CONFIG, shape_weights={"heart": 1.0})
     with pytest.raises(ConfigError, match="train it first"):
         autoencode.start(replace(CONFIG, init_from=str(tmp_path)))

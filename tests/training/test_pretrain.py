@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
@@ -32,6 +34,7 @@ from sparse_forcing.training.scene_targets import (
     course_targets,
     pose_targets,
 )
+from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
 
 STD = [2.0, 1.0, 0.5, 0.5]
@@ -178,6 +181,33 @@ def test_a_stage_has_its_own_motions_shapes_and_noise(monkeypatch: pytest.Monkey
     for wrong in ({"shift": 0.0}, {"motion_weights": {"hops": 1.0}}, {"shape_weights": {"heart": 1.0}}):
         with pytest.raises(ConfigError, match=r"shift must be positive|'hops'|'heart'"):
             StageConfig(latent_frames=1, batch_size=1, steps=1, **wrong)
+
+
+def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    small, large, other = (
+        TokenAutoencoder(channels, components=12, dim=8, num_blocks=1, decoder_blocks=1) for channels in (4, 6, 3)
+    )
+    for name, vae in (("small", small), ("large", large), ("other", other)):
+        vae.save_pretrained(tmp_path / name)
+    _, model = recipe.start(config(autoencoder=str(tmp_path / "small")))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    about = replace(export.TINY, height=32, width=32)
+    SparseForcingPipeline(model.transformer, model.text_encoder, small, about).save_pretrained(tmp_path / "model")
+    settings = config(init_from=str(tmp_path / "model"), autoencoder=str(tmp_path / "large"))
+    vae, grown = recipe.start(settings)
+    assert vae.latent_channels == 6
+    x, t, text = torch.randn(2, 6, 2, 4, 4), torch.full((2, 2), 700.0), model.text_encoder.encode(["a red star"] * 2)
+    with torch.no_grad():
+        old = model.transformer(x[:, :4], t, text, policy=ParallelAttention(2))
+        new = grown.transformer(x, t, text, policy=ParallelAttention(2))
+    torch.testing.assert_close(new[:, :4], old)
+    ema = ParameterEma(grown, 0.9)
+    recipe.train_step(grown, recipe.make_optimizers(grown, settings), ema, vae, settings, 0)
+    with pytest.raises(ConfigError, match="no smaller model of this shape"):
+        recipe.start(replace(settings, autoencoder=str(tmp_path / "other")))
 
 
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:

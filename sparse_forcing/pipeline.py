@@ -30,7 +30,7 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder, WordTokenizer
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
-from sparse_forcing.weights.manifest import MANIFEST, folder_hash, write_manifest
+from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.safe_load import check_safetensors
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
@@ -140,10 +140,7 @@ class SparseForcingPipeline:
             WeightsError: unknown model, missing or damaged file.
         """
         folder = find_model(model)
-        if (folder / MANIFEST).is_file():
-            digest = folder_hash(folder)
-        else:  # a foreign folder, tens of gigabytes with its text encoder: name it by its transformer
-            digest = folder_hash(folder / "transformer")
+        digest = model_hash(folder)
         transformer = load_transformer(folder, torch_dtype)
         if text_encoder is None:
             text_encoder = load_text_encoder(folder, torch_dtype)

@@ -57,7 +57,7 @@ from sparse_forcing.training.stage import (
     trained_part,
 )
 from sparse_forcing.training.validation import write_samples
-from sparse_forcing.weights.manifest import MANIFEST, folder_hash
+from sparse_forcing.weights.manifest import model_hash
 
 LOSSES = ("dmd", "sid")
 _GENERATOR, _CRITIC = 3, 4
@@ -148,7 +148,7 @@ class DistillRecipe:
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
         teacher = find_model(config.teacher)
         critic = teacher if config.critic_start == "teacher" else find_model(config.model)
-        critic_hash = folder_hash(critic if (critic / MANIFEST).is_file() else critic / "transformer")
+        critic_hash = model_hash(critic)
         prepare(self.model, loop, self.device, train=True, lora=config.lora)
         self.fake = load_transformer(critic)  # loaded one after the other: sharded ones leave room for the next
         prepare(self.fake, loop, self.device, train=True, lora=config.critic_lora)

@@ -302,6 +302,8 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) 
         memory = config.memory or model.memory
         if memory.kind == "full":  # clean and noisy frames side by side
             context, memory = frames, None
+        elif config.cache_gradient == "clean":  # every chunk's clean pass but the last, which nothing reads
+            context = frames - on_meta(model.transformer).config.chunk_frames
     return Work(
         frames=frames, context_frames=context, memory=memory, tokens_per_frame=model.tokens_per_frame,
         micro_batch=config.loop.micro_batch, text_len=model.text_len,

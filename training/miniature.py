@@ -23,7 +23,7 @@ from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
 from sparse_forcing.pipeline import find_model, load_autoencoder, read_defaults
 from sparse_forcing.training.cli_entry import load_stage
-from sparse_forcing.weights.manifest import MANIFEST, folder_hash
+from sparse_forcing.weights.manifest import MANIFEST, model_hash
 
 CONFIGS = Path(__file__).parent / "configs"
 _SHARED = ("model", "teacher", "memory", "learned_selector", "selector_weight")
@@ -161,7 +161,7 @@ class _Planner:
 
     def __init__(self, plan: TrainingPlan, out: Path, base: Path) -> None:
         self.plan, self.out, self.base = plan, out, base
-        self.base_hash = folder_hash(base if (base / MANIFEST).is_file() else base / "transformer")
+        self.base_hash = model_hash(base)
         self.horizon = horizon_frames(base)
         for variant in VARIANTS.values():
             check_memory(base, variant.memory_of(plan.memory))

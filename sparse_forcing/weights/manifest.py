@@ -58,6 +58,12 @@ def folder_hash(folder: PathLike) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
+def model_hash(folder: Path) -> str:
+    """What names a model folder: `folder_hash` of all of it where it has a manifest, or else of its transformer (a
+    foreign folder holds tens of gigabytes with its text encoder)."""
+    return folder_hash(folder if (folder / MANIFEST).is_file() else folder / "transformer")
+
+
 def _content(root: Path) -> list[str]:
     """Relative names of the files that count, sorted: not the manifest, Markdown, hidden files or caches."""
     if not root.is_dir():

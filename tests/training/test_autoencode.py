@@ -127,8 +127,8 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     run_folder: Path, tmp_path: Path
 ) -> None:
     config = replace(
-        CONFIG, init_from=str(run_folder / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0, steps=150, noise=0.1, warmup_steps=10,
-        learning_rate=3e-3, shape_weights={"star": 3.0},
+        CONFIG, init_from=str(run_folder / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0, steps=150,
+        noise=0.1, warmup_steps=10, learning_rate=3e-3, shape_weights={"star": 3.0},
     )  # fmt: skip
     old = TokenAutoencoder.from_pretrained(run_folder / "vae").eval()
     pixels, channels = clips(), CONFIG.latent_channels

@@ -90,8 +90,14 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     assert live.peak - before == pytest.approx(expected, rel=TOLERANCE)
 
 
-def test_peak_of_a_forcing_step_is_near_the_estimate() -> None:
-    config = ForcingConfig(loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES["full"])
+@pytest.mark.parametrize(
+    ("kind", "cache_gradient"), [("full", "detached"), ("sparse", "detached"), ("sparse", "clean")]
+)
+def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
+    config = ForcingConfig(
+        loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES[kind],
+        cache_gradient=cache_gradient,
+    )  # fmt: skip
     recipe = ForcingRecipe(config, Accelerator(cpu=True))
     recipe.update(0)
     gc.collect()
@@ -100,7 +106,8 @@ def test_peak_of_a_forcing_step_is_near_the_estimate() -> None:
         before = live.now
         recipe.update(1)
     estimate, _ = estimate_stage(config)
-    assert live.peak - before == pytest.approx(estimate.gradients + estimate.activations, rel=TOLERANCE)
+    expected = estimate.gradients + estimate.cache + estimate.activations
+    assert live.peak - before == pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_live_bytes_counts_what_lives() -> None:

@@ -28,7 +28,7 @@ from sparse_forcing.flow import add_noise
 from sparse_forcing.memory import MemoryConfig, SparseMemory
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
-from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
@@ -67,6 +67,7 @@ class ForcingConfig:
         guidance_window: latent frames that the starting weights see for it, the predicted chunk included; as many as
             the memory when None.
         sampler: of the trained model; the starting model's when None.
+        sampler_levels: share of the chunks whose noise level is one of a few_step sampler's instead of any of the grid.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
@@ -88,6 +89,7 @@ class ForcingConfig:
     guidance_scale: float = 1.0
     guidance_window: int | None = None
     sampler: SamplerConfig | None = None
+    sampler_levels: float = 0.0
     learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
@@ -106,6 +108,10 @@ class ForcingConfig:
             raise ConfigError(f"cache_gradient: expected detached or clean, got {self.cache_gradient!r}")
         if self.guidance_window is not None and (self.guidance_window < 1 or self.guidance_scale == 1):
             raise ConfigError(f"guidance_window: {self.guidance_window} must be positive, beside a guidance_scale")
+        if not 0 <= self.sampler_levels <= 1:
+            raise ConfigError(f"sampler_levels: is a share in [0, 1], got {self.sampler_levels:g}")
+        if self.sampler_levels and (self.sampler is None or self.sampler.kind != "few_step"):
+            raise ConfigError("sampler_levels: need a sampler of kind few_step")
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
             kind = self.memory.kind
             raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")
@@ -150,11 +156,17 @@ class ForcingRecipe(OneNetwork):
         yield self.flow_loss(flow, target, timestep) + config.selector_weight * extra
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
-        """[B, F] timesteps from the shifted grid, one per chunk (or per clip)."""
-        count = 1 if self.config.mode == "bidirectional" else len(chunks)
-        index = torch.stack([torch.randint(0, len(self.schedule.timesteps), (count,), generator=g) for g in sources])
+        """[B, F] timesteps from the shifted grid or the sampler's list, one per chunk (or per clip)."""
+        config, grid = self.config, self.schedule.timesteps
+        count = 1 if config.mode == "bidirectional" else len(chunks)
+        index = torch.stack([torch.randint(0, len(grid), (count,), generator=g) for g in sources])
+        timestep = grid[index]
+        if config.sampler is not None and config.sampler_levels:
+            steps = few_step_timesteps(config.sampler)
+            used = torch.stack([torch.rand(count, generator=g) for g in sources]) < config.sampler_levels
+            timestep = torch.where(used, steps[index % len(steps)], timestep)
         frames = torch.tensor([sum(chunks)] if count == 1 else chunks)
-        return self.schedule.timesteps[index].repeat_interleave(frames, 1).to(self.device)
+        return timestep.repeat_interleave(frames, 1).to(self.device)
 
     def flow(
         self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],

@@ -14,7 +14,7 @@ from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
 from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
@@ -22,7 +22,8 @@ from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig
 from sparse_forcing.training.scores import ScoreConfig
-from tests.training.conftest import CHANNELS, HORIZON, SPARSE
+from sparse_forcing.training.stage import generators
+from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE
 
 MEMORIES = {
     "full": MemoryConfig(kind="full"),
@@ -209,6 +210,28 @@ def test_gradients_through_clean_chunks_equal_the_parallel_mask(
         torch.testing.assert_close(clean[name], gradient, atol=1e-6, rtol=1e-4, msg=name)
     detached = gradients(everything, "detached")
     assert any(not torch.allclose(detached[name], gradient, atol=1e-6) for name, gradient in parallel.items())
+
+
+def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
+    sampler = SamplerConfig(kind="few_step", steps=4, shift=4.0)
+
+    def drawn(share: float) -> torch.Tensor:
+        config = ForcingConfig(
+            loop=LOOP, model=str(model_folder), data=DATA, sampler=sampler, sampler_levels=share, shift=4.0
+        )
+        recipe, sources = ForcingRecipe(config, Accelerator(cpu=True)), generators(0, 0, 200, stream=2)
+        levels = recipe.levels(sources, [CHUNK, CHUNK])
+        assert torch.equal(levels[:, 0], levels[:, CHUNK - 1])
+        return levels[:, ::CHUNK].flatten()
+
+    listed = few_step_timesteps(sampler)
+    levels, counts = drawn(1.0).unique(return_counts=True)
+    assert torch.equal(levels.sort(descending=True).values, listed)
+    assert counts.min() > 70  # of 400
+    assert 0.4 < torch.isin(drawn(0.5), listed).float().mean() < 0.6
+    for wrong in ({"sampler_levels": 1.5}, {"sampler": None}):
+        with pytest.raises(ConfigError, match="sampler_levels"):
+            ForcingConfig(loop=LOOP, **{"sampler": sampler, "sampler_levels": 0.5} | wrong)
 
 
 @pytest.mark.parametrize("memory", ["full", "sparse"])

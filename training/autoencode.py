@@ -40,7 +40,8 @@ class AutoencoderConfig:
         decoder_blocks: depth of the decoder, `num_blocks` when None.
         init_from: folder of a trained autoencoder (its `latent_channels`, `components`, `dim` and `num_blocks` hold):
             only a new decoder is trained for its latents, unless there are `extra_channels`.
-        extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning.
+        extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning; its
+            decoder's depth is `decoder_blocks`, as for others.
         anchor: weight of the squared distance of the old channels from what they were.
         object_weight: how much more than the background objects and their surroundings count. With it errors are
             relative to contrast, so that a green star on gray has its points drawn as a yellow one on black has.
@@ -74,8 +75,8 @@ class AutoencoderConfig:
             raise ConfigError(f"decoder_blocks: must be at least 1, got {self.decoder_blocks}")
         if min(self.extra_channels, self.anchor, self.object_weight) < 0:
             raise ConfigError("extra_channels, anchor and object_weight must not be negative")
-        if self.extra_channels and (self.init_from is None or self.decoder_blocks is not None):
-            raise ConfigError("extra_channels: need an autoencoder to add them to (init_from), whose decoder goes on")
+        if self.extra_channels and self.init_from is None:
+            raise ConfigError("extra_channels: need an autoencoder to add them to (init_from)")
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
 
@@ -105,6 +106,9 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
         raise ConfigError(f"init_from: {config.init_from} cannot be read; train it first") from error
     trained.eval().requires_grad_(False)
     if config.extra_channels:
+        blocks = trained.config.decoder_blocks or trained.config.num_blocks
+        if blocks != (config.decoder_blocks or config.num_blocks):
+            raise ConfigError(f"decoder_blocks: that of {config.init_from} goes on, and has {blocks}")
         return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):

@@ -157,14 +157,15 @@ def test_objects_count_more_and_by_their_contrast() -> None:
     assert autoencode.object_weights(torch.zeros_like(pixels), 4.0).isfinite().all()
 
 
-def test_settings_that_make_no_sense_are_refused(tmp_path: Path) -> None:
+def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
-    for wrong in ({"extra_channels": 2}, {"extra_channels": 2, "init_from": "x", "decoder_blocks": 2}):
-        with pytest.raises(ConfigError, match="extra_channels"):
-            replace(CONFIG, **wrong)
+    with pytest.raises(ConfigError, match="extra_channels: need"):
+        replace(CONFIG, extra_channels=2)
+    with pytest.raises(ConfigError, match="goes on, and has 1"):
+        autoencode.start(replace(CONFIG, extra_channels=2, init_from=str(run_folder / "vae"), decoder_blocks=2))
     with pytest.raises(ConfigError, match="must not be negative"):
         replace(CONFIG, anchor=-1.0)
     with pytest.raises(ConfigError, match="'heart'"):

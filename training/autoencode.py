@@ -40,11 +40,11 @@ class AutoencoderConfig:
         decoder_blocks: depth of the decoder, `num_blocks` when None.
         init_from: folder of a trained autoencoder (its `latent_channels`, `components`, `dim` and `num_blocks` hold):
             only a new decoder is trained for its latents, unless there are `extra_channels`.
-        extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning; its
-            decoder's depth is `decoder_blocks`, as for others.
-        anchor: weight of the squared distance of the old channels from what they were.
+        extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning.
+        anchor: beside `extra_channels`: weight of the squared distance of the old channels from what they were.
         object_weight: how much more than the background objects and their surroundings count. With it errors are
-            relative to contrast, so that a green star on gray has its points drawn as a yellow one on black has.
+            relative to the contrast of the clip's objects, so that a green star on gray has its points drawn as well as
+            a yellow one on black.
         shape_weights: how much likelier than the rest a shape is.
     """
 
@@ -107,7 +107,7 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
     trained.eval().requires_grad_(False)
     if config.extra_channels:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
-        if blocks != (config.decoder_blocks or config.num_blocks):
+        if config.decoder_blocks not in (None, blocks):
             raise ConfigError(f"decoder_blocks: that of {config.init_from} goes on, and has {blocks}")
         return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
@@ -123,7 +123,8 @@ def with_channels(trained: TokenAutoencoder, extra: int) -> TokenAutoencoder:
     vae = TokenAutoencoder(
         **constructor_settings(trained.config) | {"latent_channels": trained.latent_channels + extra}
     )
-    load_leading(vae, trained.state_dict(), silent=("decoder.",))
+    last = f"encoder.{len(vae.encoder) - 1}."
+    load_leading(vae, trained.state_dict(), readers=("decoder.0.",), writers=(last, "normalize."))
     return vae
 
 
@@ -139,23 +140,32 @@ def object_weights(pixels: Tensor, weight: float) -> Tensor:
     return ((1 + weight * near) / contrast.clamp(min=0.1)[:, None, None, None])[:, None]
 
 
-def reconstruction_loss(
+@dataclass(frozen=True)
+class Losses:
+    """total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0."""
+
+    total: Tensor
+    error: Tensor
+    drift: Tensor
+
+
+def reconstruction_losses(
     vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator, *, object_weight: float = 0.0,
-    anchor: tuple[TokenAutoencoder, float] | None = None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Loss, and mean squared pixel error after noise on the latents. The error counts by `object_weights` where that is
-    not 0; an `anchor` adds the squared distance of the first channels from another autoencoder's, times a weight."""
+    anchor: TokenAutoencoder | None = None, anchor_weight: float = 0.0,
+) -> Losses:  # fmt: skip
+    """Losses after noise on the latents. Errors count by `object_weights` where that is not 0; the first channels are
+    held near those of an `anchor`."""
     with torch.autocast(pixels.device.type, torch.bfloat16):
         latents = vae.encode(pixels)
         level = noise * torch.rand(len(pixels), 1, 1, 1, 1, generator=generator)
         noisy = latents + level * torch.randn(latents.shape, generator=generator)
         error = (vae.draw(noisy) - pixels).square()
-        loss = (error * object_weights(pixels, object_weight)).mean() if object_weight else error.mean()
+        total = (error * object_weights(pixels, object_weight)).mean() if object_weight else error.mean()
+        drift = torch.zeros(())
         if anchor is not None:
-            other, weight = anchor
-            held = other.encode(pixels)
-            loss = loss + weight * (latents[:, : held.shape[1]] - held).square().mean()
-    return loss, error.mean().detach()
+            held = anchor.encode(pixels)
+            drift = (latents[:, : held.shape[1]] - held).square().mean()
+        return Losses(total + anchor_weight * drift, error.mean().detach(), drift.detach())
 
 
 def train(config: AutoencoderConfig, out: Path) -> None:
@@ -167,7 +177,6 @@ def train(config: AutoencoderConfig, out: Path) -> None:
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     parts: dict[str, Stateful] = {"vae": vae, "optimizer": optimizer}
     step, window = latest_checkpoint(out, parts), []
-    anchor = None if old is None else (old, config.anchor)
     saved = began = time.monotonic()
     while step < config.steps:
         size = config.sizes[step % len(config.sizes)]
@@ -177,23 +186,25 @@ def train(config: AutoencoderConfig, out: Path) -> None:
             caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights,
         )  # fmt: skip
         generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
-        loss, error = reconstruction_loss(
-            vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor
-        )
+        losses = reconstruction_losses(
+            vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=old,
+            anchor_weight=config.anchor,
+        )  # fmt: skip
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.total.backward()
         rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate * min(1.0, (step + 1) / config.warmup_steps)
         optimizer.step()
         step += 1
-        window.append(error.item())
+        window.append([losses.total.item(), losses.error.item(), losses.drift.item()])
         if step % 50 == 0 or step == config.steps:
-            row = {"step": step, "loss": sum(window) / len(window), "seconds": (time.monotonic() - began) / len(window)}
+            means = dict(zip(("loss", "error", "drift"), torch.tensor(window).mean(0).tolist()))
+            seconds = (time.monotonic() - began) / len(window)
             with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps(row) + "\n")
-            psnr = 10 * math.log10(4 / row["loss"])
-            print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {row['seconds']:.2f} s/step", flush=True)
+                log.write(json.dumps({"step": step, **means, "seconds": seconds}) + "\n")
+            psnr = 10 * math.log10(4 / means["error"])
+            print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
             window, began = [], time.monotonic()
         if step == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
             save_checkpoint(out, step, parts, asdict(config))

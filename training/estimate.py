@@ -274,9 +274,12 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
 def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
     """Estimate of the autoencoder's training; its clips have the same number of pixels at every size."""
     with FakeTensorMode():
-        vae = TokenAutoencoder(
-            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
-            decoder_blocks=config.decoder_blocks,
+        vae, old = (
+            TokenAutoencoder(
+                channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+                decoder_blocks=config.decoder_blocks,
+            )
+            for channels in (config.latent_channels + config.extra_channels, config.latent_channels)
         )  # fmt: skip
         shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
         saved: dict[int, Tensor] = {}
@@ -286,7 +289,8 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
             vae.decode(vae.encode(torch.zeros(shape)))
         state = _bytes(vae.parameters())
         inside = sum(x.untyped_storage().nbytes() for x in saved.values())
-    return MemoryEstimate(state, state, 2 * state, 0, 0, _bytes(vae.buffers()), 0, inside)
+        held = _bytes(old.parameters()) if config.extra_channels else 0
+    return MemoryEstimate(state, state, 2 * state, 0, held, _bytes(vae.buffers()), 0, inside)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -67,7 +67,8 @@ class ForcingConfig:
         guidance_window: latent frames that the starting weights see for it, the predicted chunk included; as many as
             the memory when None.
         sampler: of the trained model; the starting model's when None.
-        sampler_levels: share of the chunks whose noise level is one of a few_step sampler's instead of any of the grid.
+        sampler_level_fraction: share of the chunks whose noise level is one of a few_step sampler's, not any of the
+            grid. Needs weighting unit_variance: the bell gives pure noise, where a sampler begins, no weight.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
         selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
@@ -89,7 +90,7 @@ class ForcingConfig:
     guidance_scale: float = 1.0
     guidance_window: int | None = None
     sampler: SamplerConfig | None = None
-    sampler_levels: float = 0.0
+    sampler_level_fraction: float = 0.0
     learned_selector: bool = False
     selector_weight: float = 0.0
     selector_layers: int = 2
@@ -108,10 +109,12 @@ class ForcingConfig:
             raise ConfigError(f"cache_gradient: expected detached or clean, got {self.cache_gradient!r}")
         if self.guidance_window is not None and (self.guidance_window < 1 or self.guidance_scale == 1):
             raise ConfigError(f"guidance_window: {self.guidance_window} must be positive, beside a guidance_scale")
-        if not 0 <= self.sampler_levels <= 1:
-            raise ConfigError(f"sampler_levels: is a share in [0, 1], got {self.sampler_levels:g}")
-        if self.sampler_levels and (self.sampler is None or self.sampler.kind != "few_step"):
-            raise ConfigError("sampler_levels: need a sampler of kind few_step")
+        if not 0 <= self.sampler_level_fraction <= 1:
+            raise ConfigError(f"sampler_level_fraction: is a share in [0, 1], got {self.sampler_level_fraction:g}")
+        if self.sampler_level_fraction and (self.sampler is None or self.sampler.kind != "few_step"):
+            raise ConfigError("sampler_level_fraction: needs a sampler of kind few_step")
+        if self.sampler_level_fraction and self.weighting == "schedule":
+            raise ConfigError("sampler_level_fraction: needs weighting: unit_variance; schedule gives pure noise none")
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
             kind = self.memory.kind
             raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")
@@ -161,9 +164,9 @@ class ForcingRecipe(OneNetwork):
         count = 1 if config.mode == "bidirectional" else len(chunks)
         index = torch.stack([torch.randint(0, len(grid), (count,), generator=g) for g in sources])
         timestep = grid[index]
-        if config.sampler is not None and config.sampler_levels:
+        if config.sampler is not None and config.sampler_level_fraction:
             steps = few_step_timesteps(config.sampler)
-            used = torch.stack([torch.rand(count, generator=g) for g in sources]) < config.sampler_levels
+            used = torch.stack([torch.rand(count, generator=g) for g in sources]) < config.sampler_level_fraction
             timestep = torch.where(used, steps[index % len(steps)], timestep)
         frames = torch.tensor([sum(chunks)] if count == 1 else chunks)
         return timestep.repeat_interleave(frames, 1).to(self.device)
@@ -183,7 +186,7 @@ class ForcingRecipe(OneNetwork):
         level = self.context_levels(sources, chunks)
         context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
         if self.memory.kind != "full":
-            return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks)
+            return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks, sources[0])
         policy = ParallelAttention.teacher_forcing(chunks)
         inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
         return self.run(noisy, timestep, text, policy, **inputs), nothing
@@ -208,12 +211,13 @@ class ForcingRecipe(OneNetwork):
         return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
 
     def flow_through_memory(
-        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int]
-    ) -> tuple[Tensor, Tensor]:
+        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int],
+        source: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
         memory = memory_of(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
         if self.config.selector_weight and isinstance(memory, SparseMemory):
-            memory.distilled_layers = self.sampled_layers(int(timestep.sum().item()))
+            memory.distilled_layers = self.sampled_layers(source)
         parts, start = [], 0
         for frames in chunks:
             part = slice(start, start + frames)
@@ -228,9 +232,9 @@ class ForcingRecipe(OneNetwork):
         extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
         return torch.cat(parts, 1), extra
 
-    def sampled_layers(self, seed: int) -> frozenset[int]:
+    def sampled_layers(self, source: torch.Generator) -> frozenset[int]:
         layers = len(self.model.blocks)
-        order = torch.randperm(layers, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(layers, generator=source)
         return frozenset(order[: min(self.config.selector_layers, layers)].tolist())
 
     def flow_loss(self, flow: Tensor, target: Tensor, timestep: Tensor) -> Tensor:

@@ -9,22 +9,25 @@ from torch import Tensor, nn
 from sparse_forcing.errors import ConfigError
 
 
-def load_leading(module: nn.Module, state: Mapping[str, Tensor], *, silent: tuple[str, ...]) -> None:
-    """Load a smaller module's `state` into the leading part of each of `module`'s weights, in place.
+def load_leading(
+    module: nn.Module, state: Mapping[str, Tensor], *, readers: tuple[str, ...], writers: tuple[str, ...]
+) -> None:
+    """Load the `state` of a module with fewer channels into the leading part of `module`'s weights, in place.
 
-    Beyond it weights stay as they were initialised, but are 0 where their name starts with one of `silent`: layers that
-    read the new channels, which then change nothing until they have learned. Raises ConfigError where `state` is not
-    the smaller one.
+    Only layers whose names start with one of `readers` or `writers` may be larger. What is new in a reader is 0, so
+    that the new channels change nothing until it has learned; a writer's is as it was initialised. Raises ConfigError
+    where another layer differs, or a smaller module was expected.
     """
     grown = module.state_dict()
     if grown.keys() != state.keys():
-        raise ConfigError(
-            f"not the same kind of module: {sorted(grown.keys() ^ state.keys())[0]} is in one of them only"
-        )
+        raise ConfigError(f"{min(grown.keys() ^ state.keys())} is in one of them only")
     for name, value in state.items():
         target = grown[name]
-        if value.ndim != target.ndim or any(old > new for old, new in zip(value.shape, target.shape)):
-            raise ConfigError(f"{name}: {list(value.shape)} does not fit into {list(target.shape)}")
-        if value.shape != target.shape and name.startswith(silent):
+        fits = value.ndim == target.ndim and all(old <= new for old, new in zip(value.shape, target.shape))
+        if value.shape != target.shape and not (fits and name.startswith((*readers, *writers))):
+            raise ConfigError(f"{name} is {list(value.shape)} in one and {list(target.shape)} in the other")
+    for name, value in state.items():
+        target = grown[name]
+        if value.shape != target.shape and name.startswith(readers):
             target.zero_()
         target[tuple(slice(length) for length in value.shape)] = value

@@ -142,13 +142,30 @@ def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
     vae, std = pipe.vae, list(pipe.transformer.config.latent_std)
     if config.autoencoder is not None:
         vae, std = make_autoencoder(config)
+        check_leading_latents(vae, pipe.vae, config)
     model = TextToVideo(config, std)
     try:
-        load_leading(model.transformer, pipe.transformer.state_dict(), silent=("patch_embedding.", "proj_out."))
+        load_leading(
+            model.transformer, pipe.transformer.state_dict(), readers=("patch_embedding.",), writers=("proj_out.",)
+        )
+        load_leading(model.text_encoder, pipe.text_encoder.state_dict(), readers=(), writers=())
     except ConfigError as error:
-        raise ConfigError(f"init_from: {config.init_from} is no smaller model of this shape ({error})") from error
-    model.text_encoder.load_state_dict(pipe.text_encoder.state_dict())
+        raise ConfigError(f"init_from: {config.init_from} has another shape than this config: {error}") from error
     return vae, model
+
+
+@torch.no_grad()
+def check_leading_latents(new: EmbeddedAutoencoder, known: EmbeddedAutoencoder, config: PretrainConfig) -> None:
+    """Refuse (ConfigError) an autoencoder whose first channels are not those that the model of `init_from` knows."""
+    pixels = procedural_batch(
+        config.seed, 0, batch_size=8, num_frames=known.temporal_stride, size=64, two_object_fraction=0.0,
+        caption_dropout=0.0,
+    ).pixels  # fmt: skip
+    before, after = known.encode(pixels), new.encode(pixels)[:, : known.latent_channels]
+    if before.shape != after.shape or (after - before).square().mean() > 0.04 * before.square().mean():
+        raise ConfigError(
+            f"autoencoder: the latents of {config.autoencoder} do not begin like those that {config.init_from} knows"
+        )
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:

@@ -193,7 +193,8 @@ def shape_table(weights: Mapping[str, float]) -> Tensor:
 
 def _table(kind: str, weights: Mapping[str, float], names: Sequence[str]) -> Tensor:
     for name, weight in weights.items():
-        _number(kind, name, names)
+        if name not in names:
+            raise ConfigError(f"{kind}_weights: unknown {kind} {name!r}; choose {_either(names)}")
         if weight < 0:
             raise ConfigError(f"{kind}_weights: {name} has weight {weight}; none may be negative")
     found = torch.tensor([float(weights.get(name, 1)) for name in names])

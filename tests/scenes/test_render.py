@@ -243,10 +243,10 @@ def test_shapes_are_drawn_by_their_weights_and_only_some_spin():
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"motion_weights": {"hops": 1.0}}, "motion is 'hops'; choose"),
+        ({"motion_weights": {"hops": 1.0}}, "motion_weights: unknown motion 'hops'; choose"),
         ({"motion_weights": {"grows": -1.0}}, "motion_weights: grows has weight -1"),
         ({"motion_weights": dict.fromkeys(MOTIONS, 0.0)}, "at least one motion"),
-        ({"shape_weights": {"heart": 1.0}}, "shape is 'heart'; choose"),
+        ({"shape_weights": {"heart": 1.0}}, "shape_weights: unknown shape 'heart'; choose"),
         ({"shape_weights": dict.fromkeys(SPINNING_SHAPES, 0.0)}, "or nothing can spin"),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.training import autoencode
-from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_loss, train
+from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_losses, train
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.export import with_autoencoder
@@ -63,7 +63,8 @@ def test_noise_on_the_latents_costs_quality(run_folder: Path) -> None:
         7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
     ).pixels
     losses = [
-        reconstruction_loss(vae, pixels, noise, torch.Generator().manual_seed(0))[0].item() for noise in (0.0, 1.0, 3.0)
+        reconstruction_losses(vae, pixels, noise, torch.Generator().manual_seed(0)).total.item()
+        for noise in (0.0, 1.0, 3.0)
     ]
     assert losses == sorted(losses)
 
@@ -76,18 +77,23 @@ def test_pretraining_takes_it_frozen(run_folder: Path) -> None:
         make_autoencoder(PretrainConfig(autoencoder=str(run_folder / "nothing")))
 
 
-def test_killed_and_resumed_is_bitwise_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("extra_channels", [0, 4])
+def test_killed_and_resumed_is_bitwise_equal(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, extra_channels: int
+) -> None:
     config = replace(CONFIG, steps=4, checkpoint_minutes=0)
+    if extra_channels:
+        config = replace(config, extra_channels=extra_channels, init_from=str(run_folder / "vae"), object_weight=4.0)
     train(config, tmp_path / "whole")
-    loss, calls = autoencode.reconstruction_loss, []
+    losses, calls = autoencode.reconstruction_losses, []
 
     def killed(*arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return loss(*arguments, **options)
+        return losses(*arguments, **options)
 
-    monkeypatch.setattr(autoencode, "reconstruction_loss", killed)
+    monkeypatch.setattr(autoencode, "reconstruction_losses", killed)
     with pytest.raises(KeyboardInterrupt):
         train(config, tmp_path / "out")
     monkeypatch.undo()
@@ -142,9 +148,42 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     assert latents.shape[1] == channels + 4
     assert (latents[:, :channels] - old.encode(pixels)).square().mean() < 0.1
     assert latents[:, channels:].std().item() == pytest.approx(1, abs=0.4)
+    silenced = latents.clone()
+    silenced[:, channels:] = 0
     weights = autoencode.object_weights(pixels, 4.0)
-    before, after = (((vae.decode(vae.encode(pixels)) - pixels).square() * weights).mean().item() for vae in (old, new))
+    drawn = (old.decode(old.encode(pixels)), new.decode(silenced), new.decode(latents))
+    before, without, after = (((frames - pixels).square() * weights).mean().item() for frames in drawn)
     assert after < 0.9 * before
+    assert after < 0.98 * without
+    rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["loss"] > row["error"] for row in rows)
+    assert all(0 < row["drift"] < 1 for row in rows)
+
+
+def test_an_anchor_pulls_the_first_channels_to_its_own(run_folder: Path) -> None:
+    old, moved = (TokenAutoencoder.from_pretrained(run_folder / "vae").eval() for _ in range(2))
+    with torch.no_grad():
+        moved.encoder[-1].bias += 0.5 * moved.normalize.running_var.sqrt()
+
+    def losses(**options) -> autoencode.Losses:
+        return reconstruction_losses(moved, clips(), 0.0, torch.Generator().manual_seed(0), **options)
+
+    alone, held = losses(), losses(anchor=old, anchor_weight=2.0)
+    assert alone.drift == 0
+    assert held.drift.item() == pytest.approx(0.25, rel=0.05)
+    torch.testing.assert_close(held.total, alone.total + 2 * held.drift)
+
+
+def test_shapes_are_drawn_as_often_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, batch = [], autoencode.procedural_batch
+
+    def noted(*arguments, **options):
+        asked.append(options.get("shape_weights"))
+        return batch(*arguments, **options)
+
+    monkeypatch.setattr(autoencode, "procedural_batch", noted)
+    train(replace(CONFIG, steps=1, shape_weights={"star": 3.0}), tmp_path)
+    assert asked[-1] == {"star": 3.0}
 
 
 def test_objects_count_more_and_by_their_contrast() -> None:

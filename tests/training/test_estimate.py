@@ -91,7 +91,7 @@ def test_peak_of_a_real_step_is_near_the_estimate(
 
 
 @pytest.mark.parametrize(
-    ("kind", "cache_gradient"), [("full", "detached"), ("sparse", "detached"), ("sparse", "clean")]
+    ("kind", "cache_gradient"), [("full", "detached"), ("sparse", "detached"), ("sparse", "clean"), ("window", "clean")]
 )
 def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
     config = ForcingConfig(

@@ -19,6 +19,7 @@ from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
 from sparse_forcing.training import export
 from sparse_forcing.training import pretrain as recipe
+from sparse_forcing.training.autoencode import with_channels
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch
 from sparse_forcing.training.ema import ParameterEma
@@ -185,10 +186,8 @@ def test_a_stage_has_its_own_motions_shapes_and_noise(monkeypatch: pytest.Monkey
 
 def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    small, large, other = (
-        TokenAutoencoder(channels, components=12, dim=8, num_blocks=1, decoder_blocks=1) for channels in (4, 6, 3)
-    )
-    for name, vae in (("small", small), ("large", large), ("other", other)):
+    small, other = (TokenAutoencoder(channels, components=12, dim=8, num_blocks=1) for channels in (4, 6))
+    for name, vae in (("small", small), ("large", with_channels(small, 2)), ("other", other)):
         vae.save_pretrained(tmp_path / name)
     _, model = recipe.start(config(autoencoder=str(tmp_path / "small")))
     with torch.no_grad():
@@ -206,8 +205,11 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
     torch.testing.assert_close(new[:, :4], old)
     ema = ParameterEma(grown, 0.9)
     recipe.train_step(grown, recipe.make_optimizers(grown, settings), ema, vae, settings, 0)
-    with pytest.raises(ConfigError, match="no smaller model of this shape"):
+    with pytest.raises(ConfigError, match="do not begin like those"):
         recipe.start(replace(settings, autoencoder=str(tmp_path / "other")))
+    for wrong in ({"ffn_dim": 32}, {"text_dim": 16}, {"num_layers": 3}):
+        with pytest.raises(ConfigError, match="another shape than this config"):
+            recipe.start(replace(settings, **wrong))
 
 
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:

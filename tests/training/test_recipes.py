@@ -217,8 +217,9 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
 
     def drawn(share: float) -> torch.Tensor:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, sampler=sampler, sampler_levels=share, shift=4.0
-        )
+            loop=LOOP, model=str(model_folder), data=DATA, sampler=sampler, sampler_level_fraction=share, shift=4.0,
+            weighting="unit_variance",
+        )  # fmt: skip
         recipe, sources = ForcingRecipe(config, Accelerator(cpu=True)), generators(0, 0, 200, stream=2)
         levels = recipe.levels(sources, [CHUNK, CHUNK])
         assert torch.equal(levels[:, 0], levels[:, CHUNK - 1])
@@ -229,9 +230,10 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
     assert torch.equal(levels.sort(descending=True).values, listed)
     assert counts.min() > 70  # of 400
     assert 0.4 < torch.isin(drawn(0.5), listed).float().mean() < 0.6
-    for wrong in ({"sampler_levels": 1.5}, {"sampler": None}):
-        with pytest.raises(ConfigError, match="sampler_levels"):
-            ForcingConfig(loop=LOOP, **{"sampler": sampler, "sampler_levels": 0.5} | wrong)
+    right = {"sampler": sampler, "sampler_level_fraction": 0.5, "weighting": "unit_variance"}
+    for wrong in ({"sampler_level_fraction": 1.5}, {"sampler": None}, {"weighting": "schedule"}):
+        with pytest.raises(ConfigError, match="sampler_level_fraction"):
+            ForcingConfig(loop=LOOP, **right | wrong)
 
 
 @pytest.mark.parametrize("memory", ["full", "sparse"])

@@ -168,6 +168,21 @@ def reconstruction_losses(
         return Losses(total + anchor_weight * drift, error.mean().detach(), drift.detach())
 
 
+def step_losses(config: AutoencoderConfig, vae: TokenAutoencoder, anchor: TokenAutoencoder | None, step: int) -> Losses:
+    """Losses of one step's clips, a function of the config and the step alone."""
+    size = config.sizes[step % len(config.sizes)]
+    clips = procedural_batch(
+        config.seed + 1, step, batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
+        num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
+        caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+    return reconstruction_losses(
+        vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor,
+        anchor_weight=config.anchor,
+    )  # fmt: skip
+
+
 def train(config: AutoencoderConfig, out: Path) -> None:
     """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
@@ -179,17 +194,7 @@ def train(config: AutoencoderConfig, out: Path) -> None:
     step, window = latest_checkpoint(out, parts), []
     saved = began = time.monotonic()
     while step < config.steps:
-        size = config.sizes[step % len(config.sizes)]
-        clips = procedural_batch(
-            config.seed + 1, step, batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
-            num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
-            caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights,
-        )  # fmt: skip
-        generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
-        losses = reconstruction_losses(
-            vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=old,
-            anchor_weight=config.anchor,
-        )  # fmt: skip
+        losses = step_losses(config, vae, old, step)
         optimizer.zero_grad(set_to_none=True)
         losses.total.backward()
         rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))

@@ -49,6 +49,7 @@ from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
 EmbeddedAutoencoder = PatchAutoencoder | TokenAutoencoder
+LARGEST_LATENT_DRIFT = 0.04  # squared, of the variance; latents of another autoencoder are at 2
 
 
 class TextToVideo(nn.Module):
@@ -158,11 +159,11 @@ def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
 def check_leading_latents(new: EmbeddedAutoencoder, known: EmbeddedAutoencoder, config: PretrainConfig) -> None:
     """Refuse (ConfigError) an autoencoder whose first channels are not those that the model of `init_from` knows."""
     pixels = procedural_batch(
-        config.seed, 0, batch_size=8, num_frames=known.temporal_stride, size=64, two_object_fraction=0.0,
-        caption_dropout=0.0,
+        config.seed, 0, batch_size=8, num_frames=known.temporal_stride, size=config.stages[0].sizes[0],
+        two_object_fraction=0.0, caption_dropout=0.0,
     ).pixels  # fmt: skip
     before, after = known.encode(pixels), new.encode(pixels)[:, : known.latent_channels]
-    if before.shape != after.shape or (after - before).square().mean() > 0.04 * before.square().mean():
+    if before.shape != after.shape or (after - before).square().mean() > LARGEST_LATENT_DRIFT * before.square().mean():
         raise ConfigError(
             f"autoencoder: the latents of {config.autoencoder} do not begin like those that {config.init_from} knows"
         )

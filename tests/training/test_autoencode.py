@@ -32,6 +32,12 @@ CONFIG = AutoencoderConfig(
 )
 
 
+def clips() -> torch.Tensor:
+    return procedural_batch(
+        7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
+    ).pixels
+
+
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("autoencoder")
@@ -59,9 +65,7 @@ def test_it_learns_and_its_latents_have_unit_variance(run_folder: Path) -> None:
 
 def test_noise_on_the_latents_costs_quality(run_folder: Path) -> None:
     vae = TokenAutoencoder.from_pretrained(run_folder / "vae").eval()
-    pixels = procedural_batch(
-        7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
-    ).pixels
+    pixels = clips()
     losses = [
         reconstruction_losses(vae, pixels, noise, torch.Generator().manual_seed(0)).total.item()
         for noise in (0.0, 1.0, 3.0)
@@ -108,9 +112,7 @@ def test_a_new_decoder_leaves_the_latents_as_they_are(run_folder: Path, tmp_path
     (trained / "config.json").write_text(json.dumps(about))
     train(replace(CONFIG, init_from=str(trained), decoder_blocks=2, steps=60, learning_rate=5e-3), tmp_path)
     old, new = (TokenAutoencoder.from_pretrained(folder).eval() for folder in (trained, tmp_path / "vae"))
-    pixels = procedural_batch(
-        7, 0, batch_size=16, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
-    ).pixels
+    pixels = clips()
     assert torch.equal(old.encode(pixels), new.encode(pixels))
     assert len(new.decoder) == len(old.decoder) + 1
     pretrained = PretrainConfig(autoencoder=str(trained))
@@ -120,12 +122,6 @@ def test_a_new_decoder_leaves_the_latents_as_they_are(run_folder: Path, tmp_path
         with_autoencoder(pretrained, str(tmp_path / "other/vae"))
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"]
-
-
-def clips(count: int = 16):
-    return procedural_batch(
-        7, 0, batch_size=count, num_frames=4, size=32, two_object_fraction=0.0, caption_dropout=0.0
-    ).pixels
 
 
 @torch.no_grad()
@@ -154,10 +150,10 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     drawn = (old.decode(old.encode(pixels)), new.decode(silenced), new.decode(latents))
     before, without, after = (((frames - pixels).square() * weights).mean().item() for frames in drawn)
     assert after < 0.9 * before
-    assert after < 0.98 * without
+    assert after < 0.98 * without  # equal where the decoder does not read the new channels
     rows = [json.loads(row) for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(row["loss"] > row["error"] for row in rows)
-    assert all(0 < row["drift"] < 1 for row in rows)
+    assert rows[-1]["drift"] < 0.6  # of 2, that of unrelated latents
 
 
 def test_an_anchor_pulls_the_first_channels_to_its_own(run_folder: Path) -> None:

@@ -22,7 +22,7 @@ SURFACE = {
     "--height --width --num-inference-steps --guidance-scale --memory --window-frames --sink-frames "
     "--persistent-blocks --top-k --tile --positions --device --dtype --scale --overlay --skip-existing --suite --shard "
     "--check --json",
-    "train": "STAGE --config --set --output",
+    "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
     "--plugins --stand-ins --static-filter --cache --workers --device --max-frames --max-pixels --strict-exit "
     "--report --no-report --embed-videos --no-embed-videos --resamples",
@@ -31,7 +31,7 @@ SURFACE = {
     "convert": "SOURCE TARGET --part --head-dim --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed "
     "--json",
-    "doctor": "--kernels --config --processes --json",
+    "doctor": "--kernels --config --stage --processes --json",
 }
 WITHOUT_TORCH = """
 import sys

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -39,24 +39,39 @@ def _config_class(stage: str) -> Any:
 
 
 def guess_stage(config_path: PathLike) -> str:
-    """The stage a config file is for: the one that knows most of its settings.
+    """The stage a config file is for: the one that knows most of its settings and takes their values.
+
+    All settings of `ode` are settings of `forcing` too, so a file without any that is forcing's own is taken for ode's.
 
     Raises:
-        ConfigError: the file cannot be read.
+        ConfigError: the file cannot be read, or several stages take it.
     """
     keys = set(read_settings(config_path))
+    settings = {stage: {x.name for x in fields(_config_class(stage))} for stage in STAGES}
+    most = max(len(keys & names) for names in settings.values())
+    likely = [stage for stage, names in settings.items() if len(keys & names) == most]
+    if len(likely) > 1:
+        likely = [stage for stage in likely if _takes(stage, config_path)] or likely
+    narrowest = [stage for stage in likely if all(settings[stage] <= settings[other] for other in likely)]
+    if len(narrowest) != 1:
+        raise ConfigError(f"{config_path}: may be for stage {' or '.join(likely)}; say which with --stage")
+    return narrowest[0]
 
-    def fit(stage: str) -> tuple[int, int]:
-        settings = fields(_config_class(stage))
-        known = {setting.name for setting in settings}
-        needed = {x.name for x in settings if x.default is MISSING and x.default_factory is MISSING}
-        return len(keys & known) - len(keys - known), -len(needed - keys)
 
-    return max(STAGES, key=fit)
+def _takes(stage: str, config_path: PathLike) -> bool:
+    try:
+        load_stage(stage, config_path)
+    except ConfigError:
+        return False
+    return True
 
 
-def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike) -> int:
-    """Run or resume a stage; returns the exit code (143 after a stop that saved)."""
+def train(
+    stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike, **resume: Any
+) -> int:
+    """Run or resume a stage; returns the exit code (143 after a stop that saved). `resume`: fields of `Resume`."""
+    from sparse_forcing.training.resume import Resume
+
     config, function = load_stage(stage, config_path, overrides)
-    result = function(config, Path(output))
+    result = function(config, Path(output), Resume(**resume))
     return result if stage in _WITH_EXIT_CODE else 0

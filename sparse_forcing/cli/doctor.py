@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kernels", metavar="ARCH", help="report on every kernel compiled for ARCH, as in sm_90 or gfx942"
     )
     parser.add_argument("--config", type=path, metavar="PATH", help="memory that training by this YAML file needs")
+    parser.add_argument("--stage", metavar="STAGE", help="with --config: what the file trains (default: guessed)")
     parser.add_argument(
         "--processes",
         type=whole_number,
@@ -49,8 +50,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns 1 when something that must work is broken."""
     if arguments.processes is not None and (arguments.config is None or arguments.processes < 1):
         raise ConfigError("--processes: a number of at least 1, together with --config")
+    if arguments.stage is not None and arguments.config is None:
+        raise ConfigError("--stage: says what the file of --config trains")
     if arguments.config is not None:
-        return _memory_report(arguments.config, arguments.processes, as_json=arguments.json)
+        return _memory_report(arguments.config, arguments.stage, arguments.processes, as_json=arguments.json)
     if arguments.kernels:
         return _kernel_report(arguments.kernels, as_json=arguments.json)
     findings = [finding for check in CHECKS for finding in _safely(check)]
@@ -155,12 +158,12 @@ def _kernel_report(architecture: str, *, as_json: bool) -> int:
     return 0
 
 
-def _memory_report(config_path: Path, processes: int | None, *, as_json: bool) -> int:
+def _memory_report(config_path: Path, stage: str | None, processes: int | None, *, as_json: bool) -> int:
     """Print what one process of a training needs, part by part."""
     from sparse_forcing.training.cli_entry import guess_stage, load_stage
     from sparse_forcing.training.estimate import estimate_stage
 
-    stage = guess_stage(config_path)
+    stage = stage or guess_stage(config_path)
     config, _ = load_stage(stage, config_path)
     if processes is None:
         processes = getattr(getattr(config, "loop", None), "processes", None) or 1

@@ -26,11 +26,18 @@ from sparse_forcing.training.scores import ScoreConfig
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
 
-CONFIGS = sorted(
-    path
-    for path in (Path(__file__).parents[2] / "training" / "configs").glob("*.yaml")
-    if path.name != "reproduce.yaml"  # not a stage: it names those of others
-)
+STAGE_OF = {
+    "tiny": "pretrain", "tiny-fine": "pretrain",
+    "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
+    "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
+    "wan-1.3b-ode": "ode",
+    "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",
+    "wan-1.3b-distill-1gpu": "distill", "wan-1.3b-distill-8gpu": "distill", "wan-1.3b-distill-64gpu": "distill",
+    "wan-14b-distill-fsdp": "distill",
+}  # fmt: skip
+"""What every shipped file trains, `reproduce.yaml` apart: it names others."""
+FOLDER = Path(__file__).parents[2] / "training" / "configs"
+CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "reproduce.yaml")
 TINY: dict[str, Any] = {"data": DataConfig(size=64, latent_frames=6), "rollout_frames": 6}
 ONE = replace(LOOP, global_batch=1, micro_batch=1)
 SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5)
@@ -144,7 +151,7 @@ def test_doctor_answers_for_every_config(path: Path, capsys: pytest.CaptureFixtu
     assert main(["doctor", "--config", str(path), "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert answer["total"] == sum(answer["bytes"].values())
-    assert answer["stage"] == guess_stage(path)
+    assert answer["stage"] == STAGE_OF[path.stem]
     config, _ = load_stage(answer["stage"], path)
     if getattr(config, "learned_selector", False):
         assert any("selector" in note for note in answer["notes"])
@@ -155,6 +162,30 @@ def test_doctor_answers_for_every_config(path: Path, capsys: pytest.CaptureFixtu
         assert any("is not here" in note for note in answer["notes"])
         limit = 80 if "1.3b" in path.stem else 141  # GB of the GPUs they are meant for
         assert answer["total"] < limit * 10**9
+
+
+def test_a_stage_is_guessed_from_what_only_it_takes(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    shared = "loop: {steps: 1}\nmodel: tiny-base\n"
+    for text, stage in (
+        ("data: {kind: shards, path: x}\noptimizer: {learning_rate: 1e-4}\n", "ode"),
+        ("data: {kind: shards, path: x}\nshift: 4.0\n", "forcing"),
+        ("data: {kind: procedural}\noptimizer: {learning_rate: 1e-4}\n", "forcing"),  # ode reads trajectories alone
+        ("data: {kind: procedural}\ncritic_ratio: 2\n", "distill"),
+    ):
+        path.write_text(shared + text)
+        assert guess_stage(path) == stage
+
+
+def test_doctor_takes_the_stage_it_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text("loop: {steps: 1}\nmodel: tiny-base\n")
+    for stage in ("forcing", "distill"):
+        assert main(["doctor", "--config", str(path), "--stage", stage]) == 0
+        assert f"stage {stage}" in capsys.readouterr().out
+    assert main(["doctor", "--config", str(path), "--stage", "sideways"]) == 2
+    assert "expected one of autoencoder" in capsys.readouterr().err
+    assert main(["doctor", "--stage", "ode"]) == 2
 
 
 def test_doctor_prints_lines_and_takes_processes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +206,8 @@ def test_doctor_prints_lines_and_takes_processes(capsys: pytest.CaptureFixture[s
         ("- 1", "a config is a list of"),
         ("loop: {steps: 1}\nmode: sideways\n", "mode: expected one of"),
         ("loop: {steps: 1, micro_batch: 2}\nteacher: nowhere\n", "model 'nowhere'"),
-        ("loop: {steps: 1, global_batch: 6, micro_batch: 2}\n", "cannot be shared by 2 processes"),
+        ("loop: {steps: 1, global_batch: 6, micro_batch: 2}\nmode: teacher\n", "cannot be shared by 2 processes"),
+        ("loop: {steps: 1}\n", "may be for stage forcing or distill; say which with --stage"),
     ],
 )
 def test_a_bad_file_is_one_line_and_exit_code_2(

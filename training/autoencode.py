@@ -10,7 +10,6 @@ leave the old ones (nearly) as they are, so that those models have only the new 
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -23,9 +22,11 @@ from torch import Tensor
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.sample import shape_table
-from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
+from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
 from sparse_forcing.training.growth import load_leading
+from sparse_forcing.training.metrics import append_row, forget_beyond
+from sparse_forcing.training.resume import Resume
 from sparse_forcing.vae import TokenAutoencoder
 
 
@@ -183,7 +184,7 @@ def step_losses(config: AutoencoderConfig, vae: TokenAutoencoder, anchor: TokenA
     )  # fmt: skip
 
 
-def train(config: AutoencoderConfig, out: Path) -> None:
+def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) -> None:
     """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -191,7 +192,8 @@ def train(config: AutoencoderConfig, out: Path) -> None:
     learned = [p for p in vae.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=config.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     parts: dict[str, Stateful] = {"vae": vae, "optimizer": optimizer}
-    step, window = latest_checkpoint(out, parts), []
+    step, window = (resume or Resume()).load(out, parts, config), []
+    forget_beyond(out / "metrics.jsonl", step)
     saved = began = time.monotonic()
     while step < config.steps:
         losses = step_losses(config, vae, old, step)
@@ -206,8 +208,7 @@ def train(config: AutoencoderConfig, out: Path) -> None:
         if step % 50 == 0 or step == config.steps:
             means = dict(zip(("loss", "error", "drift"), torch.tensor(window).mean(0).tolist()))
             seconds = (time.monotonic() - began) / len(window)
-            with (out / "metrics.jsonl").open("a") as log:
-                log.write(json.dumps({"step": step, **means, "seconds": seconds}) + "\n")
+            append_row(out / "metrics.jsonl", {"step": step, **means, "seconds": seconds})
             psnr = 10 * math.log10(4 / means["error"])
             print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
             window, began = [], time.monotonic()

@@ -21,7 +21,7 @@ from torch import nn
 
 from sparse_forcing.errors import OutputError, SparseForcingError, WeightsError
 from sparse_forcing.files import sha256_file
-from sparse_forcing.training.parallel import any_rank, barrier, full_state, rank, shard_like, world_size
+from sparse_forcing.training.parallel import any_rank, barrier, from_first, full_state, rank, shard_like, world_size
 from sparse_forcing.weights.safe_load import load_pt
 
 _MANIFEST = "manifest.json"
@@ -142,23 +142,34 @@ def save_checkpoint(
 
 def _commit(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     manifest["files"] = {path.name: sha256_file(path) for path in sorted(temporary.iterdir())}
-    with (temporary / _MANIFEST).open("w") as file:
-        json.dump(manifest, file, indent=1)
-        _flush(file)
+    _write_manifest(temporary / _MANIFEST, manifest)
     _sync_folder(temporary)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)
     _sync_folder(final.parent)
 
 
+def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(manifest, file, indent=1)
+        _flush(file)
+
+
 def _prune(out: Path, keep: int) -> None:
-    """Remove checkpoints beyond the newest `keep` complete ones, and what interrupted saves left."""
-    complete = [folder for folder in sorted(out.glob("step-*"), reverse=True) if (folder / _MANIFEST).is_file()]
-    for old in [*complete[keep:], *out.glob(f"{_TEMPORARY}*")]:
+    """Remove all that is older than the newest `keep` complete checkpoints, and what interrupted saves left."""
+    folders = sorted(out.glob("step-*"), reverse=True)
+    kept = [folder for folder in folders if (folder / _MANIFEST).is_file()][:keep]
+    for old in [*(folder for folder in folders if folder < kept[-1]), *out.glob(f"{_TEMPORARY}*")]:
         try:
-            shutil.rmtree(old)
+            _remove(old)
         except OSError as error:
             warnings.warn(f"cannot remove the old checkpoint {old}: {error}", stacklevel=2)
+
+
+def _remove(folder: Path) -> None:
+    # Without its manifest first: a removal that is interrupted must not leave a folder that looks complete.
+    (folder / _MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -187,31 +198,54 @@ def is_complete(folder: Path) -> bool:
     return True
 
 
+def newest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Folder and manifest of the newest complete checkpoint of `out`, None without one.
+
+    Every process must call it; the first one looks.
+    """
+
+    def search() -> tuple[Path, dict[str, Any]] | None:
+        for folder in sorted(out.glob("step-*"), reverse=True):
+            try:
+                return folder, read_manifest(folder)
+            except WeightsError as error:
+                warnings.warn(f"skipping {folder}: incomplete or damaged ({error})", stacklevel=4)
+        return None
+
+    return from_first(search)
+
+
 def load_checkpoint(
-    folder: Path, parts: dict[str, Stateful], *, random_state: bool = False, allow_missing_random: bool = False
-) -> int:
+    folder: Path, parts: dict[str, Stateful], *, manifest: dict[str, Any] | None = None, random_state: bool = False,
+    allow_missing_random: bool = False,
+) -> int:  # fmt: skip
     """Load every part; returns the step. Every process must call it; when one fails, all raise.
 
+    The first process alone compares the files with their hashes.
+
     Args:
+        manifest: of the folder, when its files were already found to match it (`newest_checkpoint`).
         random_state: also restore this process's random state.
         allow_missing_random: go on with the present one when the checkpoint has none for this process.
 
     Raises:
         WeightsError: damaged, of another model, or without the random state of this process.
     """
+    manifest = manifest or from_first(lambda: read_manifest(folder))
     error: WeightsError | None = None
-    step = 0
     try:
-        step = _load(folder, parts, random_state=random_state, allow_missing_random=allow_missing_random)
+        _load(folder, manifest, parts, random_state=random_state, allow_missing_random=allow_missing_random)
     except WeightsError as failure:
         error = failure
     if any_rank(error is not None):
         raise error or WeightsError(f"{folder}: another process could not load it")
-    return step
+    return manifest["step"]
 
 
-def _load(folder: Path, parts: dict[str, Stateful], *, random_state: bool, allow_missing_random: bool) -> int:
-    manifest = read_manifest(folder)
+def _load(
+    folder: Path, manifest: dict[str, Any], parts: dict[str, Stateful], *, random_state: bool,
+    allow_missing_random: bool,
+) -> None:  # fmt: skip
     for name, part in parts.items():
         path = folder / f"{name}.pt"
         if path.name not in manifest["files"]:
@@ -226,30 +260,32 @@ def _load(folder: Path, parts: dict[str, Stateful], *, random_state: bool, allow
                 f"{folder}: no random state for process {rank()} (saved by {manifest.get('processes', 1)}, "
                 f"now {world_size()}); resume with as many, or set allow_missing_random"
             )
-    return manifest["step"]
 
 
 def _load_part(path: Path, part: Stateful) -> None:
     try:
-        part.load_state_dict(_cut(load_pt(path), part))
+        # Mapped, not read: a process holds what it keeps of a file, not the whole file.
+        part.load_state_dict(_cut(load_pt(path, mmap=True), part))
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"{path}: does not fit this run ({' '.join(str(error).split())[:400]})") from error
 
 
 def _cut(state: dict[str, Any], part: Stateful) -> dict[str, Any]:
-    """Whole tensors cut as the part's own are (nothing changes for parts that are not sharded)."""
+    """Whole tensors cut as the part's own are (parts that are not sharded get them whole)."""
     if isinstance(part, torch.optim.Optimizer):
         parameters = [p for group in part.param_groups for p in group["params"]]
-        cut = {i: {k: shard_like(v, parameters[i]) for k, v in s.items()} for i, s in state["state"].items()}
+        # Copied, as an optimizer keeps what it is given: its state must not hang on a file that will be pruned.
+        cut = {i: {k: _copy(shard_like(v, parameters[i])) for k, v in s.items()} for i, s in state["state"].items()}
         return {**state, "state": cut}
     own = part.state_dict() if isinstance(part, nn.Module) or hasattr(part, "shadow") else {}
     return {name: shard_like(value, own.get(name)) for name, value in state.items()}
 
 
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else value
+
+
 def latest_checkpoint(out: Path, parts: dict[str, Stateful], **options: bool) -> int:
     """Load the newest complete checkpoint of `out` into `parts`; 0 when there is none. Options: `load_checkpoint`."""
-    for folder in sorted(out.glob("step-*"), reverse=True):
-        if is_complete(folder):
-            return load_checkpoint(folder, parts, **options)
-        warnings.warn(f"skipping {folder}: incomplete or damaged", stacklevel=2)
-    return 0
+    found = newest_checkpoint(out)
+    return load_checkpoint(found[0], parts, manifest=found[1], **options) if found else 0

@@ -39,6 +39,7 @@ from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.score_losses import Score, critic_loss, dmd_loss, score_timestep, sid_loss
 from sparse_forcing.training.scores import ScoreConfig, context_of, score_of
 from sparse_forcing.training.stage import (
@@ -316,6 +317,6 @@ class DistillRecipe:
         )  # fmt: skip
 
 
-def train(config: DistillConfig, out: Path) -> int:
+def train(config: DistillConfig, out: Path, resume: Resume | None = None) -> int:
     """Run or resume the stage; returns 0, or 143 after SIGTERM."""
-    return run(lambda accelerator: DistillRecipe(config, accelerator), config.loop, config, out)
+    return run(lambda accelerator: DistillRecipe(config, accelerator), config.loop, config, out, resume)

@@ -34,6 +34,7 @@ from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.losses import scheduled_flow_loss, unit_variance_weight
 from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.stage import (
     OneNetwork,
     add_selector,
@@ -252,6 +253,6 @@ class ForcingRecipe(OneNetwork):
         export_pipeline(self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora, **changes)
 
 
-def train(config: ForcingConfig, out: Path) -> int:
+def train(config: ForcingConfig, out: Path, resume: Resume | None = None) -> int:
     """Run or resume the stage; returns 0, or 143 after SIGTERM."""
-    return run(lambda accelerator: ForcingRecipe(config, accelerator), config.loop, config, out)
+    return run(lambda accelerator: ForcingRecipe(config, accelerator), config.loop, config, out, resume)

@@ -61,19 +61,28 @@ def stop_with_launcher() -> None:
 
 
 def check_finite(step: int, values: dict[str, float]) -> None:
-    """Refuse losses and gradient norms that are NaN or infinite, on every process if it happens on one.
+    """Refuse losses and gradient norms of a network that are NaN or infinite, on every process if it happens on one.
 
-    Call it before the optimizer's step. Raises FloatingPointError.
+    Call it before the network's optimizer step. Raises FloatingPointError.
     """
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if any_rank(bool(bad)):
         what = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another process has a non-finite value"
-        raise FloatingPointError(f"step {step}: {what}; weights left unchanged, the last checkpoint is good")
+        raise FloatingPointError(f"step {step}: {what}; this network's update was not applied")
 
 
 @contextmanager
-def explained_out_of_memory(step: int, geometry: str) -> Iterator[None]:
-    """Say what was being computed and what to lower; nothing is retried with other settings behind the user's back."""
+def explained_failures(step: int, geometry: str, saved: int) -> Iterator[None]:
+    """Say what to do about a step that failed; nothing is retried with other settings behind the user's back.
+
+    Args:
+        geometry: what was being computed.
+        saved: step of the newest checkpoint, 0 without one.
+
+    Raises:
+        ConfigError: out of memory, and what to lower.
+        FloatingPointError: a number that is not finite, and where the run can go on.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -81,3 +90,7 @@ def explained_out_of_memory(step: int, geometry: str) -> Iterator[None]:
             f"out of memory in step {step} ({geometry}); lower micro_batch (the global batch stays, gradients "
             "accumulate), turn on gradient_checkpointing, shard with parallel: fsdp, or shorten the rollout"
         ) from error
+    except FloatingPointError as error:
+        # Another network may have been updated in the same step (distillation): that is lost with the process.
+        where = f"resuming goes on from step {saved}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}, and nothing of this step is saved; {where}") from error

@@ -14,20 +14,28 @@ import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, LoggerType, set_seed
 from torch import nn
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import output_lock
-from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
-from sparse_forcing.training.guard import STOPPED, StopRequest, explained_out_of_memory, stop_with_launcher
+from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
+from sparse_forcing.training.guard import STOPPED, StopRequest, explained_failures, stop_with_launcher
+from sparse_forcing.training.metrics import append_row, forget_beyond
 from sparse_forcing.training.parallel import barrier, leaving_group, mean_over_ranks, rank, world_size
+from sparse_forcing.training.resume import Resume
+
+TRACKERS = tuple(sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL))
+PATIENCE = timedelta(hours=1)
+"""How long processes wait for the first one, which writes and hashes checkpoints alone (340 GB of a 14B student),
+before they take it for dead; NCCL's default is ten minutes."""
 
 
 class Recipe(Protocol):
@@ -90,6 +98,8 @@ class LoopConfig:
             raise ConfigError(f"parallel: expected replicate or fsdp, got {self.parallel!r}")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if unknown := [name for name in self.trackers if name not in TRACKERS]:
+            raise ConfigError(f"trackers: {unknown[0]!r} is not one of {', '.join(TRACKERS)}")
 
     @property
     def micro_batches(self) -> int:
@@ -128,23 +138,27 @@ def make_accelerator(config: LoopConfig, out: Path, *, cpu: bool | None = None) 
             stacklevel=2,
         )
     trackers = [name for name in config.trackers if name in ready]
-    return Accelerator(cpu=cpu, log_with=trackers or None, project_dir=str(out))
+    group = InitProcessGroupKwargs(timeout=PATIENCE)
+    return Accelerator(cpu=cpu, log_with=trackers or None, project_dir=str(out), kwargs_handlers=[group])
 
 
-def run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path) -> int:
+def run(
+    build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path, resume: Resume | None = None
+) -> int:
     """Train to the end or to SIGTERM; returns 0, or 143 after a stop that saved.
 
     Args:
         build: makes the recipe once the processes are known.
         config: the whole stage's config, for the checkpoint's manifest.
         out: folder of checkpoints, `metrics.jsonl` and the exported model.
+        resume: from what, the newest checkpoint of `out` by default.
     """
     out.mkdir(parents=True, exist_ok=True)
     with leaving_group():
-        return _run(build, loop, config, out)
+        return _run(build, loop, config, out, resume or Resume())
 
 
-def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path) -> int:
+def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path, resume: Resume) -> int:
     accelerator = make_accelerator(loop, out)
     loop.check_processes()
     loop.own_micro_batches()
@@ -153,10 +167,11 @@ def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, 
         set_seed(loop.seed + rank())
         recipe = build(accelerator)
         log = _Log(accelerator, loop, out, to_plain(config))
-        step = latest_checkpoint(out, recipe.parts, random_state=True, allow_missing_random=loop.allow_missing_random)
+        options = {"random_state": True, "allow_missing_random": loop.allow_missing_random}
+        step = saved = resume.load(out, recipe.parts, config, **options)
         log.begin(step)
         while step < loop.steps:
-            with explained_out_of_memory(step, recipe.geometry):
+            with explained_failures(step, recipe.geometry, saved):
                 metrics = recipe.update(step)
             step += 1
             log.add(step, metrics)
@@ -165,6 +180,7 @@ def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, 
                 save_checkpoint(
                     out, step, recipe.parts, to_plain(config), keep=loop.keep_checkpoints, random_state=True
                 )
+                saved = step
             if stopping and step < loop.steps:
                 log.note(f"stopped at step {step}; run the same command to go on")
                 log.end()
@@ -189,9 +205,8 @@ class _Log:
     def begin(self, step: int) -> None:
         """Forget rows beyond the step a resumed run starts from."""
         self.began = time.monotonic()
-        if rank() == 0 and self.path.exists():
-            rows = [row for row in self.path.read_text().splitlines() if json.loads(row)["step"] <= step]
-            self.path.write_text("".join(f"{row}\n" for row in rows))
+        if rank() == 0:
+            forget_beyond(self.path, step)
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         self.window.append(metrics)
@@ -203,8 +218,7 @@ class _Log:
         row = {"step": step, **mean_over_ranks(means), "seconds_per_step": seconds}
         self.window, self.began = [], time.monotonic()
         if rank() == 0:
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.path, row)
             left = (self.loop.steps - step) * seconds / 60
             shown = " ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "step")
             self.note(f"step {step}/{self.loop.steps} {shown}, {left:.0f} min left")

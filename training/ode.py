@@ -24,6 +24,7 @@ from sparse_forcing.training.loop import LoopConfig, run
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.losses import ode_inputs, ode_regression_loss, per_chunk
 from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.stage import OneNetwork, autocast, draw_number, generators
 
 
@@ -90,6 +91,6 @@ class OdeRecipe(OneNetwork):
         yield ode_regression_loss(flow.float(), x_t, trajectory[:, -1], timestep, self.schedule)
 
 
-def train(config: OdeConfig, out: Path) -> int:
+def train(config: OdeConfig, out: Path, resume: Resume | None = None) -> int:
     """Run or resume the stage; returns 0, or 143 after SIGTERM."""
-    return run(lambda accelerator: OdeRecipe(config, accelerator), config.loop, config, out)
+    return run(lambda accelerator: OdeRecipe(config, accelerator), config.loop, config, out, resume)

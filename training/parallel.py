@@ -10,9 +10,9 @@ from __future__ import annotations
 import gc
 import traceback
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from sparse_forcing.errors import SparseForcingError
+
+T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25
 
 
@@ -76,6 +79,22 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(float(flag), device=_device())
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def from_first(read: Callable[[], T]) -> T:
+    """What `read` gives on the first process, on every process; one of our errors is raised on every process, too."""
+    box: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            box[0] = read()
+        except SparseForcingError as error:
+            box[1] = error
+    if world_size() > 1:
+        dist.broadcast_object_list(box, device=_device())
+    result, failure = box
+    if failure is not None:
+        raise failure
+    return result
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
@@ -156,11 +175,14 @@ def shard_layers(model: nn.Module, *, param_dtype: torch.dtype | None = None) ->
 
 
 def full_state(state: Any) -> Any:
-    """A state dict with every sharded tensor whole again, on the CPU. All processes must call it together."""
-    if isinstance(state, DTensor):
-        return state.full_tensor().cpu()
+    """A state dict with every sharded tensor whole again, on the first process's CPU; the others get None for a tensor.
+
+    All processes must call it together. Tensors are gathered one by one, so that no more than one is ever whole on a
+    device, and a node's host memory holds one copy of the state, not one for each of its processes.
+    """
     if isinstance(state, Tensor):
-        return state.detach().cpu()
+        whole = state.full_tensor() if isinstance(state, DTensor) else state.detach()
+        return whole.cpu() if rank() == 0 else None
     if isinstance(state, dict):
         return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):

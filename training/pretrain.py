@@ -12,7 +12,6 @@ sends it (training/scene_targets.py). These heads are dropped in the end.
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections import defaultdict
@@ -30,13 +29,15 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption, vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
 from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.training.checkpoint import Stateful, latest_checkpoint, save_checkpoint
+from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, learning_rate, part_at, stage_at
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.growth import load_leading
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
+from sparse_forcing.training.metrics import append_row, forget_beyond
+from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.scene_targets import (
     ATTRIBUTES,
     COURSE_NUMBERS,
@@ -339,15 +340,14 @@ class Progress:
     def report(self, step: int) -> None:
         means = {name: sum(values) / len(values) for name, values in sorted(self.sums.items())}
         seconds = (time.monotonic() - self.began) / self.steps
-        with (self.out / "metrics.jsonl").open("a") as log:
-            log.write(json.dumps({"step": step, **means, "seconds_per_step": seconds}) + "\n")
+        append_row(self.out / "metrics.jsonl", {"step": step, **means, "seconds_per_step": seconds})
         shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
         left = seconds * (self.total - step) / 60
         print(f"step {step}/{self.total} {shown} {seconds:.2f} s/step, {left:.0f} min left", flush=True)
         self._reset()
 
 
-def pretrain(config: PretrainConfig, out: Path) -> None:
+def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) -> None:
     """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
@@ -357,7 +357,8 @@ def pretrain(config: PretrainConfig, out: Path) -> None:
     model.to(device)
     optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
     parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
-    step = latest_checkpoint(out, parts)
+    step = (resume or Resume()).load(out, parts, config)
+    forget_beyond(out / "metrics.jsonl", step)
     if step == 0 and config.text_steps:
         print(f"captions: loss {pretrain_text(model, config):.4f} after {config.text_steps} steps", flush=True)
         ema.reset(model)

@@ -16,6 +16,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", type=path, metavar="PATH", help="YAML file of settings (default: the stage's own)")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting; repeatable")
     parser.add_argument("--output", type=path, metavar="PATH", required=True, help="folder for checkpoints and metrics")
+    parser.add_argument(
+        "--resume-from", type=path, metavar="PATH", help="a checkpoint (RUN/step-N) to go on from in a new --output"
+    )
+    parser.add_argument("--allow-changes", action="store_true", help="resume with settings other than the checkpoint's")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -23,4 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None and not Path(arguments.config).is_file():
         raise ConfigError(f"--config {arguments.config}: no such file")
     check_writable(arguments.output, folder=True)
-    return train(arguments.stage, arguments.config, arguments.set, arguments.output)
+    return train(
+        arguments.stage, arguments.config, arguments.set, arguments.output, checkpoint=arguments.resume_from,
+        allow_changes=arguments.allow_changes,
+    )  # fmt: skip

@@ -102,8 +102,11 @@ def load_safetensors(path: PathLike, *, device: str = "cpu") -> dict[str, Tensor
         raise WeightsError(f"{path}: {error}") from error
 
 
-def load_pt(path: PathLike) -> Any:
+def load_pt(path: PathLike, *, mmap: bool = False) -> Any:
     """The content of a `.pt` checkpoint made of tensors and plain containers, on the CPU; code in it is refused.
+
+    Args:
+        mmap: map the file instead of reading it (copy on write); tensors are then good for as long as the file is.
 
     Raises:
         WeightsError: missing, damaged, or holding anything that unpickling would have to execute.
@@ -115,7 +118,7 @@ def load_pt(path: PathLike) -> Any:
     if not Path(path).is_file():
         raise WeightsError(f"cannot read weights {path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         reason = "it is damaged or contains code, which is never executed"
         raise WeightsError(f"{path}: refused, {reason}; convert it to safetensors where it comes from") from error

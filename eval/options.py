@@ -30,7 +30,8 @@ class EvaluateConfig:
     stand_ins: folders of transformers models, `detector=FOLDER`, `captioner=FOLDER`; totals are refused with them.
     static_filter: judge temporal flickering on static videos only, at most five a prompt (VBench's protocol; RAFT).
     cache: folder of resumable per-video results and features. Default: `cache` inside the output folder.
-    workers: processes. device: torch device of the networks.
+    workers: processes. worker_timeout: seconds without a finished video after which they are given up.
+    device: torch device of the networks.
     max_frames, max_pixels: decoding bounds of one video (pixels over all its frames).
     strict_exit: exit 1 when any video failed (otherwise only when all did).
     report: write the HTML page. embed_videos: put small videos into the page itself.
@@ -52,6 +53,7 @@ class EvaluateConfig:
     static_filter: bool = False
     cache: Path | None = None
     workers: int = 1
+    worker_timeout: float = 3600.0
     device: str = "cpu"
     max_frames: int = 20_000
     max_pixels: int = 1 << 30
@@ -70,6 +72,8 @@ class EvaluateConfig:
         for name in ("workers", "max_frames", "max_pixels", "resamples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.worker_timeout > 0:
+            raise ConfigError(f"worker_timeout must be positive, not {self.worker_timeout}")
 
     @property
     def output_folder(self) -> Path:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -183,16 +185,19 @@ def _one_line(text: str) -> str:
 
 
 _runner: Runner | None = None
+_owners: MutableSequence[int] = []
+"""Process id of the worker that began each entry, 0 before; shared with the parent."""
 
 
-def _start_worker(config: EvaluateConfig) -> None:
-    global _runner
+def _start_worker(config: EvaluateConfig, owners: MutableSequence[int]) -> None:
+    global _runner, _owners
     torch.set_num_threads(1)
-    _runner = Runner(config)
+    _runner, _owners = Runner(config), owners
 
 
-def _work(entry: Entry) -> Record:
+def _work(number: int, entry: Entry) -> Record:
     assert _runner is not None, "the worker was not started"
+    _owners[number] = os.getpid()
     return _runner.attempt(entry)
 
 
@@ -216,13 +221,39 @@ def _serial(runner: Runner, entries: list[Entry]) -> Iterator[tuple[int, Record]
 def _parallel(config: EvaluateConfig, entries: list[Entry], workers: int) -> Iterator[tuple[int, Record]]:
     # Spawned, not forked: threads of torch and OpenCV do not survive a fork.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, _start_worker, (config,)) as pool:
-        jobs = {pool.submit(_work, entry): number for number, entry in enumerate(entries)}
+    owners = context.RawArray("q", len(entries))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(workers, context, _start_worker, (config, owners)) as pool:
+        pending = {pool.submit(_work, number, entry): number for number, entry in enumerate(entries)}
         try:
-            for job in as_completed(jobs):
-                yield jobs[job], job.result()
+            while pending:
+                done, _ = wait(pending, config.worker_timeout, FIRST_COMPLETED)
+                if not done:
+                    _end(set(multiprocessing.active_children()) - others)
+                    what = f"no video was finished in {config.worker_timeout:g} seconds"
+                    raise ConfigError(
+                        f"{what} ({_at_work(owners, entries, pending.values())}); what is measured is kept: run again "
+                        "with a longer --worker-timeout, or without that video"
+                    )
+                for job in sorted(done, key=lambda job: job.exception() is not None):
+                    yield pending[job], job.result()
+                    del pending[job]
         except BrokenProcessPool as error:
-            message = "a worker process died (out of memory?); what is measured is kept: run again, with fewer workers"
-            raise ConfigError(message) from error
+            raise ConfigError(
+                f"a worker process died ({_at_work(owners, entries, pending.values())}; out of memory?); what is "
+                "measured is kept: run again, with fewer workers"
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _at_work(owners: Sequence[int], entries: list[Entry], pending: Iterable[int]) -> str:
+    """Which workers were at which videos, as far as they had begun."""
+    begun = [f"process {owners[number]} at {entries[number].video}" for number in pending if owners[number]]
+    return ", ".join(begun) or "none had begun one"
+
+
+def _end(processes: set[BaseProcess]) -> None:
+    """Kill workers that hang; the pool then ends and reaps them."""
+    for process in processes:
+        process.kill()

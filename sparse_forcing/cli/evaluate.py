@@ -22,6 +22,7 @@ FLAGS = {
     "static_filter": "judge temporal flickering on static videos only (VBench's protocol)",
     "cache": "folder for resumable results of each video",
     "workers": "processes (default: 1)",
+    "worker_timeout": "seconds without a finished video until hanging workers are ended (default: 3600)",
     "device": "torch device of the networks (default: cpu)",
     "max_frames": "refuse videos with more frames",
     "max_pixels": "refuse videos with more pixels over all frames",

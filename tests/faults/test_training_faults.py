@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ import torch
 from torch import nn
 
 from sparse_forcing.cli import main
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval import run
+from sparse_forcing.eval.manifest import Entry
+from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.stage import optimizer_step
@@ -30,6 +34,7 @@ STEPS = "loop: {steps: 1, trackers: []}\n"
         ("forcing", STEPS + "optimizer: {learning_rate: '1e-4'}", "optimizer.learning_rate: expected a number"),
         ("forcing", STEPS + "optimizer: {learning_rate: .nan}", "optimizer.learning_rate: nan is not a finite number"),
         ("forcing", STEPS + "shift: 5\nshift: 6", "key 'shift' appears twice"),
+        ("forcing", "loop: {steps: 1, trackers: [tensorbord]}", "trackers: 'tensorbord' is not one of aim, "),
         ("forcing", "loop: {steps: -3}", "steps: must be at least 1, got -3"),
         ("forcing", "loop: {steps: 1, global_batch: 3, micro_batch: 2}", "global_batch: 3 is not a multiple"),
         ("forcing", STEPS + "mode: diffusion\nmemory: {kind: sparse}", "memory.kind: sparse is trained chunk by chunk"),
@@ -74,7 +79,7 @@ def test_bad_number_stops_before_the_weights_change(where: str, bad: float) -> N
         out.register_hook(lambda gradient: gradient * bad)
         yield out
 
-    with pytest.raises(FloatingPointError, match=r"step 1: .*weights left unchanged"):
+    with pytest.raises(FloatingPointError, match=r"step 1: .*update was not applied"):
         optimizer_step(model, optimizer, loop, config, 1, losses, name="model")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert not optimizer.state
@@ -92,20 +97,42 @@ def test_the_table_names_tests_that_exist() -> None:
         assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"
 
 
-def test_dead_worker_is_an_error_and_none_is_left(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "message"), [("dies", "a worker process died"), ("hangs", "no video was finished in 0.5 seconds")]
+)
+def test_worker_that_dies_or_hangs_is_named_and_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
-    """Training decodes in its own process and has no workers; evaluation has."""
-    clips, complete = tmp_path / "clips", run.as_completed
-    assert main(["data", "clips", str(clips), "--num-clips", "3", "--num-frames", "8", "--size", "32"]) == 0
+    """Training decodes in its own process, evaluation in workers; one of these reads from a pipe that stays empty."""
+    pipe, clips, wait = tmp_path / "pipe.mp4", tmp_path / "clips", run.wait
+    os.mkfifo(pipe)
+    assert main(["data", "clips", str(clips), "--num-clips", "1", "--num-frames", "8", "--size", "32"]) == 0
 
-    def killing(jobs: Any) -> Any:
-        for child in multiprocessing.active_children():
-            os.kill(child.pid, signal.SIGKILL)
-        yield from complete(jobs)
+    def once_begun(pending: Any, timeout: float, when: str) -> Any:
+        while (end := writing_end(pipe)) is None:
+            time.sleep(0.1)
+        ends.append(end)
+        if fault == "dies":
+            for child in multiprocessing.active_children():
+                os.kill(child.pid, signal.SIGKILL)
+        return wait(pending, timeout, when)
 
-    monkeypatch.setattr(run, "as_completed", killing)
-    command = ["evaluate", str(clips), "--output", str(tmp_path / "out"), "--metrics", "brightness", "--workers", "2"]
-    assert main(command) == 2
-    assert "a worker process died" in capsys.readouterr().err
+    ends: list[int] = []
+    monkeypatch.setattr(run, "wait", once_begun)
+    config = EvaluateConfig(
+        target=clips, output=tmp_path / "out", metrics=("brightness",), workers=2, worker_timeout=0.5
+    )
+    entries = [Entry(video=path) for path in (pipe, *clips.glob("*.mp4"))]
+    with pytest.raises(ConfigError, match=rf"{message} .*process \d+ at {pipe}"):
+        run.measure_all(run.Runner(config), entries)
     assert not multiprocessing.active_children()
+    for end in ends:
+        os.close(end)
+
+
+def writing_end(pipe: Path) -> int | None:
+    """The writing end of a named pipe, None while nobody reads from it."""
+    try:
+        return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+    except OSError:
+        return None

@@ -1,17 +1,19 @@
 """Runs a training stage as its own process or processes: `python -m tests.training.workers SETTINGS.json`.
 
 Settings: stage, config (nested), out, and optional faults: kill_at_write (SIGKILL at the n-th file of a save),
-term_at_step (SIGTERM to itself), nan_at_step (on rank nan_rank), fail_write (OSError on the first rank's n-th write),
-step_seconds (slow every step down).
+kill_at (SIGKILL at [place, n], the n-th time a save comes to one of PLACES), term_at_step (SIGTERM to itself),
+nan_at_step (on rank nan_rank), fail_write (OSError on the first rank's n-th write), step_seconds (slow steps down).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,38 @@ GROUP_ALIVE = "threads of the process group outlive the training: the interprete
 """Printed by a worker, and then an error in every test."""
 
 STAGES: dict[str, Any] = {"forcing": (forcing, forcing.ForcingConfig), "distill": (distill, distill.DistillConfig)}
+
+
+PLACES = ("manifest", "rename", "renamed", "removal")
+"""Of a save after its files: a manifest half written, before and after the rename, an old checkpoint half removed."""
+
+
+def install_kills(place: str, number: int) -> None:
+    """SIGKILL at the `number`-th time a save comes to `place`."""
+    passed = [0]
+
+    def kill(here: str, damage: Callable[[], object] = lambda: None) -> None:
+        passed[0] += here == place
+        if here == place and passed[0] == number:
+            damage()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    write_manifest, sync_folder, remove = checkpoint._write_manifest, checkpoint._sync_folder, shutil.rmtree
+
+    def manifest(path: Path, content: dict[str, Any]) -> None:
+        kill("manifest", lambda: path.write_text(json.dumps(content)[:40]))
+        write_manifest(path, content)
+
+    def sync(folder: Path) -> None:
+        sync_folder(folder)
+        kill("rename" if folder.name.startswith(checkpoint._TEMPORARY) else "renamed")
+
+    def rmtree(folder: Path, **options: Any) -> None:
+        if folder.is_dir() and not options:  # with options: what an earlier save left, before this one
+            kill("removal", (folder / "model.pt").unlink)
+        remove(folder, **options)
+
+    checkpoint._write_manifest, checkpoint._sync_folder, checkpoint.shutil.rmtree = manifest, sync, rmtree
 
 
 def install_faults(settings: dict[str, Any]) -> None:
@@ -42,6 +76,8 @@ def install_faults(settings: dict[str, Any]) -> None:
         write(path, data)
 
     checkpoint._write = counted
+    if "kill_at" in settings:
+        install_kills(*settings["kill_at"])
 
     def faulty(model, optimizer, loop_config, config, step, losses, **kwargs):
         time.sleep(settings.get("step_seconds", 0))
@@ -86,4 +122,6 @@ def run_logged(settings_path: Path, log: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run(Path(sys.argv[1])))
+    code = run(Path(sys.argv[1]))
+    print(f"worker ends with {code}", file=sys.stderr)  # torchrun does not say it
+    sys.exit(code)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from sparse_forcing.errors import OutputError, WeightsError
-from sparse_forcing.training import checkpoint
+from sparse_forcing.training import checkpoint, parallel
 from sparse_forcing.training.checkpoint import (
     RandomState,
     is_complete,
@@ -145,6 +145,43 @@ def test_damage_is_found_and_named(saved: tuple[Path, dict[str, Any]], damage: s
         load_checkpoint(newest, parts())
     with pytest.warns(UserWarning, match="skipping"):
         assert latest_checkpoint(out, parts(9)) == 1
+
+
+def test_a_removal_that_was_interrupted_is_finished_by_the_next_save(saved: tuple[Path, dict[str, Any]]) -> None:
+    out, made = saved
+    (out / "step-00000001" / "manifest.json").unlink()
+    (out / "step-00000001" / "model.pt").unlink()
+    save_checkpoint(out, 3, made, {})
+    assert sorted(folder.name for folder in out.glob("step-*")) == ["step-00000002", "step-00000003"]
+
+
+def test_a_file_is_hashed_once_when_it_is_loaded(
+    saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[str] = []
+    digest = checkpoint.sha256_file
+    monkeypatch.setattr(checkpoint, "sha256_file", lambda path: hashed.append(path.name) or digest(path))
+    assert latest_checkpoint(saved[0], parts()) == 2
+    assert sorted(hashed) == ["ema.pt", "model.pt", "optimizer.pt", "random-0.pt"]
+
+
+def test_the_first_process_alone_keeps_tensors_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"state": {0: {"step": torch.ones(1)}}, "groups": [{"lr": 0.1}], "updates": 3}
+    assert parallel.full_state(state) == state
+    monkeypatch.setattr(parallel, "rank", lambda: 1)
+    assert parallel.full_state(state) == {"state": {0: {"step": None}}, "groups": [{"lr": 0.1}], "updates": 3}
+
+
+def test_what_is_loaded_does_not_hang_on_the_file(saved: tuple[Path, dict[str, Any]]) -> None:
+    """A file is mapped while it is loaded; afterwards a run owns what it has: the file may be overwritten or go."""
+    out, made = saved
+    fresh = parts(7)
+    assert latest_checkpoint(out, fresh) == 2
+    for path in (out / "step-00000002").glob("*.pt"):
+        path.write_bytes(bytes(path.stat().st_size))
+    before, after = (p["optimizer"].state_dict()["state"] for p in (made, fresh))
+    assert all(torch.equal(value, after[i][name]) for i, state in before.items() for name, value in state.items())
+    assert same(made, fresh)
 
 
 def test_code_is_not_executed(tmp_path: Path) -> None:

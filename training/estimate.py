@@ -8,7 +8,7 @@ whole at the time is among the activations.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_forcing.attention import dense_attention
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
+from sparse_forcing.memory.sparse import HISTORY_POOLS
 from sparse_forcing.rope import Rotary
 from sparse_forcing.training.autoencode import AutoencoderConfig
 from sparse_forcing.training.curriculum import PretrainConfig
@@ -63,21 +64,30 @@ class Work:
     """What one micro-batch computes.
 
     Args:
-        frames: latent frames that carry gradients at the same time; tokens_per_frame: of each.
-        context_frames: clean frames in the same pass (teacher forcing in parallel).
+        frames: latent frames that carry gradients at the same time; rows, cols: tokens of each.
+        context_frames: clean frames that carry gradients beside them (teacher forcing).
         memory: of a rollout, chunk by chunk; None when all frames are computed at once.
+        cache_gradient: of that memory, as in sparse_forcing.memory.
+        windows: latent frames of each window of a rollout that goes on after a backward pass; one of `frames` if empty.
         text_len: tokens of a prompt.
         number_bytes: of a number in computation.
     """
 
     frames: int
-    tokens_per_frame: int
+    rows: int
+    cols: int
     context_frames: int = 0
     memory: MemoryConfig | None = None
+    cache_gradient: str = "detached"
+    windows: tuple[int, ...] = ()
     micro_batch: int = 1
     text_len: int = 512
     number_bytes: int = 2
     checkpointing: bool = True
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.rows * self.cols
 
 
 def parameter_count(config: dict[str, Any]) -> int:
@@ -97,10 +107,13 @@ class _Dense:
         return dense_attention(query, key, value)
 
 
-def saved_bytes(config: dict[str, Any], tokens: int, text_tokens: int, batch: int, number_bytes: int) -> int:
+def saved_bytes(
+    config: dict[str, Any], tokens: int, text_tokens: int, batch: int, number_bytes: int, *, frozen: bool = False
+) -> int:
     """Bytes that autograd saves of one block's forward pass, inputs and parameters not counted.
 
-    The block runs on fake tensors, in this machine's arithmetic for a CPU (where attention computes in float32).
+    The block runs on fake tensors, in this machine's arithmetic for a CPU (where attention computes in float32). A
+    frozen one passes gradients on to its tokens alone.
     """
     sizes = on_meta(config).config
     dim = sizes.num_attention_heads * sizes.attention_head_dim
@@ -113,9 +126,10 @@ def saved_bytes(config: dict[str, Any], tokens: int, text_tokens: int, batch: in
 
     with FakeTensorMode():
         block = CausalWanBlock(dim, sizes.ffn_dim, sizes.num_attention_heads, sizes.cross_attn_norm, sizes.eps, None)
+        block.requires_grad_(not frozen)
         x = torch.zeros(batch, tokens, dim, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
-        modulation = torch.zeros(batch, 1, 6, dim, requires_grad=True)
-        text = torch.zeros(batch, text_tokens, dim, requires_grad=True)
+        modulation = torch.zeros(batch, 1, 6, dim, requires_grad=not frozen)
+        text = torch.zeros(batch, text_tokens, dim, requires_grad=not frozen)
         rotary = Rotary(*(torch.zeros(tokens, sizes.attention_head_dim // 2) for _ in range(2)))
         given = {y.untyped_storage()._cdata for y in (x, modulation, text, *rotary, *block.parameters())}
         with (
@@ -126,41 +140,88 @@ def saved_bytes(config: dict[str, Any], tokens: int, text_tokens: int, batch: in
         return sum(y.untyped_storage().nbytes() for key, y in saved.items() if key not in given)
 
 
-def activation_bytes(config: dict[str, Any], work: Work) -> int:
-    """Bytes of activations when a backward pass begins: all blocks', or (checkpointed) one's and every one's input."""
+def _graph_bytes(config: dict[str, Any], work: Work, *, frozen: bool = False) -> tuple[int, int]:
+    """(bytes that a pass leaves for its backward pass, bytes that computing one of its blocks again then adds)."""
     sizes = on_meta(config).config
     dim = sizes.num_attention_heads * sizes.attention_head_dim
     tokens = (work.frames + work.context_frames) * work.tokens_per_frame
-    block = saved_bytes(config, tokens, work.text_len, work.micro_batch, work.number_bytes)
+    block = saved_bytes(config, tokens, work.text_len, work.micro_batch, work.number_bytes, frozen=frozen)
     if not work.checkpointing:
-        return sizes.num_layers * block
-    return sizes.num_layers * work.micro_batch * tokens * dim * work.number_bytes + block
+        return sizes.num_layers * block, 0
+    return sizes.num_layers * work.micro_batch * tokens * dim * work.number_bytes, block
+
+
+def activation_bytes(config: dict[str, Any], work: Work) -> int:
+    """Bytes of activations when a backward pass begins: all blocks', or (checkpointed) one's and every one's input."""
+    return sum(_graph_bytes(config, work))
 
 
 def cache_bytes(config: dict[str, Any], work: Work) -> int:
-    """Bytes of keys and values that a training rollout holds.
-
-    A sparse memory keeps every chunk once (its window and persistent set are tables). Dense memories are written out of
-    place: each chunk's pass with gradients holds the cache it read.
-    """
+    """Bytes of keys and values that a training rollout holds, those that only its graphs still need included."""
     if work.memory is None:
         return 0
     sizes = on_meta(config).config
     if work.memory.kind == "sparse":
-        tokens = work.frames * work.tokens_per_frame
+        tokens = _sparse_tokens(work.memory, work, sizes.chunk_frames, sizes.num_layers)
     else:
-        kept = work.tokens_per_frame * (work.memory.window or work.frames)
-        if work.memory.kind == "heavy_hitter":
-            kept += work.memory.persistent_tokens
-        ends = range(sizes.chunk_frames, work.frames + 1, sizes.chunk_frames)
-        tokens = sum(min(kept, end * work.tokens_per_frame) for end in ends)
+        tokens = sizes.num_layers * _dense_tokens(work.memory, work, sizes.chunk_frames)
     per_token = 2 * sizes.num_attention_heads * sizes.attention_head_dim * work.number_bytes
-    return work.micro_batch * sizes.num_layers * per_token * tokens
+    return work.micro_batch * per_token * tokens
+
+
+def _dense_tokens(memory: MemoryConfig, work: Work, chunk_frames: int) -> int:
+    """Dense memories are written out of place: each chunk's pass with gradients holds the cache it read."""
+    begin = most = 0
+    for frames in work.windows or (work.frames,):
+        ends = range(begin + chunk_frames, begin + frames + 1, chunk_frames)
+        extra = memory.persistent_tokens if memory.kind == "heavy_hitter" else 0
+        kept = [min(end, memory.window or end) * work.tokens_per_frame for end in ends]
+        most = max(most, sum(min(tokens + extra, end * work.tokens_per_frame) for tokens, end in zip(kept, ends)))
+        begin += frames
+    return most
+
+
+def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: int) -> int:
+    """A sparse memory has a pool of blocks, and so has a pass that is computed again, until its gradients are done.
+    Finished chunks are kept beside it once. Where gradients go through the cache, each pass has a pool of its own
+    instead, and the pool has gradients. A backward pass rebuilds the pool of one layer at a time, and its gradients."""
+    geometry = MemoryGeometry(
+        rows=work.rows, cols=work.cols, num_layers=0, chunk_frames=chunk_frames, horizon_frames=work.frames
+    )
+    sizes = SparseMemory(memory, geometry)
+    blocks, at_once = (1 + work.checkpointing) * sizes.num_slots, 2 * sizes.num_slots
+    if work.cache_gradient == "detached":
+        windows = [frames // chunk_frames for frames in work.windows or (work.frames,)]
+        blocks += history_blocks(windows, sizes.layout.num_blocks, sizes.num_slots)
+    else:
+        blocks += ((work.frames + work.context_frames) // chunk_frames + 1) * sizes.num_slots
+        at_once += sizes.num_slots
+    return (layers * blocks + at_once) * sizes.layout.block_tokens
+
+
+def history_blocks(windows: Sequence[int], chunk_blocks: int, slots: int) -> int:
+    """Most blocks of finished chunks that live at once: those of the history, and those it has replaced by a copy of
+    the pool but that passes of the same window still need.
+
+    Args:
+        windows: chunks of each window; chunk_blocks: blocks of a chunk; slots: blocks of the pool.
+    """
+    history = most = 0
+    for chunks in windows:
+        replaced = 0
+        for _ in range(chunks):
+            if history + chunk_blocks > HISTORY_POOLS * slots:
+                history, replaced = slots, replaced + history
+            else:
+                history += chunk_blocks
+            most = max(most, history + replaced)
+    return most
 
 
 def estimate_distillation(
     generator: dict[str, Any], critic: dict[str, Any], teacher: dict[str, Any], work: Work, *, shards: int = 1,
     encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None, score_context: int = 0,
+    real_passes: int = 0,
 ) -> MemoryEstimate:  # fmt: skip
     """Estimate of three networks. The two updates of a step follow each other: the gradients and graphs of one are gone
     when the other begins.
@@ -169,11 +230,18 @@ def estimate_distillation(
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
         score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
+        real_passes: of the teacher that gradients of the generator flow through, beside one of the critic (SiD); none
+            otherwise (DMD).
     """
     trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
     at_once = replace(work, memory=None, context_frames=score_context)
+    graphs = [_graph_bytes(generator, work)]
+    if real_passes:
+        graphs += [_graph_bytes(critic, at_once, frozen=True)]
+        graphs += [_graph_bytes(teacher, at_once, frozen=True)] * real_passes
+    left, again = zip(*graphs)
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
         gradients=max(trained) // shards * _STATE_BYTES,
@@ -182,7 +250,7 @@ def estimate_distillation(
         frozen=parameter_count(teacher) // shards * _STATE_BYTES,
         encoders=encoders,
         cache=cache_bytes(generator, work),
-        activations=max(activation_bytes(generator, work), activation_bytes(critic, at_once)),
+        activations=max(sum(left) + max(again), activation_bytes(critic, at_once)),
     )
 
 
@@ -232,16 +300,18 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
         return estimate_one_network(model.transformer, work, guided=guided, **options), notes
     teacher = model_sizes(config.teacher)
+    critic = {"teacher": teacher, "model": model}.get(config.critic_start) or model_sizes(config.critic_start)
     estimate = estimate_distillation(
         model.transformer,
-        teacher.transformer,
+        critic.transformer,
         teacher.transformer,
         work,
         critic_lora=config.critic_lora,
         score_context=work.frames if config.score.causal_window else 0,
+        real_passes=(2 if config.score.real_guidance else 1) if config.loss == "sid" else 0,
         **options,
     )
-    return estimate, list(dict.fromkeys([*notes, *teacher.notes]))
+    return estimate, list(dict.fromkeys([*notes, *teacher.notes, *critic.notes]))
 
 
 def _has_selector(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> bool:
@@ -262,9 +332,9 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
     activations = []
     for stage in config.stages:
         context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0
-        tokens = (stage.sizes[0] // PatchAutoencoder(1).spatial_stride) ** 2  # batches of all sizes have as many
+        side = stage.sizes[0] // PatchAutoencoder(1).spatial_stride  # batches of all sizes have as many tokens
         work = Work(
-            frames=stage.latent_frames, context_frames=context, tokens_per_frame=tokens, text_len=config.text_len,
+            frames=stage.latent_frames, context_frames=context, rows=side, cols=side, text_len=config.text_len,
             micro_batch=stage.batch_size, checkpointing=False,
         )  # fmt: skip
         activations.append(activation_bytes(sizes, work))
@@ -300,8 +370,10 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> Work:
     """The micro-batch of a stage."""
     frames, context, memory = config.data.latent_frames, 0, None
+    windows: tuple[int, ...] = ()
     if isinstance(config, DistillConfig):
         frames, memory = config.rollout_frames, config.memory or model.memory
+        windows = (frames, *[config.window_frames or frames] * (config.windows - 1))
     elif isinstance(config, ForcingConfig) and config.mode == "teacher":
         memory = config.memory or model.memory
         if memory.kind == "full":  # clean and noisy frames side by side
@@ -309,7 +381,8 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) 
         elif config.cache_gradient == "clean":  # every chunk's clean pass but the last, which nothing reads
             context = frames - on_meta(model.transformer).config.chunk_frames
     return Work(
-        frames=frames, context_frames=context, memory=memory, tokens_per_frame=model.tokens_per_frame,
-        micro_batch=config.loop.micro_batch, text_len=model.text_len,
-        number_bytes=2 if config.loop.dtype == "bfloat16" else 4, checkpointing=config.loop.gradient_checkpointing,
+        frames=frames, context_frames=context, memory=memory, windows=windows, rows=model.rows, cols=model.cols,
+        cache_gradient=getattr(config, "cache_gradient", "detached"), micro_batch=config.loop.micro_batch,
+        text_len=model.text_len, number_bytes=2 if config.loop.dtype == "bfloat16" else 4,
+        checkpointing=config.loop.gradient_checkpointing,
     )  # fmt: skip

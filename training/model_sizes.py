@@ -31,10 +31,12 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; text_bytes, autoencoder_bytes: of the parts beside it; notes: what was assumed."""
+    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: of the parts beside
+    it; notes: what was assumed."""
 
     transformer: dict[str, Any]
-    tokens_per_frame: int
+    rows: int
+    cols: int
     text_len: int
     text_bytes: int
     autoencoder_bytes: int
@@ -113,7 +115,7 @@ def _sizes(
     )  # fmt: skip
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
-        transformer=transformer, tokens_per_frame=rows * cols, text_len=text_len, text_bytes=_bytes(text),
+        transformer=transformer, rows=rows, cols=cols, text_len=text_len, text_bytes=_bytes(text),
         autoencoder_bytes=_bytes(vae), memory=defaults.memory, notes=notes,
     )  # fmt: skip
 

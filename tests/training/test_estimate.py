@@ -14,15 +14,16 @@ from accelerate import Accelerator
 
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
 from sparse_forcing.training.cli_entry import guess_stage, load_stage
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.distill import DistillRecipe
-from sparse_forcing.training.estimate import Work, estimate_distillation, estimate_stage, parameter_count
+from sparse_forcing.training.distill import DistillConfig, DistillRecipe
+from sparse_forcing.training.estimate import Work, cache_bytes, estimate_distillation, estimate_stage, parameter_count
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.model_sizes import model_sizes
 from sparse_forcing.training.scores import ScoreConfig
+from tests.training.conftest import SPARSE as SMALL_SPARSE
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
 
@@ -57,6 +58,17 @@ def nbytes(tensors: Any) -> int:
     return sum(x.nbytes for x in tensors)
 
 
+def peak_of_a_step(recipe: DistillRecipe) -> float:
+    """What a step of both networks needs beside the state, relative to its estimate."""
+    recipe.update(0)  # makes the optimizers' state
+    gc.collect()
+    with LiveBytes(state_of(recipe)) as live:
+        before = live.now
+        recipe.update(0)
+    estimate, _ = estimate_stage(recipe.config)
+    return (live.peak - before) / (estimate.gradients + estimate.cache + estimate.activations)
+
+
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
 def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) -> None:
     recipe = distill(model_folder, lora=lora)
@@ -87,14 +99,68 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     loop = replace(ONE, gradient_checkpointing=checkpointing)
     score = ScoreConfig(causal_window=causal_window)
     recipe = distill(Path("tiny-base"), memory=memory, loop=loop, score=score, **TINY)
-    recipe.update(0)  # makes the optimizers' state
-    gc.collect()
-    with LiveBytes(state_of(recipe)) as live:
-        before = live.now
-        recipe.update(0)
+    assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_through_the_scores_are_counted(checkpointing: bool) -> None:
+    """SiD keeps the graphs of three score passes beside that of the rollout."""
+    loop = replace(ONE, gradient_checkpointing=checkpointing)
+    recipe = distill(Path("tiny-base"), memory=SPARSE, loop=loop, loss="sid", **TINY)
+    assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
     estimate, _ = estimate_stage(recipe.config)
-    expected = estimate.gradients + estimate.cache + estimate.activations
-    assert live.peak - before == pytest.approx(expected, rel=TOLERANCE)
+    unguided, _ = estimate_stage(replace(recipe.config, score=ScoreConfig(real_guidance=0)))
+    dmd, _ = estimate_stage(replace(recipe.config, loss="dmd"))
+    assert dmd.activations < unguided.activations < estimate.activations
+
+
+@pytest.mark.parametrize("windows", [(6,), (6, 4, 4, 4, 4, 4)])
+def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None:
+    """Keys and values of the pool, of the history, and of what passes of the same window have read of it."""
+    config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "chunk_frames": 2}
+    small = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, top_k=0.5)
+    geometry = MemoryGeometry(rows=4, cols=4, num_layers=1, chunk_frames=2, horizon_frames=6)
+    memory, most = SparseMemory(small, geometry, "detached"), 0
+    for frames in windows:
+        read = []
+        for _ in range(frames // 2):
+            memory.begin_chunk(2)
+            tokens = [torch.randn(1, 2 * 16, 2, 8) for _ in range(3)]
+            with torch.no_grad():
+                memory.denoising_pass().attend(0, *tokens)
+                read.append(memory.layers[0].history)
+                memory.clean_pass().attend(0, *tokens)
+            layer = memory.layers[0]
+            kept = {x.untyped_storage()._cdata: x for h in (*read, layer.history) for x in (*h.keys, *h.values)}
+            most = max(most, nbytes([layer.keys, layer.values, *kept.values()]))
+    work = Work(
+        frames=6, rows=4, cols=4, memory=small, windows=windows, text_len=16, number_bytes=4, checkpointing=False
+    )
+    pool = nbytes([layer.keys, layer.values])
+    assert cache_bytes(config, work) == most + 2 * pool  # a backward pass rebuilds it, and has its gradients
+    assert cache_bytes(config, replace(work, checkpointing=True)) == most + 3 * pool
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"cache_gradient": "straight_through"}, {"windows": 6, "window_frames": 4}])
+def test_pools_of_a_sparse_memory_are_counted(model_folder: Path, checkpointing: bool, changes: dict[str, Any]) -> None:
+    """One step of a model that is small beside its memory's pools."""
+    memory = replace(SMALL_SPARSE, persistent_blocks=200)
+    loop = replace(ONE, gradient_checkpointing=checkpointing)
+    assert peak_of_a_step(distill(model_folder, memory=memory, loop=loop, **changes)) == pytest.approx(1, rel=TOLERANCE)
+
+
+def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> None:
+    def sizes(**changes: Any) -> tuple[int, int]:
+        estimate, _ = estimate_stage(
+            DistillConfig(loop=ONE, model="tiny-base", teacher=str(model_folder), memory=SPARSE, **changes)
+        )
+        return estimate.weights // 4, estimate.frozen // 4
+
+    base, small = (parameter_count(model_sizes(name).transformer) for name in ("tiny-base", str(model_folder)))
+    assert sizes() == (base + small, small)
+    assert sizes(critic_start="model") == (2 * base, small)
+    assert sizes(critic_start="tiny") == (base + parameter_count(model_sizes("tiny").transformer), small)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +197,7 @@ def test_live_bytes_counts_what_lives() -> None:
 
 def test_wan_is_counted_and_sparse_training_keeps_no_more_than_dense() -> None:
     assert parameter_count(WAN) == 1_418_996_800
-    work = Work(frames=21, tokens_per_frame=1560, memory=MemoryConfig(kind="full"))
+    work = Work(frames=21, rows=30, cols=52, memory=MemoryConfig(kind="full"))
     dense = estimate_distillation(WAN, WAN, WAN, work)
     sparse = estimate_distillation(WAN, WAN, WAN, replace(work, memory=MemoryConfig(kind="sparse")))
     assert dense.weights == 2 * 1_418_996_800 * 4

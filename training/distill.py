@@ -14,6 +14,8 @@ ratio do not interfere.
 Long tuning: with `windows` > 1 a rollout goes on past the training horizon, window by window, on the same memory. Each
 window's loss is taken on the last `rollout_frames` frames, of which only the new ones carry gradients (LongLive's
 scheme; unlike it, the windows of a rollout are averaged into one update, so that no checkpoint falls inside a rollout).
+Where an autoencoder's first latent frame is a picture alone (Wan's), the first of a later window becomes one for the
+scores.
 """
 
 from __future__ import annotations
@@ -72,8 +74,9 @@ class DistillConfig:
     Args:
         model: pipeline folder (or `tiny`) of the causal start: text encoder, autoencoder, the generator's weights.
         teacher: pipeline folder whose transformer is the real score.
-        critic_start: weights that the fake score starts from: "teacher", or "model" when the student knows what the
-            teacher does not (guidance, after tiny-guided.yaml): a fake score would first have to catch up on that.
+        critic_start: weights that the fake score starts from: "teacher"; "model" when the student knows what the
+            teacher does not (guidance, after tiny-guided.yaml) and a fake score would first have to catch up on that;
+            or another pipeline folder (Self-Forcing's critic of a 14B teacher is the 1.3B model).
         memory: of the rollouts; the model's default when None.
         sampler: few_step; its steps are the student's.
         critic_ratio: critic updates per generator update.
@@ -118,8 +121,6 @@ class DistillConfig:
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.critic_start not in ("teacher", "model"):
-            raise ConfigError(f"critic_start: expected teacher or model, got {self.critic_start!r}")
         if self.sampler.kind != "few_step" or self.sampler.guidance_scale != 1:
             raise ConfigError("sampler: a student is distilled with kind few_step and guidance_scale 1")
         if min(self.critic_ratio, self.rollout_frames, self.windows) < 1:
@@ -140,6 +141,9 @@ class DistillRecipe:
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         self.config, loop = config, config.loop
         self.device = accelerator.device
+        teacher = find_model(config.teacher)
+        critic = {"teacher": teacher, "model": find_model(config.model)}.get(config.critic_start)
+        critic = critic or find_model(config.critic_start)
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
         if config.learned_selector:
             add_selector(self.pipe, config.memory)
@@ -147,8 +151,6 @@ class DistillRecipe:
         self.memory = config.memory or self.pipe.default_memory
         if config.selector_weight and not (self.memory.kind == "sparse" and self.model.selectors):
             raise ConfigError("selector_weight: needs memory.kind sparse and a model with a learned selector")
-        teacher = find_model(config.teacher)
-        critic = teacher if config.critic_start == "teacher" else find_model(config.model)
         critic_hash = model_hash(critic)
         prepare(self.model, loop, self.device, train=True, lora=config.lora)
         self.fake = load_transformer(critic)  # loaded one after the other: sharded ones leave room for the next
@@ -183,20 +185,20 @@ class DistillRecipe:
         for name, frames in (("rollout_frames", config.rollout_frames), ("window_frames", later)):
             if frames % size:
                 raise ConfigError(f"{name}: {frames} is not a multiple of the model's chunk of {size} frames")
+        if config.windows > 1 and self.pipe.vae.first_frame_alone and later == config.rollout_frames:
+            raise ConfigError(
+                f"window_frames: must be below rollout_frames, {later}: this autoencoder's clips start with a picture, "
+                "which is a frame kept of the window before"
+            )
         return [[size] * (config.rollout_frames // size)] + [[size] * (later // size)] * (config.windows - 1)
 
     def update(self, step: int) -> Metrics:
         config, metrics = self.config, {}
         if step % config.critic_ratio == 0:
-            critic = [p for p in self.fake.parameters() if p.requires_grad]
-            for parameter in critic:
-                parameter.requires_grad_(False)
             metrics = optimizer_step(
                 self.model, self.optimizers["generator"], config.loop, config.generator, step,
                 lambda micro_batch: self.generator_losses(step, micro_batch), name="generator",
             )  # fmt: skip
-            for parameter in critic:
-                parameter.requires_grad_(True)
             self._average(step)
         metrics |= optimizer_step(
             self.fake, self.optimizers["critic"], config.loop, config.critic, step,
@@ -284,7 +286,7 @@ class DistillRecipe:
             with nullcontext() if train else torch.no_grad(), self._autocast():
                 new = [next(stream_of_chunks).latents.float() for _ in window]
             kept = past[:, max(0, past.shape[1] + sum(window) - config.rollout_frames) :]
-            clip = torch.cat([kept, *new], 1)
+            clip = torch.cat([self._as_start(past, kept), *new], 1)
             mask = None
             if kept.shape[1]:
                 mask = torch.ones_like(clip, dtype=torch.bool)
@@ -298,6 +300,15 @@ class DistillRecipe:
             losses.clear()
             past = clip.detach()
 
+    def _as_start(self, past: Tensor, kept: Tensor) -> Tensor:
+        """The frames that a window keeps of the clip `past` before it, [B, F, C, H, W], as the start of a clip: where
+        the first latent frame of a clip is one picture (Wan's autoencoder), the first kept one becomes its last."""
+        if not (self.pipe.vae.first_frame_alone and kept.shape[1]):
+            return kept
+        until = past[:, : past.shape[1] - kept.shape[1] + 1]
+        picture = self.pipe.vae.decode(until.transpose(1, 2))[:, :, -1:]
+        return torch.cat([self.pipe.vae.encode(picture).transpose(1, 2).to(kept), kept[:, 1:]], 1)
+
     def _start(self, batch: int) -> Tensor:
         """An empty [B, 0, C, H, W] that carries the sizes of a rollout, those of the model's own videos."""
         height, width = self.pipe.geometry.latent_size(self.pipe.config.height, self.pipe.config.width)
@@ -308,7 +319,8 @@ class DistillRecipe:
             self.model, self.pipe.text_encoder, self.pipe.vae,
             replace(self.pipe.config, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
-        write_samples(sampled, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+        with self._autocast():  # sharded weights arrive in the type of the computation
+            write_samples(sampled, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) through peft: only they train; exports merge them.
 
-A layer W becomes W + (alpha / rank) B A. A checkpoint holds A and B alone and names the base it belongs to.
+A layer W becomes W + (alpha / rank) B A. A checkpoint holds A and B alone and names the base it belongs to. Learned
+block selectors, which are small and may have nothing to start from, train whole beside the adapters.
 """
 
 from __future__ import annotations
@@ -50,12 +51,17 @@ class LoraConfig:
         return sum(self.rank * (x.in_features + x.out_features) for x in self.adapted(model).values())
 
 
+def _trains(name: str) -> bool:
+    return ".lora_" in name or ".selector." in name
+
+
 def _answers(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
 def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
-    """Give the target layers adapters (B zero, so that nothing changes yet) and freeze everything else, in place.
+    """Give the target layers adapters (B zero, so that nothing changes yet) and freeze everything else but the learned
+    selectors, in place.
 
     Every process draws the same A from `seed`. Raises ConfigError when peft is missing or a target names no layer.
     """
@@ -70,11 +76,11 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(settings, model, _NAME)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(".lora_" in name)
+        parameter.requires_grad_(_trains(name))
 
 
 class AdapterState:
-    """The adapters of a model as a part of a checkpoint.
+    """What trains of a model with adapters, as a part of a checkpoint.
 
     Args:
         base: hash of the weights under the adapters; loading adapters of another base is refused.
@@ -84,7 +90,7 @@ class AdapterState:
         self.model, self.base = model, base
 
     def _own(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if ".lora_" in name}
+        return {name: p for name, p in self.model.named_parameters() if _trains(name)}
 
     def state_dict(self) -> dict[str, Any]:
         return {**{name: p.detach() for name, p in self._own().items()}, "__base__": self.base}

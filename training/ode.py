@@ -7,7 +7,7 @@ the student's timesteps; trajectories kept at other timesteps are refused.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -59,6 +59,7 @@ class OdeRecipe(OneNetwork):
 
     def __init__(self, config: OdeConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
+        self.pipe.config = replace(self.pipe.config, sampler=config.sampler)  # what it learns is what it samples with
         self.timesteps = few_step_timesteps(config.sampler)
         assert isinstance(self.source, StoredSource)
         assert self.source.shards is not None

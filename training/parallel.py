@@ -108,16 +108,18 @@ def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over processes; a parameter without one counts as zero.
+    """Replace every gradient by its mean over processes; one that only other processes have counts as zero here.
 
+    A parameter without a gradient anywhere keeps none, so that optimizers leave it alone, as they do with one process.
     Sharded parameters are left alone: FSDP averages theirs in the backward pass.
     """
-    if world_size() == 1:
+    own = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
+    if world_size() == 1 or not own:
         return
+    used = torch.tensor([x.grad is not None for x in own], dtype=torch.uint8, device=_device())
+    dist.all_reduce(used, dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
-    for parameter in parameters:
-        if not parameter.requires_grad or isinstance(parameter, DTensor):
-            continue
+    for parameter in (x for x, flag in zip(own, used.tolist()) if flag):
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         bucket.append(parameter.grad)
@@ -140,14 +142,19 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
     """FSDP2 over all processes, one unit per transformer block; sharded parameters are DTensors.
 
     Args:
-        param_dtype: type of gathered parameters in computation (bfloat16); the shards keep theirs.
+        param_dtype: type of gathered parameters in computation (bfloat16); the shards keep theirs. Inputs keep theirs
+            too, because a timestep of 937.5 is 936 in bfloat16: compute under autocast.
     """
+    if not dist.is_initialized():
+        return model
     # Blocks return views; nothing in this project writes to them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
     mesh = init_device_mesh(_device().type, (world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)
+        options["mp_policy"] = MixedPrecisionPolicy(
+            param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
     for block in model.get_submodule("blocks").children():
         fully_shard(block, **options)
         register_fsdp_forward_method(block, "encode_text")
@@ -161,6 +168,8 @@ def shard_layers(model: nn.Module, *, param_dtype: torch.dtype | None = None) ->
 
     The network must be called through its `forward`. Args: as in `shard`.
     """
+    if not dist.is_initialized():
+        return model
     mesh = init_device_mesh(_device().type, (world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if param_dtype is not None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_forcing.eager_gradient import with_gradient
 from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0, shift_sigma
 
 Score = Callable[[Tensor, Tensor, bool], Tensor]
@@ -108,15 +109,19 @@ def sid_loss(
 ) -> Tensor:
     """Score identity distillation (arXiv 2404.04057): mean of (r - f) ((r - x) - alpha (r - f)) / sg(mean |x - r|).
 
-    Gradients flow through x_t and both networks into `latents`; freeze the networks' parameters.
+    Gradients flow through x_t and both networks and reach `latents` only. They are taken at once: the graphs of the
+    scores are gone before that of the generator is needed.
     """
-    score_schedule = score_schedule or schedule
-    at = perturb(latents, noise, timestep, schedule)
-    fake_x0 = predict_x0(fake, at, score_schedule).double()
-    real_x0 = predict_x0(real, at, score_schedule, real_guidance).double()
-    x, gap = latents.double(), real_x0 - fake_x0
-    scale = (x - real_x0).detach().abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
-    return (gap * ((real_x0 - x) - alpha * gap) / scale).mean()
+
+    def loss(latents: Tensor) -> Tensor:
+        at = perturb(latents, noise, timestep, schedule)
+        fake_x0 = predict_x0(fake, at, score_schedule or schedule).double()
+        real_x0 = predict_x0(real, at, score_schedule or schedule, real_guidance).double()
+        x, gap = latents.double(), real_x0 - fake_x0
+        scale = (x - real_x0).detach().abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
+        return (gap * ((real_x0 - x) - alpha * gap) / scale).mean()
+
+    return with_gradient(loss, latents)
 
 
 def critic_loss(

@@ -116,7 +116,7 @@ def prepare(
     model.requires_grad_(train)
     if lora is not None:
         add_adapters(model, lora, loop.seed)
-    model.gradient_checkpointing = train and loop.gradient_checkpointing
+    model.gradient_checkpointing = loop.gradient_checkpointing  # a frozen score too: SiD's gradient goes through it
     if loop.parallel == "fsdp":  # block by block onto the device: the whole network is never there
         shard(model, param_dtype=_compute_type(loop))
     model.to(device)
@@ -266,7 +266,8 @@ class OneNetwork:
         return [size] * (frames // size)
 
     def validate(self, step: int, folder: Path) -> None:
-        write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+        with autocast(self.device, self.config.loop):  # sharded weights arrive in the type of the computation
+            write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(

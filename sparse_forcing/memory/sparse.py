@@ -12,10 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from sparse_forcing.eager_gradient import with_gradient
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.geometry import TileLayout
 from sparse_forcing.kernels.block_selection.interface import (
@@ -224,12 +227,18 @@ class SparseMemory(RolloutMemory):
             return pooled
         return _map(pooled, getattr(self.selectors[layer], f"{side}_projection"))
 
-    def _pool(self, layer: int, blocks: Tensor, side: str) -> Tensor:
+    def _pool(self, layout: TileLayout, layer: int, tokens: Tensor, side: str) -> Tensor:
+        """[B, H, n, D] pooled blocks of tokens [B, L, H, D]."""
+        blocks = layout.to_blocks(tokens)
         weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
-        sizes = None if self.layout.uniform else self.layout.on(blocks.device).sizes
+        sizes = None if layout.uniform else layout.on(blocks.device).sizes
         if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
             blocks = blocks.detach()
         return pool_blocks(blocks, sizes, weights)
+
+    def _pool_again(self, layout: TileLayout, layer: int, tokens: Tensor, side: str) -> Tensor:
+        """The same, and once more in the backward pass: attention keeps the tokens, nothing else keeps their blocks."""
+        return checkpoint(self._pool, layout, layer, tokens, side, use_reentrant=False, preserve_rng_state=False)
 
     def _move_positions(self, frames: int) -> None:
         self.shifted = True
@@ -247,20 +256,23 @@ class SparseMemory(RolloutMemory):
         queries, keys, values = (self.layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
         own_slots = self._own_slots(state)
-        new = {"keys": keys, "values": values, "representatives": self._pool(layer, keys, "key")}
+        rebuilt = state.history is not None and torch.is_grad_enabled() and not clean
+        pool = partial(self._pool_again if rebuilt and self.selectors is not None else self._pool, self.layout, layer)
+        new = {"keys": keys, "values": values, "representatives": pool(key, "key")}
         if self.selectors is not None:
-            new["value_representatives"] = self._pool(layer, values, "value")
+            new["value_representatives"] = self._pool(self.layout, layer, value, "value")
         self._write(state, own_slots, new)
 
-        pooled = self._pool(layer, queries, "query")
+        pooled = pool(query, "query")
         index = self._block_index(layer, state, pooled)
-        if state.history is not None and torch.is_grad_enabled() and not clean:
+        if rebuilt:
+            assert state.history is not None
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, self.layout)
         else:
             out = self._attend_to_pool(state, queries, index, measure=clean and self.config.importance == "mass")
         if self.selectors is not None:
-            coarse = self._coarse(layer, state, pooled).expand(-1, -1, -1, self.layout.block_tokens, -1)
+            coarse = self._coarse(layer, state, pooled, again=rebuilt).expand(-1, -1, -1, self.layout.block_tokens, -1)
             out = out + self.layout.from_blocks(coarse)
             if layer in self.distilled_layers and torch.is_grad_enabled():
                 self.selector_losses.append(self._selector_loss(layer, state, queries.detach()))
@@ -319,26 +331,39 @@ class SparseMemory(RolloutMemory):
                 fresh = BlockHistory(place=slots.int(), kept_at=state.position)
                 state.history = fresh.with_chunk(state.keys.clone(), state.values.clone())
 
-    def _coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
-        """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory."""
-        assert self.selectors is not None
-        assert state.value_representatives is not None
+    def _coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool) -> Tensor:
+        """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory.
+
+        again: compute it once more in the backward pass instead of keeping what it computes with.
+        """
         slots = torch.cat([state.persistent, state.window], 2)
-        keys = self._project(layer, gather_slots(state.representatives, slots), "key")
-        out = coarse_attention(
-            self._project(layer, pooled_queries, "query"), keys, gather_slots(state.value_representatives, slots)
+        inputs = layer, pooled_queries, state.representatives, state.value_representatives, slots
+        if again:
+            return checkpoint(self._coarse_over, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._coarse_over(*inputs)
+
+    def _coarse_over(self, layer: int, pooled_queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+        assert self.selectors is not None
+        found = coarse_attention(
+            self._project(layer, pooled_queries, "query"),
+            self._project(layer, gather_slots(keys, slots), "key"),
+            gather_slots(values, slots),
         )
-        return (self.selectors[layer].gate.to(out.dtype)[:, None, None] * out).unsqueeze(3)
+        return (self.selectors[layer].gate.to(found.dtype)[:, None, None] * found).unsqueeze(3)
 
     def _selector_loss(self, layer: int, state: SparseLayer, queries: Tensor) -> Tensor:
         """KL between the true attention mass of the window's blocks and the selector's softmax."""
         assert self.selectors is not None
-        keys, sizes, mass = self._window_mass(state, queries)
-        scores = block_scores(
-            self._project(layer, self._pool(layer, queries, "query"), "query"),
-            self._project(layer, pool_blocks(keys, sizes, self.selectors[layer].key_weights), "key"),
-        )
-        return selection_loss(scores, mass)
+        keys, key_sizes, mass = self._window_mass(state, queries)
+        query_sizes = None if self.layout.uniform else self.layout.on(queries.device).sizes
+
+        def loss(query_weights: Tensor, query_map: Tensor, key_weights: Tensor, key_map: Tensor) -> Tensor:
+            pooled_queries = _map(pool_blocks(queries, query_sizes, query_weights), query_map)
+            pooled_keys = _map(pool_blocks(keys, key_sizes, key_weights), key_map)
+            return selection_loss(block_scores(pooled_queries, pooled_keys), mass)
+
+        own = self.selectors[layer]
+        return with_gradient(loss, own.query_weights, own.query_projection, own.key_weights, own.key_projection)
 
     @torch.no_grad()
     def _window_mass(self, state: SparseLayer, queries: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -67,6 +67,23 @@ def test_generator_and_critic_have_adapters_of_their_own(model_folder: Path) -> 
     assert changed(recipe.real, before[2]) == set()
 
 
+def test_a_learned_selector_trains_whole_beside_the_adapters(tmp_path: Path, selector_folder: Path) -> None:
+    recipe = distill(selector_folder, lora=LORA, selector_weight=0.1, generator=FAST)
+    before = snapshot(recipe.model)
+    recipe.update(0)
+    learned = {name for name in before if ".lora_" in name or ".selector." in name}
+    assert {name.rsplit(".", 1)[1] for name in changed(recipe.model, before)} >= {"gate", "key_weights", "weight"}
+    assert changed(recipe.model, before) <= learned == set(recipe.ema.shadow)
+    folder = save_checkpoint(tmp_path, 1, recipe.parts, {})
+    again = distill(selector_folder, lora=LORA)
+    load_checkpoint(folder, again.parts)
+    assert differences(snapshot(again.model), snapshot(recipe.model)) == []
+    recipe.export(tmp_path / "pipeline")
+    plain = SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline")).transformer.state_dict()
+    gate = "blocks.0.selector.gate"
+    assert torch.equal(plain[gate], recipe.ema.shadow[gate])
+
+
 def test_full_training_of_one_network_beside_adapters_of_the_other(model_folder: Path) -> None:
     recipe = distill(model_folder, lora=LORA)
     recipe.update(0)

@@ -5,8 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from sparse_forcing.pipeline import load_transformer
 from sparse_forcing.training.checkpoint import is_complete
+from sparse_forcing.training.parallel import leaving_group, shard
+from tests.training.conftest import CHANNELS
 from tests.training.helpers import differences, largest_difference, losses, newest, run, small_config, state
 
 
@@ -59,6 +64,36 @@ def test_sharded_equals_replicated_and_resumes_elsewhere(tmp_path: Path, model_f
     code, output = run(tmp_path, more, tmp_path / "one", processes=2)
     assert code == 0, output
     assert newest(tmp_path / "one").name == "step-00000008"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["dmd", "sid"])
+def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model_folder: Path, loss: str) -> None:
+    """Weights are gathered in bfloat16, where replicated ones are rounded as they are used: nearly the same."""
+    for name in ("replicate", "fsdp"):
+        config = small_config(
+            model_folder, "distill", steps=2, parallel=name, dtype="bfloat16", validate_every=2,
+            gradient_checkpointing=True,
+        )  # fmt: skip
+        config["loss"] = loss
+        code, output = run(tmp_path, config, tmp_path / name, stage="distill", processes=2)
+        assert code == 0, output
+        assert len(list((tmp_path / name / "samples").glob("*.mp4"))) == 2
+    for a, b in zip(losses(tmp_path / "replicate"), losses(tmp_path / "fsdp"), strict=True):
+        assert a == pytest.approx(b, rel=0.05, abs=1e-3)
+
+
+def test_sharding_in_bfloat16_leaves_timesteps_and_positions_in_float32(tmp_path: Path, model_folder: Path) -> None:
+    """In bfloat16 a timestep of 937.5 is 936."""
+    seen = {}
+    with leaving_group():
+        dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+        model = shard(load_transformer(model_folder), param_dtype=torch.bfloat16)
+        model.condition_embedder.register_forward_pre_hook(lambda _, inputs: seen.update(timestep=inputs[0]))
+        model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.update(cosine=inputs[3].cos))
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
+            model(torch.randn(1, CHANNELS, 2, 4, 4), torch.tensor([937.5]), torch.randn(1, 16, 8))
+    assert (seen["timestep"].item(), seen["cosine"].dtype) == (937.5, torch.float32)
 
 
 @pytest.mark.slow

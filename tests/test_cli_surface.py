@@ -24,8 +24,8 @@ SURFACE = {
     "--check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
-    "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels --strict-exit "
-    "--report --no-report --embed-videos --no-embed-videos --resamples",
+    "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "
+    "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
     "--seed --num-inference-steps --guidance-scale --model-size --height --width --chunks --dtype --output",
     "convert": "SOURCE TARGET --part --head-dim --json",

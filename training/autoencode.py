@@ -25,6 +25,7 @@ from sparse_forcing.scenes.sample import shape_table
 from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.data.procedural import procedural_batch, step_seed
 from sparse_forcing.training.growth import load_leading
+from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.metrics import append_row, forget_beyond
 from sparse_forcing.training.resume import Resume
 from sparse_forcing.vae import TokenAutoencoder
@@ -184,8 +185,9 @@ def step_losses(config: AutoencoderConfig, vae: TokenAutoencoder, anchor: TokenA
     )  # fmt: skip
 
 
-def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) -> None:
-    """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`."""
+def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) -> int:
+    """Run or resume; checkpoints, `metrics.jsonl` and the finished `vae` folder go to `out`. Returns 0, or 143 after
+    SIGTERM."""
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     vae, old = start(config)
@@ -195,24 +197,28 @@ def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) ->
     step, window = (resume or Resume()).load(out, parts, config), []
     forget_beyond(out / "metrics.jsonl", step)
     saved = began = time.monotonic()
-    while step < config.steps:
-        losses = step_losses(config, vae, old, step)
-        optimizer.zero_grad(set_to_none=True)
-        losses.total.backward()
-        rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
-        for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / config.warmup_steps)
-        optimizer.step()
-        step += 1
-        window.append([losses.total.item(), losses.error.item(), losses.drift.item()])
-        if step % 50 == 0 or step == config.steps:
-            means = dict(zip(("loss", "error", "drift"), torch.tensor(window).mean(0).tolist()))
-            seconds = (time.monotonic() - began) / len(window)
-            append_row(out / "metrics.jsonl", {"step": step, **means, "seconds": seconds})
-            psnr = 10 * math.log10(4 / means["error"])
-            print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
-            window, began = [], time.monotonic()
-        if step == config.steps or time.monotonic() - saved > 60 * config.checkpoint_minutes:
-            save_checkpoint(out, step, parts, asdict(config))
-            saved = time.monotonic()
+    with StopRequest() as stop:
+        while step < config.steps and not stop.requested():
+            losses = step_losses(config, vae, old, step)
+            optimizer.zero_grad(set_to_none=True)
+            losses.total.backward()
+            rate = config.learning_rate * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / config.warmup_steps)
+            optimizer.step()
+            step += 1
+            window.append([losses.total.item(), losses.error.item(), losses.drift.item()])
+            if step % 50 == 0 or step == config.steps:
+                means = dict(zip(("loss", "error", "drift"), torch.tensor(window).mean(0).tolist()))
+                seconds = (time.monotonic() - began) / len(window)
+                append_row(out / "metrics.jsonl", {"step": step, **means, "seconds": seconds})
+                psnr = 10 * math.log10(4 / means["error"])
+                print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
+                window, began = [], time.monotonic()
+            if step == config.steps or stop.requested() or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                save_checkpoint(out, step, parts, asdict(config))
+                saved = time.monotonic()
+    if step < config.steps:
+        return STOPPED
     vae.eval().save_pretrained(out / "vae")
+    return 0

@@ -21,9 +21,6 @@ STAGES: dict[str, tuple[str, str, str]] = {
 }
 """stage: (module, config class, function of config and output folder)."""
 
-_WITH_EXIT_CODE = ("forcing", "ode", "distill")
-"""Stages whose function returns an exit code; the others return nothing, or a count."""
-
 
 def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
@@ -66,12 +63,9 @@ def _takes(stage: str, config_path: PathLike) -> bool:
     return True
 
 
-def train(
-    stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike, **resume: Any
-) -> int:
+def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], output: PathLike, **resume: Any) -> int:
     """Run or resume a stage; returns the exit code (143 after a stop that saved). `resume`: fields of `Resume`."""
     from sparse_forcing.training.resume import Resume
 
     config, function = load_stage(stage, config_path, overrides)
-    result = function(config, Path(output), Resume(**resume))
-    return result if stage in _WITH_EXIT_CODE else 0
+    return function(config, Path(output), Resume(**resume))

@@ -34,6 +34,7 @@ from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, lear
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
 from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.growth import load_leading
+from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.metrics import append_row, forget_beyond
@@ -347,8 +348,11 @@ class Progress:
         self._reset()
 
 
-def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) -> None:
-    """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`."""
+def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) -> int:
+    """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`.
+
+    Returns 0, or 143 after SIGTERM.
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(config.seed)
     device = resolve_device(config.device, "device:")
@@ -368,11 +372,13 @@ def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) ->
     total = sum(stage.steps for stage in config.stages)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {total}", flush=True)
     saved, progress = time.monotonic(), Progress(out, total)
-    while step < total:
-        progress.add(train_step(model, optimizers, ema, vae, config, step))
-        step += 1
-        if step % 50 == 0 or step == total:
-            progress.report(step)
-        if step == total or time.monotonic() - saved > 60 * config.checkpoint_minutes:
-            save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
-            saved = time.monotonic()
+    with StopRequest() as stop:
+        while step < total and not stop.requested():
+            progress.add(train_step(model, optimizers, ema, vae, config, step))
+            step += 1
+            if step % 50 == 0 or step == total:
+                progress.report(step)
+            if step == total or stop.requested() or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+                save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
+                saved = time.monotonic()
+    return 0 if step == total else STOPPED

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +81,21 @@ def test_pretraining_takes_it_frozen(run_folder: Path) -> None:
     assert not any(parameter.requires_grad for parameter in vae.parameters())
     with pytest.raises(ConfigError, match="train it first"):
         make_autoencoder(PretrainConfig(autoencoder=str(run_folder / "nothing")))
+
+
+def test_a_request_to_stop_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, losses = replace(CONFIG, steps=3), autoencode.reconstruction_losses
+
+    def asked(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return losses(*arguments, **options)
+
+    monkeypatch.setattr(autoencode, "reconstruction_losses", asked)
+    assert train(config, tmp_path) == 143
+    assert newest(tmp_path).name == "step-00000001"
+    assert not (tmp_path / "vae").exists()
+    monkeypatch.undo()
+    assert train(config, tmp_path) == 0
 
 
 @pytest.mark.parametrize("extra_channels", [0, 4])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from math import pi
 from pathlib import Path
@@ -326,6 +328,21 @@ def test_the_attribute_loss_reaches_the_text_encoder_and_leaves_dropped_captions
     assert loss() != told
     clips.captions[:] = [""] * len(clips.captions)
     assert loss() == 0
+
+
+def test_a_request_to_stop_saves_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings, train_step = config(), recipe.train_step
+
+    def asked(*arguments: Any):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return train_step(*arguments)
+
+    monkeypatch.setattr(recipe, "train_step", asked)
+    assert recipe.pretrain(settings, tmp_path) == 143
+    assert newest(tmp_path).name == "step-00000001"
+    monkeypatch.undo()
+    assert recipe.pretrain(settings, tmp_path) == 0
+    assert newest(tmp_path).name == "step-00000002"
 
 
 def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(

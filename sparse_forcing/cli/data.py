@@ -4,7 +4,8 @@ clips      captioned clips of moving shapes as mp4 files, and their manifest
 encode     latents and text embeddings of videos (or of clips made on the fly) as shards that training reads
 ode-pairs  a teacher's trajectories at the student's noise levels, as shards for the stage `ode`
 
-clips takes the flags from --num-clips on; encode and ode-pairs take --config and --set, and go on where they stopped.
+clips takes the flags from --num-clips on; encode and ode-pairs take --config and --set, go on where they stopped, and
+share the work of one launch (torchrun, accelerate launch) on as many devices.
 """
 
 from __future__ import annotations
@@ -53,26 +54,31 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on data {arguments.kind}")
     answer = _render(arguments) if clips else _prepare(arguments)
-    print(json.dumps(answer) if arguments.json else ", ".join(f"{name}: {value}" for name, value in answer.items()))
+    if answer is not None:
+        lines = ", ".join(f"{name}: {value}" for name, value in answer.items())
+        print(json.dumps(answer) if arguments.json else lines)
     return 0
 
 
-def _prepare(arguments: argparse.Namespace) -> dict[str, object]:
-    """Write shards by a config."""
+def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
+    """Write shards by a config; the first process of a launch answers for all."""
     from sparse_forcing.config import load_config
+    from sparse_forcing.training.data.launch import data_launch
+    from sparse_forcing.training.data.shards import Shards, refused_samples
+    from sparse_forcing.training.parallel import rank
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
     config = load_config(getattr(module, config_class), arguments.config, arguments.set or [])
     output: Path = check_writable(arguments.output, folder=True)
-    with output_lock(output):
-        written = getattr(module, function)(config, output)
-    from sparse_forcing.training.data.shards import Shards, refused_samples
-
-    return {
-        "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),
-        "shards_written": written,
-    }  # fmt: skip
+    with data_launch(output) as device:
+        written = getattr(module, function)(config, output, device)
+        if rank() != 0:
+            return None
+        return {
+            "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),
+            "shards_written": written,
+        }  # fmt: skip
 
 
 def _render(arguments: argparse.Namespace) -> dict[str, object]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from accelerate import Accelerator
 from sparse_forcing.cli import main
 from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.files import output_lock
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
@@ -27,6 +31,7 @@ from sparse_forcing.training.loop import LoopConfig
 from sparse_forcing.vae import PatchAutoencoder
 from sparse_forcing.video import write_video
 from tests.training.conftest import CHANNELS, HORIZON, SIZE
+from tests.training.helpers import ROOT
 from tests.training.test_recipes import distill
 
 OWN = VideoFormat(height=SIZE, width=SIZE, fps=8.0)
@@ -291,6 +296,42 @@ def test_commands_encode_and_make_pairs(tmp_path: Path, model_folder: Path, caps
     ):
         assert main(["data", arguments[0], str(tmp_path / "X"), *arguments[2:]]) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["encode", "ode-pairs"])
+def test_processes_of_one_launch_write_what_one_process_writes(tmp_path: Path, model_folder: Path, kind: str) -> None:
+    settings = {"data.size": SIZE, "data.latent_frames": HORIZON, "count": 5, "per_shard": 1, "batch_size": 1}
+    own = {"model": model_folder} if kind == "encode" else {"teacher": model_folder, "sampler.steps": 2, "steps": 4}
+    changes = [f"--set={name}={value}" for name, value in {**settings, **own}.items()]
+    assert main(["data", kind, str(tmp_path / "one"), *changes]) == 0
+    two = tmp_path / "two"
+
+    def launch(*more: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+        return subprocess.run(
+            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more], cwd=ROOT, text=True,
+            capture_output=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )  # fmt: skip
+
+    done = launch()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {"folder": str(two), "items": 5, "refused": 0, "shards_written": 5}
+    names = sorted(path.name for path in (tmp_path / "one").iterdir())
+    assert names == sorted(path.name for path in two.iterdir())
+    assert [(two / name).read_bytes() for name in names] == [(tmp_path / "one" / name).read_bytes() for name in names]
+
+    (two / "shard-00001.json").unlink()
+    (two / "shard-00004.safetensors").write_bytes(b"half a file")
+    (two / "shard-00004.json").unlink()
+    assert main(["data", kind, str(two), *changes]) == 0  # one process goes on where two stopped
+    assert [(two / name).read_bytes() for name in names] == [(tmp_path / "one" / name).read_bytes() for name in names]
+    refused = launch("--set=seed=1")
+    assert refused.returncode != 0
+    assert refused.stderr.count("error: ") >= 2
+    assert refused.stderr.count("holds data made with other settings") == 2  # every process says so, none waits
+    with output_lock(two):
+        assert launch().stderr.count("another run (process") == 2
 
 
 def test_prompts_alone_are_encoded_for_distillation(tmp_path: Path, model_folder: Path) -> None:

@@ -62,6 +62,35 @@ def test_making_pairs_again_makes_only_what_is_missing(tmp_path: Path, model_fol
         make_pairs(replace(config, seed=1), folder)
 
 
+def test_pairs_of_other_prompts_are_not_mixed_in(tmp_path: Path, model_folder: Path) -> None:
+    prompts, folder = tmp_path / "prompts.txt", tmp_path / "pairs"
+    prompts.write_text("a red circle\na blue star\n")
+    data = DataConfig(kind="prompts", path=prompts, latent_frames=HORIZON)
+    config = replace(pairs(model_folder), data=data)
+    make_pairs(config, folder)
+    (folder / "shard-00001.json").unlink()
+    assert make_pairs(replace(config, batch_size=1), folder) == 1
+    with pytest.raises(ConfigError, match="other settings"):
+        make_pairs(replace(config, negative_prompt="blurry"), folder)
+    prompts.write_text("a red circle\na green star\n")
+    (folder / "shard-00001.json").unlink()
+    with pytest.raises(ConfigError, match="other settings"):
+        make_pairs(config, folder)
+
+
+def test_pairs_in_half_precision_are_near_the_others(tmp_path: Path, model_folder: Path) -> None:
+    for dtype in ("float32", "bfloat16"):
+        make_pairs(pairs(model_folder, dtype=dtype), tmp_path / dtype)
+    whole, half = (Shards(tmp_path / dtype) for dtype in ("float32", "bfloat16"))
+    assert half.tensor("data", [3]).dtype == half.tensor("text", [3]).dtype == torch.bfloat16
+    assert whole.tensor("data", [3]).dtype == torch.float32
+    torch.testing.assert_close(half.tensor("data", [3]).float(), whole.tensor("data", [3]), atol=0.1, rtol=0.05)
+    with pytest.raises(ConfigError, match="other settings"):
+        make_pairs(pairs(model_folder), tmp_path / "bfloat16")
+    with pytest.raises(ConfigError, match="dtype: expected float32 or bfloat16"):
+        pairs(model_folder, dtype="float16")
+
+
 def test_a_damaged_shard_is_named(tmp_path: Path, model_folder: Path) -> None:
     make_pairs(pairs(model_folder), tmp_path / "pairs")
     path = tmp_path / "pairs" / "shard-00002.safetensors"

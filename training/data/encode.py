@@ -92,7 +92,7 @@ class _Samples:
 
 @torch.no_grad()
 def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) -> int:
-    """Write what is missing; returns the number of shards written now.
+    """Write what is missing; returns the number of shards written now, by all processes of the launch.
 
     Raises:
         ConfigError: more bad samples than allowed, over all runs into the same folder; or other settings than before.
@@ -109,6 +109,7 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 
     def shard(numbers: range) -> ShardContent:
         latents, prompts, refused = [], [], []
+        samples.bad.files.update(refused_samples(out))  # those of other processes count, too
         for first in range(0, len(numbers), config.batch_size):
             found = {number: samples(number) for number in numbers[first : first + config.batch_size]}
             refused += [str(samples.videos[number].path) for number, sample in found.items() if sample is None]
@@ -122,24 +123,32 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
         return ShardContent(tensors, prompts, tuple(refused))
 
     loose = list(dict.fromkeys(["", config.negative_prompt]))
-    return write_shards(
+    written = write_shards(
         out, samples.count, shard, per_shard=config.per_shard, about=_about(config, folder, samples.listing()),
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
         progress=say,
     )  # fmt: skip
+    bad, budget = len(refused_samples(out)), config.data.max_bad_samples
+    if bad > budget:  # found by several processes at the same time, each of which was within the budget
+        raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")
+    return written
 
 
 def _about(config: EncodeConfig, folder: Path, listing: str) -> dict[str, Any]:
     """What the stored tensors depend on."""
+    return {
+        "kind": "latents", **settings_and_samples(config, listing), "autoencoder": folder_hash(folder / "vae"),
+        "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
+    }  # fmt: skip
+
+
+def settings_and_samples(config: Any, listing: str) -> dict[str, Any]:
+    """A data config without what only says in which portions the work is done, and a hash of the samples' names."""
     settings = to_plain(config)
     for name in ("batch_size", "per_shard", "count"):
         del settings[name]
     del settings["data"]["max_bad_samples"]
-    return {
-        "kind": "latents", "config": settings, "samples": hashlib.sha256(listing.encode()).hexdigest(),
-        "autoencoder": folder_hash(folder / "vae"),
-        "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
-    }  # fmt: skip
+    return {"config": settings, "samples": hashlib.sha256(listing.encode()).hexdigest()}
 
 
 def _embed(text_encoder: Any, prompts: list[str], batch: int) -> Tensor:

@@ -17,9 +17,9 @@ from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
 from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
-from sparse_forcing.training.data.encode import say
+from sparse_forcing.training.data.encode import say, settings_and_samples
 from sparse_forcing.training.data.shards import ShardContent, write_shards
-from sparse_forcing.training.data.sources import DataConfig, VideoFormat, make_source
+from sparse_forcing.training.data.sources import DataConfig, Shuffled, VideoFormat, make_source
 
 GRID_TOLERANCE = 1e-2
 """Timesteps that are closer than this are the same (the student's table is float32)."""
@@ -34,6 +34,7 @@ class PairsConfig:
         data: where the prompts come from, and how long a clip is.
         sampler: the student's; its steps are the noise levels that are kept.
         steps: Euler steps of the teacher; guidance_scale: classifier-free weight w of u + w (c - u).
+        dtype: float32 or bfloat16, of what is stored and of the teacher's arithmetic (its steps add up in float32).
         count, per_shard, batch_size: pairs in all, per file, per forward pass.
     """
 
@@ -43,12 +44,15 @@ class PairsConfig:
     steps: int = 48
     guidance_scale: float = 6.0
     negative_prompt: str = ""
+    dtype: str = "float32"
     count: int = 1024
     per_shard: int = 64
     batch_size: int = 8
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
         for name in ("steps", "count", "per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -74,7 +78,7 @@ def kept_steps(config: PairsConfig) -> tuple[Tensor, list[int]]:
 @torch.no_grad()
 def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = None) -> int:
     """Write teacher trajectories [S + 1, F, C, H, W], noise to data, and text embeddings as shards; returns how many
-    shards were missing."""
+    shards were written now, by all processes of the launch."""
     sigmas, kept = kept_steps(config)  # refuses a bad grid before anything is loaded
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = SparseForcingPipeline.from_pretrained(config.teacher).to(device)
@@ -82,6 +86,7 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     source = make_source(config.data, config.seed, pipe.vae, own)
     height, width = pipe.geometry.latent_size(pipe.config.height, pipe.config.width)
     shape = (config.data.latent_frames, pipe.vae.latent_channels, height, width)
+    dtype = getattr(torch, config.dtype)
 
     def trajectories(items: range) -> ShardContent:
         prompts = [prompt for item in items for prompt in source.prompts(item, 1)]
@@ -91,17 +96,19 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
             batch = items[first : first + config.batch_size]
             noise = torch.stack([torch.randn(shape, generator=_generator(config.seed, item)) for item in batch])
             part = text[first : first + config.batch_size]
-            states.append(integrate(pipe, noise.to(device), part, negative.expand_as(part), sigmas, kept, config))
-        return ShardContent({"data": torch.cat(states), "text": text}, prompts)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                states.append(integrate(pipe, noise.to(device), part, negative.expand_as(part), sigmas, kept, config))
+        return ShardContent({"data": torch.cat(states).to(dtype), "text": text.to(dtype)}, prompts)
 
+    listing = "\n".join(source.all_prompts) if isinstance(source, Shuffled) else ""
     about = {
-        "kind": "ode trajectories", "timesteps": few_step_timesteps(config.sampler).tolist(), "steps": config.steps,
-        "shift": config.sampler.shift, "guidance_scale": config.guidance_scale, "seed": config.seed,
-        "weights": pipe.weights_sha256, "shape": [len(kept), *shape],
+        "kind": "ode trajectories", **settings_and_samples(config, listing), "weights": pipe.weights_sha256,
+        "timesteps": few_step_timesteps(config.sampler).tolist(), "shape": [len(kept), *shape],
     }  # fmt: skip
+    loose = list(dict.fromkeys(["", config.negative_prompt]))
     return write_shards(
         out, config.count, trajectories, per_shard=config.per_shard, about=about,
-        loose_text=(list(dict.fromkeys(["", config.negative_prompt])), pipe.text_encoder.encode), progress=say,
+        loose_text=(loose, lambda prompts: pipe.text_encoder.encode(prompts).to(dtype)), progress=say,
     )  # fmt: skip
 
 
@@ -120,6 +127,6 @@ def integrate(
             states.append(x)
         if step < config.steps:
             t = (sigma * NUM_TRAIN_TIMESTEPS).expand(2 * len(x)).to(x.device)
-            flow = pipe.transformer(torch.cat([x, x]).transpose(1, 2), t, text).transpose(1, 2)
+            flow = pipe.transformer(torch.cat([x, x]).transpose(1, 2), t, text).transpose(1, 2).to(x)
             x = x + guided(flow, config.guidance_scale) * (sigmas[step + 1] - sigma).to(x)
     return torch.stack(states, 1).cpu()

@@ -5,7 +5,8 @@
     folder/prompts.safetensors       "text" of prompts that belong to no item: the empty one, the negative one
     folder/dataset.json              what the data is and how it was made
 
-A shard without its JSON does not exist; making the data again skips the shards that do.
+A shard without its JSON does not exist; making the data again skips the shards that do. Of several processes of one
+launch each makes its own shards; the same bytes come out, however many there are.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, sha256_file
+from sparse_forcing.training.parallel import from_first, mean_over_ranks, rank, world_size
 from sparse_forcing.weights.safe_load import check_safetensors
 
 _DATASET, _LOOSE = "dataset.json", "prompts.safetensors"
@@ -50,7 +52,7 @@ def write_shards(
     loose_text: tuple[list[str], Callable[[list[str]], Tensor]] | None = None,
     progress: Callable[[str], None] = lambda line: None,
 ) -> int:  # fmt: skip
-    """Make and write what is missing; returns the number of shards written now.
+    """Make and write what is missing; returns the number of shards written now, by all processes of the launch.
 
     Args:
         count: samples in all; make: numbers of a shard's samples -> what to store of them.
@@ -60,19 +62,11 @@ def write_shards(
     """
     folder.mkdir(parents=True, exist_ok=True)
     about = {**about, "items": count, "per_shard": per_shard, "loose_prompts": loose_text[0] if loose_text else []}
-    known = folder / _DATASET
-    if known.exists():
-        made = read_json(known)
-        about["loose_sha256"] = made.get("loose_sha256")
-        if made != about:
-            raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
-    else:
-        about["loose_sha256"] = _write(folder / _LOOSE, {"text": loose_text[1](loose_text[0])}) if loose_text else None
-        atomic_write_json(known, about)
+    from_first(lambda: _commit(folder, about, loose_text))
     starts = range(0, count, per_shard)
     written = 0
-    for number, first in enumerate(starts):
-        path = _shard(folder, number)
+    for number in range(rank(), len(starts), world_size()):
+        first, path = starts[number], _shard(folder, number)
         if path.with_suffix(".json").exists():
             continue
         samples = range(first, min(first + per_shard, count))
@@ -85,7 +79,22 @@ def write_shards(
         atomic_write_json(path.with_suffix(".json"), record)
         written += 1
         progress(f"shard {number + 1} of {len(starts)}")
-    return written
+    # Here all wait for each other, so that whoever goes on finds the data complete.
+    return round(mean_over_ranks({"written": float(written)})["written"] * world_size())
+
+
+def _commit(
+    folder: Path, about: dict[str, Any], loose_text: tuple[list[str], Callable[[list[str]], Tensor]] | None
+) -> None:
+    """Write what the data is, or check that the folder holds nothing else."""
+    known = folder / _DATASET
+    if known.exists():
+        made = read_json(known)
+        if made != {**about, "loose_sha256": made.get("loose_sha256")}:
+            raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
+        return
+    digest = _write(folder / _LOOSE, {"text": loose_text[1](loose_text[0])}) if loose_text else None
+    atomic_write_json(known, {**about, "loose_sha256": digest})
 
 
 def refused_samples(folder: Path) -> list[str]:

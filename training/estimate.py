@@ -239,7 +239,7 @@ def estimate_distillation(
     at_once = replace(work, memory=None, context_frames=score_context)
     graphs = [_graph_bytes(generator, work)]
     if real_passes:
-        graphs += [_graph_bytes(critic, at_once, frozen=True)]
+        graphs += [_graph_bytes(critic, at_once)]
         graphs += [_graph_bytes(teacher, at_once, frozen=True)] * real_passes
     left, again = zip(*graphs)
     return MemoryEstimate(

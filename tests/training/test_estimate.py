@@ -102,16 +102,17 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_through_the_scores_are_counted(checkpointing: bool) -> None:
+def test_gradients_through_the_scores_are_counted() -> None:
     """SiD keeps the graphs of three score passes beside that of the rollout."""
-    loop = replace(ONE, gradient_checkpointing=checkpointing)
-    recipe = distill(Path("tiny-base"), memory=SPARSE, loop=loop, loss="sid", **TINY)
+    recipe = distill(Path("tiny-base"), memory=SPARSE, loop=ONE, loss="sid", **TINY)
     assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
-    estimate, _ = estimate_stage(recipe.config)
-    unguided, _ = estimate_stage(replace(recipe.config, score=ScoreConfig(real_guidance=0)))
-    dmd, _ = estimate_stage(replace(recipe.config, loss="dmd"))
-    assert dmd.activations < unguided.activations < estimate.activations
+    for checkpointing in (False, True):
+        config = replace(recipe.config, loop=replace(ONE, gradient_checkpointing=checkpointing))
+        counted = [
+            estimate_stage(replace(config, **changes))[0].activations
+            for changes in ({"loss": "dmd"}, {"score": ScoreConfig(real_guidance=0)}, {})
+        ]
+        assert counted == sorted(set(counted))
 
 
 @pytest.mark.parametrize("windows", [(6,), (6, 4, 4, 4, 4, 4)])

@@ -1,13 +1,13 @@
 """From prompts to video files: what `sparse-forcing generate` does, as functions.
 
-Jobs (sampling/jobs.py: names, checks, nothing heavy) -> load the pipeline -> for every job: stream chunks into a
-temporary file, rename, then write the sidecar JSON. Every job has its own seed, so its frames depend neither on the
-other jobs nor on how they are spread over processes. Importing this module does not import torch.
+Jobs (sampling/jobs.py: names, checks, nothing heavy) -> load the pipeline, check what depends on it
+(sampling/settings.py) -> for every job: stream chunks into a temporary file, rename, then write the sidecar JSON.
+Every job has its own seed, so its frames depend neither on the other jobs nor on how they are spread over processes.
+Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import platform
 import time
 import warnings
@@ -19,17 +19,20 @@ from typing import TYPE_CHECKING, Any
 from sparse_forcing import __version__
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
-from sparse_forcing.errors import ConfigError, OutputError, SparseForcingError
-from sparse_forcing.files import atomic_write_json, check_writable, output_lock, sweep_temporaries
-from sparse_forcing.sampling.jobs import MAX_FRAMES, MEMORY_KNOBS, GenerateConfig, Job, flag
+from sparse_forcing.errors import OutputError
+from sparse_forcing.files import (
+    atomic_write_json,
+    check_writable,
+    output_lock,
+    sweep_temporaries,
+    without_empty_folders,
+)
+from sparse_forcing.sampling.jobs import GenerateConfig, Job
+from sparse_forcing.sampling.outputs import check_sidecar, is_finished, output_folders, overlay_path, remove_old
+from sparse_forcing.sampling.settings import Settings, explained_out_of_memory, resolve_settings
 
 if TYPE_CHECKING:
     import numpy as np
-
-    from sparse_forcing.memory.config import MemoryConfig
-
-WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
-OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
 
 
 class Progress:
@@ -48,18 +51,20 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
         SparseForcingError: bad settings, weights or output; all that can be known before loading is checked before.
     """
     progress = progress or Progress()
-    for folder in dict.fromkeys(path.parent for job in jobs for path in (job.video, job.sidecar)):
-        check_writable(folder, folder=True)
-    if config.to_file:
-        check_writable(config.output)
-    with output_lock(config.output):
-        for folder in dict.fromkeys(job.video.parent for job in jobs):
-            sweep_temporaries(folder)
-        waiting = [job for job in jobs if not (config.skip_existing and job.video.exists() and job.sidecar.exists())]
-        if len(waiting) < len(jobs):
-            progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
-        if waiting:
-            yield from _generate_all(config, waiting, progress)
+    folders = output_folders(config, jobs)
+    with without_empty_folders(folders):
+        for folder in folders:
+            check_writable(folder, folder=True)
+        with output_lock(config.output):
+            for folder in folders:
+                sweep_temporaries(folder)
+            waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+            for job in waiting:
+                check_sidecar(job)
+            if len(waiting) < len(jobs):
+                progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
+            if waiting:
+                yield from _generate_all(config, waiting, progress)
 
 
 def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progress) -> Iterator[dict[str, Any]]:
@@ -69,10 +74,11 @@ def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progres
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
+    settings = resolve_settings(config, pipe)
     given = start_arguments(config, start, pipe)
     for number, job in enumerate(jobs, 1):
         progress.begin(job, number, len(jobs))
-        record = generate_video(pipe, config, job, progress, given, model_load_seconds=loaded)
+        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
         progress.end()
         yield record
 
@@ -88,23 +94,10 @@ def load_pipeline(config: GenerateConfig) -> Any:
     return SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).to(device)
 
 
-def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig:
-    """The model's default memory with what the config changes. Raises ConfigError on values that do not fit."""
-    changes = {name: value for name in MEMORY_KNOBS if (value := getattr(config, name)) is not None}
-    if config.memory is not None:
-        changes["kind"] = config.memory
-    kind = changes.get("kind", default.kind)
-    for name in changes:
-        if name in MEMORY_KNOBS and kind not in MEMORY_KNOBS[name]:
-            raise ConfigError(
-                f"{flag(name)} has no effect with the model's memory, {kind}; add --memory {MEMORY_KNOBS[name][0]}"
-            )
-    return dataclasses.replace(default, **changes)
-
-
 def generate_video(
     pipe: Any,
     config: GenerateConfig,
+    settings: Settings,
     job: Job,
     progress: Progress,
     given: Mapping[str, np.ndarray],
@@ -117,23 +110,16 @@ def generate_video(
     """
     import torch
 
-    memory = memory_config(config, pipe.default_memory)
-    defaults = pipe.config
-    wanted = max(1.0, config.seconds * pipe.fps) if config.seconds else config.num_frames or defaults.num_frames
-    if wanted > MAX_FRAMES:
-        raise ConfigError(f"--seconds {config.seconds:g} are {wanted:g} frames; at most {MAX_FRAMES} are made")
-    target = round(wanted)
-    guidance = defaults.sampler.guidance_scale if config.guidance_scale is None else config.guidance_scale
-    clip = _Clip(config, job, pipe.fps, target)
-    with _explained_out_of_memory(config, memory), _collected_warnings(progress) as messages, clip:
+    clip = _Clip(config, settings, job, pipe.fps)
+    with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
-            job.prompt, height=config.height, width=config.width, num_frames=target,
-            num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed), memory=memory, **given,
+            job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory, **given,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)
-            progress.frames(clip.written, target)
+            progress.frames(clip.written, settings.num_frames)
     if clip.trimmed:
         progress.note(f"{clip.written} frames do not fill whole chunks: {clip.trimmed} more were made and cut off")
     record = {
@@ -146,11 +132,11 @@ def generate_video(
         "weights_sha256": pipe.weights_sha256,
         "versions": versions(),
         "settings": {
-            "num_inference_steps": config.num_inference_steps or defaults.sampler.steps,
-            "guidance_scale": guidance,
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
             "device": str(pipe.device),
             "dtype": str(pipe.dtype).removeprefix("torch."),
-            "memory": to_plain(memory),
+            "memory": to_plain(settings.memory),
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },
@@ -165,8 +151,8 @@ def generate_video(
 class _Clip:
     """The files of one job while its chunks arrive, and what was measured on the way."""
 
-    def __init__(self, config: GenerateConfig, job: Job, fps: float, target: int) -> None:
-        self.config, self.job, self.fps, self.target = config, job, fps, target
+    def __init__(self, config: GenerateConfig, settings: Settings, job: Job, fps: float) -> None:
+        self.config, self.settings, self.job, self.fps = config, settings, job, fps
         self.written = self.trimmed = self.cache_bytes = 0
         self.seconds: list[float] = []
         self.decode_seconds: list[float] = []
@@ -185,7 +171,7 @@ class _Clip:
         if self.first_frame is None:
             self.first_frame = time.perf_counter() - self._began
         frames = np.asarray(chunk.frames, dtype=np.float32)
-        room = min(len(frames), self.target - self.written)
+        room = min(len(frames), self.settings.num_frames - self.written)
         self.trimmed += len(frames) - room
         self.seconds.append(float(chunk.seconds))
         self.decode_seconds.append(float(chunk.decode_seconds))
@@ -200,14 +186,17 @@ class _Clip:
     def _open(self, height: int, width: int) -> None:
         from sparse_forcing.video import VideoWriter
 
-        scale = self.config.scale or max(1, WATCHABLE_SIDE // min(height, width))
-        self.size = (height, width, scale)
-        shape: dict[str, Any] = {"fps": self.fps, "height": height, "width": width, "scale": scale}
-        # The overlay is entered first, so that it is committed last: it never stands without its video.
+        self.size = (height, width, self.settings.scale)
+        shape: dict[str, Any] = {"fps": self.fps, "height": height, "width": width, "scale": self.settings.scale}
+        # Left in reverse: what is old goes before the video is committed, the overlay never stands without its video.
         if self.config.overlay:
-            path = self.job.video.parent / OVERLAY_FOLDER / self.job.video.name
-            self._overlay = self._stack.enter_context(VideoWriter(path, **shape))
+            self._overlay = self._stack.enter_context(VideoWriter(overlay_path(self.job), **shape))
         self._writer = self._stack.enter_context(VideoWriter(self.job.video, **shape))
+        self._stack.push(self._remove_old)
+
+    def _remove_old(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            remove_old(self.job)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None and self.size is None:
@@ -275,18 +264,3 @@ def _collected_warnings(progress: Progress) -> Iterator[list[str]]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = show  # type: ignore[assignment]
         yield messages
-
-
-@contextmanager
-def _explained_out_of_memory(config: GenerateConfig, memory: MemoryConfig) -> Iterator[None]:
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
-            raise
-        size = f"{config.width or 'default'} x {config.height or 'default'}"
-        raise SparseForcingError(
-            f"out of memory at size {size} with --memory {memory.kind}; lower --height and --width, "
-            "or use --memory window or sparse"
-        ) from error

@@ -5,14 +5,25 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import safe_name
+from sparse_forcing.errors import ConfigError, OutputError
+from sparse_forcing.files import is_folder, safe_name
 from sparse_forcing.prompts import check_prompts, read_prompts
 
 MAX_FRAMES = 1_000_000
-_VIDEO_SUFFIXES = {".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg"}
+MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/video.py, which is too heavy to import here
+MAX_BLOCKS = 1_000_000
+MAX_JOBS = 100_000
+BOUNDS: dict[str, tuple[float, float]] = {
+    "seed": (0, 2**62), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
+    "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
+    "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
+    "tile": (1, MAX_SIDE),
+}  # fmt: skip
+_OTHER_SUFFIXES = {
+    ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg", ".m4v", ".mp3", ".wav", ".png", ".jpg", ".jpeg", ".webp", ".json",
+}  # fmt: skip
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {
     "window_frames": ("window", "sink", "sparse", "heavy_hitter"),
@@ -29,7 +40,7 @@ class GenerateConfig:
     """What to generate and where to; the command line has one flag for each. None: the model's own default.
 
     prompts, prompt_file: one of the two; a file holds one prompt a line.
-    model: `tiny`, or a diffusers folder, local or on the hub.
+    model: `tiny`, or a local diffusers folder.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
     image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
@@ -74,14 +85,10 @@ class GenerateConfig:
             raise ConfigError("give prompts or --prompt-file, not both")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
-        bounds: dict[str, tuple[float, float]] = {
-            "seed": (0, 2**62), "num_samples": (1, 10**6), "num_frames": (1, MAX_FRAMES), "height": (1, 16384),
-            "width": (1, 16384), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
-        }  # fmt: skip
-        for name, (low, high) in bounds.items():
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:
-                raise ConfigError(f"{flag(name)} must be between {low:g} and {high:g}, got {value:g}")
+        for name in BOUNDS:
+            _check_bounds(name, getattr(self, name))
+        for name in ("model", "image", "video"):
+            _check_utf8(name, str(getattr(self, name)))
         if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ConfigError(f"--seconds must be above 0, got {self.seconds:g}")
         for name, kinds in MEMORY_KNOBS.items():
@@ -93,12 +100,27 @@ class GenerateConfig:
             raise ConfigError(
                 f"--overlay shows persistent blocks, which --memory {self.memory} does not have; use sparse"
             )
-        if self.output.suffix.lower() in _VIDEO_SUFFIXES - {".mp4"}:
+        if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
 
     @property
     def to_file(self) -> bool:
-        return self.output.suffix.lower() == ".mp4" and not self.output.is_dir()
+        return self.output.suffix.lower() == ".mp4" and not is_folder(self.output, OutputError)
+
+
+def _check_bounds(name: str, value: Any) -> None:
+    low, high = BOUNDS[name]
+    for number in value if isinstance(value, tuple) else (value,):
+        if number is not None and not low <= number <= high:
+            raise ConfigError(f"{flag(name)} must be between {low:g} and {high:g}, got {number!s:.40}")
+
+
+def _check_utf8(name: str, text: str) -> None:
+    """Names of inputs go into the JSON beside the video."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{flag(name)} {text!r}: the name is not valid UTF-8; rename it") from error
 
 
 def flag(name: str) -> str:
@@ -121,11 +143,12 @@ class Job:
 def plan(config: GenerateConfig) -> list[Job]:
     """Jobs of the config's prompts, checked: names stay inside the output and differ. Raises ConfigError."""
     prompts = read_prompts(config.prompt_file) if config.prompt_file else check_prompts(config.prompts)
+    count = len(prompts) * config.num_samples
+    if count > MAX_JOBS:
+        raise ConfigError(f"{count} videos are more than the {MAX_JOBS} that one run makes; split the prompts")
     if config.to_file:
-        if len(prompts) * config.num_samples > 1:
-            raise ConfigError(
-                f"--output {config.output} is one file for {len(prompts) * config.num_samples} videos; give a folder"
-            )
+        if count > 1:
+            raise ConfigError(f"--output {config.output} is one file for {count} videos; give a folder")
         sidecar = config.output.with_suffix(".json")
         return [Job(prompt=prompts[0], seed=config.seed, video=config.output, sidecar=sidecar)]
     jobs = []

@@ -17,7 +17,7 @@ def resolve_device(name: str, setting: str = "--device") -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.ones(1, device=device).item()  # read back: the device `meta` computes nothing
     except (RuntimeError, AssertionError, ValueError, NotImplementedError) as error:
         reason = (str(error).splitlines() or ["unknown"])[0]
         raise ConfigError(

@@ -15,12 +15,12 @@ import os
 import secrets
 import stat
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_forcing.errors import ConfigError, InUseError, OutputError
+from sparse_forcing.errors import ConfigError, InUseError, OutputError, SparseForcingError
 
 PathLike = str | os.PathLike[str]
 
@@ -28,6 +28,26 @@ TEMPORARY_PREFIX = ".sf-tmp-"
 LOCK_NAME = ".sparse-forcing.lock"
 MAX_NAME_BYTES = 255
 _NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS}
+
+
+def is_file(path: PathLike, error: type[SparseForcingError]) -> bool:
+    """Whether `path` is a regular file. Raises `error` for a name or folder that cannot even be looked up."""
+    return stat.S_ISREG(_mode(path, error))
+
+
+def is_folder(path: PathLike, error: type[SparseForcingError]) -> bool:
+    """Whether `path` is a folder. Raises as `is_file`."""
+    return stat.S_ISDIR(_mode(path, error))
+
+
+def _mode(path: PathLike, error: type[SparseForcingError]) -> int:
+    """The mode bits of what `path` leads to; 0 where there is nothing."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as problem:
+        raise error(f"cannot look at {os.fspath(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
 def _cannot_write(path: Path, error: OSError, size: int | None = None) -> OutputError:
@@ -46,7 +66,7 @@ def _resolve_target(path: PathLike) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         return target
     except (OSError, UnicodeEncodeError) as error:
-        raise OutputError(f"cannot write {shown!r}: {error}") from error
+        raise OutputError(f"cannot write {shown!r}: {getattr(error, 'strerror', None) or error}") from error
     if stat.S_ISDIR(mode):
         raise OutputError(f"cannot write {shown}: it is a folder; name a file inside it")
     if not stat.S_ISREG(mode):
@@ -210,6 +230,31 @@ def safe_name(prompt: str, index: int, *, extra: str = "", suffix: str = ".mp4")
     return name
 
 
+def check_target(path: PathLike) -> Path:
+    """The real file that a write to `path` replaces, looked at without writing; nor is its folder checked.
+
+    Raises:
+        OutputError: it is a folder or a device, or its name is too long or not UTF-8, which JSON files could not hold.
+    """
+    target = _resolve_target(path)
+    try:
+        size = max(len(name.encode("utf-8")) for name in (Path(path).name, target.name))
+    except UnicodeEncodeError as error:
+        raise OutputError(f"cannot write {os.fspath(path)!r}: the name is not valid UTF-8") from error
+    if size > MAX_NAME_BYTES:
+        raise OutputError(f"cannot write {path}: the name is longer than {MAX_NAME_BYTES} bytes")
+    return target
+
+
+def remove_file(path: PathLike) -> None:
+    """Remove the file that a write to `path` would replace, if there is one. Raises OutputError."""
+    target = _resolve_target(path)
+    try:
+        target.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"cannot remove {target}: {error.strerror or error}") from error
+
+
 def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     """Prove, before any compute, that `path` (a file, or with `folder` a folder) can be written; return it.
 
@@ -219,10 +264,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
         OutputError: the path is a folder where a file is meant, or the reverse, or cannot be written.
     """
     if not folder:
-        target = _resolve_target(path)
-        if len(target.name.encode("utf-8", "surrogateescape")) > MAX_NAME_BYTES:
-            raise OutputError(f"cannot write {path}: the name is longer than {MAX_NAME_BYTES} bytes")
-        check_writable(target.parent, folder=True)
+        check_writable(check_target(path).parent, folder=True)
         return Path(path)
     shown = os.fsdecode(os.fspath(path))
     if "\0" in shown:
@@ -240,14 +282,29 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
 
 
 @contextmanager
+def without_empty_folders(folders: Iterable[Path]) -> Iterator[None]:
+    """Remove, at the end of the block, those of `folders` and their parents that came to be in it and are empty."""
+    missing = {folder for inner in folders for folder in (inner, *inner.parents) if not os.path.lexists(folder)}
+    try:
+        yield
+    finally:
+        for folder in sorted(missing, key=lambda folder: len(folder.parts), reverse=True):
+            with suppress(OSError):
+                folder.rmdir()
+
+
+@contextmanager
 def output_lock(path: PathLike) -> Iterator[None]:
     """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets InUseError at once.
 
+    A link is followed, so that a file is held under all of its names.
     The lock dies with its process, so a killed run never blocks the next one. Not for network file systems without
     working locks.
     """
-    target = Path(path)
-    lock = target / LOCK_NAME if target.is_dir() else target.parent / f"{LOCK_NAME}-{_name_digest(target)}"
+    target = Path(os.path.realpath(path))
+    lock = (
+        target / LOCK_NAME if is_folder(target, OutputError) else target.parent / f"{LOCK_NAME}-{_name_digest(target)}"
+    )
     handle = _take_lock(lock, target)
     try:
         yield

@@ -5,13 +5,12 @@ from __future__ import annotations
 import struct
 import warnings
 from contextlib import ExitStack
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.files import PathLike
+from sparse_forcing.files import PathLike, is_file
 
 MAX_PIXELS = 1 << 26
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -23,7 +22,7 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         VideoError: missing, damaged, of another format, or larger than `max_pixels` (known before it is decoded).
     """
-    if not Path(path).is_file():
+    if not is_file(path, VideoError):
         raise VideoError(f"{path}: no such image file")
     try:
         with ExitStack() as stack:

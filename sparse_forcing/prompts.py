@@ -10,7 +10,9 @@ from sparse_forcing.files import PathLike
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20
+MAX_FILE_LINES = 1_000_000
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LINE_END = re.compile(r"\r\n|\r|\n")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 
 
@@ -54,10 +56,12 @@ def read_prompts(path: PathLike) -> list[str]:
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a list of prompts?")
     try:
-        lines = data.decode("utf-8-sig").split("\n")
+        lines = _LINE_END.split(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line = len(_LINE_END.split(data[: error.start].decode("utf-8", "replace")))
         raise ConfigError(f"{path} line {line}: not UTF-8 text") from error
+    if len(lines) > MAX_FILE_LINES:
+        raise ConfigError(f"{path}: more than {MAX_FILE_LINES} lines; is this a list of prompts?")
     prompts = [check_prompt(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ConfigError(f"{path}: contains no prompts; write one a line")

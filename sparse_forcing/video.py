@@ -26,7 +26,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
 from sparse_forcing.errors import OutputError, VideoError
-from sparse_forcing.files import PathLike, atomic_path
+from sparse_forcing.files import PathLike, atomic_path, is_file
 
 DEFAULT_MAX_FRAMES = 20_000
 DEFAULT_MAX_PIXELS = 1 << 29  # over all frames of one video: 1.6 GB of RGB
@@ -117,7 +117,7 @@ def read_video(
 @contextmanager
 def _open(path: PathLike) -> Iterator[tuple[Any, VideoInfo]]:
     file = Path(path).absolute()
-    if not file.is_file():
+    if not is_file(file, VideoError):
         raise VideoError(f"{path}: no such video file")
     try:
         options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file"}

@@ -10,12 +10,13 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
-from sparse_forcing.errors import SparseForcingError
+from sparse_forcing.errors import OutputError, SparseForcingError
 
 PROGRAM = "sparse-forcing"
 COMMANDS = {
@@ -43,14 +44,22 @@ def run_module(module: str, arguments: Sequence[str], *, name: str | None = None
     return _guarded(name, lambda: _command(name, module, list(arguments)))
 
 
+def say(text: str) -> None:
+    """Print a line of results at once. Raises OutputError when standard output takes nothing more."""
+    with _explained_output():
+        print(text, flush=True)
+
+
 def _guarded(name: str, work: Callable[[], int]) -> int:
-    previous = signal.signal(signal.SIGTERM, _terminated)
+    previous = {number: signal.signal(number, _terminated) for number in _stopping_signals()}
+    _open_streams()
     _printable(sys.stdout)
     try:
         try:
             return work()
         finally:
-            sys.stdout.flush()  # here, where a reader that is gone can still be handled
+            with _explained_output():
+                sys.stdout.flush()  # here, where a reader that is gone can still be handled
     except SparseForcingError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -58,11 +67,11 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # Without this, Python complains at exit that it cannot flush.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _command(name: str, module: str, arguments: list[str]) -> int:
@@ -88,9 +97,38 @@ def _top_level(arguments: list[str]) -> int:
     return 2
 
 
+def _stopping_signals() -> list[int]:
+    """SIGTERM, and SIGHUP (the terminal is gone) unless it is ignored, as under nohup."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
+
+
 def _terminated(number: int, frame: Any) -> None:
     # An exception, so that half-written files are removed on the way out.
     sys.exit(128 + number)
+
+
+def _open_streams() -> None:
+    """A standard stream that was closed by the caller swallows what is written, as /dev/null does."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
+@contextmanager
+def _explained_output() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _discard_output()
+        raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+def _discard_output() -> None:
+    # Without this, Python complains at exit that it cannot flush.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _printable(stream: Any) -> None:

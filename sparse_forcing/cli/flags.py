@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -26,8 +27,11 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse; an unknown flag names the closest known one."""
-        parsed, unknown = self.parse_known_args(args, namespace)
+        """As in argparse, flags and positional arguments in any order; an unknown flag names the closest known one."""
+        args = sys.argv[1:] if args is None else list(args)
+        # The intermixed form loses the `--` after which everything is positional.
+        parse = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
+        parsed, unknown = parse(args, namespace)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
             close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)

@@ -7,14 +7,16 @@ import json
 import re
 from typing import Any
 
+from sparse_forcing.cli import say
 from sparse_forcing.cli.flags import add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.jobs import GenerateConfig, Job, plan
+from sparse_forcing.sampling.outputs import is_finished
 
 SUITES = ("vbench",)
 FLAGS = {
     "prompt_file": "read prompts from a text file, one a line",
-    "model": "`tiny` (embedded, the default), or a diffusers folder, local or on the hub",
+    "model": "`tiny` (embedded, the default), or a local diffusers folder",
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
     "num_samples": "videos for each prompt (default: 1)",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
-    parser.add_argument("--shard", metavar="I/N", default="0/1", help="with --suite: every N-th prompt from the I-th")
+    parser.add_argument("--shard", metavar="I/N", help="with --suite: every N-th prompt from the I-th")
     parser.add_argument("--check", action="store_true", help="check each video against its caption (model tiny)")
     parser.add_argument("--json", action="store_true", help="print one JSON array of what was written")
 
@@ -55,6 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Generate; returns 0, or 1 when `--check` finds a video unlike its caption. Checks come before heavy imports."""
     config = read_config(GenerateConfig, arguments)
+    if arguments.shard is not None and not arguments.suite:
+        raise ConfigError("--shard has no effect without --suite")
     jobs = _suite_jobs(config, arguments) if arguments.suite else plan(config)
     if arguments.check:
         from sparse_forcing.scenes.captions import parse_caption
@@ -65,16 +69,20 @@ def run(arguments: argparse.Namespace) -> int:
     from sparse_forcing.cli.progress import TerminalProgress
     from sparse_forcing.sampling.generate import generate
 
-    records = []
-    with TerminalProgress() as progress:
-        for record in generate(config, jobs, progress):
-            if arguments.check:
-                record["caption_check"] = _check_caption(record)
-            if not arguments.json:
-                print(_line(record), flush=True)
-            records.append(record)
-    if arguments.json:
-        print(json.dumps(records))
+    records: list[dict[str, Any]] = []
+    complete = False
+    try:
+        with TerminalProgress() as progress:
+            for record in generate(config, jobs, progress):
+                records.append(record)
+                if arguments.check:
+                    record["caption_check"] = _check_caption(record)
+                if not arguments.json:
+                    say(_line(record))
+        complete = True
+    finally:
+        if arguments.json and (complete or records):  # what was made before a failure, too
+            say(json.dumps(records))
     return int(any(not record["caption_check"]["all"] for record in records if arguments.check))
 
 
@@ -91,24 +99,26 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
         raise ConfigError(f"--output {config.output}: --suite {arguments.suite} writes a folder")
     if config.overlay:
         raise ConfigError(f"--overlay would put files among those of --suite {arguments.suite}; leave one of them out")
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", arguments.shard)
+    shard = "0/1" if arguments.shard is None else arguments.shard
+    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
     if not match:
-        raise ConfigError(f"--shard {arguments.shard!r}: write it as I/N, as in 0/4")
+        raise ConfigError(f"--shard {shard!r}: write it as I/N, as in 0/4")
     samples = arguments.num_samples if "num_samples" in arguments else SAMPLES
     work = vbench_work_list(samples, (int(match[1]), int(match[2])))
     jobs = {}
     for prompt, name, original, index in work:
         video = config.output / "videos" / name
         sidecar = config.output / "sidecars" / f"{name}.json"
-        if not (video.exists() and sidecar.exists()):
-            jobs[name] = Job(
-                prompt=prompt,
-                original_prompt=original,
-                index=index,
-                seed=config.seed + index,
-                video=video,
-                sidecar=sidecar,
-            )
+        job = Job(
+            prompt=prompt,
+            original_prompt=original,
+            index=index,
+            seed=config.seed + index,
+            video=video,
+            sidecar=sidecar,
+        )
+        if not is_finished(job):
+            jobs[name] = job
     return list(jobs.values())
 
 

@@ -1,12 +1,15 @@
-"""Progress on stderr: a bar per video on a terminal, one line per video elsewhere."""
+"""Progress on stderr: a bar per video on a terminal, elsewhere a line per video and per chunk that takes long."""
 
 from __future__ import annotations
 
 import sys
+import time
 from typing import Any
 
 from sparse_forcing.sampling.generate import Progress
 from sparse_forcing.sampling.jobs import Job
+
+SECONDS_BETWEEN_LINES = 2.0  # a log is read later: chunks that follow each other faster are not worth a line each
 
 
 class TerminalProgress(Progress):
@@ -15,6 +18,7 @@ class TerminalProgress(Progress):
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
+        self._text, self._noted = "", 0.0
 
     def __enter__(self) -> TerminalProgress:
         return self
@@ -29,7 +33,8 @@ class TerminalProgress(Progress):
             print(message, file=sys.stderr, flush=True)
 
     def begin(self, job: Job, number: int, total: int) -> None:
-        text = f"{number}/{total} {' '.join(job.prompt.split())[:50]}"
+        self._text = text = f"{number}/{total} {' '.join(job.prompt.split())[:50]}"
+        self._noted = time.monotonic()
         if sys.stderr.isatty():
             self._bar = _bar()
             self._task = self._bar.add_task(text, total=None)
@@ -40,6 +45,9 @@ class TerminalProgress(Progress):
     def frames(self, done: int, target: int) -> None:
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=target)
+        elif time.monotonic() - self._noted >= SECONDS_BETWEEN_LINES:
+            self.note(f"{self._text}: {done} of {target} frames")
+            self._noted = time.monotonic()
 
     def end(self) -> None:
         # Stopped between videos, so that what is printed on stdout does not run into it.

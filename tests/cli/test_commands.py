@@ -68,7 +68,7 @@ def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest
     from sparse_forcing.training import pretrain
 
     seen = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda config, output: seen.append((config.seed, output)))
+    monkeypatch.setattr(pretrain, "pretrain", lambda config, output, resume: seen.append((config.seed, output)) or 0)
     (tmp_path / "c.yaml").write_text("seed: 3\nema_decay: 9e-1\n")
     arguments = [
         "train",
@@ -164,3 +164,24 @@ def test_closed_pipe_is_quiet() -> None:
     command = f"(sleep 0.1; exec {sys.executable} -m sparse_forcing --help) | true"
     done = subprocess.run(["sh", "-c", command], cwd=root, capture_output=True, text=True)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), (">&-", 0), (">&- 2>&-", 0)])
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int) -> None:
+    root = Path(__file__).resolve().parents[2]
+    program = "import sys; from sparse_forcing.cli import doctor, main, say; doctor.run = lambda _: say(1) or 0"
+    command = f"{sys.executable} -c '{program}; sys.exit(main([\"doctor\"]))' {redirect}"
+    done = subprocess.run(["sh", "-c", command], cwd=root, capture_output=True, text=True)
+    assert done.returncode == code
+    message = "sparse-forcing doctor: error: cannot write to standard output: No space left on device\n"
+    assert done.stderr == (message if code else "")
+
+
+def test_other_system_errors_are_not_blamed_on_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise OSError(28, "elsewhere")
+
+    monkeypatch.setattr(doctor, "run", run)
+    with pytest.raises(OSError, match="elsewhere"):
+        main(["doctor"])

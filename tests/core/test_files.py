@@ -16,7 +16,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sparse_forcing import files
-from sparse_forcing.errors import ConfigError, OutputError
+from sparse_forcing.errors import ConfigError, InUseError, OutputError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -176,6 +176,39 @@ def test_check_writable_refuses_what_cannot_work(tmp_path: Path) -> None:
     ]:  # fmt: skip
         with pytest.raises(OutputError, match="cannot write"):
             files.check_writable(path, folder=folder)
+
+
+def test_names_that_cannot_be_are_refused_and_removed_files_are_gone(tmp_path: Path) -> None:
+    for look in (files.is_file, files.is_folder):
+        assert not look(tmp_path / "none" / "x", OutputError)
+        for name in ("n" * 300, "a\0b", "\ud800"):
+            with pytest.raises(OutputError, match="cannot look at"):
+                look(tmp_path / name, OutputError)
+    for name, message in (("\udcff.mp4", "not valid UTF-8"), ("new/" + "s" * 252 + ".mp4", "longer than 255 bytes")):
+        with pytest.raises(OutputError, match=message):
+            files.check_target(tmp_path / name)
+    (tmp_path / "real").write_text("x")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for _ in range(2):
+        files.remove_file(tmp_path / "link")
+        assert os.listdir(tmp_path) == ["link"]
+
+
+def test_new_folders_that_stay_empty_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    with files.without_empty_folders([tmp_path / "old", tmp_path / "a" / "b", tmp_path / "a" / "c"]):
+        (tmp_path / "a" / "b").mkdir(parents=True)
+        files.atomic_write_text(tmp_path / "a" / "c" / "x", "x")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "c", "old", "x"]
+
+
+def test_file_is_held_under_all_of_its_names(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "link.mp4").symlink_to(tmp_path / "sub" / "x.mp4")
+    with files.output_lock(tmp_path / "sub" / "x.mp4"):
+        with pytest.raises(InUseError, match="another run"):
+            with files.output_lock(tmp_path / "link.mp4"):
+                pass
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -64,7 +64,7 @@ def test_a_foreign_package_called_kernels_is_left_alone(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "cpu:x"])
+@pytest.mark.parametrize("name", ["nonsense", "cuda:99", "cpu:x", "meta"])
 def test_a_device_that_is_not_there_is_an_error_not_a_fallback(name: str) -> None:
     with pytest.raises(ConfigError, match=f"--device {name}: not usable"):
         resolve_device(name)

@@ -68,6 +68,23 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--output", "/proc/x"], "cannot write into /proc/x"),
         (["p", "--output", "/proc/x.mp4"], "cannot write into /proc"),
         (["a purple thought", "--check"], "unknown words thought"),
+        (["p", "--persistent-blocks", "9" * 30], "--persistent-blocks must be between 0 and 1e+06"),
+        (["p", "--window-frames", "9" * 20], "--window-frames must be between 1"),
+        (["p", "--tile", "1", "1", "9" * 20], "--tile must be between 1"),
+        (["p", "--seed", "9" * 400], "--seed must be between 0"),
+        (["p", "--shard", "0/2"], "--shard has no effect without --suite"),
+        (["p", "--output", "a.MP3"], "only .mp4"),
+        (["p", "--num-samples", "100001"], "--num-samples must be between 1"),
+        (["p", "q", "--num-samples", "60000"], "120000 videos are more than"),
+        (["p", "--image", "n" * 300], "File name too long"),
+        (["p", "--video", "n" * 300], "File name too long"),
+        (["p", "--output", "n" * 300], "File name too long"),
+        (["p", "--output", "n" * 300 + ".mp4"], "File name too long"),
+        (["p", "--suite", "vbench", "--output", "n" * 300], "brings its own prompts"),
+        (["--suite", "vbench", "--output", "n" * 300], "File name too long"),
+        (["p", "--image", "\udcff.png"], "--image '\\udcff.png': the name is not valid UTF-8"),
+        (["p", "--output", "new/\udcff.mp4"], "the name is not valid UTF-8"),
+        (["p", "--output", "new/" + "s" * 251 + ".mp4"], "the name is longer than 255 bytes"),
     ],
 )
 def test_bad_input_is_one_line_before_any_model_is_loaded(
@@ -80,7 +97,7 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
     monkeypatch.chdir(tmp_path)
     assert run(*arguments) == 2
     assert message in one_line(capsys)
-    assert files_below(tmp_path) == []
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("never_loads")
@@ -92,6 +109,8 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
         (b"fine\n\xff\xfe\n", "line 2: not UTF-8"),
         (b"fine\n" + b"x" * 30_000, "line 2 has 30000 characters"),
         (b"fine\na\x00b", "line 2 contains the control character"),
+        (b"fine\r\r\xff", "line 3: not UTF-8"),
+        (b"a\n" * 1_000_000, "more than 1000000 lines"),
     ],
 )
 def test_bad_prompt_file_names_the_line(
@@ -111,6 +130,9 @@ def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_pa
     jobs = plan(GenerateConfig(prompt_file=tmp_path / "p.txt", output=tmp_path / "out"))
     assert len({job.video for job in jobs}) == 100_000
     assert {job.prompt for job in jobs} == {"a red ball"}
+    for end in ("\r", "\n", "\r\n"):
+        (tmp_path / "p.txt").write_bytes(end.join(["one", "", "two"]).encode())
+        assert [job.prompt for job in plan(GenerateConfig(prompt_file=tmp_path / "p.txt"))] == ["one", "two"]
 
 
 @pytest.mark.usefixtures("stub")
@@ -216,18 +238,31 @@ def test_failing_encoder_leaves_nothing(stub, tmp_path: Path, monkeypatch: pytes
     assert files_below(tmp_path) == []
 
 
-def test_termination_cleans_up(stub, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_termination_cleans_up(stub, tmp_path: Path, number: signal.Signals) -> None:
     def terminate(index: int) -> None:
         if index == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     stub.on_chunk = terminate
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stop:
-        run("p", "--output", tmp_path / "c.mp4")
-    assert stop.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is before
+    before = signal.signal(number, signal.SIG_DFL)  # the tests may run under nohup
+    try:
+        with pytest.raises(SystemExit) as stop:
+            run("p", "--overlay", "--output", tmp_path / "c.mp4")
+        assert signal.getsignal(number) == signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert stop.value.code == 128 + number
     assert files_below(tmp_path) == []
+
+
+def test_ignored_hangup_stays_ignored(stub, tmp_path: Path) -> None:
+    stub.on_chunk = lambda index: os.kill(os.getpid(), signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run("p", "--output", tmp_path / "c.mp4") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_finished_videos_survive_a_later_failure_and_are_skipped(stub, tmp_path: Path) -> None:
@@ -294,3 +329,137 @@ def test_suite_writes_official_names_apart_from_sidecars_and_resumes(stub, tmp_p
     (tmp_path / "videos" / videos[0]).unlink()
     assert run(*arguments) == 0
     assert len(stub.calls) == made + 1
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("blocked", "kind", "message"),
+    [
+        ("c.json", "folder", "it is a folder"),
+        ("c.mp4/x", "folder", "0000-p-seed0.mp4"),
+        ("overlay", "file", "it is a file, not a folder"),
+        ("overlay/c.mp4", "folder", "it is a folder"),
+        ("c.json", "file", "does not belong to a video"),
+    ],
+)
+def test_every_target_is_checked_before_the_model_is_loaded(
+    tmp_path: Path, blocked: str, kind: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = "c.mp4"
+    if blocked == "c.mp4/x":
+        output, blocked = "", "0000-p-seed0.mp4"
+    path = tmp_path / blocked
+    path.mkdir(parents=True) if kind == "folder" else path.write_text('{"notes": "mine"}')
+    assert run("p", "--overlay", "--memory", "sparse", "--output", tmp_path / output) == 2
+    assert message in one_line(capsys)
+    assert files_below(tmp_path) == ([blocked] if kind == "file" else [])
+
+
+@pytest.mark.usefixtures("stub")
+def test_replaced_video_keeps_neither_old_sidecar_nor_old_overlay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sparse_forcing.errors import OutputError
+    from sparse_forcing.sampling import generate
+
+    def full(*_: object) -> None:
+        raise OutputError("cannot write: full")
+
+    arguments = ("p", "--output", tmp_path / "c.mp4")
+    assert run(*arguments, "--overlay") == 0
+    assert files_below(tmp_path) == ["c.json", "c.mp4", "overlay/c.mp4"]
+    assert run(*arguments, "--seed", 1) == 0
+    assert files_below(tmp_path) == ["c.json", "c.mp4"]
+    monkeypatch.setattr(generate, "atomic_write_json", full)
+    assert run(*arguments, "--seed", 2) == 2
+    assert files_below(tmp_path) == ["c.mp4"]
+
+
+@pytest.mark.usefixtures("stub")
+def test_temporaries_of_a_killed_run_are_swept_from_every_folder(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "overlay"):
+        folder.mkdir(exist_ok=True)
+        (folder / ".sf-tmp-999999999-ab.mp4").write_bytes(b"x")
+    assert run("p", "--overlay", "--output", tmp_path / "c.mp4") == 0
+    assert files_below(tmp_path) == ["c.json", "c.mp4", "overlay/c.mp4"]
+
+
+@pytest.mark.usefixtures("stub")
+def test_wide_pictures_are_enlarged_no_further_than_a_video_goes(tmp_path: Path) -> None:
+    assert run("p", "--height", 16, "--width", 4096, "--num-frames", 1, "--output", tmp_path / "c.mp4") == 0
+    assert json.loads((tmp_path / "c.json").read_text())["scale"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--height", 512, "--width", 512, "--scale", 64], "--scale 64: pictures of 512x512"),
+        (["--overlay", "--persistent-blocks", 0], "--overlay shows persistent blocks"),
+        (["--seconds", 1e6], "at most 1000000"),
+    ],
+)
+def test_what_depends_on_the_model_is_checked_before_the_first_chunk(
+    stub, tmp_path: Path, flags: list[object], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("p", "--output", tmp_path / "new" / "c.mp4", *flags) == 2
+    assert message in one_line(capsys)
+    assert stub.calls == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_overlay_needs_a_memory_with_persistent_blocks(
+    stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparse_forcing.memory.config import MemoryConfig
+
+    monkeypatch.setattr(stub, "default_memory", MemoryConfig(kind="window"), raising=False)
+    assert run("p", "--overlay", "--output", tmp_path / "c.mp4") == 2
+    assert "this window memory keeps none" in one_line(capsys)
+
+
+def test_out_of_memory_names_the_size_and_the_flags_that_matter(
+    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(index: int) -> None:
+        raise MemoryError
+
+    stub.on_chunk = fail
+    assert run("p", "--output", tmp_path / "c.mp4") == 2
+    error = one_line(capsys)
+    assert "size 32x32, 16 frames, with --memory sparse" in error
+    assert "--persistent-blocks" in error
+    assert run("p", "--memory", "full", "--output", tmp_path / "c.mp4") == 2
+    assert "lower --num-frames" in one_line(capsys)
+
+
+def test_prompts_may_stand_anywhere(stub, tmp_path: Path) -> None:
+    assert run("one", "--num-frames", 8, "two", "--output", tmp_path, "three") == 0
+    assert [call["prompt"] for call in stub.calls] == ["one", "two", "three"]
+    assert run("--output", tmp_path, "--", "-x") == 0
+    assert stub.calls[-1]["prompt"] == "-x"
+
+
+def test_json_tells_of_finished_videos_when_a_later_one_fails(
+    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(index: int) -> None:
+        if len(stub.calls) == 2:
+            raise MemoryError
+
+    stub.on_chunk = fail
+    assert run("one", "two", "--json", "--output", tmp_path) == 2
+    assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == ["one"]
+
+
+def test_chunks_that_take_long_are_lines_where_there_is_no_terminal(
+    stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sparse_forcing.cli import progress
+
+    arguments = ("p", "--num-frames", 24, "--output", tmp_path / "c.mp4")
+    assert run(*arguments) == 0
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
+    assert run(*arguments) == 0
+    lines = [f"1/1 p: {done} of 24 frames" for done in (8, 16, 24)]
+    assert capsys.readouterr().err.splitlines() == lines

@@ -22,7 +22,7 @@ def read_start(config: GenerateConfig) -> np.ndarray | None:
 
 
 def start_arguments(config: GenerateConfig, start: np.ndarray | None, pipe: Any) -> dict[str, np.ndarray]:
-    """Arguments of `pipe.stream` for `start`, in [0, 1] and fitted to the size that is generated.
+    """Arguments of `pipe.stream` for `start`, uint8 and fitted to the size that is generated.
 
     Raises:
         ConfigError: the video is shorter than one chunk.
@@ -31,9 +31,9 @@ def start_arguments(config: GenerateConfig, start: np.ndarray | None, pipe: Any)
         return {}
     height, width = config.height or pipe.config.height, config.width or pipe.config.width
     if config.image is not None:
-        return {"image": fit(start, height, width)[0].astype(np.float32) / 255}
+        return {"image": fit(start, height, width)[0]}
     whole = pipe.geometry.whole_chunk_frames(len(start))
     if not whole:
         least = pipe.geometry.chunk_pixel_frames
         raise ConfigError(f"--video {config.video}: {len(start)} frames are less than one chunk of {least}")
-    return {"video": fit(start[-whole:], height, width).astype(np.float32) / 255}
+    return {"video": fit(start[-whole:], height, width)}

@@ -25,7 +25,7 @@ from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 
 StepCallback = Callable[[int, int, Tensor], None]
-"""Called after every network evaluation with (chunk, step, current latents of the chunk)."""
+"""Called after every denoising step with (chunk, step, latents [B, f, C, H, W] it led to); they are a copy."""
 
 
 class NoiseSource(Protocol):
@@ -126,6 +126,7 @@ def rollout(
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
         latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
+        network.report(latents)
         context = latents.detach()
         if training and training.context_noise:
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
@@ -152,7 +153,7 @@ class _Network:
         self.guidance_scale, self.training = guidance_scale, training
         with torch.no_grad():
             self.text_keys_values = model.encode_text(text)
-        self.index, self.start = 0, 0
+        self.index, self.start, self.step = 0, 0, 0
         self.callback: StepCallback | None = None
 
     def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
@@ -165,13 +166,18 @@ class _Network:
 
     def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
         """v of the current chunk x [B, f, C, H, W]."""
+        if step > 0:
+            self.report(x)  # what a step led to is what the next one starts from
+        self.step = step
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
-            flow = self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
+            return self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
+
+    def report(self, x: Tensor) -> None:
+        """Tell the callback what the last step led to: a copy, so that writing into it leaves the video alone."""
         if self.callback is not None:
-            self.callback(self.index, step, x)
-        return flow
+            self.callback(self.index, self.step, x.detach().clone())
 
     @torch.no_grad()
     def clean(self, x0: Tensor, timestep: float) -> None:

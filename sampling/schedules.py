@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,8 @@ class SamplerConfig:
             raise ConfigError(f"num_inference_steps: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {self.steps}")
         if self.step_list is not None and len(self.step_list) != self.steps:
             raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
-        if not self.guidance_scale >= 0:
-            raise ConfigError(f"guidance_scale: must not be negative, got {self.guidance_scale}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
 
 
 def few_step_timesteps(config: SamplerConfig) -> Tensor:

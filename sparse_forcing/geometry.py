@@ -71,9 +71,8 @@ class VideoGeometry:
         sizes: list[int] = []
         if start == 0 and self.first_chunk_frames and latent_frames > 0:
             sizes.append(self.first_chunk_frames)
-        while sum(sizes) < latent_frames:
-            sizes.append(self.chunk_frames)
-        return sizes
+        rest = max(0, latent_frames - sum(sizes))
+        return sizes + [self.chunk_frames] * math.ceil(rest / self.chunk_frames)
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent rows and columns of a `height` x `width` video; raises ConfigError when the size does not fit."""

@@ -7,12 +7,14 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,17 @@ from torch import Tensor
 
 from sparse_forcing.config import build_config
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import atomic_write_json, read_json
+from sparse_forcing.files import atomic_write_json, is_file, read_json
 from sparse_forcing.geometry import VideoGeometry
+from sparse_forcing.inputs import (
+    check_embeddings,
+    check_noise,
+    generator_list,
+    instance_of,
+    prompt_list,
+    start_frames,
+    whole_number,
+)
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
@@ -31,10 +42,11 @@ from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder, W
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
 from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.safe_load import check_safetensors
+from sparse_forcing.weights.parts import check_part, explained, load_part
 
 EMBEDDED_MODELS = Path(__file__).parent / "models"
 PIPELINE_FILE = "pipeline.json"
+MAX_FPS = 1000
 OUTPUT_TYPES = ("np", "pt", "latent")
 EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
 
@@ -58,6 +70,14 @@ class PipelineConfig:
     vae: str = "wan"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= MAX_FPS:
+            raise ConfigError(f"fps: above 0, at most {MAX_FPS}, got {self.fps}")
+        if min(self.height, self.width, self.num_frames) < 1:
+            raise ConfigError(
+                f"height, width and num_frames: at least 1, got {self.height}, {self.width} and {self.num_frames}"
+            )
 
 
 @dataclass(frozen=True)
@@ -140,11 +160,14 @@ class SparseForcingPipeline:
             WeightsError: unknown model, missing or damaged file.
         """
         folder = find_model(model)
-        digest = model_hash(folder)
+        with explained(folder):
+            digest = model_hash(folder)
         transformer = load_transformer(folder, torch_dtype)
         if text_encoder is None:
             text_encoder = load_text_encoder(folder, torch_dtype)
-        return cls(transformer, text_encoder, load_autoencoder(folder, torch_dtype), read_defaults(folder), digest)
+        vae, defaults = load_autoencoder(folder, torch_dtype), read_defaults(folder)
+        with explained(folder, "its parts do not fit together"):
+            return cls(transformer, text_encoder, vae, defaults, digest)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
@@ -165,6 +188,9 @@ class SparseForcingPipeline:
             unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
             if unknown:
                 warnings.warn(f"this model does not know: {', '.join(unknown[:8])}", stacklevel=2)
+            for prompt in prompts:
+                if prompt.strip() and not tokenizer.knows(prompt):
+                    warnings.warn(f"no word of {prompt[:50]!r} is known: the video will show anything", stacklevel=2)
             if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
                 warnings.warn(f"prompt cut to its first {tokenizer.text_len} words", stacklevel=2)
         return self.text_encoder.encode(prompts)
@@ -193,24 +219,33 @@ class SparseForcingPipeline:
         Args:
             num_frames: pixel frames to cover, those of `video` not counted.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
-            image, video: [H, W, 3] or [F, H, W, 3] in [0, 1] to continue from; they must fill whole chunks (an image
-                is held for one chunk).
+            image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
+                chunks (an image is held for one chunk).
             memory: kind of memory; the model's default when None.
+
+        Raises:
+            ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk.
         """
         config = self.config
         sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
-        latent_size = self.geometry.latent_size(
-            config.height if height is None else height, config.width if width is None else width
+        size = whole_number("height", height, config.height), whole_number("width", width, config.width)
+        latent_size = self.geometry.latent_size(*size)
+        memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
+        negative = (
+            config.negative_prompt if negative_prompt is None else instance_of("negative_prompt", negative_prompt, str)
         )
-        text = self._texts(prompt, prompt_embeds, num_videos_per_prompt)
-        initial = self._initial_latents(image, video, len(text))
+        chunks = self.geometry.chunks(
+            self.geometry.latent_frames(whole_number("num_frames", num_frames, config.num_frames))
+        )
+        start = start_frames(image, video, self.geometry, size)
+        text = self._texts(prompt, prompt_embeds, whole_number("num_videos_per_prompt", num_videos_per_prompt, 1))
+        shape = (len(text), sum(chunks), self.vae.latent_channels, *latent_size)
+        noise = self._noise(generator, latents, shape)
+        initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
-        num_frames = config.num_frames if num_frames is None else num_frames
-        chunks = self.geometry.chunks(self.geometry.latent_frames(num_frames))
-        state = self._empty_memory(memory or config.memory, latent_size, sum(chunks) + given)
+        state = self._empty_memory(memory, latent_size, sum(chunks) + given)
         unconditional = None
         if sampler.guidance_scale != 1.0:
-            negative = config.negative_prompt if negative_prompt is None else negative_prompt
             with torch.no_grad():
                 unconditional = self.text_encoder.encode([negative] * len(text)).to(text)
         parts = rollout(
@@ -218,7 +253,7 @@ class SparseForcingPipeline:
             text,
             chunks,
             state,
-            self._noise(generator, latents, len(text), (self.vae.latent_channels, *latent_size)),
+            noise,
             sampler,
             unconditional_text=unconditional,
             initial_latents=initial,
@@ -226,10 +261,16 @@ class SparseForcingPipeline:
             callback=callback_on_step_end,
         )
         single = isinstance(prompt, str) and num_videos_per_prompt == 1
-        yield from self._decode(parts, state, initial, single)
+        return self._decode(parts, state, initial, single)
 
     def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
         """A memory for videos of this size and length."""
+        trained = self.transformer.config.selector_tokens
+        if config.kind == "sparse" and trained and math.prod(config.tile) != trained:
+            raise ConfigError(
+                f"memory.tile (--tile): {' x '.join(map(str, config.tile))} is not a block of {trained} tokens, for "
+                "which this model's selector was trained"
+            )
         rows, cols = self.geometry.token_size(*latent_size)
         geometry = MemoryGeometry(
             rows=rows,
@@ -284,14 +325,13 @@ class SparseForcingPipeline:
         if repeats < 1:
             raise ConfigError(f"num_videos_per_prompt: at least 1, got {repeats}")
         if prompt_embeds is None:
-            prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
-            if not prompts:
-                raise ConfigError("prompt: the list is empty")
-            prompt_embeds = self.encode_prompt(prompts)
+            prompt_embeds = self.encode_prompt(prompt_list(prompt))
+        prompt_embeds = check_embeddings(prompt_embeds, self.transformer.config.text_dim)
         return prompt_embeds.to(self.device, self.dtype).repeat_interleave(repeats, 0)
 
-    def _noise(self, generator: Any, latents: Tensor | None, batch: int, shape: tuple[int, int, int]) -> NoiseSource:
-        generators = list(generator) if isinstance(generator, list | tuple) else None
+    def _noise(self, generator: Any, latents: Tensor | None, shape: tuple[int, int, int, int, int]) -> NoiseSource:
+        """Noise of latents `shape` [B, F, C, h, w], drawn chunk by chunk or given."""
+        batch, generators = shape[0], generator_list(generator)
         if generators is None:
             # One stream per sample: a sample's noise must not depend on how many others are generated with it.
             # One given generator is used as it is for one video, and seeds one of each video's own otherwise.
@@ -299,23 +339,15 @@ class SparseForcingPipeline:
             generators = [generator] if seeds is None else [torch.Generator().manual_seed(s) for s in seeds.tolist()]
         if len(generators) != batch:
             raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
-        seeded = SeededNoise(generators, shape, self.device, self.dtype)
-        return seeded if latents is None else _GivenNoise(latents.to(self.device, self.dtype), seeded)
+        seeded = SeededNoise(generators, shape[2:], self.device, self.dtype)
+        if latents is None:
+            return seeded
+        return _GivenNoise(check_noise(latents, shape).to(self.device, self.dtype), seeded)
 
-    def _initial_latents(self, image: Any, video: Any, batch: int) -> Tensor | None:
-        if image is not None and video is not None:
-            raise ConfigError("image and video: give one of them")
-        if image is None and video is None:
-            return None
-        least = self.geometry.chunk_pixel_frames
-        frames = np.repeat(np.asarray(image)[None], least, 0) if video is None else np.asarray(video)
-        whole = self.geometry.whole_chunk_frames(len(frames))
-        if frames.ndim != 4 or frames.shape[-1] != 3 or not whole or whole != len(frames):
-            raise ConfigError(
-                f"video: expected [F, H, W, 3] with F of whole chunks ({whole or least} for example), got "
-                f"{list(frames.shape)}"
-            )
-        pixels = torch.from_numpy(frames.astype(np.float32)).permute(3, 0, 1, 2)[None] * 2 - 1
+    @torch.no_grad()
+    def _initial_latents(self, frames: np.ndarray, batch: int) -> Tensor:
+        """Frames [F, H, W, 3] in [0, 1] as the latents [B, F, C, h, w] that every video starts with."""
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1
         latents = self.vae.encode(pixels.to(self.device))
         return latents.transpose(1, 2).to(self.dtype).expand(batch, -1, -1, -1, -1)
 
@@ -345,11 +377,8 @@ class _GivenNoise:
         self.latents, self.seeded, self.used = latents, seeded, 0
 
     def chunk(self, frames: int) -> Tensor:
-        part = self.latents[:, self.used : self.used + frames]
-        if part.shape[1] < frames:
-            raise ConfigError(f"latents: {self.latents.shape[1]} latent frames are fewer than the video needs")
         self.used += frames
-        return part
+        return self.latents[:, self.used - frames : self.used]
 
     def fresh(self, frames: int) -> Tensor:
         return self.seeded.fresh(frames)
@@ -357,12 +386,10 @@ class _GivenNoise:
 
 def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
     """The sampler with what the caller changed; a step list only fits its own length."""
-    changes: dict[str, Any] = {
-        name: v for name, v in (("steps", steps), ("guidance_scale", guidance_scale)) if v is not None
-    }
-    if steps is not None and steps != sampler.steps:
-        changes["step_list"] = None
-    return SamplerConfig(**{**asdict(sampler), **changes})
+    steps = whole_number("num_inference_steps", steps, sampler.steps)
+    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    steps_given = sampler.step_list if steps == sampler.steps else None
+    return replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
 
 
 def write_pipeline(
@@ -389,7 +416,7 @@ def _link_or_copy(source: str, target: str) -> str:
 def find_model(model: str) -> Path:
     """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
-        if (folder / PIPELINE_FILE).is_file() or (folder / "transformer" / "config.json").is_file():
+        if any(is_file(folder / name, WeightsError) for name in (PIPELINE_FILE, "transformer/config.json")):
             return folder
     known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     raise WeightsError(
@@ -409,14 +436,14 @@ def read_defaults(folder: Path) -> PipelineConfig:
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWanTransformer3DModel:
     """The transformer of a model folder. Raises WeightsError."""
-    return _load(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
+    return load_part(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> TextEncoder:
     """The text encoder of a model folder. Raises WeightsError."""
     if read_defaults(folder).text_encoder == "words":
-        return _load(WordTextEncoder, folder / "text_encoder", dtype or torch.float32)
-    _check_part(folder / "text_encoder")
+        return load_part(WordTextEncoder, folder / "text_encoder", dtype or torch.float32)
+    check_part(folder / "text_encoder")
     return UMT5TextEncoder.from_pretrained(folder, torch_dtype=dtype)
 
 
@@ -424,19 +451,5 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> VideoAut
     """The autoencoder of a model folder. Raises WeightsError."""
     kind = read_defaults(folder).vae
     if kind in EMBEDDED_AUTOENCODERS:
-        return _load(EMBEDDED_AUTOENCODERS[kind], folder / "vae", torch.float32)
-    _check_part(folder / "vae")
+        return load_part(EMBEDDED_AUTOENCODERS[kind], folder / "vae", torch.float32)
     return WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=dtype)
-
-
-def _check_part(folder: Path) -> None:
-    for path in folder.rglob("*.safetensors"):
-        check_safetensors(path)
-
-
-def _load(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-    _check_part(folder)
-    try:
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise WeightsError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

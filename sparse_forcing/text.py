@@ -17,6 +17,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.weights.parts import explained
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -49,7 +50,12 @@ class WordTokenizer:
         return re.findall(r"[a-z]+", prompt.lower())
 
     def unknown_words(self, prompt: str) -> list[str]:
-        return [word for word in self.words(prompt) if word not in self.ids]
+        """Words and numbers of any script, as they are written, that the vocabulary lacks."""
+        return [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in self.ids]
+
+    def knows(self, prompt: str) -> bool:
+        """Whether a single word of the prompt is in the vocabulary."""
+        return any(word in self.ids for word in self.words(prompt))
 
     def __call__(self, prompts: list[str]) -> Tensor:
         """[B, text_len] ids; longer prompts are cut."""
@@ -130,13 +136,19 @@ class UMT5TextEncoder(nn.Module):
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         folder = Path(folder)
-        try:
-            encoder = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", dtype=torch_dtype, local_files_only=True, use_safetensors=True
+        with explained(folder, "no readable umT5 encoder"):
+            encoder, info = UMT5EncoderModel.from_pretrained(
+                folder / "text_encoder",
+                dtype=torch_dtype,
+                local_files_only=True,
+                use_safetensors=True,
+                output_loading_info=True,
             )
+            if missing := sorted(info["missing_keys"]):  # transformers would make them up
+                raise WeightsError(
+                    f"{folder / 'text_encoder'}: does not fit the model; missing: {', '.join(missing[:5])}"
+                )
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"{folder}: no readable umT5 encoder ({str(error).splitlines()[0]})") from error
         return cls(encoder, tokenizer, text_len)
 
     @torch.no_grad()

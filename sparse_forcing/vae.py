@@ -15,7 +15,8 @@ from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
 
-from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.weights.parts import explained, load_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -211,13 +212,8 @@ class WanAutoencoder(nn.Module):
         """Load a local diffusers folder (the `vae` of a Wan folder). Raises WeightsError."""
         from diffusers import AutoencoderKLWan
 
-        try:
-            vae = AutoencoderKLWan.from_pretrained(
-                folder, torch_dtype=torch_dtype, local_files_only=True, use_safetensors=True
-            )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise WeightsError(f"{folder}: no readable autoencoder ({str(error).splitlines()[0]})") from error
-        return cls(vae)
+        with explained(folder):
+            return cls(load_part(AutoencoderKLWan, Path(folder), torch_dtype))
 
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from diffusers.configuration_utils import FrozenDict
+from PIL import Image
 
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
@@ -110,6 +115,47 @@ def test_a_video_or_an_image_is_continued(pipe):
         pipe(PROMPT, num_frames=8, video=video[:7])
 
 
+def test_bytes_and_pictures_are_scaled_to_the_range_of_floats(pipe):
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    expected = pipe(PROMPT, num_frames=8, generator=seeded(), image=pixels.astype(np.float32) / 255).frames
+    for image in (pixels, Image.fromarray(pixels)):
+        frames = pipe(PROMPT, num_frames=8, generator=seeded(), image=image).frames
+        np.testing.assert_array_equal(frames, expected)
+
+
+def test_callback_gets_a_copy_of_what_each_step_led_to(pipe):
+    expected = pipe(PROMPT, num_frames=16, generator=seeded(), output_type="latent").frames
+    seen = {}
+
+    def spoil(chunk, step, latents):
+        seen[chunk, step] = latents.clone()
+        latents.zero_()
+
+    result = pipe(PROMPT, num_frames=16, generator=seeded(), output_type="latent", callback_on_step_end=spoil).frames
+    assert list(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.cat([seen[0, 1], seen[1, 1]], 1), expected, rtol=0, atol=0)
+
+
+def test_a_million_frames_are_cut_into_chunks_at_once():
+    geometry = VideoGeometry(
+        temporal_stride=4, spatial_stride=8, first_frame_alone=False, chunk_frames=3, first_chunk_frames=1
+    )
+    assert geometry.chunks(1_000_000) == [1] + [3] * 333_333
+    assert geometry.chunks(5) == [1, 3, 3]
+    assert geometry.chunks(5, start=1) == [3, 3]
+    assert geometry.chunks(0) == []
+
+
+def test_tile_must_fit_a_learned_selector(pipe, monkeypatch):
+    monkeypatch.setattr(
+        pipe.transformer, "_internal_dict", FrozenDict({**pipe.transformer.config, "selector_tokens": 8})
+    )
+    memory = replace(pipe.default_memory, tile=(2, 2, 4))
+    with pytest.raises(ConfigError, match=r"--tile.*2 x 2 x 4 is not a block of 8 tokens"):
+        pipe.stream(PROMPT, memory=memory)
+
+
 def test_overlay_map_appears_with_the_first_persistent_block(pipe):
     maps = [chunk.persistent for chunk in pipe.stream(PROMPT, num_frames=40, generator=seeded())]
     assert maps[0] is None
@@ -135,6 +181,17 @@ def test_latents_and_tensors_on_request(pipe):
 def test_unknown_words_and_long_prompts_are_said(pipe):
     with pytest.warns(UserWarning, match="does not know: dragon"):
         pipe("a red dragon", num_frames=8)
+    for prompt, unknown in (
+        ("café red", "café"),
+        ("大きな ball 3", "3, 大きな"),
+        ("a RED_ball", None),
+        ("a 2d ball", "2d"),
+    ):
+        tokenizer = pipe.text_encoder.tokenizer
+        assert ", ".join(sorted(tokenizer.unknown_words(prompt))) == (unknown or "")
+    for prompt in ("大きな赤い円が右に動く", "🎈🎈 !!!"):
+        with pytest.warns(UserWarning, match=f"no word of '{prompt}' is known"):
+            pipe(prompt, num_frames=8)
     with pytest.warns(UserWarning, match="first 6 words"):
         pipe("a red ball a red ball a red ball", num_frames=8)
 
@@ -150,11 +207,42 @@ def test_unknown_words_and_long_prompts_are_said(pipe):
         ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale"),
         ({"prompt": PROMPT, "output_type": "gif"}, "output_type"),
         ({"prompt": PROMPT, "generator": [seeded(), seeded()]}, "generator"),
+        ({"prompt": [None]}, "prompt: expected str"),
+        ({"prompt": 5}, "prompt: expected text"),
+        ({"prompt": PROMPT, "negative_prompt": ["a"]}, "negative_prompt: expected str"),
+        ({"prompt": PROMPT, "memory": "window"}, "memory: expected MemoryConfig, got 'window'"),
+        ({"prompt": PROMPT, "generator": 5}, "generator: expected Generator, got 5"),
+        ({"prompt": PROMPT, "num_frames": 2.5}, "num_frames: expected a whole number, got 2.5"),
+        ({"prompt": PROMPT, "guidance_scale": "2"}, "guidance_scale: expected Real"),
+        ({"prompt": PROMPT, "guidance_scale": float("inf")}, "guidance_scale: a finite number"),
+        ({"prompt_embeds": torch.zeros(1, 6, 15)}, "prompt_embeds: expected floats of shape .B, T, 16."),
+        ({"prompt": PROMPT, "num_frames": 8, "latents": torch.zeros(1, 2, 11, 4, 4)}, r"latents: .*\[1, 2, 12, 4, 4\]"),
+        (
+            {"prompt": PROMPT, "num_frames": 16, "latents": torch.zeros(1, 3, 12, 4, 4)},
+            r"latents: .*\[1, 4, 12, 4, 4\]",
+        ),
+        ({"prompt": PROMPT, "image": np.zeros((24, 32, 3))}, "image: 32x24 pixels for a video of 32x32"),
+        ({"prompt": PROMPT, "image": np.full((32, 32, 3), np.nan)}, "image: values must lie in .0, 1., got nan"),
+        ({"prompt": PROMPT, "image": np.full((32, 32, 3), 255.0)}, "image: values must lie in .0, 1., got 255"),
+        ({"prompt": PROMPT, "video": np.zeros((8, 32, 32, 3), np.int64)}, "video: expected uint8 or floats"),
+        ({"prompt": PROMPT, "video": [[1], [1, 2]]}, "video: not an array"),
+        ({"prompt": PROMPT, "image": np.zeros((32, 32))}, "image: expected .H, W, 3., got .32, 32."),
     ],
 )
-def test_bad_arguments_are_one_clear_error(pipe, arguments, word):
+def test_bad_arguments_are_one_clear_error_at_once(pipe, arguments, word):
     with pytest.raises(ConfigError, match=word):
         pipe(**arguments)
+    if "output_type" not in arguments:
+        with pytest.raises(ConfigError, match=word):
+            pipe.stream(**{"prompt": None, **arguments})  # before the first chunk is asked for
+
+
+@pytest.mark.parametrize(
+    "changes", [{"fps": 0.0}, {"fps": -8.0}, {"fps": float("nan")}, {"height": 0}, {"num_frames": -1}]
+)
+def test_impossible_defaults_are_refused(changes):
+    with pytest.raises(ConfigError, match=next(iter(changes))):
+        PipelineConfig(**changes)
 
 
 def test_saved_folder_loads_and_generates_the_same(pipe, tmp_path):

@@ -1,0 +1,62 @@
+"""One part of a model folder, loaded only if its tensors are exactly those of the model that its config describes.
+
+diffusers fills what a file lacks with nothing at all and ignores what it has beside; here both are errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import WeightsError
+from sparse_forcing.files import PathLike
+from sparse_forcing.weights.safe_load import check_safetensors, check_state_dict
+
+_INTEGERS = ("I", "U", "BOOL")  # how the safetensors names of types without fractions begin
+
+
+@contextmanager
+def explained(source: PathLike, what: str = "cannot be loaded") -> Iterator[None]:
+    """What reading a model and its config may raise becomes a WeightsError of one line that names `source`."""
+    try:
+        yield
+    except WeightsError:
+        raise
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"{source}: {what} ({reason:.300})") from error
+
+
+def check_part(folder: Path) -> dict[str, Tensor]:
+    """Tensors of all safetensors files of a folder without their data (device meta), from headers that are sound.
+
+    Raises:
+        WeightsError: a file is cut or damaged.
+    """
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        for name, (dtype, shape) in check_safetensors(path).items():
+            kind = torch.int32 if dtype.startswith(_INTEGERS) else torch.float32
+            found[name] = torch.empty(shape, dtype=kind, device="meta")
+    return found
+
+
+def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
+    """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored.
+
+    Raises:
+        WeightsError: the config or a file cannot be read, or tensors are missing, surplus or of another shape or kind.
+    """
+    found = check_part(folder)
+    with explained(folder):
+        config = cls.load_config(folder, local_files_only=True)
+        with torch.device("meta"):
+            expected = cls.from_config(config).state_dict()
+        if found:  # without any file the loader says which one it looked for
+            check_state_dict(expected, found, source=str(folder))
+        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()

@@ -182,20 +182,22 @@ def _dense_tokens(memory: MemoryConfig, work: Work, chunk_frames: int) -> int:
 
 
 def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: int) -> int:
-    """A sparse memory has a pool of blocks, and so has a pass that is computed again, until its gradients are done.
-    Finished chunks are kept beside it once. Where gradients go through the cache, each pass has a pool of its own
-    instead, and the pool has gradients. A backward pass rebuilds the pool of one layer at a time, and its gradients."""
+    """Finished chunks are kept once; every pass makes a pool of blocks of them, for one layer at a time, its backward
+    pass one more (after the pass itself, with checkpointing) and its gradients. Where gradients go through the cache,
+    each pass keeps a pool of its own instead, and with checkpointing there is that of the pass computed again."""
     geometry = MemoryGeometry(
         rows=work.rows, cols=work.cols, num_layers=0, chunk_frames=chunk_frames, horizon_frames=work.frames
     )
     sizes = SparseMemory(memory, geometry)
-    blocks, at_once = (1 + work.checkpointing) * sizes.num_slots, 2 * sizes.num_slots
+    at_once = (2 + work.checkpointing) * sizes.num_slots
     if work.cache_gradient == "detached":
         windows = [frames // chunk_frames for frames in work.windows or (work.frames,)]
-        blocks += history_blocks(windows, sizes.layout.num_blocks, sizes.num_slots)
+        blocks = history_blocks(windows, sizes.layout.num_blocks, sizes.num_slots)
     else:
-        blocks += ((work.frames + work.context_frames) // chunk_frames + 1) * sizes.num_slots
-        at_once += sizes.num_slots
+        passes = (work.frames + work.context_frames) // chunk_frames
+        merged = 2 if work.cache_gradient == "straight_through" else 0  # what clean passes leave, and its gradients
+        pools = passes + merged + work.checkpointing
+        blocks, at_once = pools * sizes.num_slots, 3 * sizes.num_slots
     return (layers * blocks + at_once) * sizes.layout.block_tokens
 
 
@@ -237,11 +239,10 @@ def estimate_distillation(
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
     at_once = replace(work, memory=None, context_frames=score_context)
-    graphs = [_graph_bytes(generator, work)]
-    if real_passes:
-        graphs += [_graph_bytes(critic, at_once)]
-        graphs += [_graph_bytes(teacher, at_once, frozen=True)] * real_passes
-    left, again = zip(*graphs)
+    left, again = _graph_bytes(generator, work)
+    if real_passes:  # whose gradients are taken before those of the rollout
+        scores = [_graph_bytes(critic, at_once), *[_graph_bytes(teacher, at_once, frozen=True)] * real_passes]
+        again = max(again, sum(kept for kept, _ in scores) + max(more for _, more in scores))
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
         gradients=max(trained) // shards * _STATE_BYTES,
@@ -250,7 +251,7 @@ def estimate_distillation(
         frozen=parameter_count(teacher) // shards * _STATE_BYTES,
         encoders=encoders,
         cache=cache_bytes(generator, work),
-        activations=max(sum(left) + max(again), activation_bytes(critic, at_once)),
+        activations=max(left + again, activation_bytes(critic, at_once)),
     )
 
 

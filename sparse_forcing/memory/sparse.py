@@ -247,8 +247,6 @@ class SparseMemory(RolloutMemory):
             delta = moved - state.position
             if state.history is None:
                 state.keys = shift_time(state.keys, delta[..., None])
-            else:
-                state.keys = rebuild(state.history.keys, state.history.place, state.history.moved(moved))
             state.representatives = shift_time(state.representatives, delta)
             state.position = moved
 
@@ -280,6 +278,8 @@ class SparseMemory(RolloutMemory):
             self.observer(layer, queries, *self._window_mass(state, queries))
         if clean:
             self._finish(layer, state, pooled, own_slots, new)
+        if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
+            state.keys = state.values = keys.new_empty(0)
         return out
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
@@ -329,7 +329,7 @@ class SparseMemory(RolloutMemory):
             if state.history.blocks > HISTORY_POOLS * self.num_slots:
                 slots = torch.arange(self.num_slots, device=own_slots.device).expand_as(state.position)
                 fresh = BlockHistory(place=slots.int(), kept_at=state.position)
-                state.history = fresh.with_chunk(state.keys.clone(), state.values.clone())
+                state.history = fresh.with_chunk(state.keys, state.values)
 
     def _coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool) -> Tensor:
         """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory.
@@ -406,9 +406,6 @@ class SparseMemory(RolloutMemory):
         assert isinstance(twin, SparseMemory)
         twin.replays, self.chosen = True, {}
         twin.chosen = self.chosen
-        if self.cache_gradient == "detached":  # pools are written in place; the twin makes its own from the history
-            nothing = torch.empty(0)
-            twin.layers = [state and replace(state, keys=nothing, values=nothing) for state in self.layers]
         return twin
 
     def _write(self, state: SparseLayer, slots: Tensor, blocks: dict[str, Tensor]) -> None:
@@ -453,7 +450,7 @@ class SparseMemory(RolloutMemory):
         return state
 
     def _rebuild_pools(self, state: SparseLayer, keys: Tensor) -> None:
-        """Pools of a snapshot, except for the current chunk's slots, which the pass is about to fill."""
+        """The pools as the history tells them, but for the current chunk's slots, which the pass is about to fill."""
         assert state.history is not None
         b, h, _, t, d = keys.shape
         if not state.history.blocks:

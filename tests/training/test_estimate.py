@@ -117,7 +117,7 @@ def test_gradients_through_the_scores_are_counted() -> None:
 
 @pytest.mark.parametrize("windows", [(6,), (6, 4, 4, 4, 4, 4)])
 def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None:
-    """Keys and values of the pool, of the history, and of what passes of the same window have read of it."""
+    """Keys and values of the history, of what passes of the same window have read of it, and the pool of one pass."""
     config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "chunk_frames": 2}
     small = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, top_k=0.5)
     geometry = MemoryGeometry(rows=4, cols=4, num_layers=1, chunk_frames=2, horizon_frames=6)
@@ -133,13 +133,13 @@ def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None
                 memory.clean_pass().attend(0, *tokens)
             layer = memory.layers[0]
             kept = {x.untyped_storage()._cdata: x for h in (*read, layer.history) for x in (*h.keys, *h.values)}
-            most = max(most, nbytes([layer.keys, layer.values, *kept.values()]))
+            most = max(most, nbytes(kept.values()))
+            assert nbytes([layer.keys, layer.values]) == 0
     work = Work(
         frames=6, rows=4, cols=4, memory=small, windows=windows, text_len=16, number_bytes=4, checkpointing=False
     )
-    pool = nbytes([layer.keys, layer.values])
+    pool = memory.num_slots * nbytes([key[:, :, :1] for key in layer.history.keys[:1] for _ in range(2)])
     assert cache_bytes(config, work) == most + 2 * pool  # a backward pass rebuilds it, and has its gradients
-    assert cache_bytes(config, replace(work, checkpointing=True)) == most + 3 * pool
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -227,8 +227,7 @@ def test_doctor_answers_for_every_config(path: Path, capsys: pytest.CaptureFixtu
         assert config.loop.gradient_checkpointing
         assert answer["processes"] == (config.loop.processes or 1)
         assert any("is not here" in note for note in answer["notes"])
-        limit = 80 if "1.3b" in path.stem else 141  # GB of the GPUs they are meant for
-        assert answer["total"] < limit * 10**9
+        assert answer["total"] < 80 * 10**9
 
 
 def test_a_stage_is_guessed_from_what_only_it_takes(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from sparse_forcing.sampling.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, Gen
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
 
+_TOO_LARGE = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")  # of torch
 WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
 
 
@@ -95,8 +96,7 @@ def explained_out_of_memory(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = str(error)
-        if not (isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text):
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _TOO_LARGE)):
             raise
         kind = settings.memory.kind
         grows = ("persistent_blocks", "window_frames", "tile")

@@ -55,13 +55,13 @@ def read_prompts(path: PathLike) -> list[str]:
         raise ConfigError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a list of prompts?")
+    if max(data.count(end) for end in (b"\n", b"\r")) >= MAX_FILE_LINES:
+        raise ConfigError(f"{path}: more than {MAX_FILE_LINES} lines; is this a list of prompts?")
     try:
         lines = _LINE_END.split(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         line = len(_LINE_END.split(data[: error.start].decode("utf-8", "replace")))
         raise ConfigError(f"{path} line {line}: not UTF-8 text") from error
-    if len(lines) > MAX_FILE_LINES:
-        raise ConfigError(f"{path}: more than {MAX_FILE_LINES} lines; is this a list of prompts?")
     prompts = [check_prompt(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:
         raise ConfigError(f"{path}: contains no prompts; write one a line")

@@ -277,3 +277,5 @@ def test_a_flipped_bit_or_a_missing_file_is_named(pipe, tmp_path):
 def test_unknown_model_lists_the_known_ones():
     with pytest.raises(WeightsError, match="not an embedded model"):
         SparseForcingPipeline.from_pretrained("wan-2000")
+    with pytest.raises(WeightsError, match="File name too long"):
+        SparseForcingPipeline.from_pretrained("n" * 300)

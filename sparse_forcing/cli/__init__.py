@@ -1,7 +1,7 @@
 """The command line: one module for each command, imported only when that command runs, so that `--help` is fast.
 
 A command module has `add_arguments(parser)` and `run(arguments) -> exit code`. Exit codes: 0 done, 1 done but something
-failed (see the command), 2 bad input (one line on stderr), 130 interrupted, 143 terminated.
+failed (see the command), 2 bad input (one line on stderr), 130 interrupted, 129 hung up, 143 terminated.
 """
 
 from __future__ import annotations

@@ -417,18 +417,18 @@ def test_overlay_needs_a_memory_with_persistent_blocks(
     assert "this window memory keeps none" in one_line(capsys)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("Storage size calculation overflowed with sizes=[9]")])
 def test_out_of_memory_names_the_size_and_the_flags_that_matter(
-    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stub, tmp_path: Path, error: Exception, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail(index: int) -> None:
         raise error
 
     stub.on_chunk = fail
-    for error in (MemoryError(), RuntimeError("Storage size calculation overflowed with sizes=[9, 9]")):
-        assert run("p", "--output", tmp_path / "c.mp4") == 2
-        message = one_line(capsys)
-        assert "size 32x32, 16 frames, with --memory sparse" in message
-        assert "--persistent-blocks" in message
+    assert run("p", "--output", tmp_path / "c.mp4") == 2
+    message = one_line(capsys)
+    assert "size 32x32, 16 frames, with --memory sparse" in message
+    assert "--persistent-blocks" in message
     assert run("p", "--memory", "full", "--output", tmp_path / "c.mp4") == 2
     assert "lower --num-frames" in one_line(capsys)
 

@@ -336,6 +336,7 @@ class SparseMemory(RolloutMemory):
 
         again: compute it once more in the backward pass instead of keeping what it computes with.
         """
+        assert state.value_representatives is not None
         slots = torch.cat([state.persistent, state.window], 2)
         inputs = layer, pooled_queries, state.representatives, state.value_representatives, slots
         if again:

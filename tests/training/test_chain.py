@@ -46,7 +46,16 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
     train("forcing", "tiny-teacher.yaml", teacher, 2, model=model_folder, weighting="schedule")
     forced = {"model": model_folder, "weighting": "schedule"}
     if kind == "full":
-        train("forcing", "tiny-sparse-start.yaml", tmp_path / "diffusion", 1, **forced, **memory, mode="diffusion")
+        train(
+            "forcing",
+            "tiny-sparse-start.yaml",
+            tmp_path / "diffusion",
+            1,
+            **forced,
+            **memory,
+            **selector,
+            mode="diffusion",
+        )
     train("forcing", "tiny-sparse-start.yaml", start, 1, **forced, **memory, **selector)
     train("forcing", "tiny-sparse-start.yaml", start, 2, **forced, **memory, **selector)  # resumed
 

@@ -15,7 +15,7 @@ import torch
 from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
+from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
@@ -30,7 +30,6 @@ TINY = PipelineConfig(
     width=64,
     num_frames=CLIP_FRAMES,
     text_encoder="words",
-    vae="token",
     sampler=SamplerConfig(kind="euler", steps=4, shift=4.0, guidance_scale=3.0),
     memory=MemoryConfig(kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
 )
@@ -44,7 +43,8 @@ def trained_pipeline(run: Path, config: PretrainConfig) -> SparseForcingPipeline
         raise WeightsError(f"{run}: no complete checkpoint")
     ema.copy_to(model)
     model.eval()
-    return SparseForcingPipeline(model.transformer, model.text_encoder, vae, TINY)
+    kind = next(name for name, autoencoder in EMBEDDED_AUTOENCODERS.items() if isinstance(vae, autoencoder))
+    return SparseForcingPipeline(model.transformer, model.text_encoder, vae, replace(TINY, vae=kind))
 
 
 def with_autoencoder(config: PretrainConfig, folder: str) -> PretrainConfig:

@@ -381,6 +381,7 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
     assert not [name for name in pipe.transformer.state_dict() if "_head" in name]
     again = export.trained(tmp_path / "model", None, None)  # a student's folder is exported the same way
     assert again.transformer.state_dict().keys() == pipe.transformer.state_dict().keys()
+    assert differences(again.vae.state_dict(), pipe.vae.state_dict()) == []
     with pytest.raises(ConfigError, match="needs --config"):
         export.trained(tmp_path / "run", None, None)
     with pytest.raises(ConfigError, match="finished model"):

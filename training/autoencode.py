@@ -197,8 +197,9 @@ def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) ->
     step, window = (resume or Resume()).load(out, parts, config), []
     forget_beyond(out / "metrics.jsonl", step)
     saved = began = time.monotonic()
+    stopping = False
     with StopRequest() as stop:
-        while step < config.steps and not stop.requested():
+        while step < config.steps and not stopping:
             losses = step_losses(config, vae, old, step)
             optimizer.zero_grad(set_to_none=True)
             losses.total.backward()
@@ -215,7 +216,8 @@ def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) ->
                 psnr = 10 * math.log10(4 / means["error"])
                 print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
                 window, began = [], time.monotonic()
-            if step == config.steps or stop.requested() or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            stopping = stop.requested()
+            if step == config.steps or stopping or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save_checkpoint(out, step, parts, asdict(config))
                 saved = time.monotonic()
     if step < config.steps:

@@ -135,7 +135,7 @@ def save_checkpoint(
             _commit(temporary, final, {"step": step, "processes": world_size(), "config": config})
     saving.agree(str(final))
     if rank() == 0:
-        _prune(out, max(keep, 2))
+        _prune(final, max(keep, 2))
     barrier()
     return final
 
@@ -155,9 +155,13 @@ def _write_manifest(path: Path, manifest: dict[str, Any]) -> None:
         _flush(file)
 
 
-def _prune(out: Path, keep: int) -> None:
-    """Remove all that is older than the newest `keep` complete checkpoints, and what interrupted saves left."""
-    folders = sorted(out.glob("step-*"), reverse=True)
+def _prune(final: Path, keep: int) -> None:
+    """Remove all that is older than the `keep` complete checkpoints up to `final`, and what interrupted saves left.
+
+    Later ones, damaged or of a course that was given up, do not count.
+    """
+    out = final.parent
+    folders = sorted((folder for folder in out.glob("step-*") if folder.name <= final.name), reverse=True)
     kept = [folder for folder in folders if (folder / _MANIFEST).is_file()][:keep]
     for old in [*(folder for folder in folders if folder < kept[-1]), *out.glob(f"{_TEMPORARY}*")]:
         try:
@@ -276,9 +280,15 @@ def _cut(state: dict[str, Any], part: Stateful) -> dict[str, Any]:
         parameters = [p for group in part.param_groups for p in group["params"]]
         # Copied, as an optimizer keeps what it is given: its state must not hang on a file that will be pruned.
         cut = {i: {k: _copy(shard_like(v, parameters[i])) for k, v in s.items()} for i, s in state["state"].items()}
-        return {**state, "state": cut}
+        return {"state": cut, "param_groups": _own_settings(state["param_groups"], part)}
     own = part.state_dict() if isinstance(part, nn.Module) or hasattr(part, "shadow") else {}
     return {name: shard_like(value, own.get(name)) for name, value in state.items()}
+
+
+def _own_settings(saved: list[dict[str, Any]], optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """The saved groups with the settings of this run, which may have been changed on purpose (`--allow-changes`)."""
+    own = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
+    return [{**a, **b} for a, b in zip(saved, own)] if len(own) == len(saved) else saved
 
 
 def _copy(value: Any) -> Any:

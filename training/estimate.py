@@ -8,6 +8,7 @@ whole at the time is among the activations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -96,8 +97,11 @@ def parameter_count(config: dict[str, Any]) -> int:
 
 
 def trained_count(config: dict[str, Any], lora: LoraConfig | None) -> int:
-    """Parameters of a network that train: all, or those of its adapters."""
-    return parameter_count(config) if lora is None else lora.parameter_count(on_meta(config))
+    """Parameters of a network that train: all, or those of its adapters and selectors."""
+    if lora is None:
+        return parameter_count(config)
+    selectors = sum(p.numel() for name, p in on_meta(config).named_parameters() if ".selector." in name)
+    return lora.parameter_count(on_meta(config)) + selectors
 
 
 class _Dense:
@@ -295,15 +299,18 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     text = 0 if config.data.kind == "shards" and config.data.stored_text else model.text_bytes // shards
     options: dict[str, Any] = {"shards": shards, "encoders": text + model.autoencoder_bytes, "lora": config.lora}
     work, notes = _work(config, model), list(model.notes)
-    if work.memory and work.memory.kind == "sparse" and _has_selector(config, model):
+    trained = model.transformer
+    if getattr(config, "learned_selector", False) and not trained.get("selector_tokens"):
+        trained = {**trained, "selector_tokens": math.prod((config.memory or model.memory).tile)}
+    if work.memory and work.memory.kind == "sparse" and trained.get("selector_tokens"):
         notes.append("what the learned selector's own arithmetic keeps is not counted")
     if not isinstance(config, DistillConfig):
         guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
-        return estimate_one_network(model.transformer, work, guided=guided, **options), notes
+        return estimate_one_network(trained, work, guided=guided, **options), notes
     teacher = model_sizes(config.teacher)
     critic = {"teacher": teacher, "model": model}.get(config.critic_start) or model_sizes(config.critic_start)
     estimate = estimate_distillation(
-        model.transformer,
+        trained,
         critic.transformer,
         teacher.transformer,
         work,
@@ -313,10 +320,6 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         **options,
     )
     return estimate, list(dict.fromkeys([*notes, *teacher.notes, *critic.notes]))
-
-
-def _has_selector(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> bool:
-    return bool(getattr(config, "learned_selector", False) or model.transformer.get("selector_tokens"))
 
 
 def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:

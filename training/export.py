@@ -30,6 +30,7 @@ TINY = PipelineConfig(
     width=64,
     num_frames=CLIP_FRAMES,
     text_encoder="words",
+    vae="token",
     sampler=SamplerConfig(kind="euler", steps=4, shift=4.0, guidance_scale=3.0),
     memory=MemoryConfig(kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
 )

@@ -125,7 +125,10 @@ def merged(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
 
 
 def save_adapters(folder: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Write the adapters alone in peft's format: adapter_config.json and adapter_model.safetensors."""
+    """Write the adapters alone in peft's format: adapter_config.json and adapter_model.safetensors.
+
+    A learned selector is no adapter: it is in the merged model only.
+    """
     import peft
 
     folder.mkdir(parents=True, exist_ok=True)

@@ -372,13 +372,15 @@ def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) ->
     total = sum(stage.steps for stage in config.stages)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {total}", flush=True)
     saved, progress = time.monotonic(), Progress(out, total)
+    stopping = False
     with StopRequest() as stop:
-        while step < total and not stop.requested():
+        while step < total and not stopping:
             progress.add(train_step(model, optimizers, ema, vae, config, step))
             step += 1
             if step % 50 == 0 or step == total:
                 progress.report(step)
-            if step == total or stop.requested() or time.monotonic() - saved > 60 * config.checkpoint_minutes:
+            stopping = stop.requested()
+            if step == total or stopping or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
                 saved = time.monotonic()
-    return 0 if step == total else STOPPED
+    return STOPPED if step < total else 0

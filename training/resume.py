@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import atomic_write_text
 from sparse_forcing.training.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest
 from sparse_forcing.training.parallel import from_first, rank
 
@@ -23,12 +24,16 @@ FREE = frozenset(
 """Settings that say how long and on which machine a run trains and what it tells, not what it learns."""
 
 
+_ORIGIN = "resumed-from.txt"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Resume:
     """How a run goes on.
 
     Args:
-        checkpoint: folder `step-N` of any run to go on from; None: the newest complete one of the output folder.
+        checkpoint: folder `step-N` of any run to go on from; None: the newest complete one of the output folder. Once
+            the output folder has later ones of this course, the newest of those, so that the same command resumes.
         allow_changes: go on with settings other than the checkpoint's; they are named in a warning.
     """
 
@@ -46,21 +51,39 @@ class Resume:
             ConfigError: the settings differ, or a checkpoint was named and `out` has checkpoints of its own.
             WeightsError: the named checkpoint is incomplete or damaged, or does not fit.
         """
-        found = newest_checkpoint(out) if self.checkpoint is None else self._named(out, self.checkpoint)
+        if self.checkpoint is None or from_first(lambda: self._went_on_from(out)):
+            found = newest_checkpoint(out)
+        else:
+            found = self._named(out, self.checkpoint)
         if found is None:
             return 0
         folder, manifest = found
         self._compare(folder, manifest, config)
         return load_checkpoint(folder, parts, manifest=manifest, **options)
 
+    def _went_on_from(self, out: Path) -> bool:
+        """Whether the checkpoints of `out` are later ones of a run that began with this very `--resume-from`."""
+        origin = out / _ORIGIN
+        known = origin.is_file() and any(out.glob("step-*"))
+        return known and origin.read_text(encoding="utf-8") == str(self._origin())
+
+    def _origin(self) -> Path:
+        assert self.checkpoint is not None
+        return self.checkpoint.resolve()
+
     def _named(self, out: Path, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
-        if any(out.glob("step-*")):
-            # Otherwise its newer checkpoints would be taken for later ones of this run.
-            raise ConfigError(
-                f"--resume-from {checkpoint}: {out} has checkpoints of its own; choose another --output, or leave "
-                "--resume-from out to go on from the newest of them"
-            )
-        return checkpoint, from_first(lambda: read_manifest(checkpoint))
+        def read() -> tuple[Path, dict[str, Any]]:
+            if any(out.glob("step-*")):
+                # Otherwise its newer checkpoints would be taken for later ones of this run.
+                raise ConfigError(
+                    f"--resume-from {checkpoint}: {out} has checkpoints of its own; choose another --output, or leave "
+                    "--resume-from out to go on from the newest of them"
+                )
+            manifest = read_manifest(checkpoint)
+            atomic_write_text(out / _ORIGIN, str(self._origin()))
+            return checkpoint, manifest
+
+        return from_first(read)
 
     def _compare(self, folder: Path, manifest: dict[str, Any], config: Any) -> None:
         changes = list(changed_settings(manifest.get("config", {}), config))

@@ -109,7 +109,9 @@ def test_worker_that_dies_or_hangs_is_named_and_none_is_left(
     assert main(["data", "clips", str(clips), "--num-clips", "1", "--num-frames", "8", "--size", "32"]) == 0
 
     def once_begun(pending: Any, timeout: float, when: str) -> Any:
+        deadline = time.monotonic() + 120
         while (end := writing_end(pipe)) is None:
+            assert time.monotonic() < deadline, "no worker began"
             time.sleep(0.1)
         ends.append(end)
         if fault == "dies":

@@ -14,7 +14,7 @@ from sparse_forcing.cli import main
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.training.autoencode import AutoencoderConfig
-from sparse_forcing.training.checkpoint import newest_checkpoint, save_checkpoint
+from sparse_forcing.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.distill import DistillConfig
 from sparse_forcing.training.forcing import ForcingConfig, train
@@ -124,6 +124,25 @@ def test_a_named_checkpoint_starts_a_new_folder_and_is_never_skipped(saved: Path
         Resume(checkpoint=saved / "step-00000009").load(tmp_path / "new", {"part": part}, Plain())
     with pytest.warns(UserWarning, match="skipping"):
         assert newest_checkpoint(saved) is None
+
+
+def test_a_run_from_a_named_checkpoint_is_resumed_by_the_same_command(saved: Path, tmp_path: Path) -> None:
+    out, named = tmp_path / "new", Resume(checkpoint=saved / "step-00000002")
+    assert named.load(out, {"part": Part()}, Plain()) == 2
+    save_checkpoint(out, 3, {"part": Part()}, to_plain(Plain()))
+    assert named.load(out, {"part": Part()}, Plain()) == 3
+    with pytest.raises(ConfigError, match="has checkpoints of its own"):
+        Resume(checkpoint=saved / "step-00000009").load(out, {"part": Part()}, Plain())
+
+
+def test_an_optimizer_goes_on_with_settings_that_were_changed_on_purpose(tmp_path: Path) -> None:
+    def optimizer(decay: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=0.5, weight_decay=decay)
+
+    save_checkpoint(tmp_path, 1, {"optimizer": optimizer(0.1)}, {})
+    other = optimizer(0.2)
+    load_checkpoint(tmp_path / "step-00000001", {"optimizer": other})
+    assert other.param_groups[0]["weight_decay"] == 0.2
 
 
 def test_a_stage_goes_on_from_a_named_checkpoint_as_if_it_were_its_own(tmp_path: Path, model_folder: Path) -> None:

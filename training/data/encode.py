@@ -128,7 +128,7 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
         progress=say,
     )  # fmt: skip
-    bad, budget = len(refused_samples(out)), config.data.max_bad_samples
+    bad, budget = len(set(refused_samples(out))), config.data.max_bad_samples
     if bad > budget:  # found by several processes at the same time, each of which was within the budget
         raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")
     return written

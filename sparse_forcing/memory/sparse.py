@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -227,18 +226,28 @@ class SparseMemory(RolloutMemory):
             return pooled
         return _map(pooled, getattr(self.selectors[layer], f"{side}_projection"))
 
-    def _pool(self, layout: TileLayout, layer: int, tokens: Tensor, side: str) -> Tensor:
-        """[B, H, n, D] pooled blocks of tokens [B, L, H, D]."""
-        blocks = layout.to_blocks(tokens)
+    def _pool(self, layout: TileLayout, layer: int, blocks: Tensor, side: str) -> Tensor:
+        """[B, H, n, D] pooled blocks [B, H, n, T, D]."""
         weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
         sizes = None if layout.uniform else layout.on(blocks.device).sizes
         if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
             blocks = blocks.detach()
         return pool_blocks(blocks, sizes, weights)
 
-    def _pool_again(self, layout: TileLayout, layer: int, tokens: Tensor, side: str) -> Tensor:
-        """The same, and once more in the backward pass: attention keeps the tokens, nothing else keeps their blocks."""
-        return checkpoint(self._pool, layout, layer, tokens, side, use_reentrant=False, preserve_rng_state=False)
+    def _pool_own(self, layer: int, tokens: Tensor, blocks: Tensor, side: str, *, again: bool) -> Tensor:
+        """[B, H, n, D] the chunk's pooled blocks [B, H, n, T, D].
+
+        again: cut and pool its tokens [B, L, H, D], which attention keeps anyway, once more in the backward pass, so
+            that nothing keeps the blocks.
+        """
+        layout = self.layout  # that of a later chunk may be another
+        if not again:
+            return self._pool(layout, layer, blocks, side)
+
+        def pool(tokens: Tensor) -> Tensor:
+            return self._pool(layout, layer, layout.to_blocks(tokens), side)
+
+        return checkpoint(pool, tokens, use_reentrant=False, preserve_rng_state=False)
 
     def _move_positions(self, frames: int) -> None:
         self.shifted = True
@@ -255,13 +264,14 @@ class SparseMemory(RolloutMemory):
         state = self._room(layer, keys)
         own_slots = self._own_slots(state)
         rebuilt = state.history is not None and torch.is_grad_enabled() and not clean
-        pool = partial(self._pool_again if rebuilt and self.selectors is not None else self._pool, self.layout, layer)
-        new = {"keys": keys, "values": values, "representatives": pool(key, "key")}
+        again = rebuilt and self.selectors is not None
+        pooled_keys = self._pool_own(layer, key, keys, "key", again=again)
+        new = {"keys": keys, "values": values, "representatives": pooled_keys}
         if self.selectors is not None:
-            new["value_representatives"] = self._pool(self.layout, layer, value, "value")
+            new["value_representatives"] = self._pool(self.layout, layer, values, "value")
         self._write(state, own_slots, new)
 
-        pooled = pool(query, "query")
+        pooled = self._pool_own(layer, query, queries, "query", again=again)
         index = self._block_index(layer, state, pooled)
         if rebuilt:
             assert state.history is not None

@@ -78,7 +78,9 @@ def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model
         assert code == 0, output
         assert len(list((tmp_path / name / "samples").glob("*.mp4"))) == 2
     for a, b in zip(losses(tmp_path / "replicate"), losses(tmp_path / "fsdp"), strict=True):
-        assert a == pytest.approx(b, rel=0.05, abs=1e-3)
+        assert a["critic_loss"] == pytest.approx(b["critic_loss"], rel=0.01)
+        norms = [{name: x for name, x in row.items() if name.endswith("gradient_norm")} for row in (a, b)]
+        assert norms[0] == pytest.approx(norms[1], rel=0.1)
 
 
 def test_sharding_in_bfloat16_leaves_timesteps_and_positions_in_float32(tmp_path: Path, model_folder: Path) -> None:

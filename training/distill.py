@@ -118,6 +118,11 @@ class DistillConfig:
     lora: LoraConfig | None = None
     critic_lora: LoraConfig | None = None
 
+    @property
+    def critic(self) -> str:
+        """Model whose weights the fake score starts from."""
+        return {"teacher": self.teacher, "model": self.model}.get(self.critic_start, self.critic_start)
+
     def __post_init__(self) -> None:
         if self.loss not in LOSSES:
             raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
@@ -142,8 +147,7 @@ class DistillRecipe:
         self.config, loop = config, config.loop
         self.device = accelerator.device
         teacher = find_model(config.teacher)
-        critic = {"teacher": teacher, "model": find_model(config.model)}.get(config.critic_start)
-        critic = critic or find_model(config.critic_start)
+        critic = find_model(config.critic)
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
         if config.learned_selector:
             add_selector(self.pipe, config.memory)

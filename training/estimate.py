@@ -307,8 +307,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     if not isinstance(config, DistillConfig):
         guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
         return estimate_one_network(trained, work, guided=guided, **options), notes
-    teacher = model_sizes(config.teacher)
-    critic = {"teacher": teacher, "model": model}.get(config.critic_start) or model_sizes(config.critic_start)
+    teacher, critic = model_sizes(config.teacher), model_sizes(config.critic)
     estimate = estimate_distillation(
         trained,
         critic.transformer,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.config import build_config, to_plain
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_write_text
 from sparse_forcing.training.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest
 from sparse_forcing.training.parallel import from_first, rank
@@ -55,6 +55,10 @@ class Resume:
             found = newest_checkpoint(out)
         else:
             found = self._named(out, self.checkpoint)
+        if found is None and self.checkpoint is not None:
+            raise WeightsError(
+                f"{out}: no complete checkpoint; choose a new --output to start from {self.checkpoint} again"
+            )
         if found is None:
             return 0
         folder, manifest = found

@@ -31,19 +31,18 @@ WAN: dict[str, Any] = {}
 
 
 def saved_bytes(
-    sizes: dict[str, Any], memory: MemoryConfig, *, latent: int, width: int, chunks: int, layers: int, **options: Any
+    sizes: dict[str, Any], memory: MemoryConfig, *, latent: int, width: int, chunks: int, layers: int
 ) -> int:
     """Bytes of distinct tensors, weights apart, that autograd keeps of one pass with gradients per chunk."""
     torch.manual_seed(0)
     model = CausalWanTransformer3DModel(**sizes, num_layers=layers)
-    model.gradient_checkpointing = options.pop("checkpointing", False)
     config = model.config
     _, ph, pw = config.patch_size
     geometry = MemoryGeometry(
         rows=latent // ph, cols=width // pw, num_layers=layers, chunk_frames=config.chunk_frames,
         horizon_frames=config.horizon_frames,
     )  # fmt: skip
-    state = make_memory(memory, geometry, cache_gradient="detached", **options)
+    state = make_memory(memory, geometry, cache_gradient="detached")
     text = torch.randn(1, 16, config.text_dim)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     kept: dict[int, tuple[Tensor, int]] = {}

@@ -131,6 +131,9 @@ def test_a_run_from_a_named_checkpoint_is_resumed_by_the_same_command(saved: Pat
     assert named.load(out, {"part": Part()}, Plain()) == 2
     save_checkpoint(out, 3, {"part": Part()}, to_plain(Plain()))
     assert named.load(out, {"part": Part()}, Plain()) == 3
+    (out / "step-00000003" / "part.pt").write_bytes(b"damaged")
+    with pytest.raises(WeightsError, match="no complete checkpoint"), pytest.warns(UserWarning, match="skipping"):
+        named.load(out, {"part": Part()}, Plain())
     with pytest.raises(ConfigError, match="has checkpoints of its own"):
         Resume(checkpoint=saved / "step-00000009").load(out, {"part": Part()}, Plain())
 

@@ -384,7 +384,7 @@ def test_sparse_training_needs_no_more_memory_than_dense(model_folder: Path) -> 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_selector_that_learns_in_both_ways_adds_little_memory(checkpointing: bool) -> None:
-    """Pooled vectors of blocks, on `tiny-base` and against a dense window; pooling: tests/memory/test_training_memory."""
+    """Pooled vectors of blocks, on `tiny-base`, against a dense window; pooling: memory/test_training_memory."""
     sparse = read_defaults(find_model("tiny-base")).memory
     options: dict[str, Any] = {
         "loop": replace(LOOP, global_batch=1, micro_batch=1, gradient_checkpointing=checkpointing),

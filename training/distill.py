@@ -119,7 +119,7 @@ class DistillConfig:
     critic_lora: LoraConfig | None = None
 
     @property
-    def critic(self) -> str:
+    def critic_model(self) -> str:
         """Model whose weights the fake score starts from."""
         return {"teacher": self.teacher, "model": self.model}.get(self.critic_start, self.critic_start)
 
@@ -147,7 +147,7 @@ class DistillRecipe:
         self.config, loop = config, config.loop
         self.device = accelerator.device
         teacher = find_model(config.teacher)
-        critic = find_model(config.critic)
+        critic = find_model(config.critic_model)
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
         if config.learned_selector:
             add_selector(self.pipe, config.memory)

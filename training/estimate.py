@@ -307,7 +307,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     if not isinstance(config, DistillConfig):
         guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
         return estimate_one_network(trained, work, guided=guided, **options), notes
-    teacher, critic = model_sizes(config.teacher), model_sizes(config.critic)
+    teacher, critic = model_sizes(config.teacher), model_sizes(config.critic_model)
     estimate = estimate_distillation(
         trained,
         critic.transformer,

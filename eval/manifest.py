@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_text, parse_json, read_json
+from sparse_forcing.files import atomic_write_text, is_file, is_folder, parse_json, read_json
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg")
 MAX_PROMPT = 100_000  # characters; longer text is a mistake, not a prompt
@@ -61,11 +61,11 @@ class Entry:
 def load_entries(target: Path) -> list[Entry]:
     """Entries of a folder, a manifest (.jsonl) or a single video file. Raises ConfigError when there are none."""
     target = Path(target)
-    if target.is_dir():
+    if is_folder(target, ConfigError):
         entries = import_folder(target)
     elif target.suffix.lower() in VIDEO_SUFFIXES:
         entries = [_entry_of(target)]
-    elif target.is_file():
+    elif is_file(target, ConfigError):
         entries = read_manifest(target)
     else:
         raise ConfigError(f"{target}: no such folder, manifest or video")

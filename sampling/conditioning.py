@@ -9,6 +9,7 @@ import numpy as np
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.images import fit, read_image
 from sparse_forcing.sampling.jobs import GenerateConfig
+from sparse_forcing.sampling.settings import Settings
 from sparse_forcing.video import read_video
 
 
@@ -21,7 +22,9 @@ def read_start(config: GenerateConfig) -> np.ndarray | None:
     return None
 
 
-def start_arguments(config: GenerateConfig, start: np.ndarray | None, pipe: Any) -> dict[str, np.ndarray]:
+def start_arguments(
+    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: Any
+) -> dict[str, np.ndarray]:
     """Arguments of `pipe.stream` for `start`, uint8 and fitted to the size that is generated.
 
     Raises:
@@ -29,7 +32,7 @@ def start_arguments(config: GenerateConfig, start: np.ndarray | None, pipe: Any)
     """
     if start is None:
         return {}
-    height, width = config.height or pipe.config.height, config.width or pipe.config.width
+    height, width = settings.height, settings.width
     if config.image is not None:
         return {"image": fit(start, height, width)[0]}
     whole = pipe.geometry.whole_chunk_frames(len(start))

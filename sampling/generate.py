@@ -75,7 +75,7 @@ def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progres
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
-    given = start_arguments(config, start, pipe)
+    given = start_arguments(config, settings, start, pipe)
     for number, job in enumerate(jobs, 1):
         progress.begin(job, number, len(jobs))
         record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)

@@ -180,6 +180,10 @@ class TileLayout:
                 twin.__dict__[name] = getattr(self, name).to(device)
         return self._copies[device]
 
+    def ragged_sizes(self, device: torch.device) -> Tensor | None:
+        """`sizes` on `device`; None while every block is full, which attention and pooling need not count."""
+        return None if self.uniform else self.on(device).sizes
+
     @cached_property
     def _copies(self) -> dict[torch.device, TileLayout]:
         return {}

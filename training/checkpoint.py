@@ -193,15 +193,6 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def is_complete(folder: Path) -> bool:
-    """True when the manifest exists and every file matches its hash."""
-    try:
-        read_manifest(folder)
-    except WeightsError:
-        return False
-    return True
-
-
 def newest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
     """Folder and manifest of the newest complete checkpoint of `out`, None without one.
 

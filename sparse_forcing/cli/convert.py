@@ -7,7 +7,7 @@ import json
 
 from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError, OutputError, WeightsError
-from sparse_forcing.files import check_writable, output_lock
+from sparse_forcing.files import check_writable, is_file, is_folder, output_lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
     source, target = arguments.source, arguments.target
     if arguments.head_dim < 1:
         raise ConfigError(f"--head-dim must be at least 1, got {arguments.head_dim}")
-    if not source.exists():
+    if not (is_file(source, WeightsError) or is_folder(source, WeightsError)):
         raise WeightsError(f"{source}: no such weight file or folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; name a new folder")

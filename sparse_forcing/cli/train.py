@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from sparse_forcing.cli.flags import path
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import check_writable
+from sparse_forcing.files import check_writable, is_file
 from sparse_forcing.training.cli_entry import STAGES, train
 
 
@@ -24,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train; returns 0 when the stage is complete, 143 when it stopped early to be resumed."""
-    if arguments.config is not None and not Path(arguments.config).is_file():
+    if arguments.config is not None and not is_file(arguments.config, ConfigError):
         raise ConfigError(f"--config {arguments.config}: no such file")
     check_writable(arguments.output, folder=True)
     return train(

@@ -107,7 +107,7 @@ class RebuiltAttention(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         """query, key, value: [B, L, H, D] of the chunk; pool: all keys and values as they lie now, not kept."""
         found = block_sparse_attention(
-            layout.to_blocks(query), *pool, tables.index, query_sizes=_query_sizes(layout, query),
+            layout.to_blocks(query), *pool, tables.index, query_sizes=layout.ragged_sizes(query.device),
             key_sizes=tables.key_sizes, num_persistent=tables.num_persistent, backend=tables.backend,
         )  # fmt: skip
         out = layout.from_blocks(found.out).contiguous()
@@ -126,13 +126,9 @@ class RebuiltAttention(torch.autograd.Function):
         keys = rebuild((*chunks[: len(chunks) // 2], key), place, moved)
         values = rebuild((*chunks[len(chunks) // 2 :], value), place)
         found = block_sparse_attention_backward(
-            grad, query, keys, values, index, out=out, lse=lse, query_sizes=_query_sizes(layout, query),
+            grad, query, keys, values, index, out=out, lse=lse, query_sizes=layout.ragged_sizes(query.device),
             key_sizes=key_sizes, num_persistent=ctx.num_persistent, backend=ctx.backend,
         )  # fmt: skip
         slots = place.argsort(-1)[..., -layout.num_blocks :]  # of the current chunk, which is the end of the history
         grad_key, grad_value = (gather_slots(x, slots) for x in found[1:])
         return *(layout.from_blocks(x) for x in (found[0], grad_key, grad_value)), None, None, None, None
-
-
-def _query_sizes(layout: TileLayout, query: Tensor) -> Tensor | None:
-    return None if layout.uniform else layout.on(query.device).sizes

@@ -229,7 +229,7 @@ class SparseMemory(RolloutMemory):
     def _pool(self, layout: TileLayout, layer: int, blocks: Tensor, side: str) -> Tensor:
         """[B, H, n, D] pooled blocks [B, H, n, T, D]."""
         weights = None if self.selectors is None else getattr(self.selectors[layer], f"{side}_weights", None)
-        sizes = None if layout.uniform else layout.on(blocks.device).sizes
+        sizes = layout.ragged_sizes(blocks.device)
         if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
             blocks = blocks.detach()
         return pool_blocks(blocks, sizes, weights)
@@ -299,7 +299,7 @@ class SparseMemory(RolloutMemory):
             state.keys,
             state.values,
             index,
-            query_sizes=None if self.layout.uniform else self.layout.on(queries.device).sizes,
+            query_sizes=self.layout.ragged_sizes(queries.device),
             key_sizes=state.sizes,
             num_persistent=self.num_persistent,
             return_mass=measure,
@@ -366,7 +366,7 @@ class SparseMemory(RolloutMemory):
         """KL between the true attention mass of the window's blocks and the selector's softmax."""
         assert self.selectors is not None
         keys, key_sizes, mass = self._window_mass(state, queries)
-        query_sizes = None if self.layout.uniform else self.layout.on(queries.device).sizes
+        query_sizes = self.layout.ragged_sizes(queries.device)
 
         def loss(query_weights: Tensor, query_map: Tensor, key_weights: Tensor, key_map: Tensor) -> Tensor:
             pooled_queries = _map(pool_blocks(queries, query_sizes, query_weights), query_map)
@@ -385,7 +385,7 @@ class SparseMemory(RolloutMemory):
         everything = torch.arange(window.shape[2], dtype=torch.int32, device=window.device)
         mass = block_sparse_attention(
             queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=sizes, return_mass=True,
-            query_sizes=None if self.layout.uniform else self.layout.on(queries.device).sizes, backend=self.backend,
+            query_sizes=self.layout.ragged_sizes(queries.device), backend=self.backend,
         ).mass  # fmt: skip
         assert mass is not None
         return keys, sizes, mass

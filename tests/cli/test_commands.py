@@ -185,3 +185,16 @@ def test_other_system_errors_are_not_blamed_on_the_output(monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor, "run", run)
     with pytest.raises(OSError, match="elsewhere"):
         main(["doctor"])
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "forcing", "--output", "out", "--config"], ["convert"], ["evaluate", "--output", "out"]]
+)
+def test_a_name_too_long_to_look_up_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rest = ["new"] if command == ["convert"] else []
+    assert main([*command, "n" * 300, *rest]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "File name too long" in line

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from sparse_forcing.errors import WeightsError
+from sparse_forcing.training.checkpoint import read_manifest
 from tests.training import workers
 
 ROOT = Path(__file__).parents[2]
@@ -115,6 +117,15 @@ def largest_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
     return max(
         (a[name].double() - b[name].double()).abs().max().item() for name in a if isinstance(a[name], torch.Tensor)
     )
+
+
+def is_complete(folder: Path) -> bool:
+    """True when the manifest exists and every file matches its hash."""
+    try:
+        read_manifest(folder)
+    except WeightsError:
+        return False
+    return True
 
 
 def losses(out: Path) -> list[dict[str, float]]:

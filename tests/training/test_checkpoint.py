@@ -17,12 +17,12 @@ from sparse_forcing.errors import OutputError, WeightsError
 from sparse_forcing.training import checkpoint, parallel
 from sparse_forcing.training.checkpoint import (
     RandomState,
-    is_complete,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
 from sparse_forcing.training.ema import ParameterEma
+from tests.training.helpers import is_complete
 
 
 def parts(seed: int = 0, width: int = 4) -> dict[str, Any]:

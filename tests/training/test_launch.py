@@ -14,10 +14,9 @@ import pytest
 from accelerate.tracking import get_available_trackers
 
 from sparse_forcing.config import build_config
-from sparse_forcing.training.checkpoint import is_complete
 from sparse_forcing.training.forcing import ForcingConfig, train
 from sparse_forcing.training.loop import TRACKERS
-from tests.training.helpers import ROOT, newest, small_config
+from tests.training.helpers import ROOT, is_complete, newest, small_config
 
 
 def launch(tmp_path: Path, config: dict, out: Path, *flags: str, **faults: float) -> tuple[subprocess.Popen, Path]:

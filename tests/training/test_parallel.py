@@ -9,10 +9,18 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.pipeline import load_transformer
-from sparse_forcing.training.checkpoint import is_complete
 from sparse_forcing.training.parallel import leaving_group, shard
 from tests.training.conftest import CHANNELS
-from tests.training.helpers import differences, largest_difference, losses, newest, run, small_config, state
+from tests.training.helpers import (
+    differences,
+    is_complete,
+    largest_difference,
+    losses,
+    newest,
+    run,
+    small_config,
+    state,
+)
 
 
 @pytest.mark.slow

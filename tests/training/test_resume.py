@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sparse_forcing.training.checkpoint import is_complete
-from tests.training.helpers import differences, losses, newest, run, small_config, start, state
+from tests.training.helpers import differences, is_complete, losses, newest, run, small_config, start, state
 
 
 @pytest.fixture(scope="module")

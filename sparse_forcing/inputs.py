@@ -41,10 +41,11 @@ def prompt_list(prompt: str | list[str] | None) -> list[str]:
 
 def generator_list(generator: Any) -> list[torch.Generator] | None:
     """The generators of a list, or None for a single one or none, which is checked, too."""
-    several = list(generator) if isinstance(generator, list | tuple) else None
-    for each in several if several is not None else [] if generator is None else [generator]:
-        instance_of("generator", each, torch.Generator)
-    return several
+    if isinstance(generator, list | tuple):
+        return [instance_of("generator", each, torch.Generator) for each in generator]
+    if generator is not None:
+        instance_of("generator", generator, torch.Generator)
+    return None
 
 
 def check_embeddings(embeddings: Tensor, text_dim: int) -> Tensor:
@@ -80,10 +81,10 @@ def start_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[in
         raise ConfigError("image and video: give one of them")
     if image is None and video is None:
         return None
-    name, given, dims = ("image", image, "[H, W, 3]") if video is None else ("video", video, "[F, H, W, 3]")
+    name, given, dims = ("image", image, "HW3") if video is None else ("video", video, "FHW3")
     frames = _unit_range(name, given)
-    if frames.ndim != dims.count(",") + 1 or frames.shape[-1] != 3:
-        raise ConfigError(f"{name}: expected {dims}, got {list(frames.shape)}")
+    if frames.ndim != len(dims) or frames.shape[-1] != 3:
+        raise ConfigError(f"{name}: expected [{', '.join(dims)}], got {list(frames.shape)}")
     least = geometry.chunk_pixel_frames
     if video is None:
         frames = np.repeat(frames[None], least, 0)

@@ -209,14 +209,14 @@ def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) ->
             optimizer.step()
             step += 1
             window.append([losses.total.item(), losses.error.item(), losses.drift.item()])
-            if step % 50 == 0 or step == config.steps:
+            stopping = stop.requested()
+            if step % 50 == 0 or step == config.steps or stopping:
                 means = dict(zip(("loss", "error", "drift"), torch.tensor(window).mean(0).tolist()))
                 seconds = (time.monotonic() - began) / len(window)
                 append_row(out / "metrics.jsonl", {"step": step, **means, "seconds": seconds})
                 psnr = 10 * math.log10(4 / means["error"])
                 print(f"step {step}/{config.steps} {psnr:.1f} dB with noise, {seconds:.2f} s/step", flush=True)
                 window, began = [], time.monotonic()
-            stopping = stop.requested()
             if step == config.steps or stopping or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save_checkpoint(out, step, parts, asdict(config))
                 saved = time.monotonic()

@@ -377,9 +377,9 @@ def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) ->
         while step < total and not stopping:
             progress.add(train_step(model, optimizers, ema, vae, config, step))
             step += 1
-            if step % 50 == 0 or step == total:
-                progress.report(step)
             stopping = stop.requested()
+            if step % 50 == 0 or step == total or stopping:
+                progress.report(step)
             if step == total or stopping or time.monotonic() - saved > 60 * config.checkpoint_minutes:
                 save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
                 saved = time.monotonic()

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from sparse_forcing.errors import OutputError, VideoError
+from sparse_forcing.sampling import jobs
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import sample_scenes
-from sparse_forcing.video import VideoWriter, iter_frames, probe, read_video, to_uint8, write_video
+from sparse_forcing.video import MAX_SIDE, VideoWriter, iter_frames, probe, read_video, to_uint8, write_video
 
 
 def moving_square(frames: int = 24, height: int = 48, width: int = 64) -> np.ndarray:
@@ -213,3 +214,8 @@ def test_equal_frames_make_equal_files(tmp_path: Path, size: int) -> None:
         write_video(tmp_path / f"{number}.mp4", frames, 8)
         written.add(digest(tmp_path / f"{number}.mp4"))
     assert len(written) == 1
+
+
+def test_the_command_line_knows_the_largest_picture() -> None:
+    """It has a constant of its own, because this module is too heavy to import before arguments are checked."""
+    assert jobs.MAX_SIDE == MAX_SIDE

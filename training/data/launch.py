@@ -26,7 +26,7 @@ def data_launch(folder: Path) -> Iterator[torch.device]:
     """
     with leaving_group(), ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            dist.init_process_group("gloo", timeout=PATIENCE)  # no tensors travel, so any device will do
+            dist.init_process_group("gloo", timeout=PATIENCE)  # only a few numbers travel, so any device will do
         from_first(lambda: stack.enter_context(output_lock(folder)))
         yield _own_device()
 

@@ -41,6 +41,7 @@ class EvaluationConfig:
         recall_prompts: of the selector's recall.
         sheet_prompts: the first prompts, whose frames are kept to look at.
         device: "auto" is the GPU where there is one.
+        timing_device: where rollouts are timed. At this size a GPU waits for its host and would not show what differs.
     """
 
     prompts: int = 200
@@ -52,6 +53,7 @@ class EvaluationConfig:
     recall_prompts: int = 32
     sheet_prompts: int = 4
     device: str = "auto"
+    timing_device: str = "cpu"
 
     def __post_init__(self) -> None:
         counts = ("ablation_prompts", "batch_size", "timing_prompts", "recall_prompts", "sheet_prompts")
@@ -82,7 +84,7 @@ class Student:
 
     def load(self, device: str) -> SparseForcingPipeline:
         """The model on a device ("auto": the GPU where there is one)."""
-        return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device, "evaluation.device:"))
+        return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device))
 
     def described(self) -> list[Any]:
         return [self.weights, to_plain(self.memory)]
@@ -195,7 +197,7 @@ class DecodingTimes:
         return self.out / f"timing-{digest(described, to_plain(self.config.rollouts()), self.prompts)}.json"
 
     def measure(self) -> int:
-        pipes = {name: s.load(self.config.device) for name, s in self.students.items()}
+        pipes = {name: s.load(self.config.timing_device) for name, s in self.students.items()}
         settings = self.config.rollouts()
         seconds: dict[str, list[list[float]]] = {name: [] for name in pipes}
         for number, prompt in enumerate(self.prompts):

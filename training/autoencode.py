@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_forcing.config import constructor_settings
+from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.sample import shape_table
 from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
@@ -157,7 +158,7 @@ def reconstruction_losses(
 ) -> Losses:  # fmt: skip
     """Losses after noise on the latents. Errors count by `object_weights` where that is not 0; the first channels are
     held near those of an `anchor`."""
-    with torch.autocast(pixels.device.type, torch.bfloat16):
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=multiplies_bfloat16(pixels.device)):
         latents = vae.encode(pixels)
         level = noise * torch.rand(len(pixels), 1, 1, 1, 1, generator=generator)
         noisy = latents + level * torch.randn(latents.shape, generator=generator)

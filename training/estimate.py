@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_forcing.attention import dense_attention
 from sparse_forcing.config import constructor_settings
+from sparse_forcing.devices import compute_dtype, resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
 from sparse_forcing.memory.sparse import HISTORY_POOLS
@@ -322,7 +323,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
 
 
 def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
-    """Estimate of pretraining at its largest stage; one process, no checkpointing, bfloat16 arithmetic."""
+    """Estimate of pretraining at its largest stage; one process, no checkpointing."""
     with torch.device("meta"):
         model = TextToVideo(config, [1.0] * config.latent_channels)
     state = _bytes(model.parameters())
@@ -338,7 +339,7 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
         side = stage.sizes[0] // PatchAutoencoder(1).spatial_stride  # batches of all sizes have as many tokens
         work = Work(
             frames=stage.latent_frames, context_frames=context, rows=side, cols=side, text_len=config.text_len,
-            micro_batch=stage.batch_size, checkpointing=False,
+            micro_batch=stage.batch_size, checkpointing=False, number_bytes=_number_bytes("auto"),
         )  # fmt: skip
         activations.append(activation_bytes(sizes, work))
     return MemoryEstimate(state, state, moments, state, 0, 0, 0, max(activations))
@@ -370,6 +371,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(x.nbytes for x in tensors)
 
 
+def _number_bytes(dtype: str) -> int:
+    """Of an activation, on the device that a training started here would use."""
+    return compute_dtype(dtype, torch.device(resolve_device("auto"))).itemsize
+
+
 def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> Work:
     """The micro-batch of a stage."""
     frames, context, memory = config.data.latent_frames, 0, None
@@ -386,6 +392,6 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) 
     return Work(
         frames=frames, context_frames=context, memory=memory, windows=windows, rows=model.rows, cols=model.cols,
         cache_gradient=getattr(config, "cache_gradient", "detached"), micro_batch=config.loop.micro_batch,
-        text_len=model.text_len, number_bytes=2 if config.loop.dtype == "bfloat16" else 4,
+        text_len=model.text_len, number_bytes=_number_bytes(config.loop.dtype),
         checkpointing=config.loop.gradient_checkpointing,
     )  # fmt: skip

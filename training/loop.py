@@ -24,6 +24,7 @@ from accelerate.utils import InitProcessGroupKwargs, LoggerType, set_seed
 from torch import nn
 
 from sparse_forcing.config import to_plain
+from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import output_lock
 from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
@@ -66,7 +67,8 @@ class LoopConfig:
         global_batch: samples per step over all processes; micro_batch: samples per forward pass. The rest accumulates.
         processes: how many a launch must have; another number is refused (None: any that shares the batch evenly).
         parallel: "replicate" (every process holds the weights) or "fsdp" (sharded per block).
-        dtype: of computation; weights and optimizers stay float32.
+        dtype: of computation (float32, bfloat16, or auto: bfloat16 where that saves time); weights and optimizers stay
+            float32.
         trackers: any tracker accelerate knows by name; metrics.jsonl is always written.
     """
 
@@ -96,8 +98,8 @@ class LoopConfig:
             raise ConfigError(f"global_batch: {self.global_batch} is not a multiple of micro_batch {self.micro_batch}")
         if self.parallel not in ("replicate", "fsdp"):
             raise ConfigError(f"parallel: expected replicate or fsdp, got {self.parallel!r}")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dtype: expected float32 or bfloat16, got {self.dtype!r}")
+        if self.dtype not in ("float32", "bfloat16", "auto"):
+            raise ConfigError(f"dtype: expected float32, bfloat16 or auto, got {self.dtype!r}")
         if unknown := [name for name in self.trackers if name not in TRACKERS]:
             raise ConfigError(f"trackers: {unknown[0]!r} is not one of {', '.join(TRACKERS)}")
 
@@ -160,6 +162,8 @@ def run(
 
 def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path, resume: Resume) -> int:
     accelerator = make_accelerator(loop, out)
+    if loop.dtype == "bfloat16" and not multiplies_bfloat16(accelerator.device):
+        warnings.warn("loop.dtype: bfloat16 is far slower than float32 on this CPU; auto avoids it", stacklevel=2)
     loop.check_processes()
     loop.own_micro_batches()
     stop_with_launcher()

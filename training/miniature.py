@@ -133,6 +133,13 @@ class Training:
     def complete(self) -> bool:
         return (self.model / MANIFEST).is_file()
 
+    def missing(self) -> Iterator[Training]:
+        """What is still to be trained for this one, itself last: nothing leads to a model that is there."""
+        if not self.complete():
+            for parent in self.parents:
+                yield from parent.missing()
+            yield self
+
     def ready(self) -> bool:
         return all(parent.complete() for parent in self.parents)
 

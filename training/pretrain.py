@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
-from sparse_forcing.devices import resolve_device
+from sparse_forcing.devices import multiplies_bfloat16, resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption, vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
@@ -273,7 +273,7 @@ def training_loss(
     ).repeat_interleave(length, 1)
     noise = torch.randn(latents.shape, generator=generator)
     sigma, noise = sigma.to(latents.device), noise.to(latents.device)
-    with torch.autocast(latents.device.type, torch.bfloat16):
+    with torch.autocast(latents.device.type, torch.bfloat16, enabled=multiplies_bfloat16(latents.device)):
         text = model.text_encoder.encode(clips.captions)
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
     courses = course_targets(clips.scenes, rows).repeat(1, noisy_frames, 1)

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sparse_forcing.config import constructor_settings
+from sparse_forcing.devices import compute_dtype
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
@@ -51,7 +52,8 @@ def noise_like(x: Tensor, sources: list[torch.Generator]) -> Tensor:
 def autocast(device: torch.device, loop: LoopConfig) -> torch.autocast:
     """Computation in the configured type. Without autocast's cache: it would keep a weight that was first used without
     gradients, and later passes with gradients would lose theirs."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=loop.dtype == "bfloat16", cache_enabled=False)
+    half = compute_dtype(loop.dtype, device) == torch.bfloat16
+    return torch.autocast(device.type, torch.bfloat16, enabled=half, cache_enabled=False)
 
 
 def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.device) -> SparseForcingPipeline:
@@ -73,7 +75,7 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert isinstance(part, nn.Module)
         part.requires_grad_(False)
         if loop.parallel == "fsdp" and part is pipe.text_encoder and stored is None:
-            shard_layers(getattr(part, "encoder", part), param_dtype=_compute_type(loop))
+            shard_layers(getattr(part, "encoder", part), param_dtype=_shard_dtype(loop, device))
         part.to(device)
     return pipe
 
@@ -84,8 +86,10 @@ def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Sourc
     return make_source(data, seed, pipe.vae, own)
 
 
-def _compute_type(loop: LoopConfig) -> torch.dtype | None:
-    return torch.bfloat16 if loop.dtype == "bfloat16" else None
+def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
+    """Of gathered weights; None: that of the shards, which is float32."""
+    dtype = compute_dtype(loop.dtype, device)
+    return None if dtype == torch.float32 else dtype
 
 
 def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> None:
@@ -118,7 +122,7 @@ def prepare(
         add_adapters(model, lora, loop.seed)
     model.gradient_checkpointing = loop.gradient_checkpointing  # a frozen score too: SiD's gradient goes through it
     if loop.parallel == "fsdp":  # block by block onto the device: the whole network is never there
-        shard(model, param_dtype=_compute_type(loop))
+        shard(model, param_dtype=_shard_dtype(loop, device))
     model.to(device)
 
 

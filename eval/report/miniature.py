@@ -66,7 +66,8 @@ def _rollout_table(result: Mapping[str, Any]) -> Iterator[str]:
 
 def _speed_lines(result: Mapping[str, Any]) -> Iterator[str]:
     if timing := result.get("timing"):
-        yield f"| decoding, one prompt, {timing['threads']} threads | seconds | last chunk, seconds |"
+        machine = f"{timing['device']}, {timing['threads']} threads"
+        yield f"| decoding, one prompt, {machine} | seconds | last chunk, seconds |"
         yield "|---|---|---|"
         for name, row in timing["students"].items():
             seconds = sorted(row["rollouts"])[len(row["rollouts"]) // 2]

@@ -45,7 +45,8 @@ class ReproduceConfig:
 def read_reproduce_config(path: Path, overrides: list[str]) -> ReproduceConfig:
     """The config, checked, and a proof that plots can be drawn. Raises ConfigError."""
     config = load_config(ReproduceConfig, path, overrides)
-    resolve_device(config.evaluation.device, "evaluation.device:")  # not after hours of training
+    for name in ("device", "timing_device"):  # not after hours of training
+        resolve_device(getattr(config.evaluation, name), f"evaluation.{name}:")
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("reproduce draws plots and needs matplotlib: pip install 'sparse-forcing[eval]'")
     return config
@@ -95,7 +96,8 @@ class Reproduction:
 
     def tasks(self) -> Iterator[Task]:
         """All work, in an order in which one process can do it."""
-        for training in self.trainings:
+        missing = [training for chain in self.chains.values() for training in chain[-1].missing()]
+        for training in {training.folder: training for training in missing}.values():
             yield Task(name=training.folder.name, done=training.complete, ready=training.ready, run=training.run)
         for name, rollouts in self.rollouts.items():
             trained = self.chains[VARIANTS[name].student][-1].complete
@@ -111,7 +113,7 @@ class Reproduction:
             yield Task(name="recall", done=self.recall.path.is_file, ready=self.trained, run=self.recall.measure)
 
     def trained(self) -> bool:
-        return all(training.complete() for training in self.trainings)
+        return all(chain[-1].complete() for chain in self.chains.values())
 
     def run(self) -> int:
         """Do what is not done, with whatever other processes run the same command; returns 0 when everything is, or the

@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from sparse_forcing import devices
 from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
@@ -307,6 +308,19 @@ def test_bfloat16_computation_reaches_every_weight(model_folder: Path, mode: str
     (loss,) = recipe.losses(0, 0)
     loss.backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in recipe.model.parameters())
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_automatic_arithmetic_is_bfloat16_where_that_saves_time(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch, fast: bool
+) -> None:
+    monkeypatch.setattr(devices, "multiplies_bfloat16", lambda device: fast)
+    config = ForcingConfig(loop=replace(LOOP, dtype="auto"), model=str(model_folder), data=DATA, mode="bidirectional")
+    recipe = ForcingRecipe(config, Accelerator(cpu=True))
+    used: list[torch.dtype] = []
+    recipe.model.blocks[0].attn1.to_q.register_forward_hook(lambda layer, given, out: used.append(out.dtype))
+    next(recipe.losses(0, 0))
+    assert used == [torch.bfloat16 if fast else torch.float32]
 
 
 def test_exported_student_generates(tmp_path: Path, model_folder: Path) -> None:

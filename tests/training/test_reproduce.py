@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,6 +135,23 @@ def test_changed_settings_train_what_depends_on_them_and_nothing_else(
     assert len(selectors) == 2 * sum(kind.learned_selector for kind in STUDENTS.values())
 
 
+def test_nothing_is_trained_for_a_student_that_is_there(done: Path, model_folder: Path, tmp_path: Path) -> None:
+    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+
+    path = tmp_path / "c.yaml"
+    path.write_text(json.dumps(settings(model_folder)))
+    run = tmp_path / "run"
+    shutil.copytree(done / "run", run)
+    for folder in [*run.glob("teacher-*"), *run.glob("start-*")]:
+        shutil.rmtree(folder)
+    work = Reproduction(read_reproduce_config(path, []), run)
+    assert all(task.done() for task in work.tasks())
+    shutil.rmtree(next(run.glob("student-sparse-*")))
+    again = [task.name.rpartition("-")[0] for task in work.tasks() if not task.done()]
+    assert set(again[:2]) == {"teacher", "start-sparse"}
+    assert again[2:] == ["student-sparse"]
+
+
 def test_an_interrupted_evaluation_loses_one_batch(
     done: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,6 +243,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),
         ("evaluation.colour=red", "evaluation.colour"),
         ("evaluation.device=nonsense", "evaluation.device: nonsense"),
+        ("evaluation.timing_device=nonsense", "evaluation.timing_device: nonsense"),
     ],
 )
 def test_bad_settings_are_one_line_before_any_work(

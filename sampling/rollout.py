@@ -125,7 +125,8 @@ def rollout(
         memory.begin_chunk(frames)
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
-        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
+        own = sampler if start else sampler.first_chunk()
+        latents = sample_chunk(own, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         network.report(latents)
         context = latents.detach()
         if training and training.context_noise:

@@ -204,6 +204,7 @@ class SparseForcingPipeline:
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
+        first_chunk_steps: int | None = None,
         guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -218,6 +219,8 @@ class SparseForcingPipeline:
 
         Args:
             num_frames: pixel frames to cover, those of `video` not counted.
+            num_inference_steps: of every chunk, the first one's included unless `first_chunk_steps` says otherwise.
+            first_chunk_steps: of a chunk with nothing before it, not even `image` or `video`.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
             image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
                 chunks (an image is held for one chunk).
@@ -227,7 +230,7 @@ class SparseForcingPipeline:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk.
         """
         config = self.config
-        sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
+        sampler = _sampler(config.sampler, num_inference_steps, first_chunk_steps, guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
         memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
@@ -384,12 +387,14 @@ class _GivenNoise:
         return self.seeded.fresh(frames)
 
 
-def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
-    """The sampler with what the caller changed; a step list only fits its own length."""
-    steps = whole_number("num_inference_steps", steps, sampler.steps)
-    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
-    steps_given = sampler.step_list if steps == sampler.steps else None
-    return replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
+def _sampler(
+    default: SamplerConfig, steps: int | None, first_chunk_steps: int | None, guidance_scale: float | None
+) -> SamplerConfig:
+    """The model's sampler with what the caller changed."""
+    steps = None if steps is None else whole_number("num_inference_steps", steps, 1)
+    first = None if first_chunk_steps is None else whole_number("first_chunk_steps", first_chunk_steps, 1)
+    scale = default.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    return replace(default.with_steps(steps, first), guidance_scale=scale)
 
 
 def write_pipeline(

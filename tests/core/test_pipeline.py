@@ -197,6 +197,24 @@ def test_unknown_words_and_long_prompts_are_said(pipe):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "steps"),
+    [
+        ({}, [5, 2]),
+        ({"num_inference_steps": 3}, [3, 3]),
+        ({"first_chunk_steps": 4}, [4, 2]),
+        ({"num_inference_steps": 3, "first_chunk_steps": 4}, [4, 3]),
+        ({"image": np.zeros((32, 32, 3), np.uint8)}, [2, 2]),  # what is given is the first chunk
+    ],
+)
+def test_a_chunk_with_nothing_before_it_has_steps_of_its_own(pipe, monkeypatch, arguments, steps):
+    sampler = SamplerConfig(steps=2, step_list=(1000, 400), first_chunk_steps=5)
+    monkeypatch.setattr(pipe, "config", replace(pipe.config, sampler=sampler))
+    taken: list[int] = []
+    pipe(PROMPT, num_frames=16, callback_on_step_end=lambda chunk, step, x: taken.append(chunk), **arguments)
+    assert [taken.count(chunk) for chunk in (0, 1)] == steps
+
+
+@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         ({"prompt": None}, "prompt"),
@@ -204,6 +222,7 @@ def test_unknown_words_and_long_prompts_are_said(pipe):
         ({"prompt": PROMPT, "height": 30}, "height"),
         ({"prompt": PROMPT, "num_frames": -1}, "num_frames"),
         ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps"),
+        ({"prompt": PROMPT, "first_chunk_steps": 0}, "first_chunk_steps"),
         ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale"),
         ({"prompt": PROMPT, "output_type": "gif"}, "output_type"),
         ({"prompt": PROMPT, "generator": [seeded(), seeded()]}, "generator"),

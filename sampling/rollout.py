@@ -94,6 +94,7 @@ def rollout(
     noise: NoiseSource,
     sampler: SamplerConfig,
     *,
+    first_sampler: SamplerConfig | None = None,
     unconditional_text: Tensor | None = None,
     initial_latents: Tensor | None = None,
     initial_chunks: list[int] | None = None,
@@ -106,6 +107,7 @@ def rollout(
     Args:
         text: [B, T, text_dim]; unconditional_text: the same for the empty prompt, needed when guidance is not 1.
         chunks: latent frames of each chunk to generate.
+        first_sampler: of a chunk with nothing before it, under the guidance of `sampler`; None for the same.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
     """
@@ -125,7 +127,7 @@ def rollout(
         memory.begin_chunk(frames)
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
-        own = sampler if start else sampler.first_chunk()
+        own = sampler if start else first_sampler or sampler
         latents = sample_chunk(own, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         network.report(latents)
         context = latents.detach()

@@ -25,7 +25,6 @@ class SamplerConfig:
         shift: of the noise grid.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
         guidance_scale: w of uncond + w (cond - uncond); 1 for none.
-        first_chunk_steps: of a chunk with nothing before it: every later one goes on from what it shows. None: `steps`.
     """
 
     kind: str = "few_step"
@@ -33,30 +32,20 @@ class SamplerConfig:
     shift: float = 5.0
     step_list: tuple[int, ...] | None = None
     guidance_scale: float = 1.0
-    first_chunk_steps: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in SAMPLERS:
             raise ConfigError(f"sampler.kind: expected one of {', '.join(SAMPLERS)}, got {self.kind!r}")
-        for name, steps in (("num_inference_steps", self.steps), ("first_chunk_steps", self.first_chunk_steps)):
-            if steps is not None and not 1 <= steps <= NUM_TRAIN_TIMESTEPS:
-                raise ConfigError(f"{name}: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {steps}")
+        if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(f"num_inference_steps: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {self.steps}")
         if self.step_list is not None and len(self.step_list) != self.steps:
             raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
         if not 0 <= self.guidance_scale < math.inf:
             raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
 
-    def with_steps(self, steps: int | None, first_chunk_steps: int | None) -> SamplerConfig:
-        """What a caller asks for: `steps` alone are those of all chunks. A step list only fits its own length."""
-        if steps is None:
-            steps = self.steps
-            first_chunk_steps = self.first_chunk_steps if first_chunk_steps is None else first_chunk_steps
-        listed = self.step_list if steps == self.steps else None
-        return replace(self, steps=steps, step_list=listed, first_chunk_steps=first_chunk_steps)
-
-    def first_chunk(self) -> SamplerConfig:
-        """The sampler of a chunk with nothing before it."""
-        return self if self.first_chunk_steps is None else self.with_steps(self.first_chunk_steps, None)
+    def with_steps(self, steps: int) -> SamplerConfig:
+        """The same with another number of steps; a step list only fits its own length."""
+        return replace(self, steps=steps, step_list=self.step_list if steps == self.steps else None)
 
 
 def few_step_timesteps(config: SamplerConfig) -> Tensor:

@@ -36,14 +36,14 @@ def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
     defaults = pipe.config
     height, width = config.height or defaults.height, config.width or defaults.width
     guidance = config.guidance_scale
-    sampler = defaults.sampler.with_steps(config.num_inference_steps, config.first_chunk_steps)
+    first, others = defaults.samplers(config.num_inference_steps, config.first_chunk_steps)
     return Settings(
         height=height,
         width=width,
         scale=picture_scale(config.scale, height, width),
         num_frames=_num_frames(config, pipe),
-        num_inference_steps=sampler.steps,
-        first_chunk_steps=sampler.first_chunk().steps,
+        num_inference_steps=others.steps,
+        first_chunk_steps=first.steps,
         guidance_scale=defaults.sampler.guidance_scale if guidance is None else guidance,
         memory=memory_config(config, pipe.default_memory),
     )

@@ -128,10 +128,6 @@ class DistillConfig:
             raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
         if self.sampler.kind != "few_step" or self.sampler.guidance_scale != 1:
             raise ConfigError("sampler: a student is distilled with kind few_step and guidance_scale 1")
-        if self.sampler.first_chunk_steps is not None:
-            raise ConfigError(
-                "sampler.first_chunk_steps: rollouts have equal chunks in training; training.export sets it"
-            )
         if min(self.critic_ratio, self.rollout_frames, self.windows) < 1:
             raise ConfigError("critic_ratio, rollout_frames and windows must be at least 1")
         if self.cache_gradient not in ("detached", "straight_through"):

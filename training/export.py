@@ -77,11 +77,11 @@ def main() -> None:
     parser.add_argument("--config", help="of a pretraining run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
-    parser.add_argument("--first-chunk-steps", type=int, metavar="N", help="denoising steps of a video's first chunk")
+    parser.add_argument("--first-sampler", nargs="+", metavar="A=B", help="of a video's first chunk, as steps=16")
     args = parser.parse_args()
     pipe = trained(args.run, args.config, args.autoencoder)
-    sampler = pipe.config.sampler.with_steps(None, args.first_chunk_steps)
-    pipe.config = replace(pipe.config, sampler=sampler)
+    if args.first_sampler:
+        pipe.config = replace(pipe.config, first_sampler=load_config(SamplerConfig, None, args.first_sampler))
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):

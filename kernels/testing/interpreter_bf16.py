@@ -2,9 +2,9 @@
 
 The interpreter keeps bfloat16 as uint16 bit patterns in numpy arrays and, as of Triton 3.6 to 3.9, multiplies those
 bits as integers in `tl.dot` and truncates when it narrows float32. `install()` replaces the three operations the
-kernels use: a product widens its operands to float32 first, and narrowing rounds to nearest even, as the hardware
-does. Elementwise arithmetic on bfloat16 cannot be rescued that way, so it raises: kernels must widen to float32
-before they compute.
+kernels use: a product widens its operands first, and narrowing rounds to nearest even, as the hardware does.
+Elementwise arithmetic on bfloat16 cannot be rescued that way, so it raises: kernels must widen to float32 before they
+compute.
 """
 
 from __future__ import annotations
@@ -41,15 +41,13 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     if getattr(builder, "_bf16_installed", False):
         return
-    dot, cast, binary, narrow_or_widen = (
-        builder.create_dot, builder.cast_impl, builder.binary_op, builder.create_fp_to_fp
-    )  # fmt: skip
+    cast, binary, narrow_or_widen = builder.cast_impl, builder.binary_op, builder.create_fp_to_fp
 
-    def widened(handle: Any) -> Any:
-        return interpreter.TensorHandle(widen(handle.data), tl.float32) if _is_bf16(handle) else handle
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        return dot(self, widened(a), widened(b), *rest)
+    def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
+        # Summed in float64 and rounded once: how numpy sums in float32 depends on the CPU, and on some CPUs a b and the
+        # transpose of b' a' differ, which on GPUs they do not: forward and backward see the same scores.
+        left, right = ((widen(x.data) if _is_bf16(x) else x.data).astype(np.float64) for x in (a, b))
+        return interpreter.TensorHandle((left @ right).astype(total.data.dtype) + total.data, total.dtype.scalar)
 
     def cast_impl(self: Any, source: Any, kind: Any) -> Any:
         before, after = source.dtype.scalar, kind.scalar

@@ -337,11 +337,6 @@ def test_exported_student_generates(tmp_path: Path, model_folder: Path) -> None:
     assert len(list((tmp_path / "samples").glob("*.mp4"))) == 2
 
 
-def test_students_take_equal_steps_in_every_chunk(model_folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"sampler\.first_chunk_steps: rollouts have equal chunks"):
-        distill(model_folder, sampler=SamplerConfig(steps=2, first_chunk_steps=8))
-
-
 def test_unknown_stage_and_setting() -> None:
     with pytest.raises(ConfigError, match=r"expected one of .*pretrain"):
         train("destil", None, [], "out")

@@ -98,9 +98,12 @@ def test_other_architectures_compile_clean(name):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SAME_COMPILER, reason="tiles were chosen for the recorded compiler")
-@pytest.mark.parametrize("name", TENSOR_OPS)
 @pytest.mark.parametrize(
-    ("head_dim", "dtype"), [(256, torch.bfloat16), (64, torch.float32), (128, torch.float32), (256, torch.float32)]
+    ("name", "head_dim", "dtype"),
+    [
+        *((name, 256, dtype) for name in TENSOR_OPS for dtype in (torch.bfloat16, torch.float32)),
+        *(("sm_90", head_dim, torch.float32) for head_dim in (64, 128)),
+    ],
 )
 def test_wide_heads_and_float32_do_not_spill(name, head_dim, dtype):
     """The largest head dim, whose dk and dv need 32-token tiles and so leave Hopper's 64-row instruction; float32."""

@@ -9,6 +9,7 @@ a dataclass raises in `__post_init__` is reported under the path of that datacla
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import enum
@@ -82,16 +83,18 @@ def load_config(cls: type[T], path: PathLike | None, overrides: Iterable[str] = 
         ConfigError: one line with the file and the dotted path.
     """
     source = str(path) if path is not None else "settings"
-    tree = read_settings(path) if path is not None else {}
+    return build_config(cls, read_settings(path) if path is not None else {}, overrides, source=source)
+
+
+def build_config(
+    cls: type[T], tree: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str = "settings"
+) -> T:
+    """Build dataclass `cls` from nested mappings and overrides, strictly; `source` opens the message of an error."""
+    changed = copy.deepcopy(dict(tree))
     for override in overrides:
-        _apply_override(tree, override)
-    return build_config(cls, tree, source=source)
-
-
-def build_config(cls: type[T], tree: Mapping[str, Any], *, source: str = "settings") -> T:
-    """Build dataclass `cls` from nested mappings, strictly. `source` opens the message of a ConfigError."""
+        _apply_override(changed, override)
     try:
-        return _build(cls, tree, "", _leaves(cls))
+        return _build(cls, changed, "", _leaves(cls))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
     except RecursionError as error:

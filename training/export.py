@@ -7,12 +7,14 @@ python -m sparse_forcing.training.export runs/tiny-distill/pipeline --out MODEL_
 from __future__ import annotations
 
 import argparse
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from sparse_forcing.config import load_config
+from sparse_forcing.cli import run_module
+from sparse_forcing.config import build_config, load_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
@@ -71,17 +73,18 @@ def trained(run: Path, config_path: str | None, autoencoder: str | None) -> Spar
     return trained_pipeline(run, config if autoencoder is None else with_autoencoder(config, autoencoder))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--config", help="of a pretraining run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
-    parser.add_argument("--first-sampler", nargs="+", metavar="A=B", help="of a video's first chunk, as steps=16")
-    args = parser.parse_args()
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a default: sampler.steps=6")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folder; returns 0."""
     pipe = trained(args.run, args.config, args.autoencoder)
-    if args.first_sampler:
-        pipe.config = replace(pipe.config, first_sampler=load_config(SamplerConfig, None, args.first_sampler))
+    pipe.config = build_config(PipelineConfig, to_plain(pipe.config), args.set, source="--set")
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):
@@ -90,7 +93,8 @@ def main() -> None:
         assert isinstance(part, torch.nn.Module)
         part.to(torch.bfloat16)
     pipe.save_pretrained(args.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_module("sparse_forcing.training.export", sys.argv[1:]))

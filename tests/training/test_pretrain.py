@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from sparse_forcing.attention import ParallelAttention
+from sparse_forcing.cli import run_module
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.pipeline import SparseForcingPipeline, read_defaults
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
@@ -399,3 +400,18 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
 def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(config(), **changes)
+
+
+def test_the_export_changes_defaults(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def export(change: str) -> int:
+        return run_module(
+            "sparse_forcing.training.export", [str(model_folder), "--out", str(tmp_path), "--set", change]
+        )
+
+    assert export("sampler.stepz=7") == 2
+    assert "did you mean sampler.steps?" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert export("sampler.steps=7") == 0
+    before, after = read_defaults(model_folder), read_defaults(tmp_path)
+    assert after == replace(before, sampler=before.sampler.with_steps(7))
+    assert SparseForcingPipeline.from_pretrained(str(tmp_path)).config == after

@@ -42,7 +42,6 @@ class RolloutBenchConfig:
     batch_size: int = 20
     seed: int = 0
     num_inference_steps: int | None = None
-    first_chunk_steps: int | None = None
     guidance_scale: float | None = None
     output: Path | None = None
 

@@ -75,7 +75,6 @@ def measure_memory(
         horizons=config.horizons,
         seed=config.seed,
         num_inference_steps=config.num_inference_steps,
-        first_chunk_steps=config.first_chunk_steps,
         guidance_scale=config.guidance_scale,
         size=config.size,
     )

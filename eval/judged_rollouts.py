@@ -38,7 +38,6 @@ class RolloutSettings:
     horizons: tuple[int, ...] = (1, 4, 12)
     seed: int = 0
     num_inference_steps: int | None = None
-    first_chunk_steps: int | None = None
     guidance_scale: float | None = None
     size: int | None = None
 
@@ -74,7 +73,6 @@ def stream(
         memory=memory,
         generator=[torch.Generator().manual_seed(settings.seed * 100_003 + first + i) for i in range(len(prompts))],
         num_inference_steps=settings.num_inference_steps,
-        first_chunk_steps=settings.first_chunk_steps,
         guidance_scale=settings.guidance_scale,
     )
 

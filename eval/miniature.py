@@ -84,7 +84,7 @@ class Student:
 
     def load(self, device: str) -> SparseForcingPipeline:
         """The model on a device ("auto": the GPU where there is one)."""
-        return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device))
+        return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device, "evaluation:"))
 
     def described(self) -> list[Any]:
         return [self.weights, to_plain(self.memory)]
@@ -194,7 +194,8 @@ class DecodingTimes:
     @cached_property
     def path(self) -> Path:
         described = {name: student.described() for name, student in self.students.items()}
-        return self.out / f"timing-{digest(described, to_plain(self.config.rollouts()), self.prompts)}.json"
+        settings = [to_plain(self.config.rollouts()), self.config.timing_device]
+        return self.out / f"timing-{digest(described, settings, self.prompts)}.json"
 
     def measure(self) -> int:
         pipes = {name: s.load(self.config.timing_device) for name, s in self.students.items()}

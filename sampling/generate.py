@@ -114,8 +114,7 @@ def generate_video(
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=config.num_inference_steps, first_chunk_steps=config.first_chunk_steps,
-            guidance_scale=settings.guidance_scale,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory, **given,
         )  # fmt: skip
         for chunk in stream:
@@ -134,7 +133,6 @@ def generate_video(
         "versions": versions(),
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
-            "first_chunk_steps": settings.first_chunk_steps,
             "guidance_scale": settings.guidance_scale,
             "device": str(pipe.device),
             "dtype": str(pipe.dtype).removeprefix("torch."),

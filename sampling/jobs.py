@@ -17,8 +17,7 @@ MAX_BLOCKS = 1_000_000
 MAX_JOBS = 100_000
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
-    "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "first_chunk_steps": (1, 1000),
-    "guidance_scale": (0, 100), "scale": (1, 64),
+    "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE),
 }  # fmt: skip
@@ -65,7 +64,6 @@ class GenerateConfig:
     height: int | None = None
     width: int | None = None
     num_inference_steps: int | None = None
-    first_chunk_steps: int | None = None
     guidance_scale: float | None = None
     memory: Literal["full", "window", "sink", "sparse", "heavy_hitter"] | None = None
     window_frames: int | None = None

@@ -94,7 +94,6 @@ def rollout(
     noise: NoiseSource,
     sampler: SamplerConfig,
     *,
-    first_sampler: SamplerConfig | None = None,
     unconditional_text: Tensor | None = None,
     initial_latents: Tensor | None = None,
     initial_chunks: list[int] | None = None,
@@ -107,7 +106,6 @@ def rollout(
     Args:
         text: [B, T, text_dim]; unconditional_text: the same for the empty prompt, needed when guidance is not 1.
         chunks: latent frames of each chunk to generate.
-        first_sampler: of a chunk with nothing before it, under the guidance of `sampler`; None for the same.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
     """
@@ -127,8 +125,7 @@ def rollout(
         memory.begin_chunk(frames)
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
-        own = sampler if start else first_sampler or sampler
-        latents = sample_chunk(own, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
+        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         network.report(latents)
         context = latents.detach()
         if training and training.context_noise:

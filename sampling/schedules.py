@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,10 +42,6 @@ class SamplerConfig:
             raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
         if not 0 <= self.guidance_scale < math.inf:
             raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
-
-    def with_steps(self, steps: int) -> SamplerConfig:
-        """The same with another number of steps; a step list only fits its own length."""
-        return replace(self, steps=steps, step_list=self.step_list if steps == self.steps else None)
 
 
 def few_step_timesteps(config: SamplerConfig) -> Tensor:

@@ -26,7 +26,6 @@ class Settings:
     scale: int
     num_frames: int
     num_inference_steps: int
-    first_chunk_steps: int
     guidance_scale: float
     memory: MemoryConfig
 
@@ -36,14 +35,12 @@ def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
     defaults = pipe.config
     height, width = config.height or defaults.height, config.width or defaults.width
     guidance = config.guidance_scale
-    first, others = defaults.samplers(config.num_inference_steps, config.first_chunk_steps)
     return Settings(
         height=height,
         width=width,
         scale=picture_scale(config.scale, height, width),
         num_frames=_num_frames(config, pipe),
-        num_inference_steps=others.steps,
-        first_chunk_steps=first.steps,
+        num_inference_steps=config.num_inference_steps or defaults.sampler.steps,
         guidance_scale=defaults.sampler.guidance_scale if guidance is None else guidance,
         memory=memory_config(config, pipe.default_memory),
     )

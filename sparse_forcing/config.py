@@ -17,7 +17,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,10 +90,8 @@ def build_config(
     cls: type[T], tree: Mapping[str, Any], overrides: Iterable[str] = (), *, source: str = "settings"
 ) -> T:
     """Build dataclass `cls` from nested mappings and overrides, strictly; `source` opens the message of an error."""
-    changed = copy.deepcopy(dict(tree))
-    for override in overrides:
-        _apply_override(changed, override)
     try:
+        changed = _changed(tree, list(overrides))
         return _build(cls, changed, "", _leaves(cls))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -140,6 +138,16 @@ def read_settings(path: PathLike) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: a config is a list of `name: value` lines, not {_kind(tree)}")
     return tree
+
+
+def _changed(tree: Any, overrides: Sequence[str]) -> Any:
+    """The tree with overrides, which need a mapping; without them it is left to be judged as it is."""
+    if not overrides or not isinstance(tree, Mapping):
+        return tree
+    changed = copy.deepcopy(dict(tree))
+    for override in overrides:
+        _apply_override(changed, override)
+    return changed
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -36,7 +36,9 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     AVX-512, products of it are up to 70 times slower than those of float32."""
     import torch
 
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if device.type != "cpu":
+        return True
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -59,8 +59,6 @@ class PipelineConfig:
         fps: pixel frames per second the model was trained at.
         height, width, num_frames: pixels and pixel frames of a default video.
         text_encoder, vae: kinds of the parts beside the transformer.
-        first_sampler: of a chunk with nothing before it, where that is worth another one: every later chunk goes on
-            from what it shows. None: `sampler`.
     """
 
     fps: float = 16.0
@@ -71,7 +69,6 @@ class PipelineConfig:
     text_encoder: str = "umt5"
     vae: str = "wan"
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    first_sampler: SamplerConfig | None = None
     memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
@@ -81,20 +78,6 @@ class PipelineConfig:
             raise ConfigError(
                 f"height, width and num_frames: at least 1, got {self.height}, {self.width} and {self.num_frames}"
             )
-        if self.first_sampler is not None and self.first_sampler.guidance_scale != self.sampler.guidance_scale:
-            raise ConfigError("first_sampler.guidance_scale: a video has one guidance, that of sampler")
-
-    def samplers(
-        self, steps: int | None = None, first_chunk_steps: int | None = None
-    ) -> tuple[SamplerConfig, SamplerConfig]:
-        """Samplers of a chunk with nothing before it and of all others; `steps` alone are those of every chunk."""
-        others = self.sampler if steps is None else self.sampler.with_steps(steps)
-        own = self.first_sampler or others
-        if first_chunk_steps is not None:
-            if first_chunk_steps < 1:  # the sampler would call it num_inference_steps
-                raise ConfigError(f"first_chunk_steps: at least 1, got {first_chunk_steps}")
-            return own.with_steps(first_chunk_steps), others
-        return own if steps is None else others, others
 
 
 @dataclass(frozen=True)
@@ -221,7 +204,6 @@ class SparseForcingPipeline:
         width: int | None = None,
         num_frames: int | None = None,
         num_inference_steps: int | None = None,
-        first_chunk_steps: int | None = None,
         guidance_scale: float | None = None,
         num_videos_per_prompt: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
@@ -236,8 +218,6 @@ class SparseForcingPipeline:
 
         Args:
             num_frames: pixel frames to cover, those of `video` not counted.
-            num_inference_steps: of every chunk, the first one included unless `first_chunk_steps` says otherwise.
-            first_chunk_steps: of a chunk with nothing before it, not even `image` or `video`.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
             image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
                 chunks (an image is held for one chunk).
@@ -247,13 +227,7 @@ class SparseForcingPipeline:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk.
         """
         config = self.config
-        if num_inference_steps is not None:
-            num_inference_steps = whole_number("num_inference_steps", num_inference_steps, 1)
-        if first_chunk_steps is not None:
-            first_chunk_steps = whole_number("first_chunk_steps", first_chunk_steps, 1)
-        first_sampler, sampler = config.samplers(num_inference_steps, first_chunk_steps)
-        if guidance_scale is not None:
-            sampler = replace(sampler, guidance_scale=instance_of("guidance_scale", guidance_scale, Real))
+        sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
         memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
@@ -281,7 +255,6 @@ class SparseForcingPipeline:
             state,
             noise,
             sampler,
-            first_sampler=first_sampler,
             unconditional_text=unconditional,
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
@@ -409,6 +382,14 @@ class _GivenNoise:
 
     def fresh(self, frames: int) -> Tensor:
         return self.seeded.fresh(frames)
+
+
+def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
+    """The sampler with what the caller changed; a step list only fits its own length."""
+    steps = whole_number("num_inference_steps", steps, sampler.steps)
+    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    steps_given = sampler.step_list if steps == sampler.steps else None
+    return replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
 
 
 def write_pipeline(

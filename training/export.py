@@ -13,9 +13,8 @@ from pathlib import Path
 
 import torch
 
-from sparse_forcing.cli import run_module
 from sparse_forcing.config import build_config, load_config, to_plain
-from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.errors import ConfigError, SparseForcingError, WeightsError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
@@ -73,18 +72,14 @@ def trained(run: Path, config_path: str | None, autoencoder: str | None) -> Spar
     return trained_pipeline(run, config if autoencoder is None else with_autoencoder(config, autoencoder))
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--config", help="of a pretraining run")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
-    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a default: sampler.steps=6")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Write the folder; returns 0."""
-    pipe = trained(args.run, args.config, args.autoencoder)
-    pipe.config = build_config(PipelineConfig, to_plain(pipe.config), args.set, source="--set")
+def export(run: Path, config_path: str | None, autoencoder: str | None, changes: list[str], out: Path) -> None:
+    """Write the folder `out`; changes: `a.b=c` of the model's defaults. Raises ConfigError, WeightsError."""
+    pipe = trained(run, config_path, autoencoder)
+    config = build_config(PipelineConfig, to_plain(pipe.config), changes, source="--set")
+    for name in ("vae", "text_encoder"):
+        if getattr(config, name) != getattr(pipe.config, name):
+            raise ConfigError(f"--set: {name} says what the folder holds and cannot be changed")
+    pipe.config = config
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):
@@ -92,9 +87,25 @@ def run(args: argparse.Namespace) -> int:
     for part in learned:
         assert isinstance(part, torch.nn.Module)
         part.to(torch.bfloat16)
-    pipe.save_pretrained(args.out)
+    pipe.save_pretrained(out)
+
+
+def main(arguments: list[str]) -> int:
+    """The command line; returns its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--config", help="of a pretraining run")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
+    parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a default: sampler.steps=6")
+    args = parser.parse_args(arguments)
+    try:
+        export(args.run, args.config, args.autoencoder, args.set, args.out)
+    except SparseForcingError as error:
+        print(f"training.export: error: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(run_module("sparse_forcing.training.export", sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

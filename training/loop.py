@@ -162,7 +162,7 @@ def run(
 
 def _run(build: Callable[[Accelerator], Recipe], loop: LoopConfig, config: Any, out: Path, resume: Resume) -> int:
     accelerator = make_accelerator(loop, out)
-    if loop.dtype == "bfloat16" and not multiplies_bfloat16(accelerator.device):
+    if loop.dtype == "bfloat16" and rank() == 0 and not multiplies_bfloat16(accelerator.device):
         warnings.warn("loop.dtype: bfloat16 is far slower than float32 on this CPU; auto avoids it", stacklevel=2)
     loop.check_processes()
     loop.own_micro_batches()

@@ -277,8 +277,9 @@ def _rows(x: Tensor, drop: Tensor | None, dtype: torch.dtype, purpose: str) -> T
 
 def _product_dtype(query: Tensor) -> torch.dtype:
     """Type of the factors of P V, dS K, dS Q and P dO: bfloat16 for bfloat16 input where oneDNN multiplies it fast."""
-    if query.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.bfloat16
+    if query.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():  # without it torch lacks the op, too
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return torch.bfloat16
     return _work_dtype(query)
 
 

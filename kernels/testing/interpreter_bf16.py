@@ -44,7 +44,7 @@ def install() -> None:
     cast, binary, narrow_or_widen = builder.cast_impl, builder.binary_op, builder.create_fp_to_fp
 
     def create_dot(self: Any, a: Any, b: Any, total: Any, *rest: Any) -> Any:
-        # Summed in float64 and rounded once: how numpy sums in float32 depends on the CPU, and on some CPUs a b and the
+        # Summed in float64, then rounded: how numpy sums in float32 depends on the CPU, and on some CPUs a b and the
         # transpose of b' a' differ, which on GPUs they do not: forward and backward see the same scores.
         left, right = ((widen(x.data) if _is_bf16(x) else x.data).astype(np.float64) for x in (a, b))
         return interpreter.TensorHandle((left @ right).astype(total.data.dtype) + total.data, total.dtype.scalar)

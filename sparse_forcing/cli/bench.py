@@ -29,7 +29,6 @@ ROLLOUT_FLAGS = {
     "batch_size": "rollout: videos generated together (default: 20)",
     "seed": "rollout, stream: of prompts, weights and noise (default: 0)",
     "num_inference_steps": "rollout, stream: denoising steps per chunk (default: the model's; stream: 4)",
-    "first_chunk_steps": "rollout: denoising steps of the first chunk (default: --num-inference-steps, or the model's)",
     "guidance_scale": "rollout: guidance (default: the model's)",
 }
 STREAM_FLAGS = {

@@ -26,8 +26,7 @@ FLAGS = {
     "seconds": "length in seconds, instead of --num-frames",
     "height": "pixels",
     "width": "pixels",
-    "num_inference_steps": "denoising steps of every chunk (default: the model's)",
-    "first_chunk_steps": "those of a chunk with nothing before it (default: --num-inference-steps, or the model's)",
+    "num_inference_steps": "denoising steps of a chunk",
     "guidance_scale": "classifier-free guidance; 1 is none",
     "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, the window's "
     "best blocks and a persistent set, or a window and the tokens attended to most (default: the model's)",

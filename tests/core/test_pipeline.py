@@ -197,38 +197,6 @@ def test_unknown_words_and_long_prompts_are_said(pipe):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "steps"),
-    [
-        ({}, [5, 2]),
-        ({"num_inference_steps": 3}, [3, 3]),
-        ({"first_chunk_steps": 4}, [4, 2]),
-        ({"num_inference_steps": 3, "first_chunk_steps": 4}, [4, 3]),
-        ({"image": np.zeros((32, 32, 3), np.uint8)}, [2, 2]),  # what is given is the first chunk
-    ],
-)
-def test_a_chunk_with_nothing_before_it_has_a_sampler_of_its_own(pipe, monkeypatch, arguments, steps):
-    config = replace(
-        pipe.config, sampler=SamplerConfig(steps=2, step_list=(1000, 400)), first_sampler=SamplerConfig(steps=5)
-    )
-    monkeypatch.setattr(pipe, "config", config)
-    taken: list[int] = []
-    pipe(PROMPT, num_frames=16, callback_on_step_end=lambda chunk, step, x: taken.append(chunk), **arguments)
-    assert [taken.count(chunk) for chunk in (0, 1)] == steps
-
-
-def test_the_first_sampler_is_kept_with_the_model(pipe, monkeypatch, tmp_path):
-    first = SamplerConfig(kind="euler", steps=5, shift=2.0)
-    monkeypatch.setattr(pipe, "config", replace(pipe.config, sampler=SamplerConfig(steps=2), first_sampler=first))
-    pipe.save_pretrained(tmp_path)
-    again = SparseForcingPipeline.from_pretrained(str(tmp_path))
-    assert again.config.samplers(None, 7) == (replace(first, steps=7), SamplerConfig(steps=2))
-    both = [p(PROMPT, num_frames=16, generator=seeded()).frames for p in (pipe, again)]
-    np.testing.assert_array_equal(*both)
-    with pytest.raises(ConfigError, match="one guidance"):
-        replace(pipe.config, sampler=SamplerConfig(guidance_scale=2.0))
-
-
-@pytest.mark.parametrize(
     ("arguments", "word"),
     [
         ({"prompt": None}, "prompt"),
@@ -236,7 +204,6 @@ def test_the_first_sampler_is_kept_with_the_model(pipe, monkeypatch, tmp_path):
         ({"prompt": PROMPT, "height": 30}, "height"),
         ({"prompt": PROMPT, "num_frames": -1}, "num_frames"),
         ({"prompt": PROMPT, "num_inference_steps": 0}, "num_inference_steps"),
-        ({"prompt": PROMPT, "first_chunk_steps": 0}, "first_chunk_steps"),
         ({"prompt": PROMPT, "guidance_scale": float("nan")}, "guidance_scale"),
         ({"prompt": PROMPT, "output_type": "gif"}, "output_type"),
         ({"prompt": PROMPT, "generator": [seeded(), seeded()]}, "generator"),

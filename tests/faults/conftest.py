@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,7 @@ import pytest
 import torch
 
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig
 from sparse_forcing.sampling import generate
-from sparse_forcing.sampling.schedules import SamplerConfig
 
 
 @dataclass
@@ -33,7 +32,7 @@ class StubPipeline:
     fps = 16.0
     chunk_frames = 8
     device, dtype = torch.device("cpu"), torch.float32
-    config = PipelineConfig(num_frames=16, height=32, width=32, sampler=SamplerConfig(steps=4, guidance_scale=2.0))
+    config = SimpleNamespace(num_frames=16, height=32, width=32, sampler=SimpleNamespace(steps=4, guidance_scale=2.0))
     weights_sha256 = "0" * 64
     default_memory = MemoryConfig(kind="sparse", window_frames=6, tile=(1, 4, 4))
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
-from sparse_forcing.devices import resolve_device
+from sparse_forcing.devices import compute_dtype, resolve_device
 from sparse_forcing.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -86,3 +86,11 @@ def test_unknown_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     assert captured.err.count("\n") == 1
     assert "none" in captured.err
     assert [path for path in (tmp_path / "out").rglob("*")] == []
+
+
+def test_bfloat16_saves_no_time_where_torch_lacks_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.delattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", raising=False)  # as in such a build
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert compute_dtype("auto", torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16

@@ -170,7 +170,6 @@ def test_sidecar_tells_what_was_made(stub, tmp_path: Path, capsys: pytest.Captur
     assert record["versions"]["sparse-forcing"]
     assert record["settings"]["memory"] | {"kind": "window", "window_frames": 5} == record["settings"]["memory"]
     assert record["settings"] | {"num_inference_steps": 3, "guidance_scale": 2, "device": "cpu"} == record["settings"]
-    assert record["settings"]["first_chunk_steps"] == 3
     assert record["seconds_per_chunk"] == [0.5] * 3
     assert record["generated_fps_without_decoding"] == pytest.approx(24 / 1.5)
     assert record["generated_fps_with_decoding"] == pytest.approx(24 / 1.875)

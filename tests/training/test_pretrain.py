@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from sparse_forcing.attention import ParallelAttention
-from sparse_forcing.cli import run_module
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.pipeline import SparseForcingPipeline, read_defaults
 from sparse_forcing.scenes.render import trajectories
@@ -402,16 +401,22 @@ def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message
         replace(config(), **changes)
 
 
-def test_the_export_changes_defaults(tmp_path: Path, model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def export(change: str) -> int:
-        return run_module(
-            "sparse_forcing.training.export", [str(model_folder), "--out", str(tmp_path), "--set", change]
-        )
-
-    assert export("sampler.stepz=7") == 2
-    assert "did you mean sampler.steps?" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("sampler.stepz=7", "did you mean sampler.steps?"),
+        ("vae=wan", "vae says what the folder holds"),
+        ("fps=0", "fps:"),
+    ],
+)
+def test_the_export_refuses_what_does_not_fit(tmp_path: Path, model_folder: Path, capsys, change, message) -> None:
+    assert export.main([str(model_folder), "--out", str(tmp_path), "--set", change]) == 2
+    assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-    assert export("sampler.steps=7") == 0
+
+
+def test_the_export_changes_defaults(tmp_path: Path, model_folder: Path) -> None:
+    assert export.main([str(model_folder), "--out", str(tmp_path), "--set", "sampler.steps=7"]) == 0
     before, after = read_defaults(model_folder), read_defaults(tmp_path)
-    assert after == replace(before, sampler=before.sampler.with_steps(7))
+    assert after == replace(before, sampler=replace(before.sampler, steps=7))
     assert SparseForcingPipeline.from_pretrained(str(tmp_path)).config == after

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime import interpreter
 
 from sparse_forcing.kernels.testing import interpreter_bf16
 
@@ -319,3 +321,15 @@ def test_selection_and_update_are_ops_that_know_their_shapes():
         (selection.update_op, (slots, importance, 2)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_products_do_not_depend_on_the_order_of_their_factors():
+    """Backward kernels compute the scores transposed; they must be those of the forward, as on a GPU."""
+
+    def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        total = torch.zeros(len(a), b.shape[1])
+        left, right, zero = (interpreter.TensorHandle(x.numpy(), tl.float32) for x in (a, b, total))
+        return torch.from_numpy(interpreter.interpreter_builder.create_dot(left, right, zero, None, 0).data)
+
+    a, b = torch.randn(16, 32), torch.randn(32, 16)
+    assert torch.equal(product(a, b), product(b.T.contiguous(), a.T.contiguous()).T)

@@ -275,12 +275,14 @@ def _rows(x: Tensor, drop: Tensor | None, dtype: torch.dtype, purpose: str) -> T
     return rows if drop is None else rows.masked_fill_(drop.unsqueeze(-1), 0)
 
 
+def multiplies_bfloat16() -> bool:
+    """Whether oneDNN multiplies bfloat16 on this CPU; without oneDNN torch lacks the question, too."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _product_dtype(query: Tensor) -> torch.dtype:
     """Type of the factors of P V, dS K, dS Q and P dO: bfloat16 for bfloat16 input where oneDNN multiplies it fast."""
-    if query.dtype == torch.bfloat16 and torch.backends.mkldnn.is_available():  # without it torch lacks the op, too
-        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            return torch.bfloat16
-    return _work_dtype(query)
+    return torch.bfloat16 if query.dtype == torch.bfloat16 and multiplies_bfloat16() else _work_dtype(query)
 
 
 def _add_product(acc: Tensor, a: Tensor, b: Tensor, buffer: Buffer, first: bool) -> None:

@@ -91,13 +91,13 @@ class Reproduction:
 
     @property
     def trainings(self) -> list[Training]:
-        """Every training once, the teacher's first."""
-        return list({training.folder: training for chain in self.chains.values() for training in chain}.values())
+        """Everything that is still to be trained, once, each after what it starts from."""
+        missing = [training for chain in self.chains.values() for training in chain[-1].missing()]
+        return list({training.folder: training for training in missing}.values())
 
     def tasks(self) -> Iterator[Task]:
         """All work, in an order in which one process can do it."""
-        missing = [training for chain in self.chains.values() for training in chain[-1].missing()]
-        for training in {training.folder: training for training in missing}.values():
+        for training in self.trainings:
             yield Task(name=training.folder.name, done=training.complete, ready=training.ready, run=training.run)
         for name, rollouts in self.rollouts.items():
             trained = self.chains[VARIANTS[name].student][-1].complete

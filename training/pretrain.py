@@ -38,6 +38,7 @@ from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.metrics import append_row, forget_beyond
+from sparse_forcing.training.muon import make_muon
 from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.scene_targets import (
     ATTRIBUTES,
@@ -184,9 +185,7 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
     ]
     if inner:
         optimizers.append(
-            torch.optim.Muon(
-                list(inner.values()), lr=1.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"
-            )
+            make_muon(list(inner.values()), lr=1.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
         )
     return optimizers
 

@@ -37,7 +37,7 @@ class Piece(NamedTuple):
     def rows(self, x: Tensor) -> Tensor:
         """View [n, R, ...] of x [B * H * Nq, Tq, ...]."""
         if self.heads is None:
-            return x[self.items] if self.items.stop - self.items.start < len(x) else x
+            return x[self.items] if self.items.stop - self.items.start < x.shape[0] else x
         return x.unflatten(0, (self.heads, -1))[self.items, self.blocks].flatten(1, 2)
 
     def lists(self, x: Tensor) -> Tensor:
@@ -140,14 +140,14 @@ class BlockTable:
         else:
             self.table = pool.reshape(-1, T * D)
         self.rows = table_rows(lists.slots, (B, H), steps)
-        self.head_dim = D
+        self.block = T, D
 
     def gather(self, piece: Piece, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
         """[n, L, D] blocks of a piece, in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
-        rows = piece.lists(self.rows)
-        blocks = buffer.view(rows.numel(), self.table.shape[1])
-        torch.index_select(self.table, 0, rows.flatten(), out=blocks)
-        blocks = blocks.view(len(rows), -1, self.head_dim)
+        rows, (T, D) = piece.lists(self.rows), self.block
+        n, m = rows.shape
+        torch.index_select(self.table, 0, rows.flatten(), out=buffer.view(n * m, T * D))
+        blocks = buffer.view(n, m * T, D)
         return blocks if padded is None else blocks.masked_fill_(padded, 0)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.prompts import read_prompts
+from sparse_forcing.scenes.sample import motion_table, shape_table
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
@@ -30,6 +31,7 @@ class DataConfig:
             (tensors that `sparse-forcing data encode` or `data ode-pairs` prepared).
         path: file or folder for all but procedural.
         latent_frames: length of a clip; size: pixels of its sides (procedural).
+        motion_weights, shape_weights: how much likelier than the rest a motion or a shape is (procedural).
         height, width, fps: what videos are resized, cropped and thinned to; the model's own when None.
         max_bad_samples: videos that may turn out unusable; each is named, one more ends the run.
         stored_text: take text embeddings from the shards, so that no text encoder is loaded.
@@ -47,6 +49,8 @@ class DataConfig:
     stored_text: bool = True
     two_object_fraction: float = 0.25
     caption_dropout: float = 0.0
+    motion_weights: dict[str, float] | None = None
+    shape_weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -57,11 +61,19 @@ class DataConfig:
             raise ConfigError("caption_dropout and two_object_fraction are shares in [0, 1]")
         if self.latent_frames < 1 or self.max_bad_samples < 0:
             raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
-        given = [name for name in ("height", "width", "fps") if getattr(self, name) is not None]
-        if given and self.kind != "videos":
-            raise ConfigError(f"{given[0]}: has no effect for kind {self.kind!r}")
-        if any(getattr(self, name) <= 0 for name in given):
+        for kind, names in (
+            ("videos", ("height", "width", "fps")),
+            ("procedural", ("motion_weights", "shape_weights")),
+        ):
+            given = [name for name in names if getattr(self, name) is not None]
+            if given and self.kind != kind:
+                raise ConfigError(f"{given[0]}: has no effect for kind {self.kind!r}")
+        if any(x is not None and x <= 0 for x in (self.height, self.width, self.fps)):
             raise ConfigError("height, width and fps must be positive")
+        if self.motion_weights is not None:
+            motion_table(self.motion_weights)
+        if self.shape_weights is not None:
+            shape_table(self.shape_weights)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +121,7 @@ class ProceduralSource:
         return procedural_batch(
             self.seed, draw, batch_size=count, num_frames=num_frames, size=self.config.size,
             two_object_fraction=self.config.two_object_fraction, caption_dropout=self.config.caption_dropout,
+            motion_weights=self.config.motion_weights, shape_weights=self.config.shape_weights,
         )  # fmt: skip
 
     def clip(self, number: int, num_frames: int) -> tuple[Tensor, str]:

@@ -29,7 +29,7 @@ from sparse_forcing.training.growth import load_leading
 from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.metrics import append_row, forget_beyond
 from sparse_forcing.training.resume import Resume
-from sparse_forcing.vae import TokenAutoencoder
+from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,7 @@ class AutoencoderConfig:
             relative to the contrast of the clip's objects, so that a green star on gray has its points drawn as well as
             a yellow one on black.
         shape_weights: how much likelier than the rest a shape is.
+        fit_clips: clips that the fixed linear transform is fitted on.
     """
 
     steps: int = 3000
@@ -66,14 +67,15 @@ class AutoencoderConfig:
     anchor: float = 0.1
     object_weight: float = 0.0
     shape_weights: dict[str, float] | None = None
+    fit_clips: int = 1024
     noise: float = 0.3
     learning_rate: float = 2e-3
     warmup_steps: int = 50
     checkpoint_minutes: float = 4.0
 
     def __post_init__(self) -> None:
-        if not self.sizes or min(self.steps, self.batch_size, *self.sizes) < 1:
-            raise ConfigError("steps, batch_size and sizes must be positive")
+        if not self.sizes or min(self.steps, self.batch_size, self.fit_clips, *self.sizes) < 1:
+            raise ConfigError("steps, batch_size, fit_clips and sizes must be positive")
         if self.decoder_blocks is not None and self.decoder_blocks < 1:
             raise ConfigError(f"decoder_blocks: must be at least 1, got {self.decoder_blocks}")
         if min(self.extra_channels, self.anchor, self.object_weight) < 0:
@@ -84,13 +86,13 @@ class AutoencoderConfig:
             shape_table(self.shape_weights)
 
 
-def fit_patches(vae: TokenAutoencoder, seed: int) -> None:
-    """Fit the fixed linear transform on clips of its own seed."""
-    clips = procedural_batch(
-        seed, 0, batch_size=1024, num_frames=2 * vae.temporal_stride, size=64, two_object_fraction=0.25,
+def fit_patches(patches: PatchAutoencoder, seed: int, clips: int) -> list[float]:
+    """Fit the fixed linear transform on clips of its own seed; standard deviations of its latents."""
+    batch = procedural_batch(
+        seed, 0, batch_size=clips, num_frames=2 * patches.temporal_stride, size=64, two_object_fraction=0.25,
         caption_dropout=0.0,
     )  # fmt: skip
-    vae.patches.fit(clips.pixels)
+    return patches.fit(batch.pixels)
 
 
 def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder | None]:
@@ -101,7 +103,7 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
             config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
             decoder_blocks=config.decoder_blocks,
         )  # fmt: skip
-        fit_patches(vae, config.seed)
+        fit_patches(vae.patches, config.seed, config.fit_clips)
         return vae, None
     try:
         trained = TokenAutoencoder.from_pretrained(config.init_from, local_files_only=True).float()

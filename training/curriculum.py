@@ -54,7 +54,8 @@ class StageConfig:
 class PretrainConfig:
     """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
 
-    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches.
+    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches of
+    `fit_clips` clips.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
     `autoencoder` may add channels to the latents of that model, which begin at zero effect.
     `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.
@@ -91,6 +92,7 @@ class PretrainConfig:
     keep_checkpoints: int = 2
     compile: bool = False
     autoencoder: str | None = None
+    fit_clips: int = 1024
     init_from: str | None = None
     stages: tuple[StageConfig, ...] = field(
         default_factory=lambda: (StageConfig(latent_frames=1, batch_size=96, steps=6000),)
@@ -99,6 +101,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
+        if self.fit_clips < 1:
+            raise ConfigError(f"fit_clips: must be positive, got {self.fit_clips}")
         if not self.stages:
             raise ConfigError("stages: at least one stage is needed")
         for number, stage in enumerate(self.stages):

@@ -29,6 +29,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption, vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
 from sparse_forcing.text import WordTextEncoder
+from sparse_forcing.training.autoencode import fit_patches
 from sparse_forcing.training.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig, learning_rate, part_at, stage_at
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
@@ -125,11 +126,7 @@ def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[
             ) from error
         return vae.eval().requires_grad_(False), [1.0] * vae.latent_channels
     patches = PatchAutoencoder(config.latent_channels)
-    clips = procedural_batch(
-        config.seed, 0, batch_size=1024, num_frames=2 * patches.temporal_stride, size=64, two_object_fraction=0.25,
-        caption_dropout=0.0,
-    )  # fmt: skip
-    return patches, patches.fit(clips.pixels)
+    return patches, fit_patches(patches, config.seed, config.fit_clips)
 
 
 def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:

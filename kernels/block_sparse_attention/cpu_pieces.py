@@ -140,14 +140,14 @@ class BlockTable:
         else:
             self.table = pool.reshape(-1, T * D)
         self.rows = table_rows(lists.slots, (B, H), steps)
-        self.block = T, D
+        self.head_dim = D
 
     def gather(self, piece: Piece, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
         """[n, L, D] blocks of a piece, in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
-        rows, (T, D) = piece.lists(self.rows), self.block
-        n, m = rows.shape
-        torch.index_select(self.table, 0, rows.flatten(), out=buffer.view(n * m, T * D))
-        blocks = buffer.view(n, m * T, D)
+        rows = piece.lists(self.rows)
+        blocks = buffer.view(rows.numel(), self.table.shape[1])
+        torch.index_select(self.table, 0, rows.flatten(), out=blocks)
+        blocks = blocks.view(rows.shape[0], -1, self.head_dim)
         return blocks if padded is None else blocks.masked_fill_(padded, 0)
 
 

@@ -28,6 +28,7 @@ CONFIG = AutoencoderConfig(
     batch_size=8,
     latent_channels=8,
     components=24,
+    fit_clips=32,
     dim=32,
     num_blocks=1,
     checkpoint_minutes=1e9,

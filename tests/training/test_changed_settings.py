@@ -165,7 +165,7 @@ def test_the_command_line_refuses_in_one_line_and_goes_on_when_allowed(
 ) -> None:
     path, out = tmp_path / "config.yaml", tmp_path / "out"
     path.write_text(
-        "{sizes: [16], batch_size: 2, components: 16, latent_channels: 4, dim: 16, num_blocks: 1, steps: 1}"
+        "{sizes: [16], batch_size: 2, components: 8, latent_channels: 4, dim: 8, num_blocks: 1, fit_clips: 8, steps: 1}"
     )
     command = ["train", "autoencoder", "--config", str(path), "--output", str(out)]
     assert main(command) == 0

@@ -20,11 +20,12 @@ from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import output_lock
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
 from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
 from sparse_forcing.training.data.shards import Shards, StoredText
-from sparse_forcing.training.data.sources import DataConfig, VideoFormat, VideoSource, make_source
+from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, VideoSource, make_source
 from sparse_forcing.training.data.videos import list_videos, read_clip
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.loop import LoopConfig
@@ -167,6 +168,36 @@ def test_bad_files_are_named_skipped_and_counted(
     with pytest.raises(ConfigError, match=r"1 bad samples exceed max_bad_samples 0; .*002\.mp4"):
         for draw in range(5):
             source(folder, max_bad_samples=0).clips(draw, 1)
+
+
+def test_procedural_prompts_have_the_weighted_motions_and_shapes_more_often() -> None:
+    def source(**weights: Any) -> ProceduralSource:
+        return ProceduralSource(DataConfig(size=SIZE, two_object_fraction=0.0, **weights), 0, PatchAutoencoder(4))
+
+    even, stars = source(), source(shape_weights={"star": 1e9})
+    spins = source(motion_weights={"spins clockwise": 1e9})
+    assert sum("star" in prompt for prompt in even.prompts(0, 40)) < 20
+    assert all("star" in prompt for prompt in stars.prompts(0, 40))
+    motions = {parse_caption(prompt).objects[0].motion for prompt in spins.prompts(0, 40)}
+    assert motions == {"spins clockwise"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"motion_weights": {"flies": 2.0}}, "unknown motion 'flies'"),
+        ({"shape_weights": {"star": -1.0}}, "none may be negative"),
+        (
+            {"kind": "videos", "path": Path("x"), "shape_weights": {"star": 2.0}},
+            "shape_weights: has no effect for kind",
+        ),
+        ({"kind": "videos", "path": Path("x"), "height": 0}, "must be positive"),
+        ({"fps": 8.0}, "fps: has no effect for kind 'procedural'"),
+    ],
+)
+def test_settings_of_data_that_cannot_be_meant_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DataConfig(**settings)
 
 
 def encoding(model: Path, **changes: Any) -> EncodeConfig:

@@ -47,7 +47,8 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     """A model whose step takes milliseconds."""
     small: dict[str, Any] = {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
-        "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 2, "checkpoint_minutes": 1e9,
+        "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 2, "fit_clips": 16,
+        "checkpoint_minutes": 1e9,
     }  # fmt: skip
     return PretrainConfig(
         stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes

@@ -21,6 +21,8 @@ from sparse_forcing.weights.parts import explained, load_part
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
 
+CLIPS_AT_ONCE = 64  # whose patches are held in float64 while components are fitted
+
 
 class VideoAutoencoder(Protocol):
     """What the pipeline, the recipes and the evaluator need of an autoencoder."""
@@ -71,9 +73,15 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     @torch.no_grad()
     def fit(self, pixels: Tensor) -> list[float]:
         """Fit the components to pixels [B, 3, F, H, W]; returns each latent channel's standard deviation."""
-        patches = self._to_patches(pixels).flatten(0, 3).double()
-        mean = patches.mean(0)
-        covariance = torch.cov(patches.T, correction=0)
+
+        def parts() -> Iterator[Tensor]:  # in float64 all at once they would take several times the pixels' memory
+            return (self._to_patches(part).flatten(0, 3).double() for part in pixels.split(CLIPS_AT_ONCE))
+
+        total = pixels.numel() // len(self.mean)
+        mean = torch.stack([part.sum(0) for part in parts()]).sum(0) / total
+        covariance = torch.stack([mean * 0] * len(mean))
+        for part in parts():
+            covariance.addmm_((part - mean).T, part - mean, alpha=1 / total)
         values, vectors = torch.linalg.eigh(covariance)
         order = values.argsort(descending=True)[: self.latent_channels]
         basis, std = vectors[:, order].T, values[order].clamp(min=1e-12).sqrt()

@@ -31,6 +31,8 @@ from sparse_forcing.training.metrics import append_row, forget_beyond
 from sparse_forcing.training.resume import Resume
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
+FIT_SIZE = 64  # pixels to the side of the clips on which patches are fitted
+
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
@@ -49,7 +51,7 @@ class AutoencoderConfig:
             relative to the contrast of the clip's objects, so that a green star on gray has its points drawn as well as
             a yellow one on black.
         shape_weights: how much likelier than the rest a shape is.
-        fit_clips: clips that the fixed linear transform is fitted on.
+        fit_clips: clips that the fixed linear transform is fitted on; without effect beside `init_from`, which has one.
     """
 
     steps: int = 3000
@@ -89,7 +91,7 @@ class AutoencoderConfig:
 def fit_patches(patches: PatchAutoencoder, seed: int, clips: int) -> list[float]:
     """Fit the fixed linear transform on clips of its own seed; standard deviations of its latents."""
     batch = procedural_batch(
-        seed, 0, batch_size=clips, num_frames=2 * patches.temporal_stride, size=64, two_object_fraction=0.25,
+        seed, 0, batch_size=clips, num_frames=2 * patches.temporal_stride, size=FIT_SIZE, two_object_fraction=0.25,
         caption_dropout=0.0,
     )  # fmt: skip
     return patches.fit(batch.pixels)

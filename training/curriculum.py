@@ -19,7 +19,7 @@ class StageConfig:
     `sizes` are pixels to the side of the clips; each step draws one, and batches keep their number of pixels.
     `shift` is that of the stage's noise levels, the model's where None: above it a stage dwells on high noise, where
     position and direction are decided. `motion_weights` and `shape_weights` say how much likelier than the rest a
-    motion or a shape is.
+    motion (in scenes of one object) or a shape is.
     """
 
     latent_frames: int
@@ -54,8 +54,8 @@ class StageConfig:
 class PretrainConfig:
     """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
 
-    `autoencoder` names the folder of a trained TokenAutoencoder; None fits principal components of patches of
-    `fit_clips` clips.
+    `autoencoder` names the folder of a trained TokenAutoencoder; None beside no `init_from` fits principal components
+    of patches of `fit_clips` clips.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
     `autoencoder` may add channels to the latents of that model, which begin at zero effect.
     `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.

@@ -24,7 +24,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
 from sparse_forcing.memory.sparse import HISTORY_POOLS
 from sparse_forcing.rope import Rotary
-from sparse_forcing.training.autoencode import AutoencoderConfig
+from sparse_forcing.training.autoencode import FIT_SIZE, AutoencoderConfig
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.distill import DistillConfig
 from sparse_forcing.training.forcing import ForcingConfig
@@ -33,7 +33,7 @@ from sparse_forcing.training.model_sizes import ModelSizes, model_sizes, on_meta
 from sparse_forcing.training.ode import OdeConfig
 from sparse_forcing.training.pretrain import TextToVideo, make_optimizers
 from sparse_forcing.transformer import CausalWanBlock
-from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
+from sparse_forcing.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 
 GIB = 1 << 30
 _STATE_BYTES = 4  # weights, gradients, moments and averages are float32
@@ -364,7 +364,14 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
         state = _bytes(vae.parameters())
         inside = sum(x.untyped_storage().nbytes() for x in saved.values())
         held = _bytes(old.parameters()) if config.extra_channels else 0
-    return MemoryEstimate(state, state, 2 * state, 0, held, _bytes(vae.buffers()), 0, inside)
+        fitted = 0 if config.init_from else _fit_bytes(config.fit_clips, vae.temporal_stride)
+    return MemoryEstimate(state, state, 2 * state, 0, held, _bytes(vae.buffers()), 0, max(inside, fitted))
+
+
+def _fit_bytes(clips: int, temporal_stride: int) -> int:
+    """Of fitting patches (`fit_patches`): all pixels and half as much to render them, and some clips in float64."""
+    numbers = 3 * 2 * temporal_stride * FIT_SIZE**2
+    return numbers * (6 * clips + 24 * min(clips, CLIPS_AT_ONCE))
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

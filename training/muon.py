@@ -1,4 +1,4 @@
-"""Muon in float32, for CPUs on which torch's own, which iterates in bfloat16, takes most of a step"""
+"""Muon in float32, for CPUs on which torch's own, which iterates in bfloat16, takes most of a step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,15 @@ from torch import Tensor, nn
 from sparse_forcing.devices import multiplies_bfloat16
 
 
-def make_muon(parameters: list[nn.Parameter], **settings: Any) -> torch.optim.Muon:
-    """torch's Muon where bfloat16 saves time, the same in float32 elsewhere; on the parameters' device."""
-    fast = not parameters or multiplies_bfloat16(parameters[0].device)
-    return (torch.optim.Muon if fast else Float32Muon)(parameters, **settings)
+def make_muon(parameters: list[nn.Parameter], *, lr: float, weight_decay: float) -> torch.optim.Muon:
+    """torch's Muon where bfloat16 saves time on the parameters' device, the same in float32 elsewhere. The size of its
+    updates is AdamW's (`match_rms_adamw`)."""
+    kind = torch.optim.Muon if multiplies_bfloat16(parameters[0].device) else Float32Muon
+    return kind(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
 
 class Float32Muon(torch.optim.Muon):
-    """torch.optim.Muon, its state included, but for the type of the orthogonalization.
-
-    Takes the learning rate as `match_rms_adamw` does, whatever `adjust_lr_fn` says.
-    """
+    """torch.optim.Muon with `match_rms_adamw`, its state included, but for the type of the orthogonalization."""
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -36,7 +34,7 @@ class Float32Muon(torch.optim.Muon):
             for p, gradient, average in zip(parameters, gradients, averages):
                 average.lerp_(gradient, 1 - group["momentum"])
                 update = gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
-                update = orthogonalize(update, group["ns_coefficients"], group["ns_steps"], group["eps"])
+                update = orthogonalize(update.float(), group["ns_coefficients"], group["ns_steps"], group["eps"])
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-0.2 * max(p.shape) ** 0.5 * group["lr"])
         return loss

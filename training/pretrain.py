@@ -181,9 +181,7 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
         torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     ]
     if inner:
-        optimizers.append(
-            make_muon(list(inner.values()), lr=1.0, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-        )
+        optimizers.append(make_muon(list(inner.values()), lr=1.0, weight_decay=config.weight_decay))
     return optimizers
 
 

@@ -211,6 +211,8 @@ def test_objects_count_more_and_by_their_contrast() -> None:
 def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
+    with pytest.raises(ConfigError, match="must be positive"):
+        replace(CONFIG, fit_clips=0)
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
     with pytest.raises(ConfigError, match="extra_channels: need"):

@@ -187,6 +187,7 @@ def test_procedural_prompts_have_the_weighted_motions_and_shapes_more_often() ->
     [
         ({"motion_weights": {"flies": 2.0}}, "unknown motion 'flies'"),
         ({"shape_weights": {"star": -1.0}}, "none may be negative"),
+        ({"motion_weights": {"grows": 2.0}, "two_object_fraction": 1.0}, "motion_weights: has no effect where"),
         (
             {"kind": "videos", "path": Path("x"), "shape_weights": {"star": 2.0}},
             "shape_weights: has no effect for kind",

@@ -19,7 +19,7 @@ from sparse_forcing.pipeline import SparseForcingPipeline, read_defaults
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
-from sparse_forcing.training import export
+from sparse_forcing.training import export, muon
 from sparse_forcing.training import pretrain as recipe
 from sparse_forcing.training.autoencode import with_channels
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
@@ -53,6 +53,24 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     return PretrainConfig(
         stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes
     )
+
+
+def test_muon_is_for_matrices_of_the_blocks_and_in_float32_where_bfloat16_is_slow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: False)
+    model = recipe.TextToVideo(config(), STD)
+    rest, blocks = recipe.make_optimizers(model, config())
+    assert type(blocks) is muon.Float32Muon
+    inside = {id(p) for p in blocks.param_groups[0]["params"]}
+    assert {id(p) for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2} == inside
+    assert len(inside) + len(rest.param_groups[0]["params"]) == len(list(model.parameters()))
+
+
+def test_patches_are_fitted_on_as_many_clips_as_asked() -> None:
+    fitted = [recipe.make_autoencoder(config(fit_clips=count))[0] for count in (8, 8, 9)]
+    assert torch.equal(fitted[0].mean, fitted[1].mean)
+    assert not torch.equal(fitted[0].mean, fitted[2].mean)
 
 
 def batch(frames: int, count: int = 3, **options: Any):
@@ -394,6 +412,7 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
         ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=1.0),)}, "more than one chunk"),
         ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
         ({"optimizer": "sgd"}, "expected muon or adamw"),
+        ({"fit_clips": 0}, "fit_clips: must be positive"),
         ({"stages": ()}, "at least one stage"),
     ],
 )

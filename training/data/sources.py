@@ -31,7 +31,8 @@ class DataConfig:
             (tensors that `sparse-forcing data encode` or `data ode-pairs` prepared).
         path: file or folder for all but procedural.
         latent_frames: length of a clip; size: pixels of its sides (procedural).
-        motion_weights, shape_weights: how much likelier than the rest a motion or a shape is (procedural).
+        motion_weights: how much likelier than the rest a motion is in scenes of one object; shape_weights: the same for
+            shapes, in all scenes (procedural).
         height, width, fps: what videos are resized, cropped and thinned to; the model's own when None.
         max_bad_samples: videos that may turn out unusable; each is named, one more ends the run.
         stored_text: take text embeddings from the shards, so that no text encoder is loaded.
@@ -71,6 +72,8 @@ class DataConfig:
         if any(x is not None and x <= 0 for x in (self.height, self.width, self.fps)):
             raise ConfigError("height, width and fps must be positive")
         if self.motion_weights is not None:
+            if self.two_object_fraction == 1:
+                raise ConfigError("motion_weights: has no effect where two_object_fraction is 1")
             motion_table(self.motion_weights)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)

@@ -19,7 +19,9 @@ from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge_batch, su
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.held_out import held_out_prompts
+from sparse_forcing.scenes.vocabulary import MOTIONS, SHAPES, SIZES
 
 COLUMNS = ("background", "colour", "shape", "size", "motion", "all")
 
@@ -53,6 +55,7 @@ def run(config: RolloutBenchConfig) -> int:
         "config": to_plain(config),
         "device": str(pipe.device),
         "weights_sha256": pipe.weights_sha256,
+        "prompts": prompts,
         "memories": rows,
     }
     for name in config.memories:
@@ -62,7 +65,7 @@ def run(config: RolloutBenchConfig) -> int:
         print(f"{name}: all right {json.dumps(right)}", flush=True)
         if out is not None:
             atomic_write_json(out / "rollout.json", result)
-            atomic_write_text(out / "rollout.md", table(result))
+            atomic_write_text(out / "rollout.md", f"{table(result)}\n{breakdown(result)}")
     print(json.dumps(result))
     return 0
 
@@ -70,7 +73,7 @@ def run(config: RolloutBenchConfig) -> int:
 def measure_memory(
     pipe: SparseForcingPipeline, memory: MemoryConfig, prompts: list[str], config: RolloutBenchConfig
 ) -> dict:
-    """One row of the table."""
+    """One row of the table; `verdicts` are the judgements behind it, by horizon and attribute, one for each prompt."""
     settings = RolloutSettings(
         horizons=config.horizons,
         seed=config.seed,
@@ -84,7 +87,11 @@ def measure_memory(
         batches.append(judge_batch(pipe, memory, prompts[first : first + config.batch_size], first, settings))
         done = first + len(batches[-1].prompts)
         print(f"  {done}/{len(prompts)} rollouts, {time.perf_counter() - began:.0f} s", flush=True)
-    return {"memory": dataclasses.asdict(memory), **summarize_rollouts(pipe, batches)}
+    verdicts = {
+        str(horizon): {name: [row[name] for batch in batches for row in batch.records[horizon]] for name in COLUMNS}
+        for horizon in config.horizons
+    }
+    return {"memory": dataclasses.asdict(memory), **summarize_rollouts(pipe, batches), "verdicts": verdicts}
 
 
 def table(result: dict) -> str:
@@ -102,6 +109,33 @@ def table(result: dict) -> str:
                 f"{cell['drift']['detail']['mean']:.3f} | {cell['cache_bytes_peak'] / 1024:.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def breakdown(result: dict) -> str:
+    """Markdown table of what the first memory gets right at the first horizon, by what the caption says; a caption of
+    two objects counts for both."""
+    name, row = next(iter(result["memories"].items()))
+    horizon, verdicts = next(iter(row["verdicts"].items()))
+    scenes = [parse_caption(prompt) for prompt in result["prompts"]]
+    lines = [
+        f"{name}, {horizon}x, by what the caption says:\n",
+        "| caption | prompts | " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * (len(COLUMNS) + 2),
+    ]
+    for attribute, values in (("shape", SHAPES), ("size", SIZES), ("motion", MOTIONS)):
+        for value in values:
+            chosen = [
+                number for number, scene in enumerate(scenes) if value in (getattr(x, attribute) for x in scene.objects)
+            ]
+            if chosen:
+                shares = " | ".join(percent(_mean([verdicts[column][i] for i in chosen])) for column in COLUMNS)
+                lines.append(f"| {value} | {len(chosen)} | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(verdicts: list[float | None]) -> float | None:
+    told = [verdict for verdict in verdicts if verdict is not None]
+    return sum(told) / len(told) if told else None
 
 
 def percent(share: float | None) -> str:

@@ -107,6 +107,7 @@ def test_viclip_equals_the_plain_one(tmp_path: Path) -> None:
     torch.testing.assert_close(network.encode_text(tokens)[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_raft_equals_the_plain_one(tmp_path: Path) -> None:
     wrap = lambda s: {f"module.{name}": value for name, value in s.items()}  # noqa: E731
     path, state = saved(tmp_path, raft.Raft(), wrap=wrap)

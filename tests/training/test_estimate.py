@@ -86,6 +86,7 @@ def test_state_equals_a_real_run(model_folder: Path, lora: LoraConfig | None) ->
     assert estimate.encoders == sum(nbytes([*part.parameters(), *part.buffers()]) for part in parts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize(
     ("memory", "causal_window"),
@@ -102,6 +103,7 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_gradients_through_the_scores_are_counted() -> None:
     """SiD keeps the graphs of three score passes beside that of the rollout."""
     recipe = distill(Path("tiny-base"), memory=SPARSE, loop=ONE, loss="sid", **TINY)
@@ -142,6 +144,7 @@ def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None
     assert cache_bytes(config, work) == most + 2 * pool  # a backward pass rebuilds it, and has its gradients
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"cache_gradient": "straight_through"}, {"windows": 6, "window_frames": 4}])
 def test_pools_of_a_sparse_memory_are_counted(model_folder: Path, checkpointing: bool, changes: dict[str, Any]) -> None:

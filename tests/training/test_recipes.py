@@ -396,6 +396,7 @@ def test_sparse_training_needs_no_more_memory_than_dense(model_folder: Path) -> 
     assert sparse < dense
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_selector_that_learns_in_both_ways_adds_little_memory(checkpointing: bool) -> None:
     """Pooled vectors of blocks, on `tiny-base`, against a dense window; pooling: memory/test_training_memory."""

@@ -15,7 +15,7 @@ from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench_options import RolloutBenchConfig
-from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge_batch, summarize_rollouts
+from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge_batch, share_of, summarize_rollouts
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
@@ -128,14 +128,11 @@ def breakdown(result: dict) -> str:
                 number for number, scene in enumerate(scenes) if value in (getattr(x, attribute) for x in scene.objects)
             ]
             if chosen:
-                shares = " | ".join(percent(_mean([verdicts[column][i] for i in chosen])) for column in COLUMNS)
+                shares = " | ".join(
+                    percent(share_of([verdicts[column][i] for i in chosen])["mean"]) for column in COLUMNS
+                )
                 lines.append(f"| {value} | {len(chosen)} | {shares} |")
     return "\n".join(lines) + "\n"
-
-
-def _mean(verdicts: list[float | None]) -> float | None:
-    told = [verdict for verdict in verdicts if verdict is not None]
-    return sum(told) / len(told) if told else None
 
 
 def percent(share: float | None) -> str:

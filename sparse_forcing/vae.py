@@ -79,9 +79,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
 
         total = pixels.numel() // len(self.mean)
         mean = torch.stack([part.sum(0) for part in parts()]).sum(0) / total
-        covariance = torch.stack([mean * 0] * len(mean))
+        covariance = mean.new_zeros(len(mean), len(mean))
         for part in parts():
-            covariance.addmm_((part - mean).T, part - mean, alpha=1 / total)
+            part -= mean
+            covariance.addmm_(part.T, part, alpha=1 / total)
         values, vectors = torch.linalg.eigh(covariance)
         order = values.argsort(descending=True)[: self.latent_channels]
         basis, std = vectors[:, order].T, values[order].clamp(min=1e-12).sqrt()

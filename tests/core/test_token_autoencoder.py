@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.vae import TokenAutoencoder
+from sparse_forcing.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 
 
 def small() -> TokenAutoencoder:
@@ -53,3 +53,16 @@ def test_it_loads_as_it_was_saved(tmp_path: Path) -> None:
     again = TokenAutoencoder.from_pretrained(tmp_path).eval()
     pixels = torch.rand(1, 3, 4, 16, 16)
     assert torch.equal(again.encode(pixels), vae.encode(pixels))
+
+
+def test_patches_fitted_in_pieces_have_the_components_of_all_clips() -> None:
+    torch.manual_seed(0)
+    pixels = torch.rand(2 * CLIPS_AT_ONCE + 3, 3, 4, 8, 16) * torch.linspace(0.2, 1, 16)
+    patches = PatchAutoencoder(5)
+    std = patches.fit(pixels)
+    flat = patches._to_patches(pixels).flatten(0, 3).double()
+    expected = torch.linalg.eigvalsh(torch.cov(flat.T, correction=0)).flip(0)[:5].sqrt().sqrt()
+    torch.testing.assert_close(torch.tensor(std).double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(patches.mean, flat.mean(0).float())
+    projected = (flat - flat.mean(0)) @ patches.basis.T.double()
+    torch.testing.assert_close(projected.std(0, correction=0).sqrt(), expected, rtol=1e-5, atol=0)

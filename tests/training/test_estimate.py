@@ -15,10 +15,18 @@ from accelerate import Accelerator
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
+from sparse_forcing.training.autoencode import AutoencoderConfig
 from sparse_forcing.training.cli_entry import guess_stage, load_stage
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.distill import DistillConfig, DistillRecipe
-from sparse_forcing.training.estimate import Work, cache_bytes, estimate_distillation, estimate_stage, parameter_count
+from sparse_forcing.training.estimate import (
+    Work,
+    cache_bytes,
+    estimate_autoencoder,
+    estimate_distillation,
+    estimate_stage,
+    parameter_count,
+)
 from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.model_sizes import model_sizes
@@ -306,3 +314,10 @@ def test_a_launch_with_another_number_of_processes_is_refused(tmp_path: Path, mo
     with pytest.raises(ConfigError, match=r"loop\.processes: 2 were asked for, this launch has 1"):
         train(config, tmp_path)
     assert not list(tmp_path.glob("step-*"))
+
+
+def test_fitting_patches_is_counted_where_it_happens() -> None:
+    few, many = (estimate_autoencoder(AutoencoderConfig(batch_size=1, fit_clips=count)).total for count in (1, 1000))
+    assert many - few > 999 * 4 * 3 * 8 * 64 * 64 * 0.9  # their pixels, in float32, of which few fit into a step
+    known = AutoencoderConfig(batch_size=1, fit_clips=1000, init_from="elsewhere")
+    assert estimate_autoencoder(known).total < few + (many - few) / 10

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
@@ -73,11 +74,19 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         words: the vocabulary, in order (part of the config, so the tokenizer ships with the weights).
         dim: embedding width (the transformer's text_dim).
         text_len: tokens of a prompt after padding.
+        neighbours: words that a convolution before every layer spans, 0 for none. Attention alone did not learn which
+            of two objects a shape or a motion belongs to.
     """
 
     @register_to_config
     def __init__(
-        self, words: list[str], dim: int = 128, num_layers: int = 2, num_heads: int = 4, text_len: int = 32
+        self,
+        words: list[str],
+        dim: int = 128,
+        num_layers: int = 2,
+        num_heads: int = 4,
+        text_len: int = 32,
+        neighbours: int = 0,
     ) -> None:
         super().__init__()
         if not words or len(set(words)) != len(words):
@@ -90,6 +99,8 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
             dim, num_heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(layer, num_layers, enable_nested_tensor=False)
+        convolutions = (nn.Conv1d(dim, dim, neighbours, padding="same") for _ in range(num_layers if neighbours else 0))
+        self.convolutions = nn.ModuleList(convolutions)
         self.norm = nn.LayerNorm(dim)
         nn.init.normal_(self.token_embedding.weight, std=0.02)
 
@@ -97,8 +108,12 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         """[B, text_len] ids -> [B, text_len, dim]."""
         used = token_ids != PAD
         x = self.token_embedding(token_ids) + self.position_embedding
-        x = self.norm(self.layers(x, src_key_padding_mask=~used))
-        return x * used[..., None]
+        if not self.convolutions:
+            return self.norm(self.layers(x, src_key_padding_mask=~used)) * used[..., None]
+        for convolution, layer in zip(self.convolutions, self.layers.layers, strict=True):
+            x = x + F.gelu(convolution((x * used[..., None]).mT).mT)
+            x = layer(x, src_key_padding_mask=~used)
+        return self.norm(x) * used[..., None]
 
     def encode(self, prompts: list[str]) -> Tensor:
         return self(self.tokenizer(prompts).to(self.token_embedding.weight.device))

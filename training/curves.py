@@ -28,7 +28,8 @@ def draw(metrics: Path, config: PretrainConfig, output: Path) -> None:
     for name, label in (("loss", "loss"), ("continuation_loss", "loss of continuations")):
         steps = [step for step in sorted(rows) if name in rows[step]]
         axes.plot(steps, [rows[step][name] for step in steps], marker=".", linewidth=1, label=label)
-    axes.legend(loc="lower left")
+    axes.set_yscale("log")
+    axes.legend()
     starts = [0, *accumulate(stage.steps for stage in config.stages)]
     for start, stage in zip(starts, config.stages):
         axes.axvline(start, color="gray", linewidth=0.5)

@@ -4,8 +4,8 @@ Short clips first: one latent frame teaches colours and shapes several times fas
 most of the budget goes there; later stages lengthen the clip. Clips of more than one chunk are trained by teacher
 forcing: the sequence [context | noisy], where the context is clean or slightly noisy, so that rollouts tolerate their
 own errors. Before all that and during it the text encoder learns which attributes captions name: still pictures
-alone would make it forget the direction of motions. Inner layers also predict where the object is and where the caption
-sends it (training/scene_targets.py). These heads are dropped in the end.
+alone would make it forget the direction of motions. Inner layers also predict where objects are and where the caption
+sends them (training/scene_targets.py). These heads are dropped in the end.
 
     sparse-forcing train pretrain --config CONFIG.yaml --output runs/tiny
 """
@@ -39,7 +39,7 @@ from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.metrics import append_row, forget_beyond
-from sparse_forcing.training.muon import make_muon
+from sparse_forcing.training.muon import BatchedMuon
 from sparse_forcing.training.resume import Resume
 from sparse_forcing.training.scene_targets import (
     ATTRIBUTES,
@@ -61,7 +61,9 @@ class TextToVideo(nn.Module):
 
     def __init__(self, config: PretrainConfig, latent_std: list[float]) -> None:
         super().__init__()
-        self.text_encoder = WordTextEncoder(vocabulary_words(), dim=config.text_dim, text_len=config.text_len)
+        self.text_encoder = WordTextEncoder(
+            vocabulary_words(), dim=config.text_dim, text_len=config.text_len, neighbours=config.text_neighbours
+        )
         self.transformer = CausalWanTransformer3DModel(
             patch_size=(1, 1, 1),
             num_attention_heads=config.num_attention_heads,
@@ -98,7 +100,9 @@ class TextToVideo(nn.Module):
         dropped captions (empty ones) say nothing."""
         used = (text != 0).any(-1, keepdim=True)
         logits = self.attribute_head((text * used).sum(1) / used.sum(1).clamp(min=1))
-        error = F.binary_cross_entropy_with_logits(logits, attribute_targets(scenes), reduction="none").mean(1)
+        targets, counted = attribute_targets(scenes)
+        error = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+        error = (error * counted).sum(1) / counted.sum(1)
         told = _told(captions, error.device)
         return (error * told).sum() / told.sum().clamp(min=1)
 
@@ -149,7 +153,9 @@ def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
         load_leading(
             model.transformer, pipe.transformer.state_dict(), readers=("patch_embedding.",), writers=("proj_out.",)
         )
-        load_leading(model.text_encoder, pipe.text_encoder.state_dict(), readers=(), writers=())
+        text = model.text_encoder.convolutions.state_dict(prefix="convolutions.")  # new ones change nothing at first
+        text = {name: torch.zeros_like(weight) for name, weight in text.items()} | pipe.text_encoder.state_dict()
+        load_leading(model.text_encoder, text, readers=(), writers=())
     except ConfigError as error:
         raise ConfigError(f"init_from: {config.init_from} has another shape than this config: {error}") from error
     return vae, model
@@ -181,14 +187,14 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
         torch.optim.AdamW(rest, lr=1.0, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     ]
     if inner:
-        optimizers.append(make_muon(list(inner.values()), lr=1.0, weight_decay=config.weight_decay))
+        optimizers.append(BatchedMuon(list(inner.values()), lr=1.0, weight_decay=config.weight_decay))
     return optimizers
 
 
 def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
     """Teach the text encoder which attributes a caption names, or a trained one's new head; returns the last loss."""
     parameters = [*model.attribute_head.parameters()]
-    if config.init_from is None:
+    if config.init_from is None or any(not c.weight.any() for c in model.text_encoder.convolutions):
         parameters += model.text_encoder.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     loss = torch.zeros(())
@@ -277,7 +283,7 @@ def training_loss(
     return Losses(
         flow=error.mean(),
         balanced=model.balance(error, sigma, kind=model.task(part)),
-        pose=model.token_loss(model.pose_head, poses[:, -noisy_frames * rows * rows :], one_object),
+        pose=model.token_loss(model.pose_head, poses[:, -noisy_frames * rows * rows :], torch.ones_like(told)),
         course=model.token_loss(model.course_head, courses, one_object & told),
         attribute=model.attribute_loss(text.float(), clips.captions, clips.scenes),
     )

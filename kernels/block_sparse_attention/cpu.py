@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from sparse_forcing.kernels.block_sparse_attention import cpu_fused
+from sparse_forcing.kernels.block_sparse_attention.cpu_fused import has_matrix_units
 from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import (
     BlockTable,
     Buffer,
@@ -69,9 +71,14 @@ def forward(
     T, M = key_pool.shape[3], block_index.shape[-1]
     if not block_index.numel():
         return *_nothing_listed(query, M if return_mass else 0), query.new_zeros(rest_shape(query, keep_rest))
-    padding = _padded_rows(query_sizes, query)
+    padding, lists = _padded_rows(query_sizes, query), Lists(block_index, key_sizes, T)
+    if _fused(query, lists) and not (return_mass or keep_rest):
+        out, lse = cpu_fused.forward(query, key_pool, value_pool, lists, scale, num_persistent)
+        if padding is not None:
+            out.flatten(0, 2).masked_fill_(padding.unsqueeze(-1), 0)
+            lse.flatten(0, 2).masked_fill_(padding, float("-inf"))
+        return out, lse, out.new_zeros((B, H, Nq, 0), dtype=lse.dtype), query.new_zeros(rest_shape(query, False))
     q, work = _rows(query, padding, query.dtype, "cleared queries"), _work_dtype(query)
-    lists = Lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     # Of the output's type the sums become the output, otherwise they are scratch.
     acc = torch.empty_like(q) if q.dtype == work else Buffer("sums", work).view(*q.shape)
@@ -278,6 +285,11 @@ def _rows(x: Tensor, drop: Tensor | None, dtype: torch.dtype, purpose: str) -> T
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this CPU; without oneDNN torch lacks the question, too."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _fused(query: Tensor, lists: Lists) -> bool:
+    """Whether torch's fused attention serves these lists, and is faster here."""
+    return query.dtype == torch.bfloat16 and lists.sizes is None and (not multiplies_bfloat16() or has_matrix_units())
 
 
 def _product_dtype(query: Tensor) -> torch.dtype:

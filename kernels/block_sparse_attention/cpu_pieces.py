@@ -64,17 +64,20 @@ def cut_pieces(
     *,
     element_bytes: int,
     budget: int,
+    wide_rows: int | None = None,
+    scores: bool = True,
 ) -> Iterator[Piece]:
     """Wide pieces over the persistent entries, then narrow pieces over the others, each of at most `budget` bytes.
 
     query_blocks (B * H, Nq) of `rows` rows; entries (persistent, M) of a list; block (T, D), `element_bytes` a number.
-    A listed block needs room for itself and for its scores with every row of its item.
+    A listed block needs room for itself and, with `scores`, for its scores with every row of its item. Wide pieces have
+    `wide_rows` rows or a few more, WIDE_ROWS where None.
     """
     (BH, Nq), (num_persistent, M), (tokens, head_dim) = query_blocks, entries, block
 
     def fit(items: int, entries: int, item_rows: int) -> tuple[int, int]:
         """Items of a piece and entries per item, as even as possible."""
-        blocks = max(1, budget // (element_bytes * tokens * (head_dim + item_rows)))
+        blocks = max(1, budget // (element_bytes * tokens * (head_dim + item_rows * scores)))
         entries = -(-entries // -(-entries // blocks))
         pieces = -(-items // max(1, blocks // entries))
         return -(-items // pieces), entries
@@ -82,7 +85,7 @@ def cut_pieces(
     if BH * Nq * rows * num_persistent * tokens < WIDE_SCORES:
         num_persistent = 0
     if num_persistent:
-        group = -(-Nq // -(-Nq * rows // max(WIDE_ROWS, rows)))
+        group = -(-Nq // -(-Nq * rows // max(wide_rows or WIDE_ROWS, rows)))
         n, m = fit(BH, num_persistent, group * rows)
         for h in range(0, BH, n):
             for i in range(0, Nq, group):

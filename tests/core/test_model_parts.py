@@ -94,3 +94,23 @@ def test_text_encoder_is_not_completed_with_random_weights(tmp_path: Path) -> No
     save_file(tensors, tmp_path / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(WeightsError, match=r"missing: encoder\.final_layer_norm\.weight"):
         UMT5TextEncoder.from_pretrained(tmp_path)
+
+
+def test_words_see_their_neighbours_but_no_padding() -> None:
+    torch.manual_seed(0)
+    text = WordTextEncoder(
+        ["a", "ball", "red", "the"], dim=8, num_layers=2, num_heads=2, text_len=6, neighbours=3
+    ).eval()
+    alone, (short, long) = text.encode(["a red ball"])[0], text.encode(["a red ball", "the red ball a red ball"])
+    torch.testing.assert_close(alone, short)
+    assert not short[3:].any()
+    without = WordTextEncoder(["a", "ball", "red", "the"], dim=8, num_layers=2, num_heads=2, text_len=6).eval()
+    without.load_state_dict({name: x for name, x in text.state_dict().items() if not name.startswith("convolutions.")})
+    assert (without.encode(["a red ball"])[0] - short)[:3].abs().amin(1).min() > 0
+    for convolution in text.convolutions:
+        torch.nn.init.zeros_(convolution.weight)
+        torch.nn.init.zeros_(convolution.bias)
+    torch.testing.assert_close(
+        without.encode(["the red ball a red ball"])[0], text.encode(["the red ball a red ball"])[0]
+    )
+    assert (long - text.encode(["the red ball a red ball"])[0]).abs().max() > 1e-3

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, cpu, cpu_pieces
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, cpu, cpu_fused, cpu_pieces
 from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
 
 BACKENDS = ("reference", "cpu")
@@ -28,6 +28,8 @@ def cut_fine(setattr_):
     setattr_(cpu, "GROUP_BYTES", 1)
     setattr_(cpu_pieces, "WIDE_SCORES", 0)
     setattr_(cpu_pieces, "WIDE_ROWS", 12)
+    setattr_(cpu_fused, "PIECE_BYTES", 1)
+    setattr_(cpu_fused, "WHOLE_ROWS", 12)
 
 
 def check(p: Problem, backend: str, tolerance: float | None = None) -> None:
@@ -149,6 +151,69 @@ def test_the_running_maximum_sets_in_only_when_sums_leave_the_safe_range(monkeyp
         assert not raised
     block_sparse_attention(*p.inputs, p.block_index, scale=30.0, backend="cpu")
     assert raised
+
+
+@pytest.fixture
+def fused_calls(monkeypatch):
+    """The path of CPUs with matrix units, and a list that grows with every call that takes it."""
+    calls, forward = [], cpu_fused.forward
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: True)
+    monkeypatch.setattr(cpu_fused, "forward", lambda *inputs: (calls.append(len(inputs)), forward(*inputs))[1])
+    return calls
+
+
+FUSED = [name for name, p in SHAPES.items() if p.key_sizes is None and p.block_index.numel() and "short" not in name]
+
+
+@pytest.mark.parametrize("scale", [None, 30.0])
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_forward_equals_the_loop(name, scale, fused_calls, pieces):
+    p = replace(SHAPES[name], scale=scale)
+    p = p.with_inputs(*(x.bfloat16() for x in p.inputs))
+    wanted, got = by_hand(p), block_sparse_attention(*p.inputs, p.block_index, **p.options, backend="cpu")
+    assert fused_calls
+    assert got.out.dtype == torch.bfloat16
+    assert got.lse.dtype == torch.float32
+    assert error(got.out, wanted[0]) < TOLERANCE[torch.bfloat16]
+    assert error(got.lse, wanted[1]) < 1e-5  # its exponential is an approximation
+
+
+def test_the_fused_forward_takes_padded_queries_and_unlisted_blocks_full_of_nan(fused_calls, pieces):
+    p = problem(2, 2, 5, 8, 20, 8, 16, 6, persistent=3)
+    p = replace(p, query_sizes=torch.tensor([8, 0, 3, 8, 5]).int())
+    wanted = by_hand(p.with_inputs(*(x.bfloat16() for x in p.inputs)))
+    query, key_pool, value_pool = (x.bfloat16() for x in p.inputs)
+    query = query.masked_fill(p.padded_rows.unsqueeze(-1), NAN)
+    listed = torch.zeros(key_pool.shape[:3], dtype=torch.bool).scatter(-1, p.block_index.flatten(2).long(), True)
+    assert not listed.all()
+    key_pool, value_pool = (x.masked_fill(~listed[..., None, None], NAN) for x in (key_pool, value_pool))
+    got = block_sparse_attention(query, key_pool, value_pool, p.block_index, **p.options, backend="cpu")
+    assert fused_calls
+    assert error(got.out, wanted[0]) < TOLERANCE[torch.bfloat16]
+    assert torch.equal(got.lse == float("-inf"), p.padded_rows.expand_as(got.lse))
+    assert not got.out[p.padded_rows.expand_as(got.lse)].any()
+    assert error(got.lse, wanted[1]) < 1e-5  # its exponential is an approximation
+
+
+@pytest.mark.parametrize("what", ["mass", "gradients", "padded keys", "short lists", "float32"])
+def test_what_the_fused_forward_cannot_give_comes_from_the_pieces(what, fused_calls):
+    p = SHAPES[{"padded keys": "ragged", "short lists": "short and empty lists"}.get(what, "odd")]
+    p = p.with_inputs(*(x.to(torch.float32 if what == "float32" else torch.bfloat16) for x in p.inputs))
+    inputs = [x.requires_grad_(what == "gradients") for x in p.inputs]
+    got = block_sparse_attention(*inputs, p.block_index, **p.options, return_mass=what == "mass", backend="cpu")
+    assert not fused_calls
+    assert error(got.out.detach(), by_hand(p)[0].detach()) < TOLERANCE[p.query.dtype]
+
+
+def test_the_fused_forward_is_for_cpus_on_which_it_is_faster(monkeypatch):
+    p = SHAPES["odd"]
+    lists = cpu_pieces.Lists(p.block_index, None, 6)
+    taken = {}
+    for products, units in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda products=products: products)
+        monkeypatch.setattr(cpu, "has_matrix_units", lambda units=units: units)
+        taken[products, units] = cpu._fused(p.query.bfloat16(), lists)
+    assert taken == {(False, False): True, (True, False): False, (True, True): True}
 
 
 def test_values_of_any_size_survive_large_scores():

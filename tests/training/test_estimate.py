@@ -36,7 +36,8 @@ from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
 
 STAGE_OF = {
-    "tiny": "pretrain", "tiny-fine": "pretrain", "tiny-sharp": "pretrain",
+    "tiny": "pretrain", "tiny-fine": "pretrain", "tiny-sharp": "pretrain", "tiny-pairs": "pretrain",
+    "tiny-bound": "pretrain",
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",

@@ -19,7 +19,7 @@ from sparse_forcing.pipeline import SparseForcingPipeline, read_defaults
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
-from sparse_forcing.training import export, muon
+from sparse_forcing.training import export
 from sparse_forcing.training import pretrain as recipe
 from sparse_forcing.training.autoencode import with_channels
 from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
@@ -28,6 +28,7 @@ from sparse_forcing.training.ema import ParameterEma
 from sparse_forcing.training.export import trained_pipeline
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import sample_sigma, sigma_quantile, unit_variance_weight
+from sparse_forcing.training.muon import BatchedMuon
 from sparse_forcing.training.pretrain import TextToVideo
 from sparse_forcing.training.scene_targets import (
     ATTRIBUTES,
@@ -55,13 +56,10 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     )
 
 
-def test_muon_is_for_matrices_of_the_blocks_and_in_float32_where_bfloat16_is_slow(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: False)
+def test_muon_is_for_matrices_of_the_blocks() -> None:
     model = recipe.TextToVideo(config(), STD)
     rest, blocks = recipe.make_optimizers(model, config())
-    assert type(blocks) is muon.Float32Muon
+    assert type(blocks) is BatchedMuon
     inside = {id(p) for p in blocks.param_groups[0]["params"]}
     assert {id(p) for name, p in model.named_parameters() if ".blocks." in name and p.ndim == 2} == inside
     assert len(inside) + len(rest.param_groups[0]["params"]) == len(list(model.parameters()))
@@ -120,16 +118,38 @@ def test_rates_of_motion_have_the_direction_of_the_caption() -> None:
     assert targets[still][..., -5:].abs().max() == 0
 
 
-def test_attribute_targets_are_what_captions_say() -> None:
-    scenes = sample_scenes(20, torch.Generator().manual_seed(1), two_object_fraction=0.5)
-    names = [*BACKGROUNDS, *COLOURS, *SHAPES, *SIZES, *MOTIONS]
-    targets = attribute_targets(scenes)
-    assert targets.shape == (20, ATTRIBUTES)
-    for scene, row in zip(scenes.scenes(), targets):
-        said = {scene.background}
+def test_every_token_sees_the_pose_of_the_object_nearest_to_it() -> None:
+    scenes = sample_scenes(60, torch.Generator().manual_seed(0), two_object_fraction=0.5)
+    start, rows = torch.arange(60) % 30, 6
+    targets = pose_targets(scenes, start, latent_frames=2, stride=4, rows=rows).unflatten(1, (2, rows, rows))
+    x, y, radius, _ = trajectories(scenes, 8, start=start)
+    chosen = set()
+    for clip in range(60):
+        for frame, row, col in ((0, 1, 4), (0, 5, 0), (1, 2, 2), (1, 4, 5)):
+            distances = []
+            for place in range(1 + int(scenes.present[clip, 1])):
+                gaps = [((c + 0.5) / rows - p[clip, place, 4 * frame]) % 1 for c, p in ((col, x), (row, y))]
+                distances.append(sum(1 - torch.cos(2 * pi * gap) for gap in gaps))
+            nearest = int(torch.stack(distances).argmin())
+            size = targets[clip, frame, row, col, 8 * len(HARMONICS)]
+            assert size.item() == pytest.approx(2 * (radius[clip, nearest, 4 * frame] / 0.172).log().item(), abs=1e-4)
+            chosen.add(nearest)
+    assert chosen == {0, 1}
+
+
+def test_attribute_targets_are_what_captions_say_of_the_object_of_each_colour() -> None:
+    scenes = sample_scenes(40, torch.Generator().manual_seed(1), two_object_fraction=0.5)
+    traits = [*SHAPES, *SIZES, *MOTIONS]
+    names = [*BACKGROUNDS, *COLOURS, *(f"{colour} {trait}" for colour in COLOURS for trait in traits)]
+    targets, counted = attribute_targets(scenes)
+    assert targets.shape == counted.shape == (40, ATTRIBUTES)
+    for scene, row, counts in zip(scenes.scenes(), targets, counted):
+        said = {scene.background, *(item.colour for item in scene.objects)}
         for item in scene.objects:
-            said |= {item.colour, item.shape, item.size, item.motion}
-        assert {name for name, value in zip(names, row.tolist()) if value} == said - {None}
+            said |= {f"{item.colour} {trait}" for trait in (item.shape, item.size, item.motion) if trait}
+        assert {name for name, value in zip(names, row.tolist()) if value} == said
+        asked = {f"{item.colour} {trait}" for item in scene.objects for trait in traits}
+        assert {name for name, value in zip(names, counts.tolist()) if value} == asked | {*BACKGROUNDS, *COLOURS}
 
 
 def test_late_starts_show_later_frames_of_the_same_scenes() -> None:
@@ -233,6 +253,30 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
             recipe.start(replace(settings, **wrong))
 
 
+def test_a_text_encoder_that_gets_neighbours_begins_where_it_was_and_is_taught_them(tmp_path: Path) -> None:
+    vae, model = recipe.start(config())
+    about = replace(export.TINY, height=32, width=32, vae="patch")
+    SparseForcingPipeline(model.transformer, model.text_encoder, vae, about).save_pretrained(tmp_path / "model")
+    captions = ["a red star spins clockwise while a small blue ring rests on white", ""]
+    learned = {}
+    for neighbours in (0, 3):
+        settings = config(init_from=str(tmp_path / "model"), text_neighbours=neighbours)
+        _, grown = recipe.start(settings)
+        before = grown.text_encoder.encode(captions)
+        torch.testing.assert_close(before, model.text_encoder.encode(captions))
+        recipe.pretrain_text(grown, settings)
+        learned[neighbours] = not torch.equal(grown.text_encoder.encode(captions), before)
+    assert learned == {0: False, 3: True}
+    SparseForcingPipeline(grown.transformer, grown.text_encoder, vae, about).save_pretrained(tmp_path / "grown")
+    _, again = recipe.start(replace(settings, init_from=str(tmp_path / "grown")))
+    learnt = again.text_encoder.encode(captions)
+    torch.testing.assert_close(learnt, grown.text_encoder.encode(captions))
+    recipe.pretrain_text(again, settings)
+    assert torch.equal(again.text_encoder.encode(captions), learnt)  # only its new head learns
+    with pytest.raises(ConfigError, match="another shape than this config: convolutions"):
+        recipe.start(replace(settings, init_from=str(tmp_path / "grown"), text_neighbours=0))
+
+
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:
     mixed = StageConfig(latent_frames=6, batch_size=4, steps=400, continuation=0.25)
     settings = config(StageConfig(latent_frames=1, batch_size=2, steps=3), mixed)
@@ -285,7 +329,7 @@ def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: float)
 
 
 @pytest.mark.parametrize("name", ["pose", "course"])
-def test_losses_of_tokens_reach_their_inner_layer_and_leave_two_objects_out(name: str) -> None:
+def test_losses_of_tokens_reach_their_inner_layer(name: str) -> None:
     settings = config()
     model = TextToVideo(settings, STD)
     vae, _ = recipe.make_autoencoder(settings)
@@ -298,10 +342,11 @@ def test_losses_of_tokens_reach_their_inner_layer_and_leave_two_objects_out(name
     assert model.transformer.patch_embedding.weight.grad.any()
     blocks = [any(p.grad is not None for p in block.parameters()) for block in model.transformer.blocks]
     assert blocks == ([True, True] if name == "pose" else [True, False])
-    assert loss(batch(4, two_object_fraction=1.0)) == 0
+    # a course is that of one object, and told by captions only
+    assert (loss(batch(4, two_object_fraction=1.0)) == 0) == (name == "course")
     dropped = batch(4)
     dropped.captions[:] = [""] * len(dropped.captions)
-    assert (loss(dropped) == 0) == (name == "course")  # what only captions tell
+    assert (loss(dropped) == 0) == (name == "course")
 
 
 def test_courses_are_where_scenes_take_their_objects() -> None:

@@ -1,0 +1,60 @@
+"""CPU forward in bfloat16 by torch's fused attention over gathered blocks, where that is the faster way.
+
+torch's own kernel multiplies bfloat16 with float32 sums and keeps the scores in the cache, which no sequence of torch
+calls can. It is fast on CPUs with matrix units (AMX), and on CPUs that do not multiply bfloat16 at all it at least
+converts less; between them, with AVX-512 but no AMX, the products of cpu.py are faster (figures in README.md).
+Pieces of one row are merged by their log-sum-exps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Lists, Piece, cut_pieces
+
+PIECE_BYTES = 2 << 20  # gathered keys and values of a piece, per thread
+WHOLE_ROWS = 1 << 30  # every row of a head visits the persistent blocks in one piece: more rows are faster
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def has_matrix_units() -> bool:
+    """Whether this CPU multiplies bfloat16 tiles (AMX), which torch's fused attention uses."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def forward(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, lists: Lists, scale: float, num_persistent: int
+) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32) of lists without padding."""
+    B, H, Nq, Tq, D = query.shape
+    entries = (num_persistent, lists.slots.shape[1])
+    pieces = list(
+        cut_pieces(
+            (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
+            budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
+        )
+    )  # fmt: skip
+    merged = not all(piece.first for piece in pieces)
+    q = query.flatten(0, 2)
+    out = torch.empty(q.shape, dtype=torch.float32 if merged else query.dtype)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
+    keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
+    k_buffer, v_buffer = (Buffer(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
+    for piece in pieces:
+        k, v = keys.gather(piece, k_buffer), values.gather(piece, v_buffer)
+        part, part_lse = (x.squeeze(1) for x in _flash(*(x.unsqueeze(1) for x in (piece.rows(q), k, v)), scale=scale))
+        _merge(piece, out, lse, part, part_lse)
+    return out.to(query.dtype).view(query.shape), lse.view(query.shape[:-1])
+
+
+def _merge(piece: Piece, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Take the result of a piece [n, R, D], [n, R] into those of its rows."""
+    rows, rows_lse = piece.rows(out), piece.rows(lse)
+    if piece.first:
+        rows.copy_(part)
+        rows_lse.copy_(part_lse)
+        return
+    rows.lerp_(part.float(), torch.sigmoid(part_lse - rows_lse).unsqueeze(-1))
+    torch.logaddexp(rows_lse, part_lse, out=rows_lse)

@@ -57,8 +57,8 @@ class PretrainConfig:
     `autoencoder` names the folder of a trained TokenAutoencoder; None beside no `init_from` fits principal components
     of patches of `fit_clips` clips.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
-    `autoencoder` may add channels to the latents of that model, and `text_neighbours` convolutions over so many words to
-    its text encoder, which tells two objects apart with them; both begin at zero effect.
+    `autoencoder` may add channels to the latents of that model, and `text_neighbours` convolutions over so many words
+    to its text encoder, which tells two objects apart with them; both begin at zero effect.
     `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.
     """
 

@@ -72,9 +72,25 @@ def trained(run: Path, config_path: str | None, autoencoder: str | None) -> Spar
     return trained_pipeline(run, config if autoencoder is None else with_autoencoder(config, autoencoder))
 
 
-def export(run: Path, config_path: str | None, autoencoder: str | None, changes: list[str], out: Path) -> None:
+@torch.no_grad()
+def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
+    """Move the transformer half way back to the model it was fine-tuned from: the middle keeps more of what the start
+    knew and of what was learned than either end does (WiSE-FT, arXiv 2109.01903). Raises ConfigError, WeightsError."""
+    other = SparseForcingPipeline.from_pretrained(folder).transformer.state_dict()
+    mine = pipe.transformer.state_dict()
+    if mine.keys() != other.keys() or any(mine[name].shape != other[name].shape for name in mine):
+        raise ConfigError(f"--mean-with: {folder} has another transformer")
+    for name, weight in mine.items():
+        weight.lerp_(other[name].to(weight.dtype), 0.5)
+
+
+def export(
+    run: Path, config_path: str | None, autoencoder: str | None, mean_with: str | None, changes: list[str], out: Path
+) -> None:
     """Write the folder `out`; changes: `a.b=c` of the model's defaults. Raises ConfigError, WeightsError."""
     pipe = trained(run, config_path, autoencoder)
+    if mean_with is not None:
+        take_mean(pipe, mean_with)
     config = build_config(PipelineConfig, to_plain(pipe.config), changes, source="--set")
     for name in ("vae", "text_encoder"):
         if getattr(config, name) != getattr(pipe.config, name):
@@ -86,7 +102,7 @@ def export(run: Path, config_path: str | None, autoencoder: str | None, changes:
         learned += [pipe.vae.encoder, pipe.vae.decoder]
     for part in learned:
         assert isinstance(part, torch.nn.Module)
-        part.to(torch.bfloat16)
+        torch.nn.Module.to(part, torch.bfloat16)  # diffusers' own warns that it casts an empty list of modules
     pipe.save_pretrained(out)
 
 
@@ -97,10 +113,11 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--config", help="of a pretraining run")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--autoencoder", help="one with the same latents as the config's and a better decoder")
+    parser.add_argument("--mean-with", metavar="MODEL", help="the model it was fine-tuned from: take the mean of both")
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change a default: sampler.steps=6")
     args = parser.parse_args(arguments)
     try:
-        export(args.run, args.config, args.autoencoder, args.set, args.out)
+        export(args.run, args.config, args.autoencoder, args.mean_with, args.set, args.out)
     except SparseForcingError as error:
         print(f"training.export: error: {error}", file=sys.stderr)
         return 2

@@ -485,3 +485,18 @@ def test_the_export_changes_defaults(tmp_path: Path, model_folder: Path) -> None
     before, after = read_defaults(model_folder), read_defaults(tmp_path)
     assert after == replace(before, sampler=replace(before.sampler, steps=7))
     assert SparseForcingPipeline.from_pretrained(str(tmp_path)).config == after
+
+
+def test_the_export_takes_the_mean_with_the_model_it_was_tuned_from(tmp_path: Path, model_folder: Path, capsys) -> None:
+    start = SparseForcingPipeline.from_pretrained(str(model_folder))
+    tuned = SparseForcingPipeline.from_pretrained(str(model_folder))
+    for weight in tuned.transformer.parameters():
+        weight.data += 0.5
+    tuned.save_pretrained(tmp_path / "tuned")
+    mean = ["--out", str(tmp_path / "mean"), "--mean-with"]
+    assert export.main([str(tmp_path / "tuned"), *mean, str(model_folder)]) == 0
+    got = SparseForcingPipeline.from_pretrained(str(tmp_path / "mean"))
+    for weight, began in zip(got.transformer.parameters(), start.transformer.parameters(), strict=True):
+        torch.testing.assert_close(weight, began + 0.25, atol=0.02, rtol=0.01)
+    assert export.main([str(tmp_path / "tuned"), *mean, "tiny"]) == 2
+    assert "--mean-with: tiny has another transformer" in capsys.readouterr().err

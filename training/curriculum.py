@@ -57,8 +57,9 @@ class PretrainConfig:
     `autoencoder` names the folder of a trained TokenAutoencoder; None beside no `init_from` fits principal components
     of patches of `fit_clips` clips.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
-    `autoencoder` may add channels to the latents of that model, and `text_neighbours` convolutions over so many words
-    to its text encoder, which tells two objects apart with them; both begin at zero effect.
+    `autoencoder` may add channels to the latents of that model, which begin at zero effect, and `text_neighbours`
+    convolutions over so many words to its text encoder, which tells two objects apart with them: all of it is then
+    taught again first, `text_steps` on captions alone.
     `device` computes; "auto" is the GPU where there is one. Steps see the same scenes and words on all of them.
     """
 
@@ -103,6 +104,8 @@ class PretrainConfig:
     def __post_init__(self) -> None:
         if self.optimizer not in ("muon", "adamw"):
             raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
+        if self.text_neighbours and (self.text_neighbours < 3 or self.text_neighbours % 2 == 0):
+            raise ConfigError(f"text_neighbours: must be 0 or an odd number from 3 on, got {self.text_neighbours}")
         if self.fit_clips < 1:
             raise ConfigError(f"fit_clips: must be positive, got {self.fit_clips}")
         if not self.stages:

@@ -74,14 +74,22 @@ def trained(run: Path, config_path: str | None, autoencoder: str | None) -> Spar
 
 @torch.no_grad()
 def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
-    """Move the transformer half way back to the model it was fine-tuned from: the middle keeps more of what the start
-    knew and of what was learned than either end does (WiSE-FT, arXiv 2109.01903). Raises ConfigError, WeightsError."""
-    other = SparseForcingPipeline.from_pretrained(folder).transformer.state_dict()
-    mine = pipe.transformer.state_dict()
-    if mine.keys() != other.keys() or any(mine[name].shape != other[name].shape for name in mine):
+    """Move the transformer half way back to the model it was fine-tuned from, which can be better than both (WiSE-FT,
+    arXiv 2109.01903). Raises ConfigError where they are no such pair, WeightsError."""
+    other = SparseForcingPipeline.from_pretrained(folder)
+    text, its_text = (_state(x.text_encoder, torch.bfloat16) for x in (pipe, other))
+    mine, its = _state(pipe.transformer), _state(other.transformer)
+    if {name: x.shape for name, x in mine.items()} != {name: x.shape for name, x in its.items()}:
         raise ConfigError(f"--mean-with: {folder} has another transformer")
+    if text.keys() != its_text.keys() or any(not torch.equal(x, its_text[name]) for name, x in text.items()):
+        raise ConfigError(f"--mean-with: {folder} has another text encoder")
     for name, weight in mine.items():
-        weight.lerp_(other[name].to(weight.dtype), 0.5)
+        weight.lerp_(its[name].to(weight.dtype), 0.5)
+
+
+def _state(part: object, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    assert isinstance(part, torch.nn.Module)
+    return {name: x.to(dtype or x.dtype) for name, x in part.state_dict().items()}
 
 
 def export(

@@ -144,6 +144,9 @@ def start(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
     pipe = SparseForcingPipeline.from_pretrained(config.init_from)
     if not isinstance(pipe.vae, EmbeddedAutoencoder) or not isinstance(pipe.text_encoder, WordTextEncoder):
         raise ConfigError(f"init_from: {config.init_from} is not a model of this recipe's kind")
+    known = pipe.text_encoder.config.neighbours
+    if known not in (0, config.text_neighbours):
+        raise ConfigError(f"text_neighbours: {config.init_from} has {known}, got {config.text_neighbours}")
     vae, std = pipe.vae, list(pipe.transformer.config.latent_std)
     if config.autoencoder is not None:
         vae, std = make_autoencoder(config)
@@ -192,9 +195,13 @@ def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.opti
 
 
 def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
-    """Teach the text encoder which attributes a caption names, or a trained one's new head; returns the last loss."""
+    """Teach the text encoder what captions say, or of a trained one just the new head; returns the last loss.
+
+    A trained one whose convolutions are new, and hence zero, is taught again as a whole.
+    """
     parameters = [*model.attribute_head.parameters()]
-    if config.init_from is None or any(not c.weight.any() for c in model.text_encoder.convolutions):
+    untaught = any(not convolution.weight.any() for convolution in model.text_encoder.convolutions)
+    if config.init_from is None or untaught:
         parameters += model.text_encoder.parameters()
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     loss = torch.zeros(())

@@ -35,6 +35,7 @@ _FAST = {"travel": 1 / 32, "growth": 1 / 32, "turn": 1 / 4}
 def pose_targets(scenes: SceneBatch, start: Tensor, latent_frames: int, stride: int, rows: int) -> Tensor:
     """The nearest object as seen from every token: [B, latent_frames * rows * rows, POSE_NUMBERS], frame-major.
 
+    Nearest is where the cosines of the distances across and down sum up to most, which on a torus is smooth.
     Sine and cosine of the distance across and down (the world is a torus) in the first and last of the `stride` pixel
     frames of a token, the logarithm of the radius, the rotation modulo the shape's symmetry, and rates (`_rates`).
     """

@@ -11,7 +11,8 @@ Three decisions carry the speed (figures in README.md):
 
 Softmax works in base 2: exp2 costs a third of exp here. The products of the scores carry the scale, so that queries are
 used as they are. bfloat16 and float16 are computed in float32; only the factors of P V, P dO, dS K and dS Q are rounded
-to bfloat16, for bfloat16 input, where oneDNN multiplies it fast.
+to bfloat16, for bfloat16 input, where oneDNN multiplies it fast. Where the CPU has matrix units, cpu_fused.py serves
+what it can.
 
 Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
 M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
@@ -289,7 +290,7 @@ def multiplies_bfloat16() -> bool:
 
 def _fused(query: Tensor, lists: Lists) -> bool:
     """Whether torch's fused attention serves these lists, and is faster here."""
-    return query.dtype == torch.bfloat16 and lists.sizes is None and (not multiplies_bfloat16() or has_matrix_units())
+    return query.dtype == torch.bfloat16 and lists.sizes is None and has_matrix_units()
 
 
 def _product_dtype(query: Tensor) -> torch.dtype:

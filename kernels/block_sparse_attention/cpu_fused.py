@@ -1,9 +1,9 @@
-"""CPU forward in bfloat16 by torch's fused attention over gathered blocks, where that is the faster way.
+"""CPU forward in bfloat16 by torch's fused attention over gathered blocks, for CPUs with matrix units.
 
 torch's own kernel multiplies bfloat16 with float32 sums and keeps the scores in the cache, which no sequence of torch
-calls can. It is fast on CPUs with matrix units (AMX), and on CPUs that do not multiply bfloat16 at all it at least
-converts less; between them, with AVX-512 but no AMX, the products of cpu.py are faster (figures in README.md).
-Pieces of one row are merged by their log-sum-exps.
+calls can. With matrix units (AMX) its products are so fast that the float32 scores of cpu.py would take most of the
+time; without them the products of cpu.py are as fast or faster (figures in README.md). Pieces of one row are merged
+by their log-sum-exps.
 """
 
 from __future__ import annotations

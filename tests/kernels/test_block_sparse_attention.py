@@ -205,15 +205,11 @@ def test_what_the_fused_forward_cannot_give_comes_from_the_pieces(what, fused_ca
     assert error(got.out.detach(), by_hand(p)[0].detach()) < TOLERANCE[p.query.dtype]
 
 
-def test_the_fused_forward_is_for_cpus_on_which_it_is_faster(monkeypatch):
+def test_without_matrix_units_nothing_is_fused(fused_calls, monkeypatch):
+    monkeypatch.setattr(cpu, "has_matrix_units", lambda: False)
     p = SHAPES["odd"]
-    lists = cpu_pieces.Lists(p.block_index, None, 6)
-    taken = {}
-    for products, units in ((False, False), (True, False), (True, True)):
-        monkeypatch.setattr(cpu, "multiplies_bfloat16", lambda products=products: products)
-        monkeypatch.setattr(cpu, "has_matrix_units", lambda units=units: units)
-        taken[products, units] = cpu._fused(p.query.bfloat16(), lists)
-    assert taken == {(False, False): True, (True, False): False, (True, True): True}
+    block_sparse_attention(*(x.bfloat16() for x in p.inputs), p.block_index, backend="cpu")
+    assert not fused_calls
 
 
 def test_values_of_any_size_survive_large_scores():

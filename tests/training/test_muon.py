@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -48,10 +49,18 @@ def assert_nearly_equal(some: list[Tensor], others: list[Tensor], share: float) 
 def test_steps_are_those_of_torch_but_for_rounding(
     monkeypatch: pytest.MonkeyPatch, bfloat16: bool, nesterov: bool
 ) -> None:
+    types = set()
+
+    def watched(x: Tensor, *settings: Any) -> Tensor:
+        types.add(x.dtype)
+        return orthogonalize(x, *settings)
+
     monkeypatch.setattr(muon, "multiplies_bfloat16", lambda device: bfloat16)
+    monkeypatch.setattr(muon, "orthogonalize", watched)
     ours, theirs = matrices(), matrices()
     steps(BatchedMuon(ours, nesterov=nesterov, **SETTINGS), ours, range(4))
     steps(torchs(theirs, nesterov=nesterov, **SETTINGS), theirs, range(4))
+    assert types == {torch.bfloat16 if bfloat16 else torch.float32}
     # torch always iterates in bfloat16
     assert_nearly_equal(moved(ours, matrices()), moved(theirs, matrices()), share=0.005 if bfloat16 else 0.02)
 

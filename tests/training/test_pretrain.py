@@ -273,8 +273,9 @@ def test_a_text_encoder_that_gets_neighbours_begins_where_it_was_and_is_taught_t
     torch.testing.assert_close(learnt, grown.text_encoder.encode(captions))
     recipe.pretrain_text(again, settings)
     assert torch.equal(again.text_encoder.encode(captions), learnt)  # only its new head learns
-    with pytest.raises(ConfigError, match="another shape than this config: convolutions"):
-        recipe.start(replace(settings, init_from=str(tmp_path / "grown"), text_neighbours=0))
+    for other in (0, 5):
+        with pytest.raises(ConfigError, match=f"text_neighbours: .*grown has 3, got {other}"):
+            recipe.start(replace(settings, init_from=str(tmp_path / "grown"), text_neighbours=other))
 
 
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:
@@ -388,6 +389,12 @@ def test_the_attribute_loss_reaches_the_text_encoder_and_leaves_dropped_captions
     assert model.transformer.patch_embedding.weight.grad is None
     clips.scenes.motion[1] = (clips.scenes.motion[1] + 1) % 13
     assert loss() == told
+    present = {int(colour) for colour in clips.scenes.colour[clips.scenes.present]}
+    traits = model.attribute_head.bias.data[len(BACKGROUNDS) + len(COLOURS) :].view(len(COLOURS), -1)
+    traits[min({*range(len(COLOURS))} - present)] += 1
+    assert loss() == told
+    traits[min(present)] += 1
+    assert loss() != told
     clips.scenes.motion[0] = (clips.scenes.motion[0] + 1) % 13
     assert loss() != told
     clips.captions[:] = [""] * len(clips.captions)
@@ -457,6 +464,8 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
         ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=1.0),)}, "more than one chunk"),
         ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
         ({"optimizer": "sgd"}, "expected muon or adamw"),
+        ({"text_neighbours": -1}, "0 or an odd number from 3 on, got -1"),
+        ({"text_neighbours": 4}, "0 or an odd number from 3 on, got 4"),
         ({"fit_clips": 0}, "fit_clips: must be positive"),
         ({"stages": ()}, "at least one stage"),
     ],
@@ -500,3 +509,7 @@ def test_the_export_takes_the_mean_with_the_model_it_was_tuned_from(tmp_path: Pa
         torch.testing.assert_close(weight, began + 0.25, atol=0.02, rtol=0.01)
     assert export.main([str(tmp_path / "tuned"), *mean, "tiny"]) == 2
     assert "--mean-with: tiny has another transformer" in capsys.readouterr().err
+    tuned.text_encoder.norm.bias.data += 0.5
+    tuned.save_pretrained(tmp_path / "other")
+    assert export.main([str(tmp_path / "other"), *mean, str(model_folder)]) == 2
+    assert "has another text encoder" in capsys.readouterr().err

@@ -77,8 +77,8 @@ def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
     """Move the transformer half way back to the model it was fine-tuned from, which can be better than both (WiSE-FT,
     arXiv 2109.01903). Raises ConfigError where they are no such pair, WeightsError."""
     other = SparseForcingPipeline.from_pretrained(folder)
-    text, its_text = (_state(x.text_encoder, torch.bfloat16) for x in (pipe, other))
-    mine, its = _state(pipe.transformer), _state(other.transformer)
+    mine, its = pipe.transformer.state_dict(), other.transformer.state_dict()
+    text, its_text = _rounded(pipe.text_encoder), _rounded(other.text_encoder)
     if {name: x.shape for name, x in mine.items()} != {name: x.shape for name, x in its.items()}:
         raise ConfigError(f"--mean-with: {folder} has another transformer")
     if text.keys() != its_text.keys() or any(not torch.equal(x, its_text[name]) for name, x in text.items()):
@@ -87,9 +87,10 @@ def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
         weight.lerp_(its[name].to(weight.dtype), 0.5)
 
 
-def _state(part: object, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+def _rounded(part: object) -> dict[str, torch.Tensor]:
+    """A module's weights as an export rounds them: one of two models that belong together may be an export."""
     assert isinstance(part, torch.nn.Module)
-    return {name: x.to(dtype or x.dtype) for name, x in part.state_dict().items()}
+    return {name: x.bfloat16() for name, x in part.state_dict().items()}
 
 
 def export(

@@ -15,7 +15,7 @@ class BatchedMuon(torch.optim.Muon):
     """torch.optim.Muon with `match_rms_adamw`, its state included: updates are as large as AdamW's.
 
     torch's own orthogonalizes one matrix after another, always in bfloat16: on a GPU that is twenty small kernels per
-    matrix, a quarter of a small model's step, and on a CPU without bfloat16 arithmetic most of it.
+    matrix, and on a CPU without bfloat16 arithmetic most of a small model's step.
     """
 
     def __init__(self, parameters: list[nn.Parameter], *, lr: float, weight_decay: float, **settings: Any) -> None:

@@ -74,11 +74,8 @@ def forward(
         return *_nothing_listed(query, M if return_mass else 0), query.new_zeros(rest_shape(query, keep_rest))
     padding, lists = _padded_rows(query_sizes, query), Lists(block_index, key_sizes, T)
     if _fused(query, lists) and not (return_mass or keep_rest):
-        out, lse = cpu_fused.forward(query, key_pool, value_pool, lists, scale, num_persistent)
-        if padding is not None:
-            out.flatten(0, 2).masked_fill_(padding.unsqueeze(-1), 0)
-            lse.flatten(0, 2).masked_fill_(padding, float("-inf"))
-        return out, lse, out.new_zeros((B, H, Nq, 0), dtype=lse.dtype), query.new_zeros(rest_shape(query, False))
+        out, lse = cpu_fused.forward(query, key_pool, value_pool, lists, padding, scale, num_persistent)
+        return out, lse, lse.new_zeros((B, H, Nq, 0)), query.new_zeros(rest_shape(query, False))
     q, work = _rows(query, padding, query.dtype, "cleared queries"), _work_dtype(query)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     # Of the output's type the sums become the output, otherwise they are scratch.

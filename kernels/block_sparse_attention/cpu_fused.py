@@ -25,9 +25,16 @@ def has_matrix_units() -> bool:
 
 
 def forward(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, lists: Lists, scale: float, num_persistent: int
+    query: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    lists: Lists,
+    padding: Tensor | None,
+    scale: float,
+    num_persistent: int,
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32) of lists without padding."""
+    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32) of lists without padded keys; padding [B * H * Nq, Tq]
+    marks padded rows."""
     B, H, Nq, Tq, D = query.shape
     entries = (num_persistent, lists.slots.shape[1])
     pieces = list(
@@ -46,6 +53,9 @@ def forward(
         k, v = keys.gather(piece, k_buffer), values.gather(piece, v_buffer)
         part, part_lse = (x.squeeze(1) for x in _flash(*(x.unsqueeze(1) for x in (piece.rows(q), k, v)), scale=scale))
         _merge(piece, out, lse, part, part_lse)
+    if padding is not None:
+        out.masked_fill_(padding.unsqueeze(-1), 0)
+        lse.masked_fill_(padding, float("-inf"))
     return out.to(query.dtype).view(query.shape), lse.view(query.shape[:-1])
 
 

@@ -1,9 +1,9 @@
 """CPU forward in bfloat16 by torch's fused attention over gathered blocks, for CPUs with matrix units.
 
 torch's own kernel multiplies bfloat16 with float32 sums and keeps the scores in the cache, which no sequence of torch
-calls can. With matrix units (AMX) its products are so fast that the float32 scores of cpu.py would take most of the
-time; without them the products of cpu.py are as fast or faster (figures in README.md). Pieces of one row are merged
-by their log-sum-exps.
+calls can. With matrix units (AMX) its products are so fast that the float32 scores of cpu_forward.py would take most of
+the time; without them the products there are as fast or faster (figures in README.md). Pieces of one row are merged by
+their log-sum-exps.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Lists, Piece, cut_pieces
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Lists, cut_lists
 
 PIECE_BYTES = 2 << 20  # gathered keys and values of a piece, per thread
 WHOLE_ROWS = 1 << 30  # every row of a head visits the persistent blocks in one piece: more rows are faster
@@ -37,34 +37,33 @@ def forward(
     marks padded rows."""
     B, H, Nq, Tq, D = query.shape
     entries = (num_persistent, lists.slots.shape[1])
-    pieces = list(
-        cut_pieces(
-            (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
-            budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
-        )
+    cuts = cut_lists(
+        (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
+        budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
     )  # fmt: skip
-    merged = not all(piece.first for piece in pieces)
+    merged = any(len(cut.entries) > 1 or cut.entries.start for cut in cuts)
     q = query.flatten(0, 2)
     out = torch.empty(q.shape, dtype=torch.float32 if merged else query.dtype)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
-    k_buffer, v_buffer = (Buffer(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
-    for piece in pieces:
-        k, v = keys.gather(piece, k_buffer), values.gather(piece, v_buffer)
-        part, part_lse = (x.squeeze(1) for x in _flash(*(x.unsqueeze(1) for x in (piece.rows(q), k, v)), scale=scale))
-        _merge(piece, out, lse, part, part_lse)
+    k_buffer, v_buffer = (Buffer.of(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
+    for cut in cuts:
+        rows, tables = (cut.rows(x) for x in (q, out, lse)), (cut.lists(x.rows) for x in (keys, values))
+        for first, q_p, out_p, lse_p, key_rows, value_rows in zip(cut.first(), *rows, *tables):
+            k, v = keys.gather(key_rows, k_buffer), values.gather(value_rows, v_buffer)
+            part, part_lse = (x.squeeze(1) for x in _flash(*(x.unsqueeze(1) for x in (q_p, k, v)), scale=scale))
+            if first:
+                out_p.copy_(part)
+                lse_p.copy_(part_lse)
+            else:
+                _merge(out_p, lse_p, part, part_lse)
     if padding is not None:
         out.masked_fill_(padding.unsqueeze(-1), 0)
         lse.masked_fill_(padding, float("-inf"))
     return out.to(query.dtype).view(query.shape), lse.view(query.shape[:-1])
 
 
-def _merge(piece: Piece, out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
-    """Take the result of a piece [n, R, D], [n, R] into those of its rows."""
-    rows, rows_lse = piece.rows(out), piece.rows(lse)
-    if piece.first:
-        rows.copy_(part)
-        rows_lse.copy_(part_lse)
-        return
-    rows.lerp_(part.float(), torch.sigmoid(part_lse - rows_lse).unsqueeze(-1))
-    torch.logaddexp(rows_lse, part_lse, out=rows_lse)
+def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
+    """Take a part [n, R, D], [n, R] of the softmax into what is there of its rows."""
+    out.lerp_(part.float(), torch.sigmoid(part_lse - lse).unsqueeze(-1))
+    torch.logaddexp(lse, part_lse, out=lse)

@@ -7,9 +7,10 @@ M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -20,43 +21,60 @@ WIDE_ROWS = 256  # query rows that share one gather of the persistent blocks
 WIDE_SCORES = 1 << 20  # scores of the persistent part below which wide pieces cost more calls than they save
 
 
-class Piece(NamedTuple):
-    """Query blocks and list entries that are processed together.
+class Cut(NamedTuple):
+    """One part of the lists and how it is cut into pieces: some items and a range of their list entries each.
 
-    Narrow (`heads` is None): `items` ranges over all query blocks of all heads, one item each.
-    Wide: an item is one of the `heads` heads in `items`, made of the rows of the query blocks `blocks` of that head,
-    whose lists agree on `entries`.
+    Narrow (`heads` is None): an item is one query block.
+    Wide: an item is one of the `heads` heads and `blocks` of its query blocks, whose lists agree on these entries.
+
+    The methods return what all pieces see of a tensor, one view per piece in their order: slicing piece by piece takes
+    as long as the torch calls of a small piece.
     """
 
     heads: int | None
-    items: slice
-    blocks: slice
-    entries: slice
-    first: bool  # no other piece has touched these rows yet
+    items: int
+    blocks: int
+    entries: range  # where the ranges of entries start
 
-    def rows(self, x: Tensor) -> Tensor:
-        """View [n, R, ...] of x [B * H * Nq, Tq, ...]."""
+    def first(self) -> Iterator[bool]:
+        """Whether no other piece has touched these rows yet."""
+        return itertools.cycle(entry == 0 for entry in self.entries)
+
+    def rows(self, x: Tensor) -> list[Tensor]:
+        """Views [n, R, ...] of x [B * H * Nq, Tq, ...]."""
+        return [rows if self.heads is None else rows.flatten(1, 2) for rows in self._groups(x) for _ in self.entries]
+
+    def lists(self, x: Tensor) -> list[Tensor]:
+        """Views [n, m] of x [B * H * Nq, M]."""
+        x = self._listed(x)
+        groups = (lists if self.heads is None else lists[:, 0] for lists in self._groups(x))
+        return [part for lists in groups for part in _split(lists, self.entries.step, 1)]
+
+    def list_rows(self, x: Tensor) -> list[Tensor]:
+        """Views [n, m, blocks of an item, Tq] of x [B * H * Nq, M, Tq]."""
+        x = self._listed(x)
+        groups = (x.unsqueeze(1) if self.heads is None else x for x in self._groups(x))
+        return [part.transpose(1, 2) for x in groups for part in _split(x, self.entries.step, 2)]
+
+    def _listed(self, x: Tensor) -> Tensor:
+        """The entries of x [B * H * Nq, M, ...] that this part of the lists has."""
+        whole = (self.entries.start, self.entries.stop) == (0, x.shape[1])
+        return x if whole else x[:, self.entries.start : self.entries.stop]
+
+    def _groups(self, x: Tensor) -> Sequence[Tensor]:
+        """x [B * H * Nq, ...] by the items of a piece: views [n, ...], of wide pieces [n, blocks of an item, ...]."""
         if self.heads is None:
-            return x[self.items] if self.items.stop - self.items.start < x.shape[0] else x
-        return x.unflatten(0, (self.heads, -1))[self.items, self.blocks].flatten(1, 2)
-
-    def lists(self, x: Tensor) -> Tensor:
-        """[n, m] of x [B * H * Nq, M]."""
-        if self.heads is None:
-            whole = self.entries.stop - self.entries.start == x.shape[1]
-            return self.rows(x) if whole else x[self.items, self.entries]
-        return x.unflatten(0, (self.heads, -1))[self.items, self.blocks.start, self.entries]
-
-    def put_lists(self, x: Tensor, values: Tensor) -> None:
-        """Write values [n, m, R] into x [B * H * Nq, M, Tq]."""
-        if self.heads is None:
-            x[self.items, self.entries] = values
-        else:
-            target = x.unflatten(0, (self.heads, -1))[self.items, self.blocks, self.entries]
-            target.copy_(values.unflatten(-1, (target.shape[1], x.shape[-1])).transpose(1, 2))
+            return _split(x, self.items, 0)
+        heads = _split(x.unflatten(0, (self.heads, -1)), self.items, 0)
+        return [part for group in heads for part in _split(group, self.blocks, 1)]
 
 
-def cut_pieces(
+def _split(x: Tensor, size: int, dim: int) -> Sequence[Tensor]:
+    """Views of `size` along a dimension; Tensor.split takes four times as long, and autograd is not recording here."""
+    return (x,) if size >= x.shape[dim] else x.unsafe_split(size, dim)
+
+
+def cut_lists(
     query_blocks: tuple[int, int],
     rows: int,
     entries: tuple[int, int],
@@ -66,7 +84,7 @@ def cut_pieces(
     budget: int,
     wide_rows: int | None = None,
     scores: bool = True,
-) -> Iterator[Piece]:
+) -> list[Cut]:
     """Wide pieces over the persistent entries, then narrow pieces over the others, each of at most `budget` bytes.
 
     query_blocks (B * H, Nq) of `rows` rows; entries (persistent, M) of a list; block (T, D), `element_bytes` a number.
@@ -84,29 +102,26 @@ def cut_pieces(
 
     if BH * Nq * rows * num_persistent * tokens < WIDE_SCORES:
         num_persistent = 0
+    cuts = []
     if num_persistent:
         group = -(-Nq // -(-Nq * rows // max(wide_rows or WIDE_ROWS, rows)))
         n, m = fit(BH, num_persistent, group * rows)
-        for h in range(0, BH, n):
-            for i in range(0, Nq, group):
-                for e in range(0, num_persistent, m):
-                    visited = slice(e, min(e + m, num_persistent))
-                    yield Piece(BH, slice(h, h + n), slice(i, i + group), visited, first=e == 0)
+        cuts.append(Cut(BH, n, group, range(0, num_persistent, m)))
     if num_persistent < M:
         n, m = fit(BH * Nq, M - num_persistent, rows)
-        for i in range(0, BH * Nq, n):
-            for e in range(num_persistent, M, m):
-                visited = slice(e, min(e + m, M))
-                yield Piece(None, slice(i, min(i + n, BH * Nq)), slice(None), visited, first=e == 0)
+        cuts.append(Cut(None, n, 1, range(num_persistent, M, m)))
+    return cuts
 
 
 class Lists:
     """What the query blocks visit: `slots` [B * H * Nq, M] int32 without -1, and how many tokens there are real."""
 
     def __init__(self, block_index: Tensor, key_sizes: Tensor | None, tokens: int):
+        self.heads = block_index.shape[:2]
         self.tokens = tokens
         self.slots = block_index.flatten(0, 2)
         self.sizes: Tensor | None = None  # None when every listed block is full
+        self._table_rows: dict[tuple[int, int], Tensor] = {}
         if key_sizes is None and int(block_index.amin()) >= 0:
             return
         if key_sizes is None:
@@ -117,14 +132,31 @@ class Lists:
         self.slots = self.slots.clamp(min=0)
         self.sizes = sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
 
-    def padded_keys(self, piece: Piece) -> Tensor | None:
-        """[n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
+    def padded_keys(self, cut: Cut) -> Iterator[Tensor | None]:
+        """Per piece [n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
         if self.sizes is None:
-            return None
-        listed = piece.lists(self.sizes)
-        if int(listed.amin()) == self.tokens:
-            return None
-        return (torch.arange(self.tokens) >= listed.unsqueeze(-1)).view(len(listed), -1, 1)
+            yield from itertools.repeat(None)
+            return
+        for listed in cut.lists(self.sizes):
+            full = int(listed.amin()) == self.tokens
+            yield None if full else (torch.arange(self.tokens) >= listed.unsqueeze(-1)).view(len(listed), -1, 1)
+
+    def table_rows(self, steps: tuple[int, int]) -> Tensor:
+        """The slots as rows of a table in which the slots of batch b, head h start at row b steps[0] + h steps[1]."""
+        if self.heads == (1, 1):
+            return self.slots
+        if steps not in self._table_rows:
+            starts = _first_rows(*self.heads, *steps, len(self.slots) // math.prod(self.heads))
+            self._table_rows[steps] = self.slots + starts
+        return self._table_rows[steps]
+
+
+@lru_cache(maxsize=64)
+def _first_rows(batch: int, heads: int, step_b: int, step_h: int, repeats: int) -> Tensor:
+    """[B * H * repeats, 1] int32; remembered, because a small call would spend a tenth of its time on it."""
+    with torch.inference_mode(False):  # an inference tensor could not be part of a later graph
+        rows = torch.arange(batch).view(-1, 1) * step_b + torch.arange(heads) * step_h
+        return rows.int().flatten().repeat_interleave(repeats).view(-1, 1)
 
 
 class BlockTable:
@@ -142,54 +174,49 @@ class BlockTable:
             self.table = pool.as_strided((rows, T * D), (stride_s, 1))
         else:
             self.table = pool.reshape(-1, T * D)
-        self.rows = table_rows(lists.slots, (B, H), steps)
+        self.rows = lists.table_rows(steps)
         self.head_dim = D
 
-    def gather(self, piece: Piece, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
-        """[n, L, D] blocks of a piece, in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
-        rows = piece.lists(self.rows)
-        blocks = buffer.view(rows.numel(), self.table.shape[1])
-        torch.index_select(self.table, 0, rows.flatten(), out=blocks)
-        blocks = blocks.view(rows.shape[0], -1, self.head_dim)
+    def gather(self, rows: Tensor, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
+        """[n, L, D] blocks of table rows [n, m], in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
+        n, m = rows.shape
+        blocks = buffer.view(n, m * self.table.shape[1] // self.head_dim, self.head_dim)
+        torch.index_select(self.table, 0, rows.flatten(), out=blocks.view(n * m, -1))
         return blocks if padded is None else blocks.masked_fill_(padded, 0)
 
 
-def table_rows(slots: Tensor, heads: tuple[int, int], steps: tuple[int, int]) -> Tensor:
-    """slots [B * H * Nq, M] of each head -> rows of a table in which batch b, head h starts at b step_b + h step_h."""
-    if heads == (1, 1):
-        return slots
-    return slots + _first_rows(*heads, *steps, len(slots) // math.prod(heads))
-
-
-@lru_cache(maxsize=64)
-def _first_rows(batch: int, heads: int, step_b: int, step_h: int, repeats: int) -> Tensor:
-    """[B * H * repeats, 1] int32; remembered, because a small call would spend a tenth of its time on it."""
-    rows = torch.arange(batch).view(-1, 1) * step_b + torch.arange(heads) * step_h
-    return rows.int().flatten().repeat_interleave(repeats).view(-1, 1)
-
-
 class Buffer:
-    """Scratch memory of one type for one purpose, kept between pieces and calls; each thread has its own.
+    """Scratch memory of one type for one purpose, kept between pieces and calls.
 
     It stays in the cache and costs no page faults; fresh memory for every call took a quarter of a small call's time.
     At most the budget of a piece, or the rows of the largest call.
     """
 
-    _kept = threading.local()
+    _kept = threading.local()  # its __dict__ is the running thread's
 
-    def __init__(self, purpose: str, dtype: torch.dtype):
+    def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._key = f"{purpose}, {dtype}"
-        self._memory: Tensor | None = vars(self._kept).get(self._key)
+        self._memory: Tensor | None = None
+        self._view: Tensor | None = None
+
+    @classmethod
+    def of(cls, purpose: str, dtype: torch.dtype) -> Buffer:
+        """This thread's buffer for a purpose."""
+        kept = cls._kept.__dict__
+        key = f"{purpose}, {dtype}"
+        if key not in kept:
+            kept[key] = cls(dtype)
+        return kept[key]
 
     def view(self, *shape: int) -> Tensor:
         """Contiguous tensor of this shape with undefined contents."""
-        if self._memory is None or self._memory.numel() < math.prod(shape):
+        if self._view is None or self._view.shape != shape:
+            size = math.prod(shape)
             with torch.inference_mode(False):  # an inference tensor could not be written in a later, normal call
-                self._memory = vars(self._kept)[self._key] = torch.empty(shape, dtype=self.dtype)
-        if self._memory.shape == shape:
-            return self._memory
-        return self._memory.view(-1)[: math.prod(shape)].view(shape)
+                if self._memory is None or self._memory.numel() < size:
+                    self._memory = torch.empty(size, dtype=self.dtype)
+                self._view = self._memory[:size].view(shape)
+        return self._view
 
     def hold(self, x: Tensor) -> Tensor:
         """x in this buffer's type: x itself when it has it."""
@@ -197,4 +224,4 @@ class Buffer:
 
     def bmm(self, a: Tensor, b: Tensor, factor: float = 1) -> Tensor:
         """factor * a @ b, batched, of factors of this buffer's type."""
-        return self.view(len(a), a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=factor)
+        return self.view(a.shape[0], a.shape[1], b.shape[2]).baddbmm_(a, b, beta=0, alpha=factor)

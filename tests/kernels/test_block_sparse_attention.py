@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, cpu, cpu_fused, cpu_pieces
+from sparse_forcing.kernels.block_sparse_attention import (
+    block_sparse_attention,
+    cpu,
+    cpu_arithmetic,
+    cpu_backward,
+    cpu_forward,
+    cpu_fused,
+    cpu_pieces,
+)
 from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
 
 BACKENDS = ("reference", "cpu")
@@ -24,8 +32,8 @@ def pieces(request, monkeypatch):
 
 
 def cut_fine(setattr_):
-    setattr_(cpu, "PIECE_BYTES", 1)
-    setattr_(cpu, "GROUP_BYTES", 1)
+    setattr_(cpu_arithmetic, "PIECE_BYTES", 1)
+    setattr_(cpu_backward, "GROUP_BYTES", 1)
     setattr_(cpu_pieces, "WIDE_SCORES", 0)
     setattr_(cpu_pieces, "WIDE_ROWS", 12)
     setattr_(cpu_fused, "PIECE_BYTES", 1)
@@ -141,8 +149,8 @@ def test_scores_far_from_zero_in_any_piece(where, height, dtype, pieces):
 
 def test_the_running_maximum_sets_in_only_when_sums_leave_the_safe_range(monkeypatch):
     raised = []
-    raise_peak = cpu._raise_peak
-    monkeypatch.setattr(cpu, "_raise_peak", lambda s, *rest: (raised.append(s.shape), raise_peak(s, *rest))[1])
+    raise_peak = cpu_forward._raise_peak
+    monkeypatch.setattr(cpu_forward, "_raise_peak", lambda s, *rest: (raised.append(s.shape), raise_peak(s, *rest))[1])
     p = problem(1, 2, 4, 8, 6, 8, 16, 4, dtype=torch.float32)
     block_sparse_attention(*p.inputs, p.block_index, backend="cpu")
     assert not raised

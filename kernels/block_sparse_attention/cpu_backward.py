@@ -89,9 +89,10 @@ def _backward_heads(
     dk_buffer, dv_buffer = (k_stored, v_stored) if product == query.dtype else (k_buffer, v_buffer)
 
     for cut in cut_pieces(query, T, block_index.shape[-1], num_persistent, buffers=2):
-        slots = zip(*(cut.lists(x) for x in (keys.rows, values.rows, targets)), lists.padded_keys(cut))
+        slots = zip(*(cut.flat_lists(x) for x in (keys.rows, values.rows, targets)), lists.padded_keys(cut))
         for row, dq_p, (key_rows, value_rows, target_rows, padded) in zip(rows.pieces(cut), cut.rows(dq), slots):
-            kx, vx = keys.gather(key_rows, k_stored, padded), values.gather(value_rows, v_stored, padded)
+            items = row.q.shape[0]
+            kx, vx = keys.gather(key_rows, items, k_stored, padded), values.gather(value_rows, items, v_stored, padded)
             k, v = k_buffer.hold(kx), v_buffer.hold(vx)
             p = base2_scores(p_buffer, k, row.work_q.mT, scale, padded)
             p.sub_(row.lse2.unsqueeze(1)).exp2_()
@@ -99,9 +100,9 @@ def _backward_heads(
             ds = dsx_buffer.hold(dp.sub_(row.delta.unsqueeze(1)).mul_(p))
             add_product(dq_p, ds.mT, kx if kx.dtype == product else k, dq_buffer, first=False)
             dk_p = k_buffer.hold(dk_buffer.bmm(ds, row.q))
-            dk.index_add_(0, target_rows.flatten(), dk_p.view(-1, T * D))
+            dk.index_add_(0, target_rows, dk_p.view(-1, T * D))
             dv_p = v_buffer.hold(dv_buffer.bmm(px_buffer.hold(p), row.do))
-            dv.index_add_(0, target_rows.flatten(), dv_p.view(-1, T * D))
+            dv.index_add_(0, target_rows, dv_p.view(-1, T * D))
     return dq.view(query.shape), dk.view(key_pool.shape), dv.view(key_pool.shape)
 
 

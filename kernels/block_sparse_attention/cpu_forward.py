@@ -57,7 +57,7 @@ def forward(
     if padding is not None:
         exact.masked_fill_(padding.unsqueeze(-1), 0)
         lse2.masked_fill_(padding, float("-inf"))
-    mass = rows.mass(lse2).view(*query.shape[:3], -1)
+    mass = rows.mass(lse2).unflatten(0, query.shape[:3])
     out = exact.view(query.shape).to(query.dtype)
     shape = rest_shape(query, keep_rest)
     rest = exact.sub_(out.flatten(0, 2)).to(query.dtype).view(shape) if math.prod(shape) else query.new_empty(shape)
@@ -75,9 +75,10 @@ def _accumulate(
     )
     visited = 0
     for cut in cuts:
-        pieces = zip(rows.pieces(cut), cut.lists(keys.rows), cut.lists(values.rows), lists.padded_keys(cut))
+        pieces = zip(rows.pieces(cut), cut.flat_lists(keys.rows), cut.flat_lists(values.rows), lists.padded_keys(cut))
         for row, key_rows, value_rows, padded in pieces:
-            k = k_buffer.hold(keys.gather(key_rows, stored))
+            items = row.q.shape[0]
+            k = k_buffer.hold(keys.gather(key_rows, items, stored))
             s = base2_scores(s_buffer, k, q_buffer.hold(row.q).mT, scale, padded)
             p, decay = _weigh(s, row, padded is not None)
             if visited == 0 and not rows.safe(row.total):
@@ -86,7 +87,7 @@ def _accumulate(
             if decay is not None:
                 row.acc.mul_(decay.unsqueeze(-1))
             # Padded values have weight 0, but 0 * NaN is NaN: gather clears them.
-            v = v_buffer.hold(values.gather(value_rows, stored, padded))
+            v = v_buffer.hold(values.gather(value_rows, items, stored, padded))
             add_product(row.acc, p_buffer.hold(p).mT, v, pv_buffer, first=row.first)
     return visited == 1 or rows.safe(rows.total)
 
@@ -117,21 +118,21 @@ class _ForwardRows:
         self.acc = torch.empty_like(q) if q.dtype == self.work else Buffer.of("sums", self.work).view(*q.shape)
         self.total = self.acc.new_empty(q.shape[:2])
         self.peak: Tensor | None = None
-        self.block_sums = self.acc.new_empty((len(q), mass_entries, q.shape[1]))
+        self.block_sums = self.acc.new_empty((len(q), mass_entries, q.shape[1])) if mass_entries else None
         self.block_peaks: Tensor | None = None
 
     def subtract_peaks(self) -> None:
         """From now on the running maximum is the peak."""
         self.peak = torch.empty_like(self.total)
-        self.block_peaks = torch.empty_like(self.block_sums)
+        if self.block_sums is not None:
+            self.block_peaks = torch.empty_like(self.block_sums)
 
     def pieces(self, cut: Cut) -> Iterator[_RowPiece]:
         """What every piece of a cut has of the rows."""
         nothing = itertools.repeat(None)
-        with_mass = self.block_sums.numel() > 0
         peaks = nothing if self.peak is None else cut.rows(self.peak)
-        block_sums = cut.list_rows(self.block_sums) if with_mass else nothing
-        block_peaks = cut.list_rows(self.block_peaks) if with_mass and self.block_peaks is not None else nothing
+        block_sums = nothing if self.block_sums is None else cut.list_rows(self.block_sums)
+        block_peaks = nothing if self.block_peaks is None else cut.list_rows(self.block_peaks)
         rows = (cut.rows(x) for x in (self.q, self.acc, self.total))
         return map(_RowPiece, cut.first(), *rows, peaks, block_sums, block_peaks)
 
@@ -149,8 +150,8 @@ class _ForwardRows:
 
     def mass(self, lse2: Tensor) -> Tensor:
         """[B * H * Nq, M], by what was summed; rows with lse -inf (padded or empty) count nothing."""
-        if not self.block_sums.numel():
-            return self.block_sums.sum(-1)
+        if self.block_sums is None:
+            return lse2.new_empty((len(lse2), 0))
         lse2 = lse2.masked_fill(lse2 == float("-inf"), float("inf")).unsqueeze(1)
         exponent = -lse2 if self.block_peaks is None else self.block_peaks.sub_(lse2)
         return self.block_sums.mul_(exponent.exp2_()).sum(-1)

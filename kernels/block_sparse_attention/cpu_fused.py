@@ -48,9 +48,9 @@ def forward(
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
     k_buffer, v_buffer = (Buffer.of(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
     for cut in cuts:
-        rows, tables = (cut.rows(x) for x in (q, out, lse)), (cut.lists(x.rows) for x in (keys, values))
+        rows, tables = (cut.rows(x) for x in (q, out, lse)), (cut.flat_lists(x.rows) for x in (keys, values))
         for first, q_p, out_p, lse_p, key_rows, value_rows in zip(cut.first(), *rows, *tables):
-            k, v = keys.gather(key_rows, k_buffer), values.gather(value_rows, v_buffer)
+            k, v = keys.gather(key_rows, q_p.shape[0], k_buffer), values.gather(value_rows, q_p.shape[0], v_buffer)
             part, part_lse = (x.squeeze(1) for x in _flash(*(x.unsqueeze(1) for x in (q_p, k, v)), scale=scale))
             if first:
                 out_p.copy_(part)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 WIDE_ROWS = 256  # query rows that share one gather of the persistent blocks
 WIDE_SCORES = 1 << 20  # scores of the persistent part below which wide pieces cost more calls than they save
+KEPT_VIEWS = 32  # shapes of a buffer that are remembered
 
 
 class Cut(NamedTuple):
@@ -49,6 +50,12 @@ class Cut(NamedTuple):
         x = self._listed(x)
         groups = (lists if self.heads is None else lists[:, 0] for lists in self._groups(x))
         return [part for lists in groups for part in _split(lists, self.entries.step, 1)]
+
+    def flat_lists(self, x: Tensor) -> Sequence[Tensor]:
+        """The same as contiguous [n * m]."""
+        if self.heads is None and len(self.entries) == 1 and self._listed(x) is x:
+            return _split(x.flatten(), self.items * x.shape[1], 0)
+        return [part.flatten() for part in self.lists(x)]
 
     def list_rows(self, x: Tensor) -> list[Tensor]:
         """Views [n, m, blocks of an item, Tq] of x [B * H * Nq, M, Tq]."""
@@ -177,12 +184,12 @@ class BlockTable:
         self.rows = lists.table_rows(steps)
         self.head_dim = D
 
-    def gather(self, rows: Tensor, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
-        """[n, L, D] blocks of table rows [n, m], in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
-        n, m = rows.shape
-        blocks = buffer.view(n, m * self.table.shape[1] // self.head_dim, self.head_dim)
-        torch.index_select(self.table, 0, rows.flatten(), out=blocks.view(n * m, -1))
-        return blocks if padded is None else blocks.masked_fill_(padded, 0)
+    def gather(self, rows: Tensor, items: int, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
+        """[n, L, D] blocks of table rows [n * m], in `buffer`; keys in `padded` [n, L, 1] are set to 0."""
+        blocks, numbers = rows.shape[0], self.table.shape[1]
+        torch.index_select(self.table, 0, rows, out=buffer.view(blocks, numbers))
+        gathered = buffer.view(items, blocks * numbers // (items * self.head_dim), self.head_dim)
+        return gathered if padded is None else gathered.masked_fill_(padded, 0)
 
 
 class Buffer:
@@ -196,8 +203,8 @@ class Buffer:
 
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
-        self._memory: Tensor | None = None
-        self._view: Tensor | None = None
+        self._memory = torch.empty(0, dtype=dtype)
+        self._views: dict[tuple[int, ...], Tensor] = {}
 
     @classmethod
     def of(cls, purpose: str, dtype: torch.dtype) -> Buffer:
@@ -210,13 +217,17 @@ class Buffer:
 
     def view(self, *shape: int) -> Tensor:
         """Contiguous tensor of this shape with undefined contents."""
-        if self._view is None or self._view.shape != shape:
-            size = math.prod(shape)
-            with torch.inference_mode(False):  # an inference tensor could not be written in a later, normal call
-                if self._memory is None or self._memory.numel() < size:
-                    self._memory = torch.empty(size, dtype=self.dtype)
-                self._view = self._memory[:size].view(shape)
-        return self._view
+        view = self._views.get(shape)
+        if view is not None:
+            return view
+        size = math.prod(shape)
+        if self._memory.numel() < size or len(self._views) >= KEPT_VIEWS:
+            self._views.clear()
+        with torch.inference_mode(False):  # an inference tensor could not be written in a later, normal call
+            if self._memory.numel() < size:
+                self._memory = torch.empty(size, dtype=self.dtype)
+            self._views[shape] = self._memory[:size].view(shape)
+        return self._views[shape]
 
     def hold(self, x: Tensor) -> Tensor:
         """x in this buffer's type: x itself when it has it."""

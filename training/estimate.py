@@ -31,7 +31,8 @@ from sparse_forcing.training.forcing import ForcingConfig
 from sparse_forcing.training.lora import LoraConfig
 from sparse_forcing.training.model_sizes import ModelSizes, model_sizes, on_meta
 from sparse_forcing.training.ode import OdeConfig
-from sparse_forcing.training.pretrain import TextToVideo, make_optimizers
+from sparse_forcing.training.pretrain import make_optimizers
+from sparse_forcing.training.pretrain_model import TextToVideo
 from sparse_forcing.transformer import CausalWanBlock
 from sparse_forcing.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 

@@ -22,7 +22,7 @@ from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.pretrain import make_autoencoder, start
+from sparse_forcing.training.pretrain_model import make_autoencoder, make_models
 from sparse_forcing.vae import TokenAutoencoder
 
 TINY = PipelineConfig(
@@ -39,7 +39,7 @@ TINY = PipelineConfig(
 
 def trained_pipeline(run: Path, config: PretrainConfig) -> SparseForcingPipeline:
     """The pipeline of a run's newest complete checkpoint, with its averaged weights."""
-    vae, model = start(config)
+    vae, model = make_models(config)
     ema = ParameterEma(model, config.ema_decay)
     if not latest_checkpoint(run, {"ema": ema}):
         raise WeightsError(f"{run}: no complete checkpoint")

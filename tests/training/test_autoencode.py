@@ -18,7 +18,7 @@ from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction
 from sparse_forcing.training.curriculum import PretrainConfig
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.export import with_autoencoder
-from sparse_forcing.training.pretrain import make_autoencoder
+from sparse_forcing.training.pretrain_model import make_autoencoder
 from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
 

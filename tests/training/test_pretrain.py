@@ -29,7 +29,7 @@ from sparse_forcing.training.export import trained_pipeline
 from sparse_forcing.training.level_balance import LevelBalance
 from sparse_forcing.training.losses import sample_sigma, sigma_quantile, unit_variance_weight
 from sparse_forcing.training.muon import BatchedMuon
-from sparse_forcing.training.pretrain import TextToVideo
+from sparse_forcing.training.pretrain_model import TextToVideo, make_autoencoder, make_models
 from sparse_forcing.training.scene_targets import (
     ATTRIBUTES,
     HARMONICS,
@@ -57,7 +57,7 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
 
 
 def test_muon_is_for_matrices_of_the_blocks() -> None:
-    model = recipe.TextToVideo(config(), STD)
+    model = TextToVideo(config(), STD)
     rest, blocks = recipe.make_optimizers(model, config())
     assert type(blocks) is BatchedMuon
     inside = {id(p) for p in blocks.param_groups[0]["params"]}
@@ -66,7 +66,7 @@ def test_muon_is_for_matrices_of_the_blocks() -> None:
 
 
 def test_patches_are_fitted_on_as_many_clips_as_asked() -> None:
-    fitted = [recipe.make_autoencoder(config(fit_clips=count))[0] for count in (8, 8, 9)]
+    fitted = [make_autoencoder(config(fit_clips=count))[0] for count in (8, 8, 9)]
     assert torch.equal(fitted[0].mean, fitted[1].mean)
     assert not torch.equal(fitted[0].mean, fitted[2].mean)
 
@@ -201,7 +201,7 @@ def test_a_stage_has_its_own_motions_shapes_and_noise(monkeypatch: pytest.Monkey
             latent_frames=1, batch_size=64, steps=1, sizes=(32,), shift=shift, motion_weights=only, shape_weights=stars
         )
         settings = config(stage, two_object_fraction=0.0)
-        vae, model = recipe.start(settings)
+        vae, model = make_models(settings)
         levels, clips = [], []
 
         def made(*args: Any, clips: list = clips, **options: Any) -> ClipBatch:
@@ -230,14 +230,14 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
     small, other = (TokenAutoencoder(channels, components=12, dim=8, num_blocks=1) for channels in (4, 6))
     for name, vae in (("small", small), ("large", with_channels(small, 2)), ("other", other)):
         vae.save_pretrained(tmp_path / name)
-    _, model = recipe.start(config(autoencoder=str(tmp_path / "small")))
+    _, model = make_models(config(autoencoder=str(tmp_path / "small")))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     about = replace(export.TINY, height=32, width=32)
     SparseForcingPipeline(model.transformer, model.text_encoder, small, about).save_pretrained(tmp_path / "model")
     settings = config(init_from=str(tmp_path / "model"), autoencoder=str(tmp_path / "large"))
-    vae, grown = recipe.start(settings)
+    vae, grown = make_models(settings)
     assert vae.latent_channels == 6
     x, t, text = torch.randn(2, 6, 2, 4, 4), torch.full((2, 2), 700.0), model.text_encoder.encode(["a red star"] * 2)
     with torch.no_grad():
@@ -247,35 +247,35 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
     ema = ParameterEma(grown, 0.9)
     recipe.train_step(grown, recipe.make_optimizers(grown, settings), ema, vae, settings, 0)
     with pytest.raises(ConfigError, match="do not begin like those"):
-        recipe.start(replace(settings, autoencoder=str(tmp_path / "other")))
+        make_models(replace(settings, autoencoder=str(tmp_path / "other")))
     for wrong in ({"ffn_dim": 32}, {"text_dim": 16}, {"num_layers": 3}):
         with pytest.raises(ConfigError, match="another shape than this config"):
-            recipe.start(replace(settings, **wrong))
+            make_models(replace(settings, **wrong))
 
 
 def test_a_text_encoder_that_gets_neighbours_begins_where_it_was_and_is_taught_them(tmp_path: Path) -> None:
-    vae, model = recipe.start(config())
+    vae, model = make_models(config())
     about = replace(export.TINY, height=32, width=32, vae="patch")
     SparseForcingPipeline(model.transformer, model.text_encoder, vae, about).save_pretrained(tmp_path / "model")
     captions = ["a red star spins clockwise while a small blue ring rests on white", ""]
     learned = {}
     for neighbours in (0, 3):
         settings = config(init_from=str(tmp_path / "model"), text_neighbours=neighbours)
-        _, grown = recipe.start(settings)
+        _, grown = make_models(settings)
         before = grown.text_encoder.encode(captions)
         torch.testing.assert_close(before, model.text_encoder.encode(captions))
         recipe.pretrain_text(grown, settings)
         learned[neighbours] = not torch.equal(grown.text_encoder.encode(captions), before)
     assert learned == {0: False, 3: True}
     SparseForcingPipeline(grown.transformer, grown.text_encoder, vae, about).save_pretrained(tmp_path / "grown")
-    _, again = recipe.start(replace(settings, init_from=str(tmp_path / "grown")))
+    _, again = make_models(replace(settings, init_from=str(tmp_path / "grown")))
     learnt = again.text_encoder.encode(captions)
     torch.testing.assert_close(learnt, grown.text_encoder.encode(captions))
     recipe.pretrain_text(again, settings)
     assert torch.equal(again.text_encoder.encode(captions), learnt)  # only its new head learns
     for other in (0, 5):
         with pytest.raises(ConfigError, match=f"text_neighbours: .*grown has 3, got {other}"):
-            recipe.start(replace(settings, init_from=str(tmp_path / "grown"), text_neighbours=other))
+            make_models(replace(settings, init_from=str(tmp_path / "grown"), text_neighbours=other))
 
 
 def test_a_mixed_stage_learns_continuations_and_first_chunks_of_as_many_frames() -> None:
@@ -333,7 +333,7 @@ def test_a_chunk_sees_itself_and_the_clean_chunks_before_it(continuation: float)
 def test_losses_of_tokens_reach_their_inner_layer(name: str) -> None:
     settings = config()
     model = TextToVideo(settings, STD)
-    vae, _ = recipe.make_autoencoder(settings)
+    vae, _ = make_autoencoder(settings)
 
     def loss(clips: ClipBatch) -> torch.Tensor:
         return getattr(recipe.training_loss(model, vae, clips, settings, settings.stages[0], 0), name)
@@ -375,7 +375,7 @@ def test_the_text_encoder_learns_what_captions_name() -> None:
 def test_the_attribute_loss_reaches_the_text_encoder_and_leaves_dropped_captions_out() -> None:
     settings = config()
     model = TextToVideo(settings, STD)
-    vae, _ = recipe.make_autoencoder(settings)
+    vae, _ = make_autoencoder(settings)
     clips = batch(4)
     clips.captions[1] = ""
 

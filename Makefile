@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
 
 test: check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) $(TESTS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
 
 reproduce: $(VENV)/.installed-dev
 	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \

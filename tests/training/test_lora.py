@@ -108,7 +108,8 @@ def test_a_checkpoint_holds_adapters_alone_and_loads_into_the_same_base_only(
         load_checkpoint(folder, forcing(model_folder, lora=LoraConfig(rank=3)).parts)
 
 
-@pytest.mark.parametrize("stage", ["forcing", pytest.param("distill", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["forcing", "distill"])
 def test_killed_and_resumed_equals_undisturbed(tmp_path: Path, model_folder: Path, stage: str) -> None:
     config = small_config(model_folder, stage, steps=4)
     config["lora"] = {"rank": 2, "alpha": 4.0}

@@ -22,6 +22,8 @@ from sparse_forcing.training.miniature import CONFIGS, STUDENTS, VARIANTS
 from tests.training.conftest import CHUNK, HORIZON, SIZE
 from tests.training.helpers import ROOT
 
+pytestmark = pytest.mark.xdist_group("reproduce")  # one process: `done` takes ten seconds
+
 SHORT = ["loop.global_batch=2", "loop.micro_batch=1", f"data.size={SIZE}", f"data.latent_frames={HORIZON}"]
 CAUSAL_DISTILL = [*SHORT, f"rollout_frames={HORIZON}", "sampler.steps=2", "critic_ratio=1"]
 DISTILL = [*CAUSAL_DISTILL, "score.causal_window=null"]

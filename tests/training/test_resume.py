@@ -40,13 +40,13 @@ def test_killed_while_saving(tmp_path: Path, model_folder: Path, undisturbed: Pa
     assert not list(out.glob(".tmp-step-*"))
 
 
-# Six steps save three times; the third save removes the first checkpoint.
+@pytest.mark.slow  # Six steps save three times; the third save removes the first checkpoint.
 @pytest.mark.parametrize(
     ("place", "number", "left"),
     [
         ("manifest", 2, [2]),
-        pytest.param("rename", 2, [2], marks=pytest.mark.slow),
-        pytest.param("renamed", 2, [2, 4], marks=pytest.mark.slow),
+        ("rename", 2, [2]),
+        ("renamed", 2, [2, 4]),
         ("removal", 1, [4, 6]),
     ],
 )

@@ -105,6 +105,7 @@ def test_density_one_equals_dense_attention():
 LARGE = [30 / 32**0.5, 30.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", LARGE)
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_large_logits_in_16_bits(dtype, scale):
@@ -121,6 +122,7 @@ def test_large_logits_in_16_bits_on_hopper():
     check(p, measured(p, "tma", "tma", through_lse=False), answer(p, through_lse=False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", LARGE)
 def test_large_logits_in_float32(scale):
     """1e-6, or as good as float32 scores allow: 1.5 times the error of float64 arithmetic on such scores."""

@@ -65,6 +65,11 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
                 progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
             if waiting:
                 yield from _generate_all(config, waiting, progress)
+            if config.grid is not None:
+                from sparse_forcing.sampling.grid import write_grid
+
+                write_grid([job.video for job in jobs], config.grid)
+                progress.note(f"{config.grid}: {len(jobs)} videos side by side")
 
 
 def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progress) -> Iterator[dict[str, Any]]:

@@ -15,6 +15,8 @@ MAX_FRAMES = 1_000_000
 MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/video.py, which is too heavy to import here
 MAX_BLOCKS = 1_000_000
 MAX_JOBS = 100_000
+MAX_GRID = 64  # videos side by side
+GRID_SUFFIXES = (".webp", ".gif")
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
     "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
@@ -48,6 +50,7 @@ class GenerateConfig:
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
+    grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
     """
 
@@ -76,6 +79,7 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scale: int | None = None
     overlay: bool = False
+    grid: Path | None = None
     skip_existing: bool = False
 
     def __post_init__(self) -> None:
@@ -100,6 +104,8 @@ class GenerateConfig:
             raise ConfigError(
                 f"--overlay shows persistent blocks, which --memory {self.memory} does not have; use sparse"
             )
+        if self.grid is not None and self.grid.suffix.lower() not in GRID_SUFFIXES:
+            raise ConfigError(f"--grid {self.grid}: only {' and '.join(GRID_SUFFIXES)} files are written")
         if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
 
@@ -146,6 +152,8 @@ def plan(config: GenerateConfig) -> list[Job]:
     count = len(prompts) * config.num_samples
     if count > MAX_JOBS:
         raise ConfigError(f"{count} videos are more than the {MAX_JOBS} that one run makes; split the prompts")
+    if config.grid is not None and count > MAX_GRID:
+        raise ConfigError(f"--grid {config.grid}: {count} videos are more than the {MAX_GRID} that it shows")
     if config.to_file:
         if count > 1:
             raise ConfigError(f"--output {config.output} is one file for {count} videos; give a folder")

@@ -24,11 +24,13 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
     """The folders that files will be written to; nothing is created.
 
     Raises:
-        OutputError: the name of a video, sidecar or overlay cannot be one, or is that of a folder.
+        OutputError: the name of a video, sidecar, overlay or grid cannot be one, or is that of a folder.
     """
     paths = [path for job in jobs for path in (job.video, job.sidecar)]
     if config.overlay:
         paths += map(overlay_path, jobs)
+    if config.grid is not None:
+        paths.append(config.grid)
     return list(dict.fromkeys(check_target(path).parent for path in paths))
 
 

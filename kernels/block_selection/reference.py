@@ -32,11 +32,10 @@ def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, project
         values = values.masked_fill(~valid.unsqueeze(-1), 0)  # padding may hold NaN, which no weight of 0 removes
         weight = weight * valid.to(dtype)
     total = weight.abs().sum(-1, keepdim=True)
-    weight = (weight / total.masked_fill(total == 0, 1)).expand(values.shape[:-1])
-    with torch.autocast(x.device.type, enabled=False):  # it would round what is ranked to 8 bits
-        pooled = torch.einsum("bhnt,bhntd->bhnd", weight, values)
-        if projection is not None:
-            pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(dtype))
+    pooled = (weight / total.masked_fill(total == 0, 1)).unsqueeze(-1).mul(values).sum(3)
+    if projection is not None:
+        with torch.autocast(x.device.type, enabled=False):  # it would round what is ranked to 8 bits
+            pooled = pooled @ projection.to(dtype)
     return pooled.to(x.dtype)
 
 

@@ -41,6 +41,7 @@ FLAGS = {
     "dtype": "number format of the weights (default: the model's)",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already",
 }
 
@@ -99,6 +100,8 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
         raise ConfigError(f"--output {config.output}: --suite {arguments.suite} writes a folder")
     if config.overlay:
         raise ConfigError(f"--overlay would put files among those of --suite {arguments.suite}; leave one of them out")
+    if config.grid is not None:
+        raise ConfigError(f"--grid is for prompts of your own, not for --suite {arguments.suite}")
     shard = "0/1" if arguments.shard is None else arguments.shard
     match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
     if not match:

@@ -21,13 +21,8 @@ from sparse_forcing.kernels.block_sparse_attention.interface import (
     block_sparse_attention,
     block_sparse_attention_backward,
 )
+from sparse_forcing.memory.slots import gather_slots
 from sparse_forcing.rope import shift_time
-
-
-def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
-    """x [B, H, S, ...] at slots [B, H, N] -> [B, H, N, ...]."""
-    index = slots.long().reshape(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
-    return x.gather(2, index)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,8 @@ from sparse_forcing.kernels.block_selection.interface import (
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.memory.history import BlockHistory, PassTables, RebuiltAttention, gather_slots, rebuild
+from sparse_forcing.memory.history import BlockHistory, PassTables, RebuiltAttention, rebuild
+from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index
 from sparse_forcing.rope import shift_time
 from sparse_forcing.selector import coarse_attention, selection_loss
 
@@ -75,7 +76,7 @@ class SparseLayer:
 
 def _map(pooled: Tensor, projection: Tensor) -> Tensor:
     """A linear map per head: [B, H, N, D] by [H, D, D]."""
-    return torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
+    return pooled @ projection.to(pooled.dtype)
 
 
 class SparseMemory(RolloutMemory):
@@ -421,15 +422,18 @@ class SparseMemory(RolloutMemory):
 
     def _write(self, state: SparseLayer, slots: Tensor, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""
-        for name, new in blocks.items():
-            pool = getattr(state, name)
-            where = slots.reshape(*slots.shape, *[1] * (new.ndim - 3)).expand_as(new)
-            if self.cache_gradient == "none" or (state.history is not None and name in ("keys", "values")):
-                with torch.no_grad():
-                    pool.scatter_(2, where, new.to(pool.dtype))
-            else:
-                with self.history():
-                    setattr(state, name, pool.scatter(2, where, new.to(pool.dtype)))
+        in_place = [name for name in blocks if self._is_constant(state, name)]
+        if in_place:
+            put_slots_([getattr(state, name) for name in in_place], slots, [blocks[name] for name in in_place])
+        with self.history():
+            for name in [name for name in blocks if name not in in_place]:
+                pool = getattr(state, name)
+                new = blocks[name].to(pool.dtype)
+                setattr(state, name, pool.scatter(2, slot_index(slots, new), new))
+
+    def _is_constant(self, state: SparseLayer, name: str) -> bool:
+        """Whether autograd does not look at this pool: it may be written in place."""
+        return self.cache_gradient == "none" or (state.history is not None and name in ("keys", "values"))
 
     def _room(self, layer: int, keys: Tensor) -> SparseLayer:
         """The layer's state, made on its first use with the current chunk's slots at the front of the pool."""

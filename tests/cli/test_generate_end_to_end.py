@@ -93,6 +93,30 @@ def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_pa
     assert digest(folder / "0001-a-red-ball-seed2.mp4") != digest(tmp_path / "one.mp4")
 
 
+@pytest.mark.parametrize("suffix", [".webp", ".gif"])
+def test_a_grid_shows_all_videos_at_their_times(model: Path, tmp_path: Path, suffix: str) -> None:
+    """Also those that were there before, at the speed of the videos; a hole stays white."""
+    grid = tmp_path / "pages" / f"grid{suffix}"
+    arguments = ["generate", "a red ball", "--model", str(model), "--num-frames", "9", "--scale", "1"]
+    arguments += ["--output", str(tmp_path / "videos"), "--num-samples", "3", "--skip-existing"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--grid", str(grid)]) == 0
+    videos = [read_video(path)[0].astype(int) for path in sorted((tmp_path / "videos").glob("*.mp4"))]
+    with Image.open(grid) as picture:
+        shown, seconds = [], 0.0
+        for number in range(picture.n_frames):
+            picture.seek(number)
+            shown.append(np.asarray(picture.convert("RGB")).astype(int))
+            seconds += picture.info["duration"] / 1000
+    assert seconds == pytest.approx(9 / 16, rel=0.1)  # equal frames become one; .gif counts hundredths
+    for time, frame in ((0, shown[0]), (8, shown[-1])):
+        assert frame.shape == (2 * 32 + 4, 2 * 32 + 4, 3)
+        for place, part in enumerate((frame[:32, :32], frame[:32, 36:], frame[36:, :32])):
+            far = {(n, t): abs(part - video[t]).mean() for n, video in enumerate(videos) for t in (0, 8)}
+            assert min(far, key=far.__getitem__) == (place, time)
+        assert frame[36:, 36:].min() > 240
+
+
 def test_a_longer_video_begins_with_the_shorter_one(model: Path, tmp_path: Path) -> None:
     for frames in (16, 32):
         target = tmp_path / f"{frames}.mp4"

@@ -1,0 +1,30 @@
+"""Blocks of a pool, read and written by their slots, which differ per head.
+
+Legend: B batch, H heads, S slots of the pool, N blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def gather_slots(x: Tensor, slots: Tensor) -> Tensor:
+    """x [B, H, S, ...] at slots [B, H, N] -> [B, H, N, ...]."""
+    return x.gather(2, slot_index(slots, x))
+
+
+def slot_index(slots: Tensor, x: Tensor) -> Tensor:
+    """Slots [B, H, N] as an index of all of x [B, H, S, ...] there: [B, H, N, ...]."""
+    return slots.long().reshape(*slots.shape, *[1] * (x.ndim - 3)).expand(*slots.shape, *x.shape[3:])
+
+
+@torch.no_grad()
+def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor]) -> None:
+    """Copy blocks [B, H, N, ...] into contiguous pools [B, H, S, ...] at slots [B, H, N], in place."""
+    B, H, S = pools[0].shape[:3]
+    rows = (slots + S * torch.arange(B * H, device=slots.device).view(B, H, 1)).flatten()
+    for pool, new in zip(pools, blocks):
+        pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).reshape(rows.shape[0], -1))

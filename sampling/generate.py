@@ -64,7 +64,7 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
             if len(waiting) < len(jobs):
                 progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
             if waiting:
-                yield from _generate_all(config, waiting, progress)
+                yield from _generate_all(config, waiting, progress, shown=len(jobs))
             if config.grid is not None:
                 from sparse_forcing.sampling.grid import write_grid
 
@@ -72,7 +72,10 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
                 progress.note(f"{config.grid}: {len(jobs)} videos side by side")
 
 
-def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progress) -> Iterator[dict[str, Any]]:
+def _generate_all(
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int
+) -> Iterator[dict[str, Any]]:
+    """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.sampling.conditioning import read_start, start_arguments
 
     start = read_start(config)
@@ -80,6 +83,11 @@ def _generate_all(config: GenerateConfig, jobs: Sequence[Job], progress: Progres
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
+    if config.grid is not None:
+        from sparse_forcing.sampling.grid import check_grid
+
+        height, width = settings.height * settings.scale, settings.width * settings.scale
+        check_grid(config.grid, shown, settings.num_frames, height, width)
     given = start_arguments(config, settings, start, pipe)
     for number, job in enumerate(jobs, 1):
         progress.begin(job, number, len(jobs))

@@ -30,6 +30,9 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
     if config.overlay:
         paths += map(overlay_path, jobs)
     if config.grid is not None:
+        for start in (config.image, config.video):
+            if start is not None and check_target(config.grid) == check_target(start):
+                raise OutputError(f"--grid {config.grid} would replace {start}; choose another name")
         paths.append(config.grid)
     return list(dict.fromkeys(check_target(path).parent for path in paths))
 

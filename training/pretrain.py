@@ -33,12 +33,9 @@ from sparse_forcing.training.guard import STOPPED, StopRequest
 from sparse_forcing.training.losses import flow_matching_error, noisy_latents, sample_sigma, unit_variance_weight
 from sparse_forcing.training.metrics import append_row, forget_beyond
 from sparse_forcing.training.muon import BatchedMuon
-from sparse_forcing.training.pretrain_model import EmbeddedAutoencoder, TextToVideo, kept, make_models
+from sparse_forcing.training.pretrain_model import EmbeddedAutoencoder, TextToVideo, captioned, make_models
 from sparse_forcing.training.resume import Resume
-from sparse_forcing.training.scene_targets import (
-    course_targets,
-    pose_targets,
-)
+from sparse_forcing.training.scene_targets import course_targets, pose_targets
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -148,7 +145,7 @@ def training_loss(
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
     courses = course_targets(clips.scenes, rows).repeat(1, noisy_frames, 1)
     one_object = ~clips.scenes.present[:, 1:].any(1)
-    told = kept(clips.captions, one_object.device)
+    told = captioned(clips.captions, one_object.device)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
     return Losses(
         flow=error.mean(),

@@ -17,12 +17,7 @@ from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.growth import load_leading
 from sparse_forcing.training.level_balance import LevelBalance
-from sparse_forcing.training.scene_targets import (
-    ATTRIBUTES,
-    COURSE_NUMBERS,
-    POSE_NUMBERS,
-    attribute_targets,
-)
+from sparse_forcing.training.scene_targets import ATTRIBUTES, COURSE_NUMBERS, POSE_NUMBERS, attribute_targets
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder
 
@@ -77,7 +72,7 @@ class TextToVideo(nn.Module):
         targets, counted = attribute_targets(scenes)
         error = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         error = (error * counted).sum(1) / counted.sum(1)
-        told = kept(captions, error.device)
+        told = captioned(captions, error.device)
         return (error * told).sum() / told.sum().clamp(min=1)
 
     def token_loss(self, head: nn.Linear, targets: Tensor, counted: Tensor) -> Tensor:
@@ -88,7 +83,7 @@ class TextToVideo(nn.Module):
         return (error * counted).mean()
 
 
-def kept(captions: list[str], device: torch.device) -> Tensor:
+def captioned(captions: list[str], device: torch.device) -> Tensor:
     """[B] bool: which captions were not dropped."""
     return torch.tensor([caption != "" for caption in captions], device=device)
 

@@ -6,7 +6,7 @@ README.md):
 * Scores are computed key-major, s[n] = K[n] q[n]^T with shape [L, R]: every GEMM of the forward and of the backward
   then has the layout that MKL runs fastest with only R = 64 query rows, and reductions over keys run along vectors.
 * A piece (some query blocks x some list entries) is a few MiB: small enough for the cache, large beside the cost of
-  the torch calls that process it. Pieces of one query block are joined by an online softmax in (acc, peak, total).
+  the torch calls that process it. Pieces of one query block add up, by an online softmax where they must.
 * The persistent entries are the same for all query blocks of a head. They are visited by wide pieces, whose rows are
   many query blocks at once, so a gathered block serves hundreds of rows. Nothing else differs between the two kinds.
 

@@ -12,7 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import Buffer, Cut, cut_lists
+from sparse_forcing.kernels.block_sparse_attention.cpu_buffer import Buffer
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import Cut, cut_lists
 
 PIECE_BYTES = 3 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
 LOG2E = math.log2(math.e)

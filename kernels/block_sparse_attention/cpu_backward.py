@@ -22,7 +22,8 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_arithmetic import (
     product_dtype,
     work_dtype,
 )
-from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Cut, Lists
+from sparse_forcing.kernels.block_sparse_attention.cpu_buffer import Buffer
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Cut, Lists
 
 GROUP_BYTES = 4 << 20  # float32 sums of the gradients of a group of heads, for types narrower than that
 

@@ -23,7 +23,8 @@ from sparse_forcing.kernels.block_sparse_attention.cpu_arithmetic import (
     product_dtype,
     work_dtype,
 )
-from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Cut, Lists
+from sparse_forcing.kernels.block_sparse_attention.cpu_buffer import Buffer
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Cut, Lists
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 
 SAFE_SUM = 2.0**60  # float32 and bfloat16 end at 2^127: room for values up to 1e19, and 66 binary digits below the sum
@@ -67,7 +68,8 @@ def forward(
 def _accumulate(
     rows: _ForwardRows, cuts: list[Cut], keys: BlockTable, values: BlockTable, lists: Lists, scale: float
 ) -> bool:
-    """Sum the weights of all pieces, and the values by them; False, at best after the first, if that takes peaks."""
+    """Sum the weights of all pieces, and the values by them; False, at best after the first, where running
+    maxima are needed."""
     stored = Buffer.of("stored keys", rows.q.dtype)  # values overwrite keys: half the cache
     q_buffer, k_buffer, s_buffer = (Buffer.of(purpose, rows.work) for purpose in ("queries", "keys", "scores"))
     v_buffer, p_buffer, pv_buffer = (

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Buffer, Lists, cut_lists
+from sparse_forcing.kernels.block_sparse_attention.cpu_buffer import Buffer
+from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import BlockTable, Lists, cut_lists
 
 PIECE_BYTES = 2 << 20  # gathered keys and values of a piece, per thread
 WHOLE_ROWS = 1 << 30  # every row of a head visits the persistent blocks in one piece: more rows are faster

@@ -27,4 +27,4 @@ def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor])
     B, H, S = pools[0].shape[:3]
     rows = (slots + S * torch.arange(B * H, device=slots.device).view(B, H, 1)).flatten()
     for pool, new in zip(pools, blocks):
-        pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).reshape(rows.shape[0], -1))
+        pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).flatten(3).flatten(0, 2))

@@ -95,26 +95,46 @@ def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_pa
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])
 def test_a_grid_shows_all_videos_at_their_times(model: Path, tmp_path: Path, suffix: str) -> None:
-    """Also those that were there before, at the speed of the videos; a hole stays white."""
+    """Also those that were there before, and their last picture where they end; a hole stays white."""
     grid = tmp_path / "pages" / f"grid{suffix}"
-    arguments = ["generate", "a red ball", "--model", str(model), "--num-frames", "9", "--scale", "1"]
-    arguments += ["--output", str(tmp_path / "videos"), "--num-samples", "3", "--skip-existing"]
-    assert main(arguments) == 0
-    assert main([*arguments, "--grid", str(grid)]) == 0
+    arguments = ["generate", "a red ball", "--model", str(model), "--scale", "1", "--output", str(tmp_path / "videos")]
+    assert main([*arguments, "--num-frames", "9", "--num-samples", "2"]) == 0
+    more = ["--num-frames", "24", "--num-samples", "3", "--skip-existing", "--grid", str(grid)]
+    assert main([*arguments, *more]) == 0
     videos = [read_video(path)[0].astype(int) for path in sorted((tmp_path / "videos").glob("*.mp4"))]
+    assert [len(video) for video in videos] == [9, 9, 24]
     with Image.open(grid) as picture:
         shown, seconds = [], 0.0
         for number in range(picture.n_frames):
             picture.seek(number)
             shown.append(np.asarray(picture.convert("RGB")).astype(int))
             seconds += picture.info["duration"] / 1000
-    assert seconds == pytest.approx(9 / 16, rel=0.1)  # equal frames become one; .gif counts hundredths
-    for time, frame in ((0, shown[0]), (8, shown[-1])):
+    assert seconds == pytest.approx(24 / 16, abs=0.006)  # equal frames become one
+    for time, frame in ((0, shown[0]), (-1, shown[-1])):
         assert frame.shape == (2 * 32 + 4, 2 * 32 + 4, 3)
         for place, part in enumerate((frame[:32, :32], frame[:32, 36:], frame[36:, :32])):
-            far = {(n, t): abs(part - video[t]).mean() for n, video in enumerate(videos) for t in (0, 8)}
+            far = {(n, t): abs(part - video[t]).mean() for n, video in enumerate(videos) for t in (0, -1)}
             assert min(far, key=far.__getitem__) == (place, time)
         assert frame[36:, 36:].min() > 240
+
+
+def test_a_grid_that_cannot_be_is_refused(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "a ball", "--model", str(model), "--output", str(tmp_path / "videos"), "--grid"]
+    start = tmp_path / "start.webp"
+    Image.new("RGB", (32, 32)).save(start)
+    refused = {
+        "lower --scale": [str(tmp_path / "large.webp"), "--num-samples", "9", "--scale", "200"],
+        "would replace": [str(start), "--image", str(start)],
+    }
+    for message, flags in refused.items():
+        assert main([*arguments, *flags]) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(tmp_path.iterdir()) == [start]  # before anything was made
+    assert main([*arguments[:-1], "--scale", "1", "--num-frames", "8"]) == 0
+    unlike = ["--scale", "2", "--num-frames", "8", "--num-samples", "2", "--skip-existing"]
+    assert main([*arguments, str(tmp_path / "g.gif"), *unlike]) == 2
+    assert "is unlike" in capsys.readouterr().err
+    assert not (tmp_path / "g.gif").exists()
 
 
 def test_a_longer_video_begins_with_the_shorter_one(model: Path, tmp_path: Path) -> None:

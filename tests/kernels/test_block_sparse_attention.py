@@ -131,14 +131,15 @@ def test_large_logits(backend, dtype, tolerance, pieces):
     check(problem(1, 2, 3, 8, 5, 8, 32, 4, persistent=2, scale=30.0, dtype=dtype), backend, tolerance)
 
 
+@pytest.mark.parametrize("persistent", [0, 2])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("height", [-900.0, -95.0, -70.0, 50.0, 70.0, 900.0])
 @pytest.mark.parametrize(
     "where", [slice(0, 1), slice(1, 2), slice(3, 4), slice(0, 4)], ids=["first", "second", "last", "all"]
 )
-def test_scores_far_from_zero_in_any_piece(where, height, dtype, pieces):
+def test_scores_far_from_zero_in_any_piece(where, height, dtype, persistent, pieces):
     """Scores near `height` in some listed blocks: the running maximum must set in when, and only when, it is needed."""
-    p = problem(1, 2, 4, 8, 6, 8, 16, 4, scale=1.0, dtype=torch.float64, seed=3)
+    p = problem(1, 2, 4, 8, 6, 8, 16, 4, persistent=persistent, scale=1.0, dtype=torch.float64, seed=3)
     query, key_pool = p.query.clone(), 0.2 * p.key_pool
     query[..., 0] = 1
     for b, h, i in torch.cartesian_prod(torch.arange(1), torch.arange(2), torch.arange(4)).tolist():

@@ -40,7 +40,8 @@ def test_killed_while_saving(tmp_path: Path, model_folder: Path, undisturbed: Pa
     assert not list(out.glob(".tmp-step-*"))
 
 
-@pytest.mark.slow  # Six steps save three times; the third save removes the first checkpoint.
+# Six steps save three times; the third save removes the first checkpoint.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "number", "left"),
     [

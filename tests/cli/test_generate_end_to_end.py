@@ -123,7 +123,7 @@ def test_a_grid_that_cannot_be_is_refused(model: Path, tmp_path: Path, capsys: p
     start = tmp_path / "start.webp"
     Image.new("RGB", (32, 32)).save(start)
     refused = {
-        "lower --scale": [str(tmp_path / "large.webp"), "--num-samples", "9", "--scale", "200"],
+        "lower --scale": [str(tmp_path / "large.webp"), "--num-samples", "9", "--scale", "64"],
         "would replace": [str(start), "--image", str(start)],
     }
     for message, flags in refused.items():

@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention import cpu_forward, cpu_fused
-from sparse_forcing.kernels.block_sparse_attention.cpu_arithmetic import multiplies_bfloat16, work_dtype
+from sparse_forcing.kernels.block_sparse_attention.cpu_arithmetic import work_dtype
 from sparse_forcing.kernels.block_sparse_attention.cpu_backward import backward
 from sparse_forcing.kernels.block_sparse_attention.cpu_fused import has_matrix_units
 from sparse_forcing.kernels.block_sparse_attention.cpu_pieces import Lists
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 
-__all__ = ["backward", "forward", "multiplies_bfloat16", "why_unavailable"]
+__all__ = ["backward", "forward", "why_unavailable"]
 
 
 def why_unavailable(query: Tensor) -> str | None:

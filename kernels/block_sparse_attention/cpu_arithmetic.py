@@ -6,7 +6,6 @@ M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -24,7 +23,6 @@ def work_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-@functools.cache
 def multiplies_bfloat16() -> bool:
     """Whether oneDNN multiplies bfloat16 on this CPU; without oneDNN torch lacks the question, too."""
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

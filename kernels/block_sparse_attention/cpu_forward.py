@@ -68,12 +68,13 @@ def forward(
 def _accumulate(
     rows: _ForwardRows, cuts: list[Cut], keys: BlockTable, values: BlockTable, lists: Lists, scale: float
 ) -> bool:
-    """Sum the weights of all pieces, and the values by them; False, at best after the first, where running
-    maxima are needed."""
+    """Sum the weights of all pieces, and the values by them. False where running maxima are needed: known after the
+    first piece at best, after the last at worst."""
     stored = Buffer.of("stored keys", rows.q.dtype)  # values overwrite keys: half the cache
     q_buffer, k_buffer, s_buffer = (Buffer.of(purpose, rows.work) for purpose in ("queries", "keys", "scores"))
+    product = product_dtype(rows.q)
     v_buffer, p_buffer, pv_buffer = (
-        Buffer.of(purpose, product_dtype(rows.q)) for purpose in ("product values", "product scores", "products")
+        Buffer.of(purpose, product) for purpose in ("product values", "product scores", "products")
     )
     visited = 0
     for cut in cuts:

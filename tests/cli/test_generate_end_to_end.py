@@ -71,6 +71,7 @@ def test_every_memory_generates_and_reports_its_cache(model: Path, tmp_path: Pat
     assert (tmp_path / "overlay" / "c.mp4").exists() == ("--overlay" in flags)
 
 
+@pytest.mark.slow
 def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_path: Path) -> None:
     arguments = ["generate", "a red ball", "--model", str(model), "--seed", "3"]
     assert main([*arguments, "--output", str(tmp_path / "one.mp4")]) == 0

@@ -67,7 +67,7 @@ def test_a_steady_clip_does_not_drift() -> None:
     assert min(result["opening"]["curve"]) > 0.97
 
 
-@pytest.mark.parametrize("strength", [0.5, 1.0])
+@pytest.mark.parametrize("strength", [pytest.param(0.5, marks=pytest.mark.slow), 1.0])
 def test_fading_shows_in_slope_change_ratios_and_vde(strength: float) -> None:
     fade = 1 - 0.6 * strength * np.linspace(0, 1, len(LONG))[:, None, None, None]
     result = analysed((LONG * fade).astype(np.uint8))

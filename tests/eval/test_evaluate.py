@@ -97,6 +97,7 @@ def test_a_damaged_record_is_measured_again(videos: Path, monkeypatch: pytest.Mo
     assert len(decoded) == 1
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_same_results(videos: Path, tmp_path: Path) -> None:
     evaluate(config(videos, output=tmp_path / "one"))
     evaluate(config(videos, output=tmp_path / "two", workers=2))

@@ -96,6 +96,7 @@ def test_comparison_marks_what_is_clearly_worse(tmp_path: Path) -> None:
     assert "2 prompts" not in text  # the prompt, the hostile prompt, and the file name pair up: three
 
 
+@pytest.mark.slow
 def test_videos_can_be_compared_without_an_earlier_run(tmp_path: Path) -> None:
     run(tmp_path, "good", 0)
     text, _ = page(run(tmp_path, "bad", 25, compare=(tmp_path / "good" / "m.jsonl",)))

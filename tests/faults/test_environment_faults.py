@@ -50,12 +50,14 @@ def test_without_triton_attention_runs_and_forcing_it_says_why(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_without_optional_packages_generation_still_imports(tmp_path: Path) -> None:
     code = "import sparse_forcing.pipeline, sparse_forcing.cli.generate, sparse_forcing.eval.metrics.caption"
     done = child(code, tmp_path, "cv2", "scipy", "matplotlib", "gradio", "triton")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_foreign_package_called_kernels_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("foreign = True")

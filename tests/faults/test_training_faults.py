@@ -98,7 +98,11 @@ def test_the_table_names_tests_that_exist() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "message"), [("dies", "a worker process died"), ("hangs", "no video was finished in 0.5 seconds")]
+    ("fault", "message"),
+    [
+        ("dies", "a worker process died"),
+        pytest.param("hangs", "no video was finished in 0.5 seconds", marks=pytest.mark.slow),
+    ],
 )
 def test_worker_that_dies_or_hangs_is_named_and_none_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str

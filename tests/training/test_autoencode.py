@@ -22,6 +22,8 @@ from sparse_forcing.training.pretrain_model import make_autoencoder
 from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
 
+pytestmark = pytest.mark.xdist_group("autoencode")  # one process trains for all
+
 CONFIG = AutoencoderConfig(
     steps=40,
     sizes=(32, 64),

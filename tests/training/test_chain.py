@@ -33,7 +33,7 @@ def train(stage: str, config: str, output: Path, steps: int, **settings: object)
     assert [row["step"] for row in losses(output)] == list(range(1, steps + 1))
 
 
-@pytest.mark.parametrize("kind", ["sparse", "full"])
+@pytest.mark.parametrize("kind", ["sparse", pytest.param("full", marks=pytest.mark.slow)])
 def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind: str) -> None:
     teacher, start, pairs, ode, dmd, sid, long = (
         tmp_path / name for name in "teacher start pairs ode dmd sid long".split()

@@ -177,7 +177,13 @@ def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "cache_gradient"), [("full", "detached"), ("sparse", "detached"), ("sparse", "clean"), ("window", "clean")]
+    ("kind", "cache_gradient"),
+    [
+        pytest.param("full", "detached", marks=pytest.mark.slow),
+        pytest.param("sparse", "detached", marks=pytest.mark.slow),
+        ("sparse", "clean"),
+        pytest.param("window", "clean", marks=pytest.mark.slow),
+    ],
 )
 def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
     config = ForcingConfig(

@@ -365,6 +365,7 @@ def test_courses_are_where_scenes_take_their_objects() -> None:
     torch.testing.assert_close(course[told].norm(dim=1), torch.ones(int(told.sum())))
 
 
+@pytest.mark.slow
 def test_the_text_encoder_learns_what_captions_name() -> None:
     settings = config(text_dim=32, text_steps=1)
     model = TextToVideo(settings, STD)

@@ -154,6 +154,7 @@ def test_nothing_is_trained_for_a_student_that_is_there(done: Path, model_folder
     assert again[2:] == ["student-sparse"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_evaluation_loses_one_batch(
     done: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,6 +201,7 @@ def test_a_stopped_training_is_reported_and_goes_on(
     assert (tmp_path / "results/miniature/miniature.md").exists()
 
 
+@pytest.mark.slow
 def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model_folder: Path) -> None:
     config = settings(model_folder)
     config["variants"] = ["sparse"]
@@ -213,6 +215,7 @@ def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model
     assert result["timing"] is None  # nothing to compare with
 
 
+@pytest.mark.slow
 def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, model_folder: Path) -> None:
     config = settings(model_folder)
     config["variants"] = ["dense", "sparse"]

@@ -10,6 +10,8 @@ import pytest
 
 from tests.training.helpers import differences, is_complete, losses, newest, run, small_config, start, state
 
+pytestmark = pytest.mark.xdist_group("resume")  # one process: `undisturbed` takes six seconds
+
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Path:
@@ -67,6 +69,7 @@ def test_killed_while_committing_or_removing(
     assert [folder.name for folder in sorted(out.glob("*step-*"))] == ["step-00000006", "step-00000007"]
 
 
+@pytest.mark.slow
 def test_terminated_between_checkpoints(tmp_path: Path, model_folder: Path, undisturbed: Path) -> None:
     config, out = small_config(model_folder, steps=6), tmp_path / "out"
     code, output = run(tmp_path, config, out, term_at_step=2)

@@ -251,8 +251,8 @@ def test_fused_scores_and_selection_equal_the_reference(dtype):
     assert torch.equal(found, selection_reference.select_blocks(selection_reference.block_scores(q, k, 0.25), 7, own))
 
 
-@pytest.mark.parametrize("persistent", [0, 3, 70])
-@pytest.mark.parametrize("top_k", [1, 7, 40])
+@pytest.mark.parametrize("persistent", [0, 70, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("top_k", [1, 40, pytest.param(7, marks=pytest.mark.slow)])
 def test_lists_written_with_the_choice_equal_the_reference(persistent, top_k):
     q, k = _scores(1, 2, 2, 19, 24), _scores(2, 2, 2, 37, 24)
     slots = torch.stack([torch.randperm(persistent + 37) for _ in range(4)]).view(2, 2, -1)
@@ -309,6 +309,7 @@ def test_pooling_rounds_a_mean_once(dtype):
     assert torch.equal(*grads)
 
 
+@pytest.mark.slow
 def test_selection_and_update_are_ops_that_know_their_shapes():
     """opcheck: schema, no aliasing, and a fake kernel that agrees with the real one."""
     q, k = torch.randn(1, 2, 5, 8), torch.randn(1, 2, 9, 8)

@@ -6,7 +6,7 @@ A manifest is a JSONL file, one object a line:
 
 `video` is relative to the manifest. `original_prompt` is what metrics compare against when generation used a rewritten
 `prompt`. A folder works too: a `name.json` beside `name.mp4` (written by `generate`) is read, else the name is taken
-as VBench's `{prompt}-{index}.mp4`.
+as VBench's `{prompt}-{index}.mp4`. A video whose prompt changes on the way (`generate --then`) is judged without one.
 """
 
 from __future__ import annotations
@@ -138,6 +138,8 @@ def _entry_of(video: Path) -> Entry:
     if sidecar.is_file():
         record = read_json(sidecar)
         known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
+        if known and record.get("prompt_changes"):  # no single prompt says what the whole video shows
+            known |= {"prompt": None, "original_prompt": None}
         try:
             return Entry(**{**_typed(known), "video": video})
         except ConfigError as error:

@@ -128,7 +128,8 @@ def generate_video(
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory, **given,
+            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
+            prompt_changes=settings.prompt_changes, **given,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)
@@ -139,6 +140,10 @@ def generate_video(
         "video": job.video.name,
         "prompt": job.prompt,
         "original_prompt": job.original_prompt,
+        "prompt_changes": [
+            {"frame": frame, "seconds": frame / pipe.fps, "prompt": prompt}
+            for frame, prompt in settings.prompt_changes.items()
+        ],
         "index": job.index,
         "seed": job.seed,
         "model": config.model,

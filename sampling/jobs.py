@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
-from sparse_forcing.prompts import check_prompts, read_prompts
+from sparse_forcing.prompts import check_prompt, check_prompts, read_prompts
 
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/video.py, which is too heavy to import here
@@ -45,6 +45,7 @@ class GenerateConfig:
     model: `tiny`, or a local diffusers folder.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
+    then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
     image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
@@ -56,6 +57,7 @@ class GenerateConfig:
 
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
+    then: tuple[tuple[float, str], ...] = ()
     model: str = "tiny"
     output: Path = Path("outputs")
     seed: int = 0
@@ -95,6 +97,10 @@ class GenerateConfig:
             _check_utf8(name, str(getattr(self, name)))
         if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ConfigError(f"--seconds must be above 0, got {self.seconds:g}")
+        for (before, _), (seconds, prompt) in zip([(0.0, ""), *self.then], self.then):
+            if not before < seconds < math.inf:
+                raise ConfigError(f"--then {seconds:g}: times must rise and be above 0, this comes after {before:g}")
+            check_prompt(prompt, f"--then {seconds:g}: prompt")
         for name, kinds in MEMORY_KNOBS.items():
             if getattr(self, name) is not None and self.memory is not None and self.memory not in kinds:
                 raise ConfigError(
@@ -149,6 +155,8 @@ class Job:
 def plan(config: GenerateConfig) -> list[Job]:
     """Jobs of the config's prompts, checked: names stay inside the output and differ. Raises ConfigError."""
     prompts = read_prompts(config.prompt_file) if config.prompt_file else check_prompts(config.prompts)
+    if config.then and len(prompts) > 1:
+        raise ConfigError(f"--then goes on from one prompt, not from {len(prompts)}; run them one by one")
     count = len(prompts) * config.num_samples
     if count > MAX_JOBS:
         raise ConfigError(f"{count} videos are more than the {MAX_JOBS} that one run makes; split the prompts")

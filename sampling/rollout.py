@@ -95,6 +95,7 @@ def rollout(
     sampler: SamplerConfig,
     *,
     unconditional_text: Tensor | None = None,
+    text_at: Callable[[int], Tensor | None] | None = None,
     initial_latents: Tensor | None = None,
     initial_chunks: list[int] | None = None,
     context_timestep: float = 0.0,
@@ -105,15 +106,14 @@ def rollout(
 
     Args:
         text: [B, T, text_dim]; unconditional_text: the same for the empty prompt, needed when guidance is not 1.
+        text_at: asked with the number of every chunk but the first for the text [B, T, text_dim] from there on, or None
+            to go on as before. What is in the memory stays as it was written.
         chunks: latent frames of each chunk to generate.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
     """
-    use_guidance = sampler.guidance_scale != 1.0
-    if use_guidance:
-        assert unconditional_text is not None, "guidance needs the unconditional text"
-        text = torch.cat([text, unconditional_text])
-    network = _Network(model, text, memory, sampler.guidance_scale if use_guidance else None, training)
+    network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
+    network.read(text)
     start = 0
     if initial_latents is not None:
         for given in initial_latents.split(initial_chunks or chunks[:1], 1):
@@ -122,6 +122,9 @@ def rollout(
             start += given.shape[1]
     for index, frames in enumerate(chunks):
         began = time.perf_counter()
+        changed = text_at(index) if index and text_at is not None else None
+        if changed is not None:
+            network.read(changed)
         memory.begin_chunk(frames)
         network.begin(index, start, callback)
         exit_step = training.exit_steps[index] if training else None
@@ -144,17 +147,24 @@ class _Network:
     def __init__(
         self,
         model: CausalWanTransformer3DModel,
-        text: Tensor,
         memory: RolloutMemory,
-        guidance_scale: float | None,
+        guidance_scale: float,
+        unconditional_text: Tensor | None,
         training: TrainingRollout | None,
     ) -> None:
-        self.model, self.text, self.memory = model, text, memory
-        self.guidance_scale, self.training = guidance_scale, training
-        with torch.no_grad():
-            self.text_keys_values = model.encode_text(text)
+        self.model, self.memory, self.training = model, memory, training
+        self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
+        self.unconditional_text = unconditional_text
         self.index, self.start, self.step = 0, 0, 0
         self.callback: StepCallback | None = None
+
+    @torch.no_grad()
+    def read(self, text: Tensor) -> None:
+        """Follow this text [B, T, text_dim] from now on."""
+        if self.guidance_scale is not None:
+            assert self.unconditional_text is not None, "guidance needs the unconditional text"
+            text = torch.cat([text, self.unconditional_text])
+        self.text, self.text_keys_values = text, self.model.encode_text(text)
 
     def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
         self.index, self.start, self.callback = index, start, callback

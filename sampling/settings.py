@@ -19,7 +19,8 @@ WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted."""
+    """height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
+    prompt_changes: further prompts by the frame from which each holds."""
 
     height: int
     width: int
@@ -28,21 +29,23 @@ class Settings:
     num_inference_steps: int
     guidance_scale: float
     memory: MemoryConfig
+    prompt_changes: dict[int, str]
 
 
 def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
     """The settings of every video of the run. Raises ConfigError for what this model cannot take."""
     defaults = pipe.config
     height, width = config.height or defaults.height, config.width or defaults.width
-    guidance = config.guidance_scale
+    guidance, num_frames = config.guidance_scale, _num_frames(config, pipe)
     return Settings(
         height=height,
         width=width,
         scale=picture_scale(config.scale, height, width),
-        num_frames=_num_frames(config, pipe),
+        num_frames=num_frames,
         num_inference_steps=config.num_inference_steps or defaults.sampler.steps,
         guidance_scale=defaults.sampler.guidance_scale if guidance is None else guidance,
         memory=memory_config(config, pipe.default_memory),
+        prompt_changes=_prompt_changes(config, pipe, num_frames),
     )
 
 
@@ -53,6 +56,31 @@ def _num_frames(config: GenerateConfig, pipe: Any) -> int:
     if wanted > MAX_FRAMES:
         raise ConfigError(f"--seconds {config.seconds:g} are {wanted:g} frames; at most {MAX_FRAMES} are made")
     return round(wanted)
+
+
+def _prompt_changes(config: GenerateConfig, pipe: Any, num_frames: int) -> dict[int, str]:
+    """The prompts of --then by the frame that the next chunk begins with. Raises ConfigError where none does."""
+    if not config.then:
+        return {}
+    continued = config.image is not None or config.video is not None
+    starts = pipe.geometry.chunk_starts(
+        pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames)), continued=continued
+    )
+    changes: dict[int, str] = {}
+    for seconds, prompt in config.then:
+        frame = next((start for start in starts if start >= seconds * pipe.fps), None)
+        if frame is None:
+            raise ConfigError(
+                f"--then {seconds:g}: the last chunk begins at {starts[-1] / pipe.fps:g} s; make the video longer with "
+                "--seconds"
+            )
+        if frame in changes:
+            raise ConfigError(
+                f"--then {seconds:g}: the chunk at {frame / pipe.fps:g} s has a prompt already; a chunk takes "
+                f"{pipe.geometry.chunk_frames * pipe.geometry.temporal_stride / pipe.fps:g} s"
+            )
+        changes[frame] = prompt.strip()
+    return changes
 
 
 def picture_scale(scale: int | None, height: int, width: int) -> int:

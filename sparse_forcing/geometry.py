@@ -74,6 +74,11 @@ class VideoGeometry:
         rest = max(0, latent_frames - sum(sizes))
         return sizes + [self.chunk_frames] * math.ceil(rest / self.chunk_frames)
 
+    def chunk_starts(self, chunks: list[int], *, continued: bool = False) -> list[int]:
+        """Pixel frame that each chunk begins with, counted from what is generated; `continued` after given frames."""
+        starts = [sum(chunks[:number]) for number in range(len(chunks))]
+        return [self.temporal_stride * n if continued else self.pixel_frames(n) if n else 0 for n in starts]
+
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent rows and columns of a `height` x `width` video; raises ConfigError when the size does not fit."""
         for name, size, patch in (("height", height, self.patch_size[1]), ("width", width, self.patch_size[2])):

@@ -6,6 +6,8 @@ Shapes: B videos, F frames, H x W pixels, C channels and h x w of latents, T tex
 from __future__ import annotations
 
 import operator
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,11 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.geometry import VideoGeometry
+
+PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] | None]
+"""New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
+chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
+"""
 
 
 def whole_number(name: str, value: Any, default: int) -> int:
@@ -37,6 +44,27 @@ def prompt_list(prompt: str | list[str] | None) -> list[str]:
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ConfigError(f"prompt: expected text, or a list of texts that is not empty, got {prompt!r:.60}")
     return [instance_of("prompt", each, str) for each in prompts]
+
+
+def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[str]]:
+    """`prompt_changes` given as a mapping, by the number of the chunk: the first that begins at the frame or after it.
+
+    Args:
+        starts: pixel frame that each chunk begins with.
+    """
+    chunks: dict[int, str | list[str]] = {}
+    for frame, prompt in instance_of("prompt_changes", changes, Mapping).items():
+        frame = whole_number("prompt_changes", frame, -1)
+        if not 0 < frame <= starts[-1]:
+            raise ConfigError(
+                f"prompt_changes: no chunk begins at frame {frame} or later; the first one has `prompt`, the last one "
+                f"begins at {starts[-1]}"
+            )
+        number = bisect_left(starts, frame)
+        if number in chunks:
+            raise ConfigError(f"prompt_changes: the chunk that begins at frame {starts[number]} has two prompts")
+        chunks[number] = prompt
+    return chunks
 
 
 def generator_list(generator: Any) -> list[torch.Generator] | None:

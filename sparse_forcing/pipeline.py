@@ -27,6 +27,8 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_write_json, is_file, read_json
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.inputs import (
+    PromptChanges,
+    changed_chunks,
     check_embeddings,
     check_noise,
     generator_list,
@@ -209,6 +211,7 @@ class SparseForcingPipeline:
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,
+        prompt_changes: PromptChanges | None = None,
         image: np.ndarray | None = None,
         video: np.ndarray | None = None,
         memory: MemoryConfig | None = None,
@@ -219,6 +222,8 @@ class SparseForcingPipeline:
         Args:
             num_frames: pixel frames to cover, those of `video` not counted.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
+            prompt_changes: {pixel frame: prompt}, each from the first chunk on that begins there or later; or a
+                function of a chunk's first pixel frame that returns a new prompt or None, asked when it is wanted.
             image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
                 chunks (an image is held for one chunk).
             memory: kind of memory; the model's default when None.
@@ -238,7 +243,9 @@ class SparseForcingPipeline:
             self.geometry.latent_frames(whole_number("num_frames", num_frames, config.num_frames))
         )
         start = start_frames(image, video, self.geometry, size)
-        text = self._texts(prompt, prompt_embeds, whole_number("num_videos_per_prompt", num_videos_per_prompt, 1))
+        repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
+        text = self._texts(prompt, prompt_embeds, repeats)
+        starts = self.geometry.chunk_starts(chunks, continued=start is not None)
         shape = (len(text), sum(chunks), self.vae.latent_channels, *latent_size)
         noise = self._noise(generator, latents, shape)
         initial = None if start is None else self._initial_latents(start, len(text))
@@ -256,11 +263,12 @@ class SparseForcingPipeline:
             noise,
             sampler,
             unconditional_text=unconditional,
+            text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             callback=callback_on_step_end,
         )
-        single = isinstance(prompt, str) and num_videos_per_prompt == 1
+        single = isinstance(prompt, str) and repeats == 1
         return self._decode(parts, state, initial, single)
 
     def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
@@ -328,6 +336,23 @@ class SparseForcingPipeline:
             prompt_embeds = self.encode_prompt(prompt_list(prompt))
         prompt_embeds = check_embeddings(prompt_embeds, self.transformer.config.text_dim)
         return prompt_embeds.to(self.device, self.dtype).repeat_interleave(repeats, 0)
+
+    def _text_changes(
+        self, changes: PromptChanges | None, starts: list[int], num_prompts: int, repeats: int
+    ) -> Callable[[int], Tensor | None] | None:
+        """`text_at` of a rollout whose chunks begin with the pixel frames `starts`."""
+
+        def texts(prompt: str | list[str]) -> Tensor:
+            prompts = prompt_list(prompt)
+            if len(prompts) not in (1, num_prompts):
+                raise ConfigError(f"prompt_changes: {len(prompts)} prompts for {num_prompts} that the video began with")
+            return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)
+
+        if changes is None:
+            return None
+        if callable(changes):
+            return lambda index: None if (prompt := changes(starts[index])) is None else texts(prompt)
+        return {number: texts(prompt) for number, prompt in changed_chunks(changes, starts).items()}.get
 
     def _noise(self, generator: Any, latents: Tensor | None, shape: tuple[int, int, int, int, int]) -> NoiseSource:
         """Noise of latents `shape` [B, F, C, h, w], drawn chunk by chunk or given."""

@@ -18,7 +18,7 @@ from sparse_forcing.sampling.jobs import GenerateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
-    "generate": "PROMPT --prompt-file --model --output --seed --num-samples --image --video --num-frames --seconds "
+    "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames --seconds "
     "--height --width --num-inference-steps --guidance-scale --memory --window-frames --sink-frames "
     "--persistent-blocks --top-k --tile --positions --device --dtype --scale --overlay --grid --skip-existing --suite "
     "--shard --check --json",
@@ -66,7 +66,7 @@ def test_flags_are_frozen(command: str) -> None:
 @pytest.mark.parametrize(
     ("config", "texts", "arguments"),
     [
-        (GenerateConfig, generate_command.FLAGS, {"prompts"}),
+        (GenerateConfig, generate_command.FLAGS, {"prompts", "then"}),
         (EvaluateConfig, evaluate_command.FLAGS, {"target"}),
     ],
 )

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from sparse_forcing.cli import say
-from sparse_forcing.cli.flags import add_config_flags, read_config
+from sparse_forcing.cli.flags import add_config_flags, number, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.jobs import GenerateConfig, Job, plan
 from sparse_forcing.sampling.outputs import is_finished
@@ -48,6 +48,10 @@ FLAGS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
+    parser.add_argument(
+        "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=argparse.SUPPRESS,
+        help="another prompt from this second on (from the next chunk that begins); may be given again",
+    )  # fmt: skip
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
     parser.add_argument("--shard", metavar="I/N", help="with --suite: every N-th prompt from the I-th")
@@ -57,7 +61,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Generate; returns 0, or 1 when `--check` finds a video unlike its caption. Checks come before heavy imports."""
+    if "then" in arguments:
+        arguments.then = [(_seconds(text), prompt) for text, prompt in arguments.then]
     config = read_config(GenerateConfig, arguments)
+    if config.then and (arguments.check or arguments.suite):
+        other = "--check" if arguments.check else f"--suite {arguments.suite}"
+        raise ConfigError(f"{other} judges a video by one prompt; leave out --then")
     if arguments.shard is not None and not arguments.suite:
         raise ConfigError("--shard has no effect without --suite")
     jobs = _suite_jobs(config, arguments) if arguments.suite else plan(config)
@@ -85,6 +94,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json and (complete or records):  # what was made before a failure, too
             say(json.dumps(records))
     return int(any(not record["caption_check"]["all"] for record in records if arguments.check))
+
+
+def _seconds(text: str) -> float:
+    try:
+        return number(text)
+    except ValueError as error:
+        raise ConfigError(f"--then {text!r:.40}: give seconds and a prompt, as in --then 5 {text!r:.40}") from error
 
 
 def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[Job]:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from sparse_forcing.cli import main
+from sparse_forcing.eval.manifest import Entry, load_entries
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
@@ -92,6 +93,31 @@ def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_pa
     subprocess.run([*command, "--model", str(model), "--output", str(folder)], cwd=ROOT, env=environment, check=True)
     assert digest(folder / "0001-a-red-ball-seed3.mp4") == digest(tmp_path / "one.mp4")
     assert digest(folder / "0001-a-red-ball-seed2.mp4") != digest(tmp_path / "one.mp4")
+
+
+def test_prompts_follow_each_other(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each from the chunk that begins at its time or after it; the JSON file says when that was."""
+
+    def video(name: str, *flags: str) -> np.ndarray:
+        arguments = ["generate", "a ball", "--model", str(model), "--output", str(tmp_path / f"{name}.mp4")]
+        assert main([*arguments, "--num-frames", "24", *flags]) == 0
+        return read_video(tmp_path / f"{name}.mp4")[0].astype(int)
+
+    plain, changed = video("plain"), video("changed", "--then", "0.3", " a red ball ", "--then", "1", "a ball")
+    assert abs(plain[:8] - changed[:8]).max() < 60 < abs(plain[8:] - changed[8:]).max()  # encoded, not equal
+    assert json.loads((tmp_path / "plain.json").read_text())["prompt_changes"] == []
+    assert json.loads((tmp_path / "changed.json").read_text())["prompt_changes"] == [
+        {"frame": 8, "seconds": 0.5, "prompt": "a red ball"},
+        {"frame": 16, "seconds": 1.0, "prompt": "a ball"},
+    ]
+    assert Entry(video=tmp_path / "changed.mp4", seed=0) in load_entries(tmp_path)
+    capsys.readouterr()
+    for times, message in ((["1.1"], "the last chunk begins at 1 s"), (["0.1", "0.2"], "has a prompt already")):
+        late = [word for time in times for word in ("--then", time, "a red ball")]
+        arguments = ["generate", "a ball", "--model", str(model), "--output", str(tmp_path / "none" / "late.mp4")]
+        assert main([*arguments, "--num-frames", "24", *late]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("suffix", [".webp", ".gif"])

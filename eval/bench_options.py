@@ -53,6 +53,28 @@ class RolloutBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ChangeBenchConfig:
+    """Options of `bench change`: those of `bench rollout` that mean something to it.
+
+    prompts: changes of held-out scenes of one object.
+    """
+
+    model: str = "tiny"
+    device: str = "auto"
+    prompts: int = 200
+    memories: tuple[str, ...] = ("full", "window", "sink", "sparse")
+    batch_size: int = 20
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.prompts, self.batch_size) < 1:
+            raise ConfigError("prompts and batch_size must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
 class StreamBenchConfig:
     """Options of `bench stream`.
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
@@ -41,14 +42,20 @@ def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
     }
 
 
+def chosen_memories(pipe: SparseForcingPipeline, names: Sequence[str]) -> dict[str, MemoryConfig]:
+    """The variants of a model's memory by their names. Raises ConfigError for a name that is none."""
+    variants = memory_variants(pipe.default_memory)
+    unknown = set(names) - set(variants)
+    if unknown:
+        raise ConfigError(f"memories: unknown {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
+    return {name: variants[name] for name in names}
+
+
 def run(config: RolloutBenchConfig) -> int:
     """Roll out every memory over the same prompts; writes rollout.json and rollout.md, prints JSON last."""
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
-    variants = memory_variants(pipe.default_memory)
-    unknown = set(config.memories) - set(variants)
-    if unknown:
-        raise ConfigError(f"memories: unknown {', '.join(sorted(unknown))}; known are {', '.join(variants)}")
+    memories = chosen_memories(pipe, config.memories)
     prompts = held_out_prompts(config.prompts, seed=config.seed, objects=config.objects)
     rows: dict[str, dict] = {}
     result = {
@@ -58,8 +65,8 @@ def run(config: RolloutBenchConfig) -> int:
         "prompts": prompts,
         "memories": rows,
     }
-    for name in config.memories:
-        row = measure_memory(pipe, variants[name], prompts, config)
+    for name, memory in memories.items():
+        row = measure_memory(pipe, memory, prompts, config)
         rows[name] = row
         right = {horizon: cell["accuracy"]["all"]["mean"] for horizon, cell in row["horizons"].items()}
         print(f"{name}: all right {json.dumps(right)}", flush=True)

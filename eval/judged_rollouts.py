@@ -18,6 +18,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
 from sparse_forcing.eval.metrics.picture import NAMES, picture_statistics
 from sparse_forcing.eval.statistics import LEVEL, summarize
+from sparse_forcing.inputs import PromptChanges
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline, VideoChunk
 
@@ -62,7 +63,13 @@ class JudgedBatch:
 
 
 def stream(
-    pipe: SparseForcingPipeline, memory: MemoryConfig, prompts: list[str], first: int, settings: RolloutSettings
+    pipe: SparseForcingPipeline,
+    memory: MemoryConfig,
+    prompts: list[str],
+    first: int,
+    settings: RolloutSettings,
+    *,
+    prompt_changes: PromptChanges | None = None,
 ) -> Iterator[VideoChunk]:
     """The rollout of prompts number `first`, `first` + 1, ...: noise depends on a prompt's number alone."""
     return pipe.stream(
@@ -71,6 +78,7 @@ def stream(
         width=settings.size,
         num_frames=max(settings.horizons) * pipe.config.num_frames,
         memory=memory,
+        prompt_changes=prompt_changes,
         generator=[torch.Generator().manual_seed(settings.seed * 100_003 + first + i) for i in range(len(prompts))],
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,

@@ -103,8 +103,10 @@ def load_pipeline(config: GenerateConfig) -> Any:
     from sparse_forcing.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
+    text_encoder_device = resolve_device(config.text_encoder_device or config.device, "--text-encoder-device")
     dtype = getattr(torch, config.dtype) if config.dtype else None
-    return SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).to(device)
+    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
+    return pipe.to(device, text_encoder_device)
 
 
 def generate_video(

@@ -49,6 +49,7 @@ class GenerateConfig:
     image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
+    text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
@@ -78,6 +79,7 @@ class GenerateConfig:
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"
+    text_encoder_device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scale: int | None = None
     overlay: bool = False

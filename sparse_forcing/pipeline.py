@@ -143,10 +143,14 @@ class SparseForcingPipeline:
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype
 
-    def to(self, device: str | torch.device) -> SparseForcingPipeline:
+    def to(
+        self, device: str | torch.device, text_encoder_device: str | torch.device | None = None
+    ) -> SparseForcingPipeline:
+        """Move the model; the text encoder elsewhere if it would take too much memory there (umT5 is four times as
+        large as Wan 2.1 1.3B)."""
         for part in (self.transformer, self.text_encoder, self.vae):
             assert isinstance(part, torch.nn.Module)
-            part.to(device)
+            part.to((text_encoder_device or device) if part is self.text_encoder else device)
         return self
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Measure attention (correctness first, then timings), long rollouts, or the speed of a model size; last line JSON."""
+"""Measure attention (correctness first), long rollouts, prompts that change, or the speed of a size; last line JSON."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ from dataclasses import asdict, fields
 
 from sparse_forcing.cli.flags import add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench_options import AttentionBenchConfig, RolloutBenchConfig, StreamBenchConfig
+from sparse_forcing.eval.bench_options import (
+    AttentionBenchConfig,
+    ChangeBenchConfig,
+    RolloutBenchConfig,
+    StreamBenchConfig,
+)
 
 CONFIGS: dict[str, type] = {
     "attention": AttentionBenchConfig,
     "rollout": RolloutBenchConfig,
+    "change": ChangeBenchConfig,
     "stream": StreamBenchConfig,
 }
 ATTENTION_FLAGS = {
@@ -20,16 +26,16 @@ ATTENTION_FLAGS = {
     "device": "torch device (default: the accelerator when there is one)",
 }
 ROLLOUT_FLAGS = {
-    "model": "rollout: embedded model or folder (default: tiny)",
-    "prompts": "rollout: held-out prompts (default: 200)",
+    "model": "rollout, change: embedded model or folder (default: tiny)",
+    "prompts": "rollout, change: held-out prompts (default: 200)",
     "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
-    "memories": "rollout, stream: memories to compare (default: full window sink sparse; stream: full sparse)",
-    "batch_size": "rollout: videos generated together (default: 20)",
-    "seed": "rollout, stream: of prompts, weights and noise (default: 0)",
-    "num_inference_steps": "rollout, stream: denoising steps per chunk (default: the model's; stream: 4)",
-    "guidance_scale": "rollout: guidance (default: the model's)",
+    "memories": "memories to compare (default: full window sink sparse; stream: full sparse)",
+    "batch_size": "rollout, change: videos generated together (default: 20)",
+    "seed": "rollout, change, stream: of prompts, weights and noise (default: 0)",
+    "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
+    "guidance_scale": "rollout, change: guidance (default: the model's)",
 }
 STREAM_FLAGS = {
     "model_size": "stream: wan-1.3b, wan-14b, tiny or tiny-base, with random weights (default: wan-1.3b)",
@@ -56,11 +62,16 @@ def run(arguments: argparse.Namespace) -> int:
     foreign = [name for name in vars(arguments) if name in known and name not in own]
     if foreign:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
-    config: AttentionBenchConfig | RolloutBenchConfig | StreamBenchConfig = read_config(cls, arguments)
+    config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | StreamBenchConfig
+    config = read_config(cls, arguments)
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval import bench_rollout
 
         return bench_rollout.run(config)
+    if isinstance(config, ChangeBenchConfig):
+        from sparse_forcing.eval import bench_change
+
+        return bench_change.run(config)
     if isinstance(config, StreamBenchConfig):
         from sparse_forcing.eval import bench_stream
         from sparse_forcing.training.model_sizes import WAN

@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.sample import sample_scenes
+from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, RESIZING, SHAPES, SIZES, Scene, is_possible
+
+CHANGEABLE = {"background": BACKGROUNDS, "colour": COLOURS, "shape": SHAPES, "size": SIZES, "motion": MOTIONS}
 
 
 def held_out_prompts(count: int, *, seed: int = 0, objects: int = 1) -> list[str]:
     """`count` captions in varied wording of held-out scenes with one or two objects; more begin with the same."""
-    generator, words = torch.Generator().manual_seed(seed), random.Random(seed)
-    batches = (
-        sample_scenes(1, generator, two_object_fraction=objects - 1.0, split="heldout").scenes() for _ in range(count)
-    )
-    return [caption(scene, words) for (scene,) in batches]
+    scenes, words = _held_out_scenes(seed, objects), random.Random(seed)
+    return [caption(next(scenes), words) for _ in range(count)]
+
+
+class PromptChange(NamedTuple):
+    """Captions of a scene and of the same with one attribute changed."""
+
+    before: str
+    after: str
+    attribute: str
+
+
+def changing_prompts(count: int, *, seed: int = 0) -> list[PromptChange]:
+    """`count` held-out scenes of one object in which an attribute, each in turn, takes another value, drawn evenly from
+    those that are possible. Captions say every size there is; more changes begin with the same."""
+    scenes, words = _held_out_scenes(seed, 1), random.Random(seed)
+    changes: list[PromptChange] = []
+    while len(changes) < count:
+        attribute = tuple(CHANGEABLE)[len(changes) % len(CHANGEABLE)]
+        scene = next(scenes)
+        others = [other for value in CHANGEABLE[attribute] if (other := _changed(scene, attribute, value)) != scene]
+        others = [other for other in others if is_possible(str(other.objects[0].shape), str(other.objects[0].motion))]
+        if attribute == "size" and scene.objects[0].motion in RESIZING:
+            continue  # what grows has no size to change
+        before, after = (caption(each, words, size_dropout=0) for each in (scene, words.choice(others)))
+        changes.append(PromptChange(before, after, attribute))
+    return changes
+
+
+def _held_out_scenes(seed: int, objects: int) -> Iterator[Scene]:
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from sample_scenes(1, generator, two_object_fraction=objects - 1.0, split="heldout").scenes()
+
+
+def _changed(scene: Scene, attribute: str, value: str) -> Scene:
+    """The scene of one object with another value of an attribute; what grows or shrinks loses its size."""
+    if attribute == "background":
+        return replace(scene, background=value)
+    (item,) = scene.objects
+    item = replace(item, **{attribute: value})
+    if item.motion in RESIZING:
+        item = replace(item, size=None)
+    return replace(scene, objects=(item,))

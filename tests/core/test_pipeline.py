@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -176,6 +177,15 @@ def test_sparse_cache_stays_flat_while_full_grows(pipe):
 def test_latents_and_tensors_on_request(pipe):
     assert pipe(PROMPT, num_frames=16, output_type="latent", generator=seeded()).frames.shape == (1, 4, 12, 4, 4)
     assert pipe(PROMPT, num_frames=16, output_type="pt", generator=seeded()).frames.shape == (1, 16, 3, 32, 32)
+
+
+def test_the_text_encoder_can_stay_on_another_device(pipe):
+    def devices(moved: SparseForcingPipeline) -> list[str]:
+        parts = (moved.transformer, moved.text_encoder, moved.vae)
+        return [next(iter(part.state_dict().values())).device.type for part in parts]
+
+    assert devices(copy.deepcopy(pipe).to("meta")) == ["meta"] * 3
+    assert devices(copy.deepcopy(pipe).to("meta", "cpu")) == ["meta", "cpu", "meta"]
 
 
 def test_unknown_words_and_long_prompts_are_said(pipe):

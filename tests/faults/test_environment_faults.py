@@ -82,6 +82,17 @@ def test_forced_gpu_without_one_is_one_line(tmp_path: Path, capsys: pytest.Captu
     assert resolve_device("auto") == "cpu"
 
 
+@pytest.mark.parametrize("flag", ["--device", "--text-encoder-device"])
+def test_a_device_that_is_not_there_is_named_by_its_flag(
+    flag: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", "a ball", flag, "cuda:99", "--output", str(tmp_path / "c.mp4")]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert f"{flag} cuda:99: not usable" in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_unknown_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a ball", "--model", str(tmp_path / "none"), "--output", str(tmp_path / "out")]) == 2
     captured = capsys.readouterr()

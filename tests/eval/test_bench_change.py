@@ -1,0 +1,111 @@
+"""`bench change`: what it asks for, and that following and ignoring a change are told apart."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_forcing.cli import main
+from sparse_forcing.eval import bench_change
+from sparse_forcing.eval.bench_options import ChangeBenchConfig
+from sparse_forcing.scenes.captions import parse_caption
+from sparse_forcing.scenes.held_out import CHANGEABLE, PromptChange, changing_prompts
+from sparse_forcing.scenes.render import render
+from sparse_forcing.scenes.sample import batch_from_scenes
+from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, Scene, has_held_out
+
+TURN = PromptChange(
+    "a large red square moves up on a white background",
+    "a large red square moves right on a white background",
+    "motion",
+)
+PAINT = PromptChange(
+    "a large red square moves up on a white background", "a large blue square moves up on a white background", "colour"
+)
+
+
+def attributes(scene: Scene) -> dict[str, str | None]:
+    (item,) = scene.objects
+    return {"background": scene.background} | {name: getattr(item, name) for name in list(CHANGEABLE)[1:]}
+
+
+def test_one_attribute_changes_and_each_in_turn() -> None:
+    changes = changing_prompts(60, seed=1)
+    assert changing_prompts(7, seed=1) == changes[:7]
+    assert Counter(change.attribute for change in changes) == dict.fromkeys(CHANGEABLE, 12)
+    for before, after, attribute in changes:
+        old, new = (attributes(parse_caption(text)) for text in (before, after))
+        different = {name for name in old if old[name] != new[name]}
+        resizing = {"motion", "size"} if {old["motion"], new["motion"]} & {"grows", "shrinks"} else set()
+        assert {attribute} <= different <= {attribute} | resizing
+        assert has_held_out(parse_caption(before))
+
+
+def film(prompts: list[str]) -> np.ndarray:
+    """[1, F, H, W, 3]: a clip of each prompt in turn; one that is repeated goes on."""
+    clips, start = [], 0
+    for number, prompt in enumerate(prompts):
+        start = start + CLIP_FRAMES if number and prompt == prompts[number - 1] else 0
+        scene = batch_from_scenes([parse_caption(prompt)], torch.Generator().manual_seed(0))
+        clips.append(render(scene, CLIP_FRAMES, 64, start=start))
+    return ((torch.cat(clips, 1).permute(0, 1, 3, 4, 2) + 1) / 2).numpy()
+
+
+@pytest.mark.parametrize("follows", [True, False])
+@pytest.mark.parametrize("change", [TURN, PAINT], ids=["motion", "colour"])
+def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
+    change: PromptChange, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stream(
+        pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any
+    ) -> Iterator:
+        assert first == 3
+        shown = prompts[0]
+        for clip in range(settings.horizons[0]):
+            if prompt_changes and follows:
+                (shown,) = prompt_changes.get(clip * CLIP_FRAMES, [shown])
+            yield SimpleNamespace(frames=film([shown] * (clip + 1))[:, -CLIP_FRAMES:])
+
+    monkeypatch.setattr(bench_change, "stream", stream)
+    pipe: Any = SimpleNamespace(config=SimpleNamespace(num_frames=CLIP_FRAMES))
+    judged = bench_change.judge_changes(pipe, None, [change], 3, ChangeBenchConfig())  # type: ignore[arg-type]
+    right = {clip: records[0]["all"] for clip, records in judged.items()}
+    assert right == {"before": 1, "during": follows, "after": follows, "unchanged": 1}
+    parts = bench_change.split_by_change(judged["after"], [change])
+    assert parts == {"changed": [float(follows)], "others": [1.0]}
+
+
+@pytest.mark.slow
+def test_what_is_written_is_what_was_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = ("--prompts", "5", "--memories", "window", "--num-inference-steps", "1", "--batch-size", "3")
+    assert main(["bench", "change", *settings, "--output", str(tmp_path)]) == 0
+    written = json.loads((tmp_path / "change.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == written
+    assert [PromptChange(**change) for change in written["changes"]] == changing_prompts(5)
+    window = written["memories"]["window"]
+    for clip in bench_change.CLIPS:
+        for name, verdicts in window["verdicts"][clip].items():
+            assert len(verdicts) == 5
+            known = [verdict for verdict in verdicts if verdict is not None]
+            assert window["accuracy"][clip][name]["mean"] == (pytest.approx(sum(known) / len(known)) if known else None)
+    table = (tmp_path / "change.md").read_text()
+    assert "\n| window | " in table
+    assert "| background (1) | colour (1) | shape (1) | size (1) | motion (1) |" in table
+
+
+def test_options_of_other_benchmarks_and_unknown_memories_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, message in (
+        (["--horizons", "4"], "--horizons has no effect on bench change"),
+        (["--prompts", "0"], "must be positive"),
+        (["--memories", "none"], "memories: unknown none"),
+    ):
+        assert main(["bench", "change", *arguments]) == 2
+        assert message in capsys.readouterr().err

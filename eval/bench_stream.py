@@ -33,7 +33,7 @@ from sparse_forcing.files import atomic_write_json, atomic_write_text, check_wri
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
 from sparse_forcing.memory.config import KINDS
-from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, EMBEDDED_MODELS, PipelineConfig, read_defaults
+from sparse_forcing.model_folder import EMBEDDED_AUTOENCODERS, EMBEDDED_MODELS, PipelineConfig, read_defaults
 from sparse_forcing.sampling.rollout import RolloutChunk, SeededNoise, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WAN_TEXT_LEN

@@ -8,12 +8,10 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_forcing.config import build_config
-from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import atomic_write_json, is_file, read_json
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.inputs import (
     PromptChanges,
@@ -38,48 +35,24 @@ from sparse_forcing.inputs import (
     whole_number,
 )
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.model_folder import (
+    PIPELINE_FILE,
+    PipelineConfig,
+    find_model,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    read_defaults,
+)
 from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.text import TextEncoder, UMT5TextEncoder, WordTextEncoder, WordTokenizer
+from sparse_forcing.text import TextEncoder, WordTokenizer
 from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
+from sparse_forcing.vae import VideoAutoencoder
 from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.parts import check_part, explained, load_part
+from sparse_forcing.weights.parts import explained
 
-EMBEDDED_MODELS = Path(__file__).parent / "models"
-PIPELINE_FILE = "pipeline.json"
-MAX_FPS = 1000
 OUTPUT_TYPES = ("np", "pt", "latent")
-EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """Defaults of a model: what `pipe(prompt)` does when nothing else is said.
-
-    Args:
-        fps: pixel frames per second the model was trained at.
-        height, width, num_frames: pixels and pixel frames of a default video.
-        text_encoder, vae: kinds of the parts beside the transformer.
-    """
-
-    fps: float = 16.0
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    negative_prompt: str = ""
-    text_encoder: str = "umt5"
-    vae: str = "wan"
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= MAX_FPS:
-            raise ConfigError(f"fps: above 0, at most {MAX_FPS}, got {self.fps}")
-        if min(self.height, self.width, self.num_frames) < 1:
-            raise ConfigError(
-                f"height, width and num_frames: at least 1, got {self.height}, {self.width} and {self.num_frames}"
-            )
 
 
 @dataclass(frozen=True)
@@ -419,66 +392,3 @@ def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float
     scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
     steps_given = sampler.step_list if steps == sampler.steps else None
     return replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
-
-
-def write_pipeline(
-    folder: Path, transformer: CausalWanTransformer3DModel, config: PipelineConfig, parts: list[Path]
-) -> None:
-    """Write a model folder from a transformer and the folders of the parts beside it, which are linked where the file
-    system can (text encoders are large), copied elsewhere."""
-    transformer.save_pretrained(folder / "transformer")
-    for part in parts:
-        shutil.copytree(part, folder / part.name, copy_function=_link_or_copy, dirs_exist_ok=True)
-    atomic_write_json(folder / PIPELINE_FILE, asdict(config))
-    write_manifest(folder)
-
-
-def _link_or_copy(source: str, target: str) -> str:
-    Path(target).unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
-    return target
-
-
-def find_model(model: str) -> Path:
-    """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
-    for folder in (EMBEDDED_MODELS / model, Path(model)):
-        if any(is_file(folder / name, WeightsError) for name in (PIPELINE_FILE, "transformer/config.json")):
-            return folder
-    known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
-    raise WeightsError(
-        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE} "
-        "or a diffusers transformer"
-    )
-
-
-def read_defaults(folder: Path) -> PipelineConfig:
-    """The folder's defaults; a diffusers folder has none and gets Wan's."""
-    path = folder / PIPELINE_FILE
-    config = build_config(PipelineConfig, read_json(path), source=str(path)) if path.is_file() else PipelineConfig()
-    if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
-        raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
-    return config
-
-
-def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWanTransformer3DModel:
-    """The transformer of a model folder. Raises WeightsError."""
-    return load_part(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
-
-
-def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> TextEncoder:
-    """The text encoder of a model folder. Raises WeightsError."""
-    if read_defaults(folder).text_encoder == "words":
-        return load_part(WordTextEncoder, folder / "text_encoder", dtype or torch.float32)
-    check_part(folder / "text_encoder")
-    return UMT5TextEncoder.from_pretrained(folder, torch_dtype=dtype)
-
-
-def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> VideoAutoencoder:
-    """The autoencoder of a model folder. Raises WeightsError."""
-    kind = read_defaults(folder).vae
-    if kind in EMBEDDED_AUTOENCODERS:
-        return load_part(EMBEDDED_AUTOENCODERS[kind], folder / "vae", torch.float32)
-    return WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=dtype)

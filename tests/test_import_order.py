@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = ("kernels", "core", "sampling", "training", "eval", "cli")
 OUTSIDE = ("kernels", "sampling", "training", "eval")
 TOP = {"sparse_forcing", "sparse_forcing.__main__"}  # public names and the entry point: they lead everywhere
-# The pipeline lies beside its parts for users, but it is built on the rollout: it counts as sampling.
-COMPOSED = ("sparse_forcing.pipeline",)
+# The pipeline lies beside its parts for users, but it is built on the rollout: it and its settings count as sampling.
+COMPOSED = ("sparse_forcing.pipeline", "sparse_forcing.model_folder")
 
 
 def area_of(module: str) -> str:

@@ -32,7 +32,8 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, SparseMemory
-from sparse_forcing.pipeline import SparseForcingPipeline, find_model, load_transformer
+from sparse_forcing.model_folder import find_model, load_transformer
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.training.checkpoint import Stateful

@@ -16,7 +16,8 @@ import torch
 from sparse_forcing.config import build_config, load_config, to_plain
 from sparse_forcing.errors import ConfigError, SparseForcingError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, PIPELINE_FILE, PipelineConfig, SparseForcingPipeline
+from sparse_forcing.model_folder import EMBEDDED_AUTOENCODERS, PIPELINE_FILE, PipelineConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
 from sparse_forcing.training.checkpoint import latest_checkpoint

@@ -21,7 +21,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import read_json
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
-from sparse_forcing.pipeline import find_model, load_autoencoder, read_defaults
+from sparse_forcing.model_folder import find_model, load_autoencoder, read_defaults
 from sparse_forcing.training.cli_entry import load_stage
 from sparse_forcing.weights.manifest import MANIFEST, model_hash
 

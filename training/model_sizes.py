@@ -15,7 +15,13 @@ from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import read_json
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import EMBEDDED_AUTOENCODERS, EMBEDDED_MODELS, PipelineConfig, find_model, read_defaults
+from sparse_forcing.model_folder import (
+    EMBEDDED_AUTOENCODERS,
+    EMBEDDED_MODELS,
+    PipelineConfig,
+    find_model,
+    read_defaults,
+)
 from sparse_forcing.text import WAN_TEXT_LEN, WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import WanAutoencoder

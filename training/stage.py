@@ -17,7 +17,8 @@ from sparse_forcing.devices import compute_dtype
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
-from sparse_forcing.pipeline import SparseForcingPipeline, find_model, write_pipeline
+from sparse_forcing.model_folder import find_model, write_pipeline
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.training.checkpoint import Stateful
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, Source, VideoFormat, make_source

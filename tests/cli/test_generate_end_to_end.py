@@ -17,7 +17,8 @@ from PIL import Image
 from sparse_forcing.cli import main
 from sparse_forcing.eval.manifest import Entry, load_entries
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.model_folder import PipelineConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from sparse_forcing.cli import main
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.model_folder import PipelineConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.text import PAD, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder

@@ -9,7 +9,8 @@ import torch
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.model_folder import PipelineConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import PipelineConfig, SparseForcingPipeline
+from sparse_forcing.model_folder import PipelineConfig
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.text import WordTextEncoder

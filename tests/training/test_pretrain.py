@@ -15,7 +15,8 @@ import torch
 
 from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.pipeline import SparseForcingPipeline, read_defaults
+from sparse_forcing.model_folder import read_defaults
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES

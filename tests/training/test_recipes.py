@@ -14,7 +14,8 @@ from sparse_forcing import devices
 from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.pipeline import SparseForcingPipeline, find_model, load_transformer, read_defaults
+from sparse_forcing.model_folder import find_model, load_transformer, read_defaults
+from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.cli_entry import STAGES, load_stage, train
 from sparse_forcing.training.data.sources import DataConfig, StoredSource

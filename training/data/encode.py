@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.pipeline import find_model, load_autoencoder, load_text_encoder, read_defaults
+from sparse_forcing.model_folder import find_model, load_autoencoder, load_text_encoder, read_defaults
 from sparse_forcing.prompts import read_prompts
 from sparse_forcing.training.data.shards import ShardContent, refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames

@@ -159,19 +159,25 @@ class SparseForcingPipeline:
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
         write_manifest(folder)
 
+    def prompt_remarks(self, prompts: list[str]) -> list[str]:
+        """What to say of prompts with words that the embedded model never learned, or of more words than it reads."""
+        tokenizer = getattr(self.text_encoder, "tokenizer", None)
+        if not isinstance(tokenizer, WordTokenizer):
+            return []
+        unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
+        remarks = [f"this model does not know: {', '.join(unknown[:8])}"] if unknown else []
+        for prompt in prompts:
+            if prompt.strip() and not tokenizer.knows(prompt):
+                remarks.append(f"no word of {prompt[:50]!r} is known: the video will show anything")
+        if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
+            remarks.append(f"prompt cut to its first {tokenizer.text_len} words")
+        return remarks
+
     @torch.no_grad()
     def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """[B, text_len, dim]; warns of words the embedded model never learned and of prompts that are cut."""
-        tokenizer = getattr(self.text_encoder, "tokenizer", None)
-        if isinstance(tokenizer, WordTokenizer):
-            unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
-            if unknown:
-                warnings.warn(f"this model does not know: {', '.join(unknown[:8])}", stacklevel=2)
-            for prompt in prompts:
-                if prompt.strip() and not tokenizer.knows(prompt):
-                    warnings.warn(f"no word of {prompt[:50]!r} is known: the video will show anything", stacklevel=2)
-            if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
-                warnings.warn(f"prompt cut to its first {tokenizer.text_len} words", stacklevel=2)
+        """[B, text_len, dim]; warns with `prompt_remarks`."""
+        for remark in self.prompt_remarks(prompts):
+            warnings.warn(remark, stacklevel=2)
         return self.text_encoder.encode(prompts)
 
     def stream(

@@ -1,0 +1,52 @@
+"""A page in the browser: type a prompt, watch the video while it is made, and change the prompt on the way.
+
+python -m sparse_forcing.cli.playground --model tiny
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import socket
+import sys
+
+from sparse_forcing.cli import run_module
+from sparse_forcing.cli.flags import add_config_flags, read_config, whole_number
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.sampling.jobs import GenerateConfig
+
+FLAGS = {
+    "model": "`tiny` (embedded, the default), or a local diffusers folder",
+    "device": "cpu, cuda, ... (default: the GPU if there is one)",
+    "text_encoder_device": "where prompts are read, if elsewhere",
+    "dtype": "number format of the weights (default: the model's)",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config_flags(parser, GenerateConfig, FLAGS)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
+    parser.add_argument("--port", type=whole_number, default=7860, metavar="N", help="default: 7860")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve the page until interrupted."""
+    config = read_config(GenerateConfig, arguments)
+    if not 0 < arguments.port < 65536:
+        raise ConfigError(f"--port must be between 1 and 65535, got {arguments.port}")
+    try:
+        socket.create_server((arguments.host, arguments.port)).close()
+    except OSError as error:
+        raise ConfigError(f"--port {arguments.port}: cannot listen on {arguments.host} ({error.strerror})") from error
+    if importlib.util.find_spec("gradio") is None:
+        raise ConfigError('the page needs gradio; pip install "sparse-forcing[ui]"')
+
+    from sparse_forcing.cli.playground_page import build_page, serve
+    from sparse_forcing.sampling.generate import load_pipeline
+
+    serve(build_page(load_pipeline(config)), arguments.host, arguments.port)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_module("sparse_forcing.cli.playground", sys.argv[1:]))

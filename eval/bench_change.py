@@ -1,7 +1,8 @@
 """How well a video follows a prompt that changes on the way, with every memory.
 
-After one clip (the model's default length) one attribute of the caption changes; two more clips are judged by the new
-caption. The same prompts from the start, with the same noise, say what the model gets right without a past.
+After one clip (the model's default length) one attribute of the caption changes, and two more clips are judged by the
+new one. Videos that had it from the start, made of the same noise, are judged beside them, clip by clip: those say what
+the model gets right at that age.
 
     sparse-forcing bench change --prompts 200 --output docs/results/change
 """
@@ -17,6 +18,7 @@ import numpy as np
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench_options import ChangeBenchConfig
 from sparse_forcing.eval.bench_rollout import chosen_memories, percent
 from sparse_forcing.eval.judged_rollouts import ACCURACIES, Record, RolloutSettings, judge, share_of, stream
@@ -26,9 +28,8 @@ from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
 
-CLIPS = ("before", "during", "after", "unchanged")
-"""What is judged: the clip before the change, the clip that begins with it, the one after that, and the second clip of
-a video that had the new prompt from its start."""
+CLIPS = ("before", "1st after", "2nd after", "1st unchanged", "2nd unchanged")
+"""What is judged: the clip before the change, the two after it, and those two of a video whose prompt never changes."""
 
 
 def run(config: ChangeBenchConfig) -> int:
@@ -36,6 +37,11 @@ def run(config: ChangeBenchConfig) -> int:
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     memories = chosen_memories(pipe, config.memories)
+    clip = pipe.config.num_frames
+    if pipe.geometry.whole_chunk_frames(clip) != clip:
+        raise ConfigError(
+            f"--model {config.model}: prompts change between chunks, but {clip} frames are not whole chunks"
+        )
     changes = changing_prompts(config.prompts, seed=config.seed)
     rows: dict[str, dict] = {}
     result = {
@@ -88,23 +94,29 @@ def judge_changes(
     clip = pipe.config.num_frames
     befores, afters = [change.before for change in changes], [change.after for change in changes]
 
-    def frames(prompts: list[str], clips: int, prompt_changes: dict[int, list[str]] | None = None) -> np.ndarray:
+    def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:
         settings = RolloutSettings(
-            horizons=(clips,), seed=config.seed, num_inference_steps=config.num_inference_steps,
+            horizons=(3,), seed=config.seed, num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         )  # fmt: skip
         chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes)
         return np.concatenate([chunk.frames for chunk in chunks], 1)
 
-    changed, unchanged = frames(befores, 3, {clip: afters}), frames(afters, 2)
+    changed, unchanged = frames(befores, {clip: afters}), frames(afters, None)
     # What grows may have grown already, but not before it was told to.
     starts = [0 if change.attribute == "motion" else clip for change in changes]
     return {
-        "before": [judge(video[:clip], prompt, 0) for video, prompt in zip(changed, befores)],
-        "during": [judge(x[clip : 2 * clip], p, start) for x, p, start in zip(changed, afters, starts)],
-        "after": [judge(x[2 * clip : 3 * clip], p, start + clip) for x, p, start in zip(changed, afters, starts)],
-        "unchanged": [judge(x[clip : 2 * clip], prompt, clip) for x, prompt in zip(unchanged, afters)],
+        "before": _judged(changed, befores, 0, clip, [0] * len(changes)),
+        "1st after": _judged(changed, afters, clip, clip, starts),
+        "2nd after": _judged(changed, afters, 2 * clip, clip, [start + clip for start in starts]),
+        "1st unchanged": _judged(unchanged, afters, clip, clip, [clip] * len(changes)),
+        "2nd unchanged": _judged(unchanged, afters, 2 * clip, clip, [2 * clip] * len(changes)),
     }
+
+
+def _judged(videos: np.ndarray, prompts: Sequence[str], at: int, frames: int, starts: Sequence[int]) -> list[Record]:
+    """The clips of videos [B, F, H, W, 3] that begin with frame `at`; starts: how long each has been what it shows."""
+    return [judge(video[at : at + frames], prompt, start) for video, prompt, start in zip(videos, prompts, starts)]
 
 
 def split_by_change(records: Sequence[Record], changes: Sequence[PromptChange]) -> dict[str, list[float | None]]:
@@ -120,18 +132,22 @@ def split_by_change(records: Sequence[Record], changes: Sequence[PromptChange]) 
 def table(result: dict) -> str:
     """Markdown table of a result."""
     lines = [
-        "| memory | before | 1st clip after | 2nd clip after | 95 % | what changed | all else | from the start |",
+        f"All right, percent of {len(result['changes'])} videos; what changed and all else: of the 2nd clip after.\n",
+        "| memory | before | 1st after | 2nd after | what changed | all else | 1st unchanged | 2nd unchanged |",
         "|" + "---|" * 8,
     ]
     for name, row in result["memories"].items():
         cells = row["accuracy"]
-        low, high = cells["after"]["all"]["interval"] or (None, None)
-        shares = [cells[clip]["all"]["mean"] for clip in ("before", "during", "after")]
-        shares += [cells["after"][part]["mean"] for part in ("changed", "others")]
-        texts = [percent(share) for share in shares]
-        texts.insert(3, f"{percent(low)}-{percent(high)}")
-        lines.append(f"| {name} | {' | '.join(texts)} | {percent(cells['unchanged']['all']['mean'])} |")
+        parts = [cells["2nd after"][part] for part in ("changed", "others")]
+        shares = [cells[clip]["all"] for clip in CLIPS]
+        lines.append(f"| {name} | {' | '.join(map(with_interval, shares[:3] + parts + shares[3:]))} |")
     return "\n".join(lines) + "\n"
+
+
+def with_interval(share: dict) -> str:
+    """A share and its 95 % interval."""
+    low, high = share["interval"] or (None, None)
+    return f"{percent(share['mean'])} ({percent(low)}-{percent(high)})"
 
 
 def breakdown(result: dict) -> str:
@@ -147,7 +163,7 @@ def breakdown(result: dict) -> str:
         cells = []
         for kind in kinds:
             own = [number for number, attribute in enumerate(attributes) if attribute == kind]
-            shares = (share_of([row["verdicts"]["after"][part][i] for i in own])["mean"] for part in ("changed", "all"))
-            cells.append(" / ".join(map(percent, shares)))
+            verdicts = (row["verdicts"]["2nd after"][part] for part in ("changed", "all"))
+            cells.append(" / ".join(percent(share_of([v[i] for i in own])["mean"]) for v in verdicts))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

@@ -56,7 +56,7 @@ class RolloutBenchConfig:
 class ChangeBenchConfig:
     """Options of `bench change`: those of `bench rollout` that mean something to it.
 
-    prompts: changes of held-out scenes of one object.
+    prompts: scenes of one object in which an attribute changes, held out before and after.
     """
 
     model: str = "tiny"

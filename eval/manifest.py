@@ -6,7 +6,8 @@ A manifest is a JSONL file, one object a line:
 
 `video` is relative to the manifest. `original_prompt` is what metrics compare against when generation used a rewritten
 `prompt`. A folder works too: a `name.json` beside `name.mp4` (written by `generate`) is read, else the name is taken
-as VBench's `{prompt}-{index}.mp4`. A video whose prompt changes on the way (`generate --then`) is judged without one.
+as VBench's `{prompt}-{index}.mp4`. With `prompt_changes` (in a manifest: true) the prompt changes on the way, and
+metrics that compare with one leave the video out.
 """
 
 from __future__ import annotations
@@ -24,19 +25,23 @@ from sparse_forcing.files import atomic_write_text, is_file, is_folder, parse_js
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg")
 MAX_PROMPT = 100_000  # characters; longer text is a mistake, not a prompt
 _MAX_LINE = 1 << 20
-_FIELDS = ("video", "prompt", "index", "seed", "original_prompt")
+_FIELDS = ("video", "prompt", "index", "seed", "original_prompt", "prompt_changes")
 _VBENCH_NAME = re.compile(r"^(?P<prompt>.*)-(?P<index>\d{1,9})$", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """One video: its path, the prompt it was generated from, sample index and seed, the prompt to judge it by."""
+    """One video: its path, the prompt it was generated from, sample index and seed, the prompt to judge it by.
+
+    prompt_changes: `prompt` tells of several that followed each other, none of which says what the whole video shows.
+    """
 
     video: Path
     prompt: str | None = None
     index: int = 0
     seed: int | None = None
     original_prompt: str | None = None
+    prompt_changes: bool = False
 
     def __post_init__(self) -> None:
         if not self.video.name or "\0" in str(self.video):
@@ -50,12 +55,9 @@ class Entry:
     @property
     def text(self) -> str | None:
         """The prompt that the video is judged against."""
+        if self.prompt_changes:
+            return None
         return self.prompt if self.original_prompt is None else self.original_prompt
-
-    @property
-    def cluster(self) -> str:
-        """What groups the samples of one prompt: its text, or the video itself where there is none."""
-        return str(self.video) if self.text is None else self.text
 
 
 def load_entries(target: Path) -> list[Entry]:
@@ -115,7 +117,10 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
         value = record.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ConfigError(f"{name} must be {'text' if kind is str else 'a whole number'}, not {value!r:.60}")
-    return {**record, "index": record.get("index") or 0}
+    changes = record.get("prompt_changes") or False
+    if not isinstance(changes, bool):
+        raise ConfigError(f"prompt_changes must be true or false, not {changes!r:.60}")
+    return {**record, "index": record.get("index") or 0, "prompt_changes": changes}
 
 
 def _check_text(text: str) -> None:
@@ -138,10 +143,11 @@ def _entry_of(video: Path) -> Entry:
     if sidecar.is_file():
         record = read_json(sidecar)
         known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
-        if known and record.get("prompt_changes"):  # no single prompt says what the whole video shows
-            known |= {"prompt": None, "original_prompt": None}
         try:
-            return Entry(**{**_typed(known), "video": video})
+            changes = _later_prompts(record) if known else []
+            if changes:
+                known |= {"prompt": "; ".join([str(known["prompt"]), *changes]), "original_prompt": None}
+            return Entry(**{**_typed(known | {"prompt_changes": bool(changes)}), "video": video})
         except ConfigError as error:
             raise ConfigError(f"{sidecar}: {error}") from error
     try:
@@ -149,6 +155,15 @@ def _entry_of(video: Path) -> Entry:
     except ConfigError as error:
         raise ConfigError(f"{str(video)!r}: {error}") from error
     return Entry(video=video, prompt=prompt, index=index)
+
+
+def _later_prompts(record: dict[str, Any]) -> list[str]:
+    """The `prompt_changes` of a sidecar, a text each."""
+    changes = record.get("prompt_changes") or []
+    try:
+        return [f"{float(change['seconds']):g} s: {change['prompt']}" for change in changes]
+    except (TypeError, ValueError, KeyError) as error:
+        raise ConfigError("prompt_changes must be a list of objects with seconds and prompt") from error
 
 
 def prompt_from_name(name: str) -> tuple[str, int]:
@@ -164,7 +179,7 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     """Write entries as JSONL, videos relative to the manifest where they lie below it."""
     lines = []
     for entry in entries:
-        record = {name: value for name, value in asdict(entry).items() if value is not None}
+        record = {name: value for name, value in asdict(entry).items() if value is not None and value is not False}
         base = Path(path).parent.resolve()
         video = entry.video.resolve()
         record["video"] = str(video.relative_to(base) if video.is_relative_to(base) else video)

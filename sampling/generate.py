@@ -103,10 +103,12 @@ def load_pipeline(config: GenerateConfig) -> Any:
     from sparse_forcing.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
-    text_encoder_device = resolve_device(config.text_encoder_device or config.device, "--text-encoder-device")
+    text_encoder_device = resolve_device(
+        config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
+    )
     dtype = getattr(torch, config.dtype) if config.dtype else None
     pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
-    return pipe.to(device, text_encoder_device)
+    return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
 def generate_video(
@@ -155,6 +157,7 @@ def generate_video(
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
             "device": str(pipe.device),
+            "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "memory": to_plain(settings.memory),
             "image": to_plain(config.image),

@@ -121,8 +121,8 @@ def rollout(
             network.clean(given, 0.0)
             start += given.shape[1]
     for index, frames in enumerate(chunks):
+        changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
         began = time.perf_counter()
-        changed = text_at(index) if index and text_at is not None else None
         if changed is not None:
             network.read(changed)
         memory.begin_chunk(frames)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
 
 _TOO_LARGE = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")  # of torch
+ROUNDING = 1e-6  # frames: 17.6 s are 440.00000000000006 frames at 25 a second
 WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
 
 
@@ -63,12 +64,11 @@ def _prompt_changes(config: GenerateConfig, pipe: Any, num_frames: int) -> dict[
     if not config.then:
         return {}
     continued = config.image is not None or config.video is not None
-    starts = pipe.geometry.chunk_starts(
-        pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames)), continued=continued
-    )
+    chunks = pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames, continued=continued))
+    starts = pipe.geometry.chunk_starts(chunks, continued=continued)
     changes: dict[int, str] = {}
     for seconds, prompt in config.then:
-        frame = next((start for start in starts if start >= seconds * pipe.fps), None)
+        frame = next((start for start in starts if start >= seconds * pipe.fps - ROUNDING), None)
         if frame is None:
             raise ConfigError(
                 f"--then {seconds:g}: the last chunk begins at {starts[-1] / pipe.fps:g} s; make the video longer with "

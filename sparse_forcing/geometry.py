@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -47,11 +48,11 @@ class VideoGeometry:
         """Pixel frames that `latent_frames` decode to."""
         return self.temporal_stride * latent_frames - (self.temporal_stride - 1 if self.first_frame_alone else 0)
 
-    def latent_frames(self, num_frames: int) -> int:
-        """Least number of latent frames that decode to at least `num_frames` pixel frames."""
+    def latent_frames(self, num_frames: int, *, continued: bool = False) -> int:
+        """Least number of latent frames that decode to at least `num_frames` pixel frames; `continued` after others."""
         if num_frames < 1:
             raise ConfigError(f"num_frames: at least 1 pixel frame is needed, got {num_frames}")
-        extra = self.temporal_stride - 1 if self.first_frame_alone else 0
+        extra = self.temporal_stride - 1 if self.first_frame_alone and not continued else 0
         return math.ceil((num_frames + extra) / self.temporal_stride)
 
     @property
@@ -76,8 +77,8 @@ class VideoGeometry:
 
     def chunk_starts(self, chunks: list[int], *, continued: bool = False) -> list[int]:
         """Pixel frame that each chunk begins with, counted from what is generated; `continued` after given frames."""
-        starts = [sum(chunks[:number]) for number in range(len(chunks))]
-        return [self.temporal_stride * n if continued else self.pixel_frames(n) if n else 0 for n in starts]
+        starts = accumulate(chunks[:-1], initial=0)
+        return [self.temporal_stride * n if continued or not n else self.pixel_frames(n) for n in starts]
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent rows and columns of a `height` x `width` video; raises ConfigError when the size does not fit."""

@@ -38,12 +38,12 @@ def instance_of(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def prompt_list(prompt: str | list[str] | None) -> list[str]:
-    """One prompt or several, as a list that is not empty."""
+def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[str]:
+    """One prompt or several, as a list that is not empty; `name` is the argument's."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
-        raise ConfigError(f"prompt: expected text, or a list of texts that is not empty, got {prompt!r:.60}")
-    return [instance_of("prompt", each, str) for each in prompts]
+        raise ConfigError(f"{name}: expected text, or a list of texts that is not empty, got {prompt!r:.60}")
+    return [instance_of(name, each, str) for each in prompts]
 
 
 def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[str]]:
@@ -53,8 +53,8 @@ def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[
         starts: pixel frame that each chunk begins with.
     """
     chunks: dict[int, str | list[str]] = {}
-    for frame, prompt in instance_of("prompt_changes", changes, Mapping).items():
-        frame = whole_number("prompt_changes", frame, -1)
+    for key, prompt in instance_of("prompt_changes", changes, Mapping).items():
+        frame = whole_number("prompt_changes", "None" if key is None else key, 0)
         if not 0 < frame <= starts[-1]:
             raise ConfigError(
                 f"prompt_changes: no chunk begins at frame {frame} or later; the first one has `prompt`, the last one "

@@ -117,7 +117,7 @@ class SparseForcingPipeline:
         return next(self.transformer.parameters()).dtype
 
     def to(
-        self, device: str | torch.device, text_encoder_device: str | torch.device | None = None
+        self, device: str | torch.device, *, text_encoder_device: str | torch.device | None = None
     ) -> SparseForcingPipeline:
         """Move the model; the text encoder elsewhere if it would take too much memory there (umT5 is four times as
         large as Wan 2.1 1.3B)."""
@@ -212,7 +212,8 @@ class SparseForcingPipeline:
             memory: kind of memory; the model's default when None.
 
         Raises:
-            ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk.
+            ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
+                function in `prompt_changes` returns: with its chunk).
         """
         config = self.config
         sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
@@ -222,13 +223,12 @@ class SparseForcingPipeline:
         negative = (
             config.negative_prompt if negative_prompt is None else instance_of("negative_prompt", negative_prompt, str)
         )
-        chunks = self.geometry.chunks(
-            self.geometry.latent_frames(whole_number("num_frames", num_frames, config.num_frames))
-        )
         start = start_frames(image, video, self.geometry, size)
+        frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
+        chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
-        starts = self.geometry.chunk_starts(chunks, continued=start is not None)
+        starts = self.geometry.chunk_starts(chunks, continued=continued)
         shape = (len(text), sum(chunks), self.vae.latent_channels, *latent_size)
         noise = self._noise(generator, latents, shape)
         initial = None if start is None else self._initial_latents(start, len(text))
@@ -326,7 +326,7 @@ class SparseForcingPipeline:
         """`text_at` of a rollout whose chunks begin with the pixel frames `starts`."""
 
         def texts(prompt: str | list[str]) -> Tensor:
-            prompts = prompt_list(prompt)
+            prompts = prompt_list(prompt, "prompt_changes")
             if len(prompts) not in (1, num_prompts):
                 raise ConfigError(f"prompt_changes: {len(prompts)} prompts for {num_prompts} that the video began with")
             return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)

@@ -43,7 +43,7 @@ FLAGS = {
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
-    "skip_existing": "leave out videos that are there already",
+    "skip_existing": "leave out videos that are there already, however they were made",
 }
 
 

@@ -11,7 +11,17 @@ import torch
 
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.sample import sample_scenes
-from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, RESIZING, SHAPES, SIZES, Scene, is_possible
+from sparse_forcing.scenes.vocabulary import (
+    BACKGROUNDS,
+    COLOURS,
+    MOTIONS,
+    RESIZING,
+    SHAPES,
+    SIZES,
+    Scene,
+    has_held_out,
+    is_possible,
+)
 
 CHANGEABLE = {"background": BACKGROUNDS, "colour": COLOURS, "shape": SHAPES, "size": SIZES, "motion": MOTIONS}
 
@@ -23,7 +33,7 @@ def held_out_prompts(count: int, *, seed: int = 0, objects: int = 1) -> list[str
 
 
 class PromptChange(NamedTuple):
-    """Captions of a scene and of the same with one attribute changed."""
+    """Captions, each in a wording of its own, of a scene and of the same with one attribute changed."""
 
     before: str
     after: str
@@ -31,19 +41,17 @@ class PromptChange(NamedTuple):
 
 
 def changing_prompts(count: int, *, seed: int = 0) -> list[PromptChange]:
-    """`count` held-out scenes of one object in which an attribute, each in turn, takes another value, drawn evenly from
-    those that are possible. Captions say every size there is; more changes begin with the same."""
+    """`count` scenes of one object in which an attribute, each in turn, takes another value; both combinations are held
+    out. Captions say every size there is; more changes begin with the same."""
     scenes, words = _held_out_scenes(seed, 1), random.Random(seed)
     changes: list[PromptChange] = []
     while len(changes) < count:
-        attribute = tuple(CHANGEABLE)[len(changes) % len(CHANGEABLE)]
-        scene = next(scenes)
-        others = [other for value in CHANGEABLE[attribute] if (other := _changed(scene, attribute, value)) != scene]
-        others = [other for other in others if is_possible(str(other.objects[0].shape), str(other.objects[0].motion))]
-        if attribute == "size" and scene.objects[0].motion in RESIZING:
-            continue  # what grows has no size to change
-        before, after = (caption(each, words, size_dropout=0) for each in (scene, words.choice(others)))
-        changes.append(PromptChange(before, after, attribute))
+        attribute, scene = tuple(CHANGEABLE)[len(changes) % len(CHANGEABLE)], next(scenes)
+        others = [_changed(scene, attribute, value) for value in CHANGEABLE[attribute]]
+        others = [other for other in others if other != scene and has_held_out(other) and _can_become(scene, other)]
+        if others:
+            before, after = (caption(each, words, size_dropout=0) for each in (scene, words.choice(others)))
+            changes.append(PromptChange(before, after, attribute))
     return changes
 
 
@@ -54,7 +62,7 @@ def _held_out_scenes(seed: int, objects: int) -> Iterator[Scene]:
 
 
 def _changed(scene: Scene, attribute: str, value: str) -> Scene:
-    """The scene of one object with another value of an attribute; what grows or shrinks loses its size."""
+    """The scene of one object with another value of an attribute; what grows or shrinks has no size."""
     if attribute == "background":
         return replace(scene, background=value)
     (item,) = scene.objects
@@ -62,3 +70,12 @@ def _changed(scene: Scene, attribute: str, value: str) -> Scene:
     if item.motion in RESIZING:
         item = replace(item, size=None)
     return replace(scene, objects=(item,))
+
+
+def _can_become(scene: Scene, other: Scene) -> bool:
+    """Whether a video can go on from one to the other: only what is small can begin to grow from small to large."""
+    (old,), (new,) = scene.objects, other.objects
+    begins = {"grows": "small", "shrinks": "large"}
+    if new.motion != old.motion and new.motion in begins and old.size != begins[new.motion]:
+        return False
+    return is_possible(str(new.shape), str(new.motion))

@@ -15,10 +15,11 @@ import torch
 from PIL import Image
 
 from sparse_forcing.cli import main
-from sparse_forcing.eval.manifest import Entry, load_entries
+from sparse_forcing.eval.manifest import load_entries
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model_folder import PipelineConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.sampling import generate
 from sparse_forcing.sampling.schedules import SamplerConfig
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
@@ -96,6 +97,19 @@ def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_pa
     assert digest(folder / "0001-a-red-ball-seed2.mp4") != digest(tmp_path / "one.mp4")
 
 
+def test_the_text_encoder_goes_where_it_is_told(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[tuple] = []
+    monkeypatch.setattr(generate, "resolve_device", lambda name, setting="--device": name)
+    monkeypatch.setattr(
+        SparseForcingPipeline, "to", lambda pipe, *where, **others: moved.append((where, others)) or pipe
+    )
+    arguments = ["generate", "a ball", "--model", str(model), "--num-frames", "8", "--output", str(tmp_path / "a.mp4")]
+    assert main([*arguments, "--device", "one"]) == 0
+    assert main([*arguments, "--device", "one", "--text-encoder-device", "two"]) == 0
+    assert moved == [(("one",), {"text_encoder_device": "one"}), (("one",), {"text_encoder_device": "two"})]
+    assert json.loads((tmp_path / "a.json").read_text())["settings"]["text_encoder_device"] == "two"
+
+
 def test_prompts_follow_each_other(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each from the chunk that begins at its time or after it; the JSON file says when that was."""
 
@@ -111,7 +125,7 @@ def test_prompts_follow_each_other(model: Path, tmp_path: Path, capsys: pytest.C
         {"frame": 8, "seconds": 0.5, "prompt": "a red ball"},
         {"frame": 16, "seconds": 1.0, "prompt": "a ball"},
     ]
-    assert Entry(video=tmp_path / "changed.mp4", seed=0) in load_entries(tmp_path)
+    assert [entry.text for entry in load_entries(tmp_path)] == [None, "a ball"]
     capsys.readouterr()
     for times, message in ((["1.1"], "the last chunk begins at 1 s"), (["0.1", "0.2"], "has a prompt already")):
         late = [word for time in times for word in ("--then", time, "a red ball")]

@@ -186,7 +186,7 @@ def test_the_text_encoder_can_stay_on_another_device(pipe):
         return [next(iter(part.state_dict().values())).device.type for part in parts]
 
     assert devices(copy.deepcopy(pipe).to("meta")) == ["meta"] * 3
-    assert devices(copy.deepcopy(pipe).to("meta", "cpu")) == ["meta", "cpu", "meta"]
+    assert devices(copy.deepcopy(pipe).to("meta", text_encoder_device="cpu")) == ["meta", "cpu", "meta"]
 
 
 def test_unknown_words_and_long_prompts_are_said(pipe):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +15,9 @@ from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model_folder import PipelineConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.sampling.jobs import GenerateConfig
 from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.sampling.settings import _prompt_changes
 from sparse_forcing.text import WordTextEncoder
 from sparse_forcing.transformer import CausalWanTransformer3DModel
 from sparse_forcing.vae import PatchAutoencoder
@@ -99,6 +105,33 @@ def test_frames_of_a_continued_video_are_those_that_are_generated(pipe):
     start = np.full((16, 16, 16, 3), 0.9, np.float32)
     plain, changed = frames(pipe, video=start)[0], frames(pipe, video=start, prompt_changes={8: BLUE})[0]
     assert same_chunks(plain, changed) == [True, False, False, False]
+
+
+def test_a_lone_first_frame_counts_only_where_the_video_begins(pipe, monkeypatch):
+    """As in Wan's autoencoder: the first chunk has fewer pixel frames, but not that of a video that goes on."""
+    asked: list[int] = []
+    monkeypatch.setattr(pipe, "geometry", replace(pipe.geometry, first_frame_alone=True))
+    monkeypatch.setattr(pipe, "_initial_latents", lambda frames, batch: torch.zeros(batch, 2, 12, 2, 2))
+    for start, expected in ({}, [5, 13, 21]), ({"image": np.zeros((16, 16, 3), np.float32)}, [8, 16]):
+        asked.clear()
+        list(pipe.stream(RED, num_frames=24, prompt_changes=asked.append, **start))
+        assert asked == expected
+
+
+def test_times_become_the_frames_that_chunks_begin_with():
+    wan = VideoGeometry(temporal_stride=4, spatial_stride=8, first_frame_alone=True)
+
+    def changes(then: list[tuple[float, str]], num_frames: int, fps: float, **start: object) -> dict[int, str]:
+        config = GenerateConfig(then=tuple(then), **start)
+        return _prompt_changes(config, SimpleNamespace(geometry=wan, fps=fps), num_frames)
+
+    assert changes([(0.5, BLUE), (1.0, RED)], 81, 16) == {9: BLUE, 21: RED}
+    assert changes([(0.5, BLUE), (1.0, RED)], 81, 16, image=Path("a.png")) == {12: BLUE, 24: RED}
+    starts = {9 + 12 * n: f"number {n}" for n in range(40)}
+    assert any(start / 25 * 25 > start for start in starts)
+    assert changes([(start / 25, prompt) for start, prompt in starts.items()], 480, 25) == starts
+    with pytest.raises(ConfigError, match="the last chunk begins at 0 s"):
+        changes([(0.75, BLUE)], 12, 16, image=Path("a.png"))
 
 
 def test_chunks_begin_where_the_pixels_of_the_one_before_end():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +19,7 @@ from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.held_out import CHANGEABLE, PromptChange, changing_prompts
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import batch_from_scenes
-from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, Scene, has_held_out
+from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, Scene, has_held_out, is_possible
 
 TURN = PromptChange(
     "a large red square moves up on a white background",
@@ -32,54 +31,69 @@ PAINT = PromptChange(
 )
 
 
+SHRINK = PromptChange(
+    "a large red star stays still on a white background", "a red star shrinks on a white background", "motion"
+)
+SHRUNK = PromptChange("a red star shrinks on a white background", "a blue star shrinks on a white background", "colour")
+
+
 def attributes(scene: Scene) -> dict[str, str | None]:
     (item,) = scene.objects
     return {"background": scene.background} | {name: getattr(item, name) for name in list(CHANGEABLE)[1:]}
 
 
 def test_one_attribute_changes_and_each_in_turn() -> None:
-    changes = changing_prompts(60, seed=1)
+    changes = changing_prompts(200, seed=1)
     assert changing_prompts(7, seed=1) == changes[:7]
-    assert Counter(change.attribute for change in changes) == dict.fromkeys(CHANGEABLE, 12)
+    assert Counter(change.attribute for change in changes) == dict.fromkeys(CHANGEABLE, 40)
     for before, after, attribute in changes:
-        old, new = (attributes(parse_caption(text)) for text in (before, after))
+        scenes = [parse_caption(text) for text in (before, after)]
+        assert all(has_held_out(scene) for scene in scenes)
+        old, new = (attributes(scene) for scene in scenes)
         different = {name for name in old if old[name] != new[name]}
         resizing = {"motion", "size"} if {old["motion"], new["motion"]} & {"grows", "shrinks"} else set()
         assert {attribute} <= different <= {attribute} | resizing
-        assert has_held_out(parse_caption(before))
+        assert is_possible(str(new["shape"]), str(new["motion"]))
+        if attribute == "motion" and new["motion"] in ("grows", "shrinks"):
+            assert old["size"] == {"grows": "small", "shrinks": "large"}[new["motion"]]
 
 
 def film(prompts: list[str]) -> np.ndarray:
-    """[1, F, H, W, 3]: a clip of each prompt in turn; one that is repeated goes on."""
+    """[1, F, H, W, 3]: a clip of each prompt in turn. A motion begins where it changes, all else goes on."""
     clips, start = [], 0
     for number, prompt in enumerate(prompts):
-        start = start + CLIP_FRAMES if number and prompt == prompts[number - 1] else 0
-        scene = batch_from_scenes([parse_caption(prompt)], torch.Generator().manual_seed(0))
-        clips.append(render(scene, CLIP_FRAMES, 64, start=start))
+        scene = parse_caption(prompt)
+        goes_on = number and scene.objects[0].motion == parse_caption(prompts[number - 1]).objects[0].motion
+        start = start + CLIP_FRAMES if goes_on else 0
+        clips.append(render(batch_from_scenes([scene], torch.Generator().manual_seed(0)), CLIP_FRAMES, 64, start=start))
     return ((torch.cat(clips, 1).permute(0, 1, 3, 4, 2) + 1) / 2).numpy()
 
 
 @pytest.mark.parametrize("follows", [True, False])
-@pytest.mark.parametrize("change", [TURN, PAINT], ids=["motion", "colour"])
+@pytest.mark.parametrize("change", [TURN, PAINT, SHRINK, SHRUNK], ids=["motion", "colour", "shrinks", "shrunk"])
 def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
     change: PromptChange, follows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def stream(
-        pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any
-    ) -> Iterator:
-        assert first == 3
-        shown = prompts[0]
-        for clip in range(settings.horizons[0]):
-            if prompt_changes and follows:
-                (shown,) = prompt_changes.get(clip * CLIP_FRAMES, [shown])
-            yield SimpleNamespace(frames=film([shown] * (clip + 1))[:, -CLIP_FRAMES:])
+    """The first clip of the one whose prompt never changes is not judged: it may be of something else."""
+
+    def stream(pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any) -> Any:
+        assert (first, settings.horizons) == (3, (3,))
+        if prompt_changes is None:
+            shown = ["a small cyan ring moves up on a black background", prompts[0], prompts[0]]
+            if "shrinks" in change.after:
+                shown[0] = prompts[0]  # it has done so by then
+        else:
+            assert prompt_changes == {CLIP_FRAMES: [change.after]}
+            shown = [prompts[0], *[change.after if follows else change.before] * 2]
+        return [SimpleNamespace(frames=part) for part in np.array_split(film(shown), 5, axis=1)]
 
     monkeypatch.setattr(bench_change, "stream", stream)
     pipe: Any = SimpleNamespace(config=SimpleNamespace(num_frames=CLIP_FRAMES))
     judged = bench_change.judge_changes(pipe, None, [change], 3, ChangeBenchConfig())  # type: ignore[arg-type]
     right = {clip: records[0]["all"] for clip, records in judged.items()}
-    assert right == {"before": 1, "during": follows, "after": follows, "unchanged": 1}
-    parts = bench_change.split_by_change(judged["after"], [change])
+    after = {"1st after": follows, "2nd after": follows}
+    assert right == {"before": 1, **after, "1st unchanged": 1, "2nd unchanged": 1}
+    parts = bench_change.split_by_change(judged["2nd after"], [change])
     assert parts == {"changed": [float(follows)], "others": [1.0]}
 
 

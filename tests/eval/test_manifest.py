@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.manifest import Entry, load_entries, prompt_from_name, read_manifest, write_manifest
+from sparse_forcing.eval.results import cluster
 
 
 def test_a_folder_of_vbench_names_is_imported(tmp_path: Path) -> None:
@@ -28,10 +30,32 @@ def test_a_sidecar_beats_the_name(tmp_path: Path) -> None:
     assert (entry.prompt, entry.text, entry.seed, entry.index) == ("long text", "text", 7, 2)
 
 
+def test_prompts_that_follow_each_other_group_videos_and_judge_none(tmp_path: Path) -> None:
+    changes = [{"frame": 40, "seconds": 5.0, "prompt": "b"}, {"frame": 84, "seconds": 10.5, "prompt": "c"}]
+    for seed in (1, 2):
+        (tmp_path / f"{seed}.mp4").touch()
+        record = {
+            "video": f"{seed}.mp4",
+            "prompt": "a",
+            "original_prompt": "a",
+            "seed": seed,
+            "prompt_changes": changes,
+        }
+        (tmp_path / f"{seed}.json").write_text(json.dumps(record), encoding="utf-8")
+    entries = load_entries(tmp_path)
+    assert {entry.text for entry in entries} == {None}
+    assert {entry.prompt for entry in entries} == {"a; 5 s: b; 10.5 s: c"}
+    assert {cluster(asdict(entry)) for entry in entries} == {"a; 5 s: b; 10.5 s: c"}
+    (tmp_path / "2.json").write_text(json.dumps({"prompt": "a", "prompt_changes": [{"frame": 1}]}), encoding="utf-8")
+    with pytest.raises(ConfigError, match="prompt_changes must be a list of objects"):
+        load_entries(tmp_path)
+
+
 def test_a_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
     entries = [
         Entry(video=tmp_path / "clips" / "a.mp4", prompt="façade, \U0001f600", index=3, seed=2**40),
         Entry(video=Path("/elsewhere/b.mp4"), original_prompt="b"),
+        Entry(video=tmp_path / "c.mp4", prompt="a; 5 s: b", prompt_changes=True),
     ]
     write_manifest(tmp_path / "m.jsonl", entries)
     assert json.loads((tmp_path / "m.jsonl").read_text("utf-8").splitlines()[0])["video"] == "clips/a.mp4"
@@ -55,6 +79,7 @@ def test_a_manifest_survives_writing_and_reading(tmp_path: Path) -> None:
         '{"video": "a.mp4", "seed": NaN}',
         '{"video": "a.mp4", "video": "b.mp4"}',
         '{"video": "a.mp4", "promt": "typo"}',
+        '{"video": "a.mp4", "prompt_changes": [5]}',
         '{"video": "ok.mp4"}',
     ],
 )

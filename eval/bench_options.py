@@ -24,39 +24,11 @@ class AttentionBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutBenchConfig:
-    """Options of `bench rollout`.
-
-    prompts: held-out scenes. horizons: multiples of the default clip to judge. memories: names of `memory_variants`.
-    objects: 1 or 2 per scene. size: pixels to the side. batch_size: rollouts generated together. device: "auto" is the
-    GPU where there is one. output: folder of the table and its JSON.
-    """
-
-    model: str = "tiny"
-    device: str = "auto"
-    size: int | None = None
-    prompts: int = 200
-    objects: int = 1
-    horizons: tuple[int, ...] = (1,)
-    memories: tuple[str, ...] = ("full", "window", "sink", "sparse")
-    batch_size: int = 20
-    seed: int = 0
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    output: Path | None = None
-
-    def __post_init__(self) -> None:
-        if self.objects not in (1, 2):
-            raise ConfigError(f"objects: 1 or 2, got {self.objects}")
-        if min(self.prompts, self.batch_size, *self.horizons, self.size or 1) < 1:
-            raise ConfigError("prompts, batch_size, horizons and size must be positive")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ChangeBenchConfig:
-    """Options of `bench change`: those of `bench rollout` that mean something to it.
+    """Options of `bench change`.
 
-    prompts: scenes of one object in which an attribute changes, held out before and after.
+    prompts: changes of held-out captions. memories: names of `memory_variants`. batch_size: how many are generated
+    together. device: "auto" is the GPU where there is one. output: folder of the table and its JSON.
     """
 
     model: str = "tiny"
@@ -72,6 +44,26 @@ class ChangeBenchConfig:
     def __post_init__(self) -> None:
         if min(self.prompts, self.batch_size) < 1:
             raise ConfigError("prompts and batch_size must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBenchConfig(ChangeBenchConfig):
+    """Options of `bench rollout`: those of `bench change`, and its own.
+
+    prompts: held-out captions. objects: 1 or 2 in each. horizons: multiples of the default clip to judge. size: pixels
+    to the side.
+    """
+
+    size: int | None = None
+    objects: int = 1
+    horizons: tuple[int, ...] = (1,)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.objects not in (1, 2):
+            raise ConfigError(f"objects: 1 or 2, got {self.objects}")
+        if min(1, *self.horizons, self.size or 1) < 1:
+            raise ConfigError("horizons and size must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,10 +37,10 @@ def run(config: ChangeBenchConfig) -> int:
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     memories = chosen_memories(pipe, config.memories)
-    clip = pipe.config.num_frames
-    if pipe.geometry.whole_chunk_frames(clip) != clip:
+    length = pipe.config.num_frames
+    if pipe.geometry.whole_chunk_frames(length) != length:
         raise ConfigError(
-            f"--model {config.model}: prompts change between chunks, but {clip} frames are not whole chunks"
+            f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
     changes = changing_prompts(config.prompts, seed=config.seed)
     rows: dict[str, dict] = {}

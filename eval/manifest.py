@@ -145,9 +145,10 @@ def _entry_of(video: Path) -> Entry:
         known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
         try:
             changes = _later_prompts(record) if known else []
+            known = _typed(known | {"prompt_changes": bool(changes)})
             if changes:
-                known |= {"prompt": "; ".join([str(known["prompt"]), *changes]), "original_prompt": None}
-            return Entry(**{**_typed(known | {"prompt_changes": bool(changes)}), "video": video})
+                known |= {"prompt": "; ".join([known["prompt"] or "", *changes]), "original_prompt": None}
+            return Entry(**{**known, "video": video})
         except ConfigError as error:
             raise ConfigError(f"{sidecar}: {error}") from error
     try:
@@ -162,7 +163,7 @@ def _later_prompts(record: dict[str, Any]) -> list[str]:
     changes = record.get("prompt_changes") or []
     try:
         return [f"{float(change['seconds']):g} s: {change['prompt']}" for change in changes]
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, OverflowError) as error:
         raise ConfigError("prompt_changes must be a list of objects with seconds and prompt") from error
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ class LiveVideo:
         clock, sleep: of `time`, for tests.
 
     Raises:
-        ConfigError: a prompt or setting that cannot be used, at once.
+        ConfigError: a prompt that cannot be used.
     """
 
     def __init__(
@@ -58,17 +59,9 @@ class LiveVideo:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        import torch
-
         self.prompt = self._followed = check_prompt(prompt)
-        self.fps, self.num_frames, self.overlay = pipe.fps, settings.num_frames, overlay
+        self.pipe, self.settings, self.seed, self.overlay = pipe, settings, seed, overlay
         self._clock, self._sleep = clock, sleep
-        self._chunks = pipe.stream(
-            self.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            memory=settings.memory, generator=torch.Generator("cpu").manual_seed(seed),
-            prompt_changes=self._next_prompt,
-        )  # fmt: skip
         self._made: queue.Queue[Any] = queue.Queue(maxsize=1)
         self._stopped = threading.Event()
 
@@ -77,12 +70,12 @@ class LiveVideo:
         self.prompt = check_prompt(prompt)
 
     def stop(self) -> None:
-        """End the video; the chunk that is being made is the last one."""
+        """End the video at once; what is being made of it is not shown."""
         self._stopped.set()
 
     def pictures(self) -> Iterator[LivePicture]:
-        """Every frame, not before its time; late ones delay those after them. Errors of the model are raised here."""
-        threading.Thread(target=self._make, daemon=True).start()
+        """Every frame, not before its time; late ones delay those after them. Raises what the pipeline raises."""
+        threading.Thread(target=self._make, name="live video").start()
         due, shown = self._clock(), 0
         try:
             while (made := self._take()) is not None:
@@ -92,11 +85,36 @@ class LiveVideo:
                     now = self._clock()
                     due = max(due, now)
                     self._sleep(due - now)
-                    due += 1 / self.fps
+                    if self._stopped.is_set():
+                        return
+                    due += 1 / self.pipe.fps
                     shown += 1
                     yield picture
         finally:
             self.stop()
+
+    def _make(self) -> None:
+        try:
+            # Closed, not left to the garbage collector: the pipeline refers to this video, and it holds a cache.
+            with closing(self._stream(self.prompt)) as chunks:
+                for chunk in chunks:
+                    if not self._offer((chunk, self._followed)):
+                        return
+            self._offer(None)
+        except Exception as error:  # it belongs to whoever watches
+            self._offer(error)
+
+    def _stream(self, prompt: str) -> Generator[Any, None, None]:
+        import torch
+
+        self._followed = prompt
+        settings = self.settings
+        yield from self.pipe.stream(
+            prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            memory=settings.memory, generator=torch.Generator("cpu").manual_seed(self.seed),
+            prompt_changes=self._next_prompt,
+        )  # fmt: skip
 
     def _next_prompt(self, frame: int) -> str | None:
         """What the pipeline asks before every chunk but the first."""
@@ -106,18 +124,9 @@ class LiveVideo:
         self._followed = wanted
         return wanted
 
-    def _make(self) -> None:
-        try:
-            for chunk in self._chunks:
-                if not self._offer((chunk, self._followed)):
-                    return
-            self._offer(None)
-        except Exception as error:  # it belongs to whoever watches
-            self._offer(error)
-
     def _offer(self, made: Any) -> bool:
-        """Whether it was taken before the video was stopped."""
-        while not self._stopped.is_set():
+        """Whether it was taken before the video was stopped, or the program ended."""
+        while not self._stopped.is_set() and threading.main_thread().is_alive():
             try:
                 self._made.put(made, timeout=WAIT)
                 return True
@@ -137,10 +146,10 @@ class LiveVideo:
     def _pictures_of(self, chunk: Any, prompt: str, *, first: int) -> Iterator[LivePicture]:
         frames = light_up(chunk.frames, chunk.persistent) if self.overlay else chunk.frames
         speed = len(frames) / (chunk.seconds + chunk.decode_seconds)
-        for number, frame in enumerate(frames[: self.num_frames - first], first):
+        for number, frame in enumerate(frames[: self.settings.num_frames - first], first):
             yield LivePicture(
                 pixels=(frame * 255).round().astype("uint8"),
-                second=number / self.fps,
+                second=number / self.pipe.fps,
                 prompt=prompt,
                 frames_per_second=speed,
                 cache_bytes=chunk.cache_bytes,

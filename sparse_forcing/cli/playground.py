@@ -35,16 +35,17 @@ def run(arguments: argparse.Namespace) -> int:
     if not 0 < arguments.port < 65536:
         raise ConfigError(f"--port must be between 1 and 65535, got {arguments.port}")
     try:
-        socket.create_server((arguments.host, arguments.port)).close()
+        family = socket.getaddrinfo(arguments.host, arguments.port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((arguments.host, arguments.port), family=family).close()
     except OSError as error:
         raise ConfigError(f"--port {arguments.port}: cannot listen on {arguments.host} ({error.strerror})") from error
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('the page needs gradio; pip install "sparse-forcing[ui]"')
 
-    from sparse_forcing.cli.playground_page import build_page, serve
+    from sparse_forcing.cli.playground_page import Playground
     from sparse_forcing.sampling.generate import load_pipeline
 
-    serve(build_page(load_pipeline(config)), arguments.host, arguments.port)
+    Playground(load_pipeline(config)).serve(arguments.host, arguments.port)
     return 0
 
 

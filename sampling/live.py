@@ -75,7 +75,8 @@ class LiveVideo:
 
     def pictures(self) -> Iterator[LivePicture]:
         """Every frame, not before its time; late ones delay those after them. Raises what the pipeline raises."""
-        threading.Thread(target=self._make, name="live video").start()
+        # Never a daemon, even of one: the interpreter must not end while torch computes in a thread.
+        threading.Thread(target=self._make, name="live video", daemon=False).start()
         due, shown = self._clock(), 0
         try:
             while (made := self._take()) is not None:

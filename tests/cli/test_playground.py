@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import socket
+import subprocess
 import sys
 import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +22,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.live import LiveVideo
 
+ROOT = Path(__file__).resolve().parents[2]
 FPS, CHUNK = 8.0, 4
 SETTINGS: Any = SimpleNamespace(
     height=8, width=16, num_frames=14, num_inference_steps=3, guidance_scale=2.0, memory=MemoryConfig()
@@ -155,6 +158,21 @@ def test_who_stops_watching_stops_the_making_and_frees_it() -> None:
         assert gone() is None  # at once: a cache may take all memory until the collector looks
     finally:
         gc.enable()
+
+
+def test_the_maker_is_waited_for_at_exit_and_then_ends() -> None:
+    """Also where the watching thread would not be: torch aborts when the interpreter ends under it."""
+    code = (
+        "import sys, threading, time; sys.path.insert(0, sys.argv[1])\n"
+        "from tests.cli.test_playground import StubPipeline, live\n"
+        "video = live(StubPipeline(lambda index: time.sleep(0.2)), sleep=time.sleep)\n"
+        "threading.Thread(target=lambda: next(video.pictures()), daemon=True).start()\n"
+        "time.sleep(0.1)\n"
+        "(maker,) = (thread for thread in threading.enumerate() if thread.name == 'live video')\n"
+        "sys.exit(7 if maker.daemon else 143)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], cwd=ROOT, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 143, done.stderr
 
 
 def test_errors_reach_whoever_watches() -> None:

@@ -1,4 +1,4 @@
-# make demo   a video from a prompt        make test   every check and test
+# make demo   a video from a prompt   make test   every check and test   make quick   the tests that are not slow
 # make reproduce   the paper in miniature: hours, goes on where it stopped (REPRODUCE="--set a.b=c" changes settings)
 # Both create .venv when it is missing and need nothing but Python 3.10 or later with venv.
 
@@ -13,16 +13,20 @@ REPRODUCE ?=
 export PROMPT
 
 RUN := $(VENV)/bin/python
+PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup
 # torch first and alone: whichever build of this range is at hand is taken, the small CPU build where there is no other.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: demo test check format reproduce clean
+.PHONY: demo test quick check format reproduce clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
 
 test: check
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup $(TESTS)
+	$(PYTEST) $(TESTS)
+
+quick: $(VENV)/.installed-dev
+	$(PYTEST) -m "not slow" $(TESTS)
 
 reproduce: $(VENV)/.installed-dev
 	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \

@@ -4,26 +4,24 @@ After one clip (the model's default length) one attribute of the caption changes
 new one. Videos that had it from the start, made of the same noise, are judged beside them, clip by clip: those say what
 the model gets right at that age.
 
-    sparse-forcing bench change --prompts 200 --output docs/results/change
+    sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --output docs/results/change
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench_options import ChangeBenchConfig
-from sparse_forcing.eval.bench_rollout import chosen_memories, percent
+from sparse_forcing.eval.bench_rollout import compare_memories, percent
 from sparse_forcing.eval.judged_rollouts import ACCURACIES, Record, RolloutSettings, judge, share_of, stream
 from sparse_forcing.eval.metrics.caption import ATTRIBUTES
-from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
+from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
@@ -36,29 +34,19 @@ def run(config: ChangeBenchConfig) -> int:
     """Every memory over the same changes; writes change.json and change.md, prints JSON last."""
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
-    memories = chosen_memories(pipe, config.memories)
     length = pipe.config.num_frames
     if pipe.geometry.whole_chunk_frames(length) != length:
         raise ConfigError(
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
     changes = changing_prompts(config.prompts, seed=config.seed)
-    rows: dict[str, dict] = {}
-    result = {
-        "config": to_plain(config),
-        "device": str(pipe.device),
-        "weights_sha256": pipe.weights_sha256,
-        "changes": [change._asdict() for change in changes],
-        "memories": rows,
-    }
-    for name, memory in memories.items():
-        rows[name] = measure_memory(pipe, memory, changes, config)
-        right = {clip: cell["all"]["mean"] for clip, cell in rows[name]["accuracy"].items()}
-        print(f"{name}: all right {json.dumps(right)}", flush=True)
-        if out is not None:
-            atomic_write_json(out / "change.json", result)
-            atomic_write_text(out / "change.md", f"{table(result)}\n{breakdown(result)}")
-    print(json.dumps(result))
+
+    def measure(memory: MemoryConfig) -> tuple[dict, dict]:
+        row = measure_memory(pipe, memory, changes, config)
+        return row, {clip: cell["all"] for clip, cell in row["accuracy"].items()}
+
+    given = {"changes": [change._asdict() for change in changes]}
+    compare_memories(config, pipe, given, measure, (table, breakdown), out and out / "change")
     return 0
 
 

@@ -24,10 +24,10 @@ class AttentionBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChangeBenchConfig:
-    """Options of `bench change`.
+class JudgedBenchConfig:
+    """What `bench rollout` and `bench change` have in common.
 
-    prompts: changes of held-out captions. memories: names of `memory_variants`. batch_size: how many are generated
+    prompts: held-out captions, or changes of such. memories: names of `memory_variants`. batch_size: how many are made
     together. device: "auto" is the GPU where there is one. output: folder of the table and its JSON.
     """
 
@@ -47,10 +47,15 @@ class ChangeBenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RolloutBenchConfig(ChangeBenchConfig):
-    """Options of `bench rollout`: those of `bench change`, and its own.
+class ChangeBenchConfig(JudgedBenchConfig):
+    """Options of `bench change`."""
 
-    prompts: held-out captions. objects: 1 or 2 in each. horizons: multiples of the default clip to judge. size: pixels
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutBenchConfig(JudgedBenchConfig):
+    """Options of `bench rollout`.
+
+    objects: 1 or 2 in each. horizons: multiples of the default clip to judge. size: pixels
     to the side.
     """
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench_options import RolloutBenchConfig
+from sparse_forcing.eval.bench_options import JudgedBenchConfig, RolloutBenchConfig
 from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge_batch, share_of, summarize_rollouts
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
@@ -55,26 +57,49 @@ def run(config: RolloutBenchConfig) -> int:
     """Roll out every memory over the same prompts; writes rollout.json and rollout.md, prints JSON last."""
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
-    memories = chosen_memories(pipe, config.memories)
     prompts = held_out_prompts(config.prompts, seed=config.seed, objects=config.objects)
+
+    def measure(memory: MemoryConfig) -> tuple[dict, dict]:
+        row = measure_memory(pipe, memory, prompts, config)
+        return row, {horizon: cell["accuracy"]["all"] for horizon, cell in row["horizons"].items()}
+
+    compare_memories(config, pipe, {"prompts": prompts}, measure, (table, breakdown), out and out / "rollout")
+    return 0
+
+
+def compare_memories(
+    config: JudgedBenchConfig,
+    pipe: SparseForcingPipeline,
+    given: dict[str, Any],
+    measure: Callable[[MemoryConfig], tuple[dict, dict]],
+    tables: Sequence[Callable[[dict], str]],
+    target: Path | None,
+) -> None:
+    """Measure the config's memories one after another; after each, what there is goes into the files `target`.json and
+    .md. Prints the result as JSON last.
+
+    Args:
+        given: what all memories are measured on, for the JSON.
+        measure: a memory's row of the result, and of it the shares of what is entirely right.
+        tables: Markdown of a result.
+    """
+    memories = chosen_memories(pipe, config.memories)
     rows: dict[str, dict] = {}
     result = {
         "config": to_plain(config),
         "device": str(pipe.device),
         "weights_sha256": pipe.weights_sha256,
-        "prompts": prompts,
+        **given,
         "memories": rows,
     }
     for name, memory in memories.items():
-        row = measure_memory(pipe, memory, prompts, config)
-        rows[name] = row
-        right = {horizon: cell["accuracy"]["all"]["mean"] for horizon, cell in row["horizons"].items()}
+        rows[name], shares = measure(memory)
+        right = {where: share["mean"] for where, share in shares.items()}
         print(f"{name}: all right {json.dumps(right)}", flush=True)
-        if out is not None:
-            atomic_write_json(out / "rollout.json", result)
-            atomic_write_text(out / "rollout.md", f"{table(result)}\n{breakdown(result)}")
+        if target is not None:
+            atomic_write_json(target.with_suffix(".json"), result)
+            atomic_write_text(target.with_suffix(".md"), "\n".join(make(result) for make in tables))
     print(json.dumps(result))
-    return 0
 
 
 def measure_memory(

@@ -53,8 +53,8 @@ def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[
         starts: pixel frame that each chunk begins with.
     """
     chunks: dict[int, str | list[str]] = {}
-    for key, prompt in instance_of("prompt_changes", changes, Mapping).items():
-        frame = whole_number("prompt_changes", "None" if key is None else key, 0)
+    for frame, prompt in instance_of("prompt_changes", changes, Mapping).items():
+        frame = whole_number("prompt_changes", frame, 0)
         if not 0 < frame <= starts[-1]:
             raise ConfigError(
                 f"prompt_changes: no chunk begins at frame {frame} or later; the first one has `prompt`, the last one "

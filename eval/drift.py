@@ -21,11 +21,11 @@ from typing import Any
 
 import numpy as np
 
-from sparse_forcing.eval.features import unit
+from sparse_forcing.eval.measuring.features import unit
+from sparse_forcing.eval.measuring.registry import Metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
 from sparse_forcing.eval.metrics.appearance import descriptors
-from sparse_forcing.eval.registry import Metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.view import View
 
 RATIOS = ("saturation", "contrast", "detail", "brightness")
 REPEATS_BELOW = 0.25

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from sparse_forcing.eval.aggregate import Totals, aggregate, read_scores
 from sparse_forcing.eval.options import EvaluateConfig, Mode, Suite
+from sparse_forcing.eval.vbench.aggregate import Totals, aggregate, read_scores
 
 __all__ = ["EvaluateConfig", "Mode", "Suite", "evaluate"]
 
@@ -36,7 +36,7 @@ def _totals_line(totals: Totals) -> str:
 def _measure(config: EvaluateConfig) -> int:
     # Imported here: aggregating scores must not wait for torch.
     from sparse_forcing.eval import results as result_files
-    from sparse_forcing.eval.manifest import load_entries
+    from sparse_forcing.eval.measuring.manifest import load_entries
     from sparse_forcing.eval.report import write_report
     from sparse_forcing.eval.run import Runner
     from sparse_forcing.files import atomic_write_text, check_writable, output_lock
@@ -66,7 +66,7 @@ def _measure(config: EvaluateConfig) -> int:
 
 def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:
     """What `--compare` names: results of an earlier run, or videos that are still to be measured."""
-    from sparse_forcing.eval.manifest import load_entries
+    from sparse_forcing.eval.measuring.manifest import load_entries
     from sparse_forcing.eval.results import load_results
 
     saved = path.suffix == ".json" or (path / "results.json").is_file()

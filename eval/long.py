@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from sparse_forcing.eval.features import consistency
-from sparse_forcing.eval.registry import Measurement, Metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.suites import DATA, prompt_index
-from sparse_forcing.eval.transforms import dinov2_input, resize, to_tensor
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.features import consistency
+from sparse_forcing.eval.measuring.registry import Measurement, Metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.suites import DATA, prompt_index
+from sparse_forcing.eval.vbench.transforms import dinov2_input, resize, to_tensor
 
 CUSTOM_SECONDS = 2
 FUSION_WEIGHT = 0.5  # of both parts, as in the official commands (--dev_flag)

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.aggregate import DIMENSIONS, aggregate
-from sparse_forcing.eval.registry import Metric
+from sparse_forcing.eval.measuring.registry import Metric
+from sparse_forcing.eval.measuring.statistics import percentile_interval, resample_ratio, summarize
 from sparse_forcing.eval.run import Record, Runner
-from sparse_forcing.eval.statistics import percentile_interval, resample_ratio, summarize
-from sparse_forcing.eval.suites import vbench_prompts
+from sparse_forcing.eval.vbench.aggregate import DIMENSIONS, aggregate
+from sparse_forcing.eval.vbench.suites import vbench_prompts
 from sparse_forcing.files import read_json
 
 SCHEMA = 1

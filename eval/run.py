@@ -18,13 +18,13 @@ import torch
 from sparse_forcing.errors import ConfigError, SparseForcingError, VideoError
 from sparse_forcing.eval.drift import DriftSettings, analyse
 from sparse_forcing.eval.long import long_measurement
-from sparse_forcing.eval.manifest import Entry
+from sparse_forcing.eval.measuring.manifest import Entry
+from sparse_forcing.eval.measuring.registry import Measurement, Metric, suite_metrics
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import FeatureStore, View, open_clip
 from sparse_forcing.eval.metrics.dynamic_degree import is_static
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.eval.registry import Measurement, Metric, suite_metrics
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.suites import prompt_index
-from sparse_forcing.eval.view import FeatureStore, View, open_clip
+from sparse_forcing.eval.vbench.suites import prompt_index
 from sparse_forcing.files import atomic_write_json, sha256_file
 
 RECORD_VERSION = 1  # raised when the layout of a record changes

@@ -117,7 +117,7 @@ def examples(
     name: str, tokens: int = 64, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> list[tuple[str, Any]]:
     """(label, Launch) of every kernel the launch table of architecture `name` can pick, on typical tensors."""
-    from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, plan_backward, plan_forward
+    from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, plan_backward, plan_forward
 
     B, H, Nq, S, M = 1, 12, 4, 16, 8
     q, k, v = (torch.empty(B, H, n, tokens, head_dim, dtype=dtype) for n in (Nq, S, S))
@@ -155,7 +155,7 @@ def examples(
 
 def selection_examples(name: str, tokens: int, head_dim: int, dtype: torch.dtype) -> list[Any]:
     """Launches of the selection kernels at the paper's size: 78 query blocks, 546 window blocks, 12 heads."""
-    from sparse_forcing.kernels.block_selection import triton_launch as plans
+    from sparse_forcing.kernels.block_selection.gpu import launch as plans
 
     x = torch.empty(1, 12, 78, tokens, head_dim, dtype=dtype)
     q, k = (torch.empty(1, 12, n, head_dim, dtype=dtype) for n in (78, 546))

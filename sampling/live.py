@@ -10,13 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sparse_forcing.prompts import check_prompt
-from sparse_forcing.sampling.generate import light_up
+from sparse_forcing.sampling.generation.generate import light_up
+from sparse_forcing.sampling.generation.prompts import check_prompt
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from sparse_forcing.sampling.settings import Settings
+    from sparse_forcing.sampling.generation.settings import Settings
 
 WAIT = 0.1  # seconds between looks at whether somebody stopped the video
 

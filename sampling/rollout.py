@@ -18,11 +18,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sparse_forcing.flow import FlowSchedule, add_noise
 from sparse_forcing.memory import RolloutMemory
+from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.sampling.samplers import guided, sample_chunk
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.transformer import CausalWanTransformer3DModel
 
 StepCallback = Callable[[int, int, Tensor], None]
 """Called after every denoising step with (chunk, step, latents [B, f, C, H, W] it led to); they are a copy."""

@@ -12,8 +12,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0
-from sparse_forcing.sampling.schedules import SamplerConfig, euler_sigmas, few_step_timesteps, wan_levels
+from sparse_forcing.model.flow import (
+    NUM_TRAIN_TIMESTEPS,
+    FlowSchedule,
+    SamplerConfig,
+    add_noise,
+    euler_sigmas,
+    few_step_timesteps,
+    flow_to_x0,
+    wan_levels,
+)
 
 Flow = Callable[[Tensor, Tensor, int], Tensor]
 

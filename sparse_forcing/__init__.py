@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from sparse_forcing.pipeline import SparseForcingPipeline
-    from sparse_forcing.transformer import CausalWanTransformer3DModel
+    from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 # Public names resolve on first use, so that `import sparse_forcing` and `--help` never import torch.
 _EXPORTS = {
-    "SparseForcingPipeline": "sparse_forcing.pipeline",
-    "CausalWanTransformer3DModel": "sparse_forcing.transformer",
+    "SparseForcingPipeline": "sparse_forcing.sampling.pipeline",
+    "CausalWanTransformer3DModel": "sparse_forcing.model.transformer",
 }
 __all__ = ["CausalWanTransformer3DModel", "SparseForcingPipeline", "__version__"]
 

@@ -14,7 +14,7 @@ from sparse_forcing.cli import evaluate as evaluate_command
 from sparse_forcing.cli import generate as generate_command
 from sparse_forcing.cli.flags import Parser
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.sampling.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {

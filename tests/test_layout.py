@@ -100,7 +100,7 @@ def checkout(tmp_path: Path) -> Path:
 
 def works(folder: Path, cwd: Path) -> None:
     code = (
-        "import sparse_forcing, sparse_forcing.sampling.jobs, sparse_forcing.eval.suites as s;"
+        "import sparse_forcing, sparse_forcing.sampling.generation.jobs, sparse_forcing.eval.vbench.suites as s;"
         "assert len(s.vbench_prompts()) == 946; print(sparse_forcing.__file__)"
     )
     environment = {"PYTHONPATH": str(folder), "PATH": ""}
@@ -146,7 +146,8 @@ def test_editable_install_works_from_anywhere(checkout: Path, tmp_path: Path) ->
     code = (
         f"import site, sys; site.addsitedir({str(tmp_path / 'site')!r});"
         f"sys.path.append({sysconfig.get_path('purelib')!r});"
-        "import sparse_forcing.sampling.jobs as j, sparse_forcing; print(sparse_forcing.__file__, j.__file__)"
+        "import sparse_forcing.sampling.generation.jobs as j, sparse_forcing;"
+        "print(sparse_forcing.__file__, j.__file__)"
     )
     child = subprocess.run(
         # -S: an editable install of this environment itself must not answer instead.

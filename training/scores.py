@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.training.score_losses import Score
-from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.attention import ParallelAttention
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.training.losses.distribution_matching import Score
 
 
 @dataclass(frozen=True, kw_only=True)

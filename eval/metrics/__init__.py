@@ -1,1 +1,1 @@
-"""One metric a file; `sparse_forcing.eval.registry` finds every module of this package."""
+"""One metric a file; `sparse_forcing.eval.measuring.registry` finds every module of this package."""

@@ -10,10 +10,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from sparse_forcing.eval.features import consistency, unit
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.features import consistency, unit
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
 
 SIDE = 64  # working size
 LEVELS = 6  # colour bins per channel

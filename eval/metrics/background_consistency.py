@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from sparse_forcing.eval.features import consistency, network_features
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.transforms import clip_input
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.features import consistency, network_features
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.transforms import clip_input
 
 
 def background_features(view: View, resources: Resources) -> np.ndarray:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError
-from sparse_forcing.eval.scene_motion import STEADY_TREND, Motion, resize_left, seen_motion
-from sparse_forcing.eval.scene_tracking import (
+from sparse_forcing.eval.scene_checker.scene_motion import STEADY_TREND, Motion, resize_left, seen_motion
+from sparse_forcing.eval.scene_checker.scene_tracking import (
     FOLDS,
     LEAST_AREA,
     LEAST_CONTRAST,

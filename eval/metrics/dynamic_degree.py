@@ -8,11 +8,11 @@ from __future__ import annotations
 import numpy as np
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.eval.networks.raft import pad_to_stride
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.transforms import to_tensor
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.networks.raft import pad_to_stride
+from sparse_forcing.eval.vbench.transforms import to_tensor
 
 ITERATIONS = 20
 SAMPLE_FPS = 8

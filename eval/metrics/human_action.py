@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.semantic import FRAMES
-from sparse_forcing.eval.suites import prompt_index
-from sparse_forcing.eval.transforms import middle_frames
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.semantic import FRAMES
+from sparse_forcing.eval.vbench.suites import prompt_index
+from sparse_forcing.eval.vbench.transforms import middle_frames
 
 PREFIX = "A person is "
 TOP, MIN_SCORE, DECIMALS = 5, 0.85, 4

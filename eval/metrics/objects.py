@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.semantic import FRAMES, Detection
-from sparse_forcing.eval.suites import prompt_index
-from sparse_forcing.eval.transforms import middle_frames
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.semantic import FRAMES, Detection
+from sparse_forcing.eval.vbench.suites import prompt_index
+from sparse_forcing.eval.vbench.transforms import middle_frames
 
 SUITES = ("vbench", "vbench-long")
 NEEDS = ("detector",)

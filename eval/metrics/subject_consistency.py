@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sparse_forcing.eval.features import consistency, network_features
-from sparse_forcing.eval.registry import Measurement, metric
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.transforms import dino_input
-from sparse_forcing.eval.view import View
+from sparse_forcing.eval.measuring.features import consistency, network_features
+from sparse_forcing.eval.measuring.registry import Measurement, metric
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.vbench.transforms import dino_input
 
 
 def subject_features(view: View, resources: Resources) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.video import iter_frames
+from sparse_forcing.media.video import iter_frames
 
 FRAMES, HEIGHT = 8, 96
 EMBED_ONE, EMBED_ALL = 2 << 20, 24 << 20  # bytes of one embedded video, and of all on a page

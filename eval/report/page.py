@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from sparse_forcing.eval.measuring.statistics import paired_difference
 from sparse_forcing.eval.report.charts import Series, color, line_chart
 from sparse_forcing.eval.report.clips import VideoTags, filmstrip, rank
 from sparse_forcing.eval.report.style import CSS
-from sparse_forcing.eval.statistics import paired_difference
 from sparse_forcing.files import atomic_write_text
 
 SHOWN = 4  # clips at each end

@@ -6,7 +6,7 @@ One chunk of a rollout uses them in this order (Sparse Forcing, arXiv 2604.21221
     after the clean pass: block_scores or the exact block mass -> block_importance -> update_persistent
 
 `pool_blocks` and `block_scores` are differentiable; the choice is not. Nothing synchronises with the host. A faster
-backend is a module `triton_backend` beside this file with `why_unavailable(tensor) -> str | None` and functions named
+backend is the module `gpu/backend.py` with `why_unavailable(tensor) -> str | None` and functions named
 and shaped as in `reference`; "auto" uses it on a GPU when it can run.
 """
 
@@ -154,7 +154,7 @@ def why_unavailable(backend: str, tensor: Tensor) -> str | None:
 
 
 def _triton() -> ModuleType:
-    return importlib.import_module("sparse_forcing.kernels.block_selection.triton_backend")
+    return importlib.import_module("sparse_forcing.kernels.block_selection.gpu.backend")
 
 
 def _backend(backend: str, tensor: Tensor) -> ModuleType:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKEND_MODULES = {"triton": "triton_backend", "cpu": "cpu", "reference": "reference"}
+BACKEND_MODULES = {"triton": "gpu.backend", "cpu": "cpu.backend", "reference": "reference"}
 
 
 def backend_module(name: str) -> ModuleType:

@@ -7,7 +7,7 @@ from dataclasses import asdict, fields
 
 from sparse_forcing.cli.flags import add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench_options import (
+from sparse_forcing.eval.bench.options import (
     AttentionBenchConfig,
     ChangeBenchConfig,
     RolloutBenchConfig,
@@ -65,18 +65,18 @@ def run(arguments: argparse.Namespace) -> int:
     config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | StreamBenchConfig
     config = read_config(cls, arguments)
     if isinstance(config, RolloutBenchConfig):
-        from sparse_forcing.eval import bench_rollout
+        from sparse_forcing.eval.bench import rollout as bench_rollout
 
         return bench_rollout.run(config)
     if isinstance(config, ChangeBenchConfig):
-        from sparse_forcing.eval import bench_change
+        from sparse_forcing.eval.bench import change as bench_change
 
         return bench_change.run(config)
     if isinstance(config, StreamBenchConfig):
-        from sparse_forcing.eval import bench_stream
-        from sparse_forcing.training.model_sizes import WAN
+        from sparse_forcing.eval.bench import stream as bench_stream
+        from sparse_forcing.model_folder.sizes import WAN
 
         return bench_stream.run(config, {f"wan-{size}": changes for size, changes in WAN.items()})
-    from sparse_forcing.eval import bench_attention
+    from sparse_forcing.eval.bench import attention as bench_attention
 
     return bench_attention.run(**asdict(config))

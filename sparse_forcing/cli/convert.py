@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; name a new folder")
     check_writable(target, folder=True)
-    from sparse_forcing.weights.convert import convert_checkpoint
+    from sparse_forcing.model_folder.convert import convert_checkpoint
     from sparse_forcing.weights.manifest import write_manifest
 
     with output_lock(target):

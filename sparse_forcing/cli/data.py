@@ -65,7 +65,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
     from sparse_forcing.config import load_config
     from sparse_forcing.training.data.launch import data_launch
     from sparse_forcing.training.data.shards import Shards, refused_samples
-    from sparse_forcing.training.parallel import rank
+    from sparse_forcing.training.engine.parallel import rank
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
@@ -102,10 +102,10 @@ def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, object]
     """Render clip `number` from a seed of its own, so that it does not depend on how many are made."""
     import torch
 
+    from sparse_forcing.media.video import write_video
     from sparse_forcing.scenes.captions import caption
     from sparse_forcing.scenes.render import render
     from sparse_forcing.scenes.sample import sample_scenes
-    from sparse_forcing.video import write_video
 
     seed = random.Random(f"{arguments.seed}/{number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)

@@ -135,7 +135,7 @@ def _video() -> Iterator[Finding]:
     import av
     import numpy as np
 
-    from sparse_forcing.video import read_video, write_video
+    from sparse_forcing.media.video import read_video, write_video
 
     frames = np.full((8, 32, 32, 3), (200, 40, 30), np.uint8)
     with tempfile.TemporaryDirectory() as folder:
@@ -160,8 +160,8 @@ def _kernel_report(architecture: str, *, as_json: bool) -> int:
 
 def _memory_report(config_path: Path, stage: str | None, processes: int | None, *, as_json: bool) -> int:
     """Print what one process of a training needs, part by part."""
-    from sparse_forcing.training.cli_entry import guess_stage, load_stage
-    from sparse_forcing.training.estimate import estimate_stage
+    from sparse_forcing.training.entry import guess_stage, load_stage
+    from sparse_forcing.training.memory_estimate.stages import estimate_stage
 
     stage = stage or guess_stage(config_path)
     config, _ = load_stage(stage, config_path)

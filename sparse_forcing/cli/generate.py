@@ -10,8 +10,8 @@ from typing import Any
 from sparse_forcing.cli import say
 from sparse_forcing.cli.flags import add_config_flags, number, read_config
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.sampling.jobs import GenerateConfig, Job, plan
-from sparse_forcing.sampling.outputs import is_finished
+from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, plan
+from sparse_forcing.sampling.generation.outputs import is_finished
 
 SUITES = ("vbench",)
 FLAGS = {
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
             parse_caption(job.prompt, required=("colour",))
 
     from sparse_forcing.cli.progress import TerminalProgress
-    from sparse_forcing.sampling.generate import generate
+    from sparse_forcing.sampling.generation.generate import generate
 
     records: list[dict[str, Any]] = []
     complete = False
@@ -109,7 +109,7 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
 
     The official tool takes the file type from whatever it lists first, so its folder must hold nothing but videos.
     """
-    from sparse_forcing.eval.suites import SAMPLES, vbench_work_list
+    from sparse_forcing.eval.vbench.suites import SAMPLES, vbench_work_list
 
     if config.prompts or config.prompt_file:
         raise ConfigError(f"--suite {arguments.suite} brings its own prompts; give none")
@@ -147,7 +147,7 @@ def _check_caption(record: dict[str, Any]) -> dict[str, bool | None]:
     import torch
 
     from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
-    from sparse_forcing.video import read_video
+    from sparse_forcing.media.video import read_video
 
     frames, scale = read_video(record["path"])[0], record["scale"]
     count, height, width, _ = frames.shape

@@ -13,7 +13,7 @@ import sys
 from sparse_forcing.cli import run_module
 from sparse_forcing.cli.flags import add_config_flags, read_config, whole_number
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.sampling.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 FLAGS = {
     "model": "`tiny` (embedded, the default), or a local diffusers folder",
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError('the page needs gradio; pip install "sparse-forcing[ui]"')
 
     from sparse_forcing.cli.playground_page import Playground
-    from sparse_forcing.sampling.generate import load_pipeline
+    from sparse_forcing.sampling.generation.generate import load_pipeline
 
     Playground(load_pipeline(config)).serve(arguments.host, arguments.port)
     return 0

@@ -16,9 +16,9 @@ from PIL import Image
 
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.memory.config import KINDS
-from sparse_forcing.sampling.jobs import MEMORY_KNOBS, GenerateConfig
+from sparse_forcing.sampling.generation.jobs import MEMORY_KNOBS, GenerateConfig
+from sparse_forcing.sampling.generation.settings import resolve_settings
 from sparse_forcing.sampling.live import LivePicture, LiveVideo
-from sparse_forcing.sampling.settings import resolve_settings
 
 MAX_MINUTES = 10
 MAX_SEED = 2**31 - 1

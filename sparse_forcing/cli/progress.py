@@ -6,8 +6,8 @@ import sys
 import time
 from typing import Any
 
-from sparse_forcing.sampling.generate import Progress
-from sparse_forcing.sampling.jobs import Job
+from sparse_forcing.sampling.generation.generate import Progress
+from sparse_forcing.sampling.generation.jobs import Job
 
 SECONDS_BETWEEN_LINES = 2.0  # a log is read later: chunks that follow each other faster are not worth a line each
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Do what is not done yet, together with other processes that run the same command; returns 0 when everything is
     done, 143 when a training was stopped to be resumed."""
-    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+    from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
     selector = arguments.selector or arguments.results.parent / "selector"
     for folder in (arguments.output, arguments.results, selector):

@@ -7,7 +7,7 @@ import argparse
 from sparse_forcing.cli.flags import path
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import check_writable, is_file
-from sparse_forcing.training.cli_entry import STAGES, train
+from sparse_forcing.training.entry import STAGES, train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sparse_forcing.memory.base import MemoryGeometry, MemoryPass, RolloutMemory
+from sparse_forcing.memory.build import make_memory, make_model_memory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.dense import DenseMemory
 from sparse_forcing.memory.heavy_hitter import HeavyHitterMemory
@@ -17,19 +18,5 @@ __all__ = [
     "RolloutMemory",
     "SparseMemory",
     "make_memory",
+    "make_model_memory",
 ]
-
-
-def make_memory(
-    config: MemoryConfig,
-    geometry: MemoryGeometry,
-    *,
-    cache_gradient: str = "none",
-    selectors: list | None = None,
-    backend: str = "auto",
-) -> RolloutMemory:
-    """A fresh, empty memory of the configured kind."""
-    if config.kind == "sparse":
-        return SparseMemory(config, geometry, cache_gradient, selectors=selectors, backend=backend)
-    kind = HeavyHitterMemory if config.kind == "heavy_hitter" else DenseMemory
-    return kind(config, geometry, cache_gradient)

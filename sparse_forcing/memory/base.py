@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.rope import Rotary, rotary_table
+from sparse_forcing.model.rope import Rotary, rotary_table
 
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_forcing.attention import dense_attention
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.rope import shift_time
+from sparse_forcing.model.attention import dense_attention
+from sparse_forcing.model.rope import shift_time
 
 
 @dataclass

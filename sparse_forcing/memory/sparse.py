@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.eager_gradient import with_gradient
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.geometry import TileLayout
 from sparse_forcing.kernels.block_selection.interface import (
     block_importance,
     block_scores,
@@ -30,10 +29,11 @@ from sparse_forcing.kernels.block_selection.interface import (
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.memory.history import BlockHistory, PassTables, RebuiltAttention, rebuild
 from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index
-from sparse_forcing.rope import shift_time
-from sparse_forcing.selector import coarse_attention, selection_loss
+from sparse_forcing.memory.sparse_training import BlockHistory, PassTables, RebuiltAttention, rebuild
+from sparse_forcing.model.geometry import TileLayout
+from sparse_forcing.model.rope import shift_time
+from sparse_forcing.model.selector import coarse_attention, selection_loss
 
 HISTORY_POOLS = 4
 """A history longer than this many pools is replaced by the pool itself, so that long rollouts stay bounded."""
@@ -84,7 +84,7 @@ class SparseMemory(RolloutMemory):
 
     Args:
         selectors: per layer, an object with `query_weights`, `key_weights` [H, T] and `query_projection`,
-            `key_projection` [H, D, D] (sparse_forcing.selector.BlockSelector); None for mean pooling.
+            `key_projection` [H, D, D] (sparse_forcing.model.selector.BlockSelector); None for mean pooling.
         backend: of the attention kernel.
 
     Attributes:

@@ -13,7 +13,7 @@ import pytest
 
 from sparse_forcing.cli import doctor, main
 from sparse_forcing.errors import SparseForcingError
-from sparse_forcing.video import probe
+from sparse_forcing.media.video import probe
 
 
 def test_data_writes_captioned_clips_that_do_not_depend_on_how_many(
@@ -32,7 +32,7 @@ def test_data_writes_captioned_clips_that_do_not_depend_on_how_many(
 
 
 def test_data_manifest_is_what_evaluation_reads(tmp_path: Path) -> None:
-    from sparse_forcing.eval.manifest import load_entries
+    from sparse_forcing.eval.measuring.manifest import load_entries
 
     assert main(["data", "clips", str(tmp_path), "--num-clips", "2", "--num-frames", "8", "--size", "32"]) == 0
     assert [entry.video.name for entry in load_entries(tmp_path / "manifest.jsonl")] == ["000000.mp4", "000001.mp4"]
@@ -65,7 +65,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 
 
 def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sparse_forcing.training import pretrain
+    from sparse_forcing.training.recipes.embedded import pretrain
 
     seen = []
     monkeypatch.setattr(pretrain, "pretrain", lambda config, output, resume: seen.append((config.seed, output)) or 0)
@@ -87,9 +87,9 @@ def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest
 def test_convert_refuses_a_folder_in_use_and_writes_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fake = types.ModuleType("sparse_forcing.weights.convert")
+    fake = types.ModuleType("sparse_forcing.model_folder.convert")
     fake.convert_checkpoint = lambda source, target, **options: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "sparse_forcing.weights.convert", fake)
+    monkeypatch.setitem(sys.modules, "sparse_forcing.model_folder.convert", fake)
     (tmp_path / "w.pt").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), "--json"]) == 0
     assert list(json.loads(capsys.readouterr().out)["sha256"]) == ["config.json"]

@@ -15,16 +15,16 @@ import torch
 from PIL import Image
 
 from sparse_forcing.cli import main
-from sparse_forcing.eval.manifest import load_entries
+from sparse_forcing.eval.measuring.manifest import load_entries
+from sparse_forcing.media.video import read_video, write_video
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.model_folder import PipelineConfig
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling import generate
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
-from sparse_forcing.video import read_video, write_video
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.text import WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.generation import generate
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 

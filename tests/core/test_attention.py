@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask, dense_attention, teacher_forcing_mask
+from sparse_forcing.model.attention import ParallelAttention, block_causal_mask, dense_attention, teacher_forcing_mask
 
 TOKENS = 3
 

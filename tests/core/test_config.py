@@ -160,14 +160,14 @@ def test_any_text_gives_a_config_or_a_config_error(tmp_path_factory: pytest.Temp
 @pytest.mark.parametrize("tree", [[1, 2], [], "abc", 5, None])
 @pytest.mark.parametrize("overrides", [(), ("steps=2",)])
 def test_what_is_no_mapping_is_one_line(tree, overrides) -> None:
-    from sparse_forcing.sampling.schedules import SamplerConfig
+    from sparse_forcing.model.flow import SamplerConfig
 
     with pytest.raises(ConfigError, match=r"^pipeline\.json: "):
         build_config(SamplerConfig, tree, overrides, source="pipeline.json")
 
 
 def test_overrides_leave_the_given_tree_alone() -> None:
-    from sparse_forcing.sampling.schedules import SamplerConfig
+    from sparse_forcing.model.flow import SamplerConfig
 
     tree = {"steps": 3}
     assert build_config(SamplerConfig, tree, ["steps=5"]).steps == 5

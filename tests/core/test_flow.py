@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma, x0_to_flow
+from sparse_forcing.model.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma, x0_to_flow
 
 
 def test_conversions_are_consistent_with_the_path() -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.images import fit, read_image
+from sparse_forcing.media.images import fit, read_image
 
 RED, BLUE = (220, 30, 20), (20, 40, 200)
 

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from sparse_forcing.cli import main
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model_folder import PipelineConfig
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.text import PAD, UMT5TextEncoder, WordTextEncoder
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.model.text import PAD, UMT5TextEncoder, WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.weights.manifest import MANIFEST
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

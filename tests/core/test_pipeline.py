@@ -12,14 +12,14 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model_folder import PipelineConfig
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.text import WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.weights.manifest import MANIFEST
 
 PROMPT = "a red ball"

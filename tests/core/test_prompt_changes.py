@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.geometry import VideoGeometry
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model_folder import PipelineConfig
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.jobs import GenerateConfig
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.sampling.settings import _prompt_changes
-from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.text import WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.settings import _prompt_changes
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 RED, BLUE = "a red ball", "a blue ball"
 CHUNK = 8  # pixel frames

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_forcing.rope import apply_rotary, axis_dims, rotary_table, shift_time
+from sparse_forcing.model.rope import apply_rotary, axis_dims, rotary_table, shift_time
 
 ROWS, COLS, DIM = 2, 3, 32
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_forcing.files import output_lock
-from sparse_forcing.tasks import Task, run_tasks
+from sparse_forcing.reproduction.tasks import Task, run_tasks
 
 
 class Work:

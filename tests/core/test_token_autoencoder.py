@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
+from sparse_forcing.model.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 
 
 def small() -> TokenAutoencoder:

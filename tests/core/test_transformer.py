@@ -9,9 +9,9 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.transformer import CausalWanTransformer3DModel, frame_position_waves
+from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel, frame_position_waves
 
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,

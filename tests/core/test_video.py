@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from sparse_forcing.errors import OutputError, VideoError
-from sparse_forcing.sampling import jobs
+from sparse_forcing.media.video import MAX_SIDE, VideoWriter, iter_frames, probe, read_video, to_uint8, write_video
+from sparse_forcing.sampling.generation import jobs
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import sample_scenes
-from sparse_forcing.video import MAX_SIDE, VideoWriter, iter_frames, probe, read_video, to_uint8, write_video
 
 
 def moving_square(frames: int = 24, height: int = 48, width: int = 64) -> np.ndarray:

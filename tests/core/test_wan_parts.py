@@ -7,8 +7,8 @@ import torch
 from transformers import UMT5Config, UMT5EncoderModel
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.text import UMT5TextEncoder, clean_prompt
-from sparse_forcing.vae import WanAutoencoder
+from sparse_forcing.model.text import UMT5TextEncoder, clean_prompt
+from sparse_forcing.model.vae import WanAutoencoder
 
 
 class CharacterTokenizer:

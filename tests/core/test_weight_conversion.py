@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sparse_forcing.errors import WeightsError
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.weights.convert import (
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model_folder.convert import (
     convert_checkpoint,
     diffusers_to_wan_key,
     infer_config,

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sparse_forcing.eval.manifest import Entry
-from sparse_forcing.eval.registry import all_metrics
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.view import Clip
+from sparse_forcing.eval.measuring.manifest import Entry
+from sparse_forcing.eval.measuring.registry import all_metrics
+from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.view import Clip
 
 SIDE, FPS = 64, 16.0
 

@@ -1,7 +1,7 @@
 """Small random checkpoints under the official names, and plain functional forward passes to compare with.
 
-The functions here share no code with `sparse_forcing.eval.networks`: they read the same tensors by name and write the
-formulas out.
+The functions here share no code with `sparse_forcing.eval.vbench.networks`: they read the same tensors by name and
+write the formulas out.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.aggregate import DIMENSIONS, aggregate, normalize, read_scores
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
+from sparse_forcing.eval.vbench.aggregate import DIMENSIONS, aggregate, normalize, read_scores
 
 ROWS = json.loads((Path(__file__).parent / "data" / "leaderboard_rows.json").read_text(encoding="utf-8"))
 HALF = dict.fromkeys(DIMENSIONS, 0.5)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
-from sparse_forcing.eval import bench_change
-from sparse_forcing.eval.bench_options import ChangeBenchConfig
+from sparse_forcing.eval.bench import change as bench_change
+from sparse_forcing.eval.bench.options import ChangeBenchConfig
 from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.held_out import CHANGEABLE, PromptChange, changing_prompts
 from sparse_forcing.scenes.render import render

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sparse_forcing.cli import main
-from sparse_forcing.eval.bench_rollout import COLUMNS, breakdown
+from sparse_forcing.eval.bench.rollout import COLUMNS, breakdown
 from sparse_forcing.scenes.held_out import held_out_prompts
 
 

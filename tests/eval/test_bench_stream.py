@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
-from sparse_forcing.eval import bench_stream
+from sparse_forcing.eval.bench import stream as bench_stream
 
 TINY = ("bench", "stream", "--model-size", "tiny", "--device", "cpu", "--height", "64", "--width", "64")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sparse_forcing.eval.claims import OTHERS, check_claims
+from sparse_forcing.reproduction.claims import OTHERS, check_claims
 
 PROMPTS = 40
 VARIANTS = ("dense", "dense-absolute", "dense-window", "sparse", *OTHERS)

@@ -17,8 +17,8 @@ from sparse_forcing.eval.drift import (
     video_drift_error,
     windows,
 )
-from sparse_forcing.eval.registry import suite_metrics
-from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.measuring.registry import suite_metrics
+from sparse_forcing.eval.measuring.resources import Resources
 from tests.eval.conftest import FPS, clip_of, moving_disc
 
 NAMES = ("brightness", "saturation", "contrast", "detail", "pixel_stability", "motion_magnitude")

@@ -18,10 +18,10 @@ import pytest
 from sparse_forcing.errors import ConfigError, OutputError, WeightsError
 from sparse_forcing.eval import run as run_module
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
+from sparse_forcing.eval.measuring.view import open_clip
 from sparse_forcing.eval.results import load_results
-from sparse_forcing.eval.view import open_clip
 from sparse_forcing.files import output_lock
-from sparse_forcing.video import write_video
+from sparse_forcing.media.video import write_video
 from tests.eval.conftest import moving_disc
 
 FEW = ("pixel_stability", "brightness")

@@ -9,10 +9,10 @@ import cv2
 import numpy as np
 import pytest
 
-from sparse_forcing.eval.manifest import Entry
+from sparse_forcing.eval.measuring.manifest import Entry
+from sparse_forcing.eval.measuring.view import open_clip
 from sparse_forcing.eval.metrics.flicker import flicker_score
-from sparse_forcing.eval.view import open_clip
-from sparse_forcing.video import write_video
+from sparse_forcing.media.video import write_video
 from tests.eval.conftest import moving_disc, score
 
 

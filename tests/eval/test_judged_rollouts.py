@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval import judged_rollouts
-from sparse_forcing.eval.judged_rollouts import RolloutSettings, judge, judge_batch, mean_of, share_of
+from sparse_forcing.eval.bench import judging as judged_rollouts
+from sparse_forcing.eval.bench.judging import RolloutSettings, judge, judge_batch, mean_of, share_of
 from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.held_out import held_out_prompts
 from sparse_forcing.scenes.render import render

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparse_forcing.eval.long import clip_ranges, fuse, long_measurement, map_score, seconds_for
-from sparse_forcing.eval.registry import all_metrics
-from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.measuring.registry import all_metrics
+from sparse_forcing.eval.measuring.resources import Resources
 from tests.eval.conftest import clip_of, moving_disc
 
 

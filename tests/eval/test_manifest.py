@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.manifest import Entry, load_entries, prompt_from_name, read_manifest, write_manifest
+from sparse_forcing.eval.measuring.manifest import Entry, load_entries, prompt_from_name, read_manifest, write_manifest
 from sparse_forcing.eval.results import cluster
 
 

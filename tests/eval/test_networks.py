@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.eval.networks import clip, dino, raft, viclip
-from sparse_forcing.eval.networks.loading import read_state_dict
-from sparse_forcing.eval.networks.tokenizer import ClipTokenizer, byte_alphabet
+from sparse_forcing.eval.vbench.networks import clip, dino, raft, viclip
+from sparse_forcing.eval.vbench.networks.loading import read_state_dict
+from sparse_forcing.eval.vbench.networks.tokenizer import ClipTokenizer, byte_alphabet
 from tests.eval import plain_networks as plain
 
 

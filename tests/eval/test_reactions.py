@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_forcing.eval.registry import suite_metrics
-from sparse_forcing.eval.resources import Resources
+from sparse_forcing.eval.measuring.registry import suite_metrics
+from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import batch_from_scenes
 from sparse_forcing.scenes.vocabulary import Scene, SceneObject

@@ -11,7 +11,7 @@ import pytest
 
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
 from sparse_forcing.eval.report.charts import Series, line_chart
-from sparse_forcing.video import write_video
+from sparse_forcing.media.video import write_video
 from tests.eval.conftest import moving_disc
 
 

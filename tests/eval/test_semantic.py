@@ -9,8 +9,8 @@ import pytest
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
 from sparse_forcing.eval.results import load_results
-from sparse_forcing.eval.semantic import load_stand_in
-from sparse_forcing.video import write_video
+from sparse_forcing.eval.vbench.semantic import load_stand_in
+from sparse_forcing.media.video import write_video
 from tests.eval.conftest import moving_disc
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_forcing.eval.statistics import paired_difference, summarize
+from sparse_forcing.eval.measuring.statistics import paired_difference, summarize
 
 
 def test_video_and_pooled_mean_differ_when_lengths_differ() -> None:

@@ -7,9 +7,9 @@ from collections import Counter
 import pytest
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.aggregate import DIMENSIONS
-from sparse_forcing.eval.manifest import prompt_from_name
-from sparse_forcing.eval.suites import prompt_index, vbench_prompts, vbench_work_list
+from sparse_forcing.eval.measuring.manifest import prompt_from_name
+from sparse_forcing.eval.vbench.aggregate import DIMENSIONS
+from sparse_forcing.eval.vbench.suites import prompt_index, vbench_prompts, vbench_work_list
 
 
 def test_every_dimension_has_its_prompts() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sparse_forcing.eval import transforms as T
+from sparse_forcing.eval.vbench import transforms as T
 
 
 def cubic(x: np.ndarray) -> np.ndarray:

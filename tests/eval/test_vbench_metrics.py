@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.eval import transforms as T
+from sparse_forcing.eval.measuring.registry import all_metrics
+from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.metrics.dynamic_degree import is_dynamic, is_static, top_mean
 from sparse_forcing.eval.metrics.objects import relation_score
-from sparse_forcing.eval.networks import clip, dino, raft, viclip
-from sparse_forcing.eval.registry import all_metrics
-from sparse_forcing.eval.resources import Resources
-from sparse_forcing.eval.semantic import Detection
+from sparse_forcing.eval.vbench import transforms as T
+from sparse_forcing.eval.vbench.networks import clip, dino, raft, viclip
+from sparse_forcing.eval.vbench.semantic import Detection
 from tests.eval import plain_networks as plain
 from tests.eval.conftest import clip_of, moving_disc, score
 
@@ -285,8 +285,8 @@ def test_scene_and_human_action() -> None:
 
 
 def test_features_are_kept_on_disk_and_shared_by_windows(tmp_path: Path) -> None:
-    from sparse_forcing.eval.manifest import Entry
-    from sparse_forcing.eval.view import Clip, FeatureStore
+    from sparse_forcing.eval.measuring.manifest import Entry
+    from sparse_forcing.eval.measuring.view import Clip, FeatureStore
 
     calls = []
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.sampling import generate
+from sparse_forcing.sampling.generation import generate
 
 
 @dataclass

@@ -52,7 +52,7 @@ def test_without_triton_attention_runs_and_forcing_it_says_why(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_without_optional_packages_generation_still_imports(tmp_path: Path) -> None:
-    code = "import sparse_forcing.pipeline, sparse_forcing.cli.generate, sparse_forcing.eval.metrics.caption"
+    code = "import sparse_forcing.sampling.pipeline, sparse_forcing.cli.generate, sparse_forcing.eval.metrics.caption"
     done = child(code, tmp_path, "cv2", "scipy", "matplotlib", "gradio", "triton")
     assert done.returncode == 0, done.stderr
 
@@ -61,7 +61,7 @@ def test_without_optional_packages_generation_still_imports(tmp_path: Path) -> N
 def test_a_foreign_package_called_kernels_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("foreign = True")
-    code = "import kernels, sparse_forcing.pipeline\nassert kernels.foreign\n" + ATTENTION
+    code = "import kernels, sparse_forcing.sampling.pipeline\nassert kernels.foreign\n" + ATTENTION
     done = child(code, tmp_path, PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
     assert done.returncode == 0, done.stderr
 

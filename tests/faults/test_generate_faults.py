@@ -13,7 +13,7 @@ import pytest
 
 from sparse_forcing.cli import main
 from sparse_forcing.files import output_lock
-from sparse_forcing.video import read_video
+from sparse_forcing.media.video import read_video
 
 
 def run(*arguments: object) -> int:
@@ -137,7 +137,7 @@ def test_bad_prompt_file_names_the_line(
 
 
 def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_path: Path) -> None:
-    from sparse_forcing.sampling.jobs import GenerateConfig, plan
+    from sparse_forcing.sampling.generation.jobs import GenerateConfig, plan
 
     (tmp_path / "p.txt").write_text("\ufeff" + "a red ball\r\n" * 100_000, "utf-8")
     jobs = plan(GenerateConfig(prompt_file=tmp_path / "p.txt", output=tmp_path / "out"))
@@ -237,7 +237,7 @@ def test_failure_midway_leaves_neither_video_nor_sidecar(
 def test_failing_encoder_leaves_nothing(stub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import av
 
-    from sparse_forcing import video
+    from sparse_forcing.media import video
 
     class Failing(video.VideoWriter):
         def write(self, frames: object) -> None:
@@ -373,7 +373,7 @@ def test_replaced_video_keeps_neither_old_sidecar_nor_old_overlay(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sparse_forcing.errors import OutputError
-    from sparse_forcing.sampling import generate
+    from sparse_forcing.sampling.generation import generate
 
     def full(*_: object) -> None:
         raise OutputError("cannot write: full")

@@ -17,11 +17,11 @@ from torch import nn
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval import run
-from sparse_forcing.eval.manifest import Entry
+from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.training.loop import LoopConfig
-from sparse_forcing.training.optim import OptimizerConfig, make_optimizer
-from sparse_forcing.training.stage import optimizer_step
+from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.recipes.shared import optimizer_step
 
 STEPS = "loop: {steps: 1, trackers: []}\n"
 

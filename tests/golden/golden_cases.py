@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_forcing.flow import FlowSchedule
-from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.flow import FlowSchedule
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 DEFAULT_FOLDER = Path(__file__).parent / "data"
 

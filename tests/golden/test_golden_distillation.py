@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_forcing.flow import FlowSchedule
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
+from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.sampling.rollout import TrainingRollout, rollout
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.training.score_losses import (
+from sparse_forcing.training.losses.distribution_matching import (
     Score,
     critic_loss,
     distribution_gradient,

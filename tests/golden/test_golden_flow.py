@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 
-from sparse_forcing.flow import FlowSchedule, add_noise, flow_to_x0, x0_to_flow
+from sparse_forcing.model.flow import FlowSchedule, add_noise, flow_to_x0, x0_to_flow
 from tests.golden.golden_cases import Case, assert_close
 
 KIND = "flow_scheduler"

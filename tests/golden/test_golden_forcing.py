@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
-from sparse_forcing.flow import FlowSchedule, add_noise, flow_to_x0
-from sparse_forcing.training.losses import forcing_loss, ode_inputs, ode_regression_loss, per_chunk
+from sparse_forcing.model.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
+from sparse_forcing.model.flow import FlowSchedule, add_noise, flow_to_x0
+from sparse_forcing.training.losses.flow_matching import forcing_loss, ode_inputs, ode_regression_loss, per_chunk
 from tests.golden.golden_cases import Case, assert_close, assert_gradient_norms, chunk_sizes
 
 KIND = "aux_losses"

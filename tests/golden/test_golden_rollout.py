@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.memory import DenseMemory, MemoryConfig, MemoryGeometry, make_memory
+from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
+from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.sampling.rollout import rollout
-from sparse_forcing.sampling.schedules import SamplerConfig
 from tests.golden.golden_cases import Case, RecordedNoise, assert_close, chunk_sizes, step_list
 
 KIND = "causal_rollout"

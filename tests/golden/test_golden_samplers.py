@@ -7,8 +7,8 @@ import re
 import torch
 from torch import Tensor
 
+from sparse_forcing.model.flow import wan_levels
 from sparse_forcing.sampling.samplers import sample_euler, sample_unipc
-from sparse_forcing.sampling.schedules import wan_levels
 from tests.golden.golden_cases import Case, assert_close
 
 KIND = "samplers"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
+from sparse_forcing.model.attention import ParallelAttention, block_causal_mask, teacher_forcing_mask
 from tests.golden.golden_cases import Case, assert_close, assert_gradient_norms, chunk_sizes
 
 KIND = "causal_training_mask"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.vae import WanAutoencoder
+from sparse_forcing.model.vae import WanAutoencoder
 from tests.golden.golden_cases import Case, assert_close
 
 KIND = "vae_tiny"

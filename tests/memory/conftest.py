@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.sampling.rollout import SeededNoise, rollout
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.transformer import CausalWanTransformer3DModel
 
 CHUNK, ROWS, COLS, CHANNELS, LAYERS, HORIZON = 3, 4, 6, 4, 2, 21
 

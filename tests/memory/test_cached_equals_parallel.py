@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sparse_forcing.attention import ParallelAttention, teacher_forcing_mask
-from sparse_forcing.geometry import TileLayout
 from sparse_forcing.memory import MemoryConfig, SparseMemory
+from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_mask
+from sparse_forcing.model.geometry import TileLayout
 
 from .conftest import CHANNELS, CHUNK, COLS, ROWS
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.memory import HeavyHitterMemory, MemoryConfig, MemoryGeometry
 from sparse_forcing.memory.heavy_hitter import attention_mass
-from sparse_forcing.rope import apply_rotary, rotary_table
+from sparse_forcing.model.attention import ParallelAttention
+from sparse_forcing.model.rope import apply_rotary, rotary_table
 
 from .conftest import CHANNELS, CHUNK, COLS, ROWS
 from .test_cached_equals_parallel import CHUNKS, FRAMES, cached_flows, parallel_flow

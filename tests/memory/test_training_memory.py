@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sparse_forcing import rope
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
-from sparse_forcing.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model import rope
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 TABLES = 1.001
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model_folder import PipelineConfig
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.schedules import SamplerConfig
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.text import WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import vocabulary_words
-from sparse_forcing.text import WordTextEncoder
-from sparse_forcing.transformer import CausalWanTransformer3DModel
-from sparse_forcing.vae import PatchAutoencoder
 
 SIZE, CHUNK, HORIZON, CHANNELS = 32, 2, 4, 6
 SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, top_k=0.5)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.errors import WeightsError
-from sparse_forcing.training.checkpoint import read_manifest
+from sparse_forcing.training.engine.checkpoint import read_manifest
 from tests.training import workers
 
 ROOT = Path(__file__).parents[2]

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.training import autoencode
-from sparse_forcing.training.autoencode import AutoencoderConfig, reconstruction_losses, train
-from sparse_forcing.training.curriculum import PretrainConfig
+from sparse_forcing.model.vae import TokenAutoencoder
 from sparse_forcing.training.data.procedural import procedural_batch
-from sparse_forcing.training.export import with_autoencoder
-from sparse_forcing.training.pretrain_model import make_autoencoder
-from sparse_forcing.vae import TokenAutoencoder
+from sparse_forcing.training.recipes.embedded import autoencoder as autoencode
+from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig, reconstruction_losses, train
+from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig
+from sparse_forcing.training.recipes.embedded.export import with_autoencoder
+from sparse_forcing.training.recipes.embedded.pretrain_model import make_autoencoder
 from tests.training.helpers import differences, newest, state
 
 pytestmark = pytest.mark.xdist_group("autoencode")  # one process trains for all

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.training.helpers import losses
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"

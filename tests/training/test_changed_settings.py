@@ -13,13 +13,13 @@ import torch
 from sparse_forcing.cli import main
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.training.autoencode import AutoencoderConfig
-from sparse_forcing.training.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
-from sparse_forcing.training.distill import DistillConfig
-from sparse_forcing.training.forcing import ForcingConfig, train
-from sparse_forcing.training.loop import LoopConfig
-from sparse_forcing.training.resume import FREE, Resume, changed_settings
+from sparse_forcing.training.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
+from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.engine.resume import FREE, Resume, changed_settings
+from sparse_forcing.training.recipes.distill import DistillConfig
+from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
+from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
+from sparse_forcing.training.recipes.forcing import ForcingConfig, train
 from tests.training.helpers import differences, losses, newest, small_config, state
 
 LOOP = LoopConfig(steps=4, trackers=())

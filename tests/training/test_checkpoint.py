@@ -14,14 +14,14 @@ import torch
 from torch import nn
 
 from sparse_forcing.errors import OutputError, WeightsError
-from sparse_forcing.training import checkpoint, parallel
-from sparse_forcing.training.checkpoint import (
+from sparse_forcing.training.engine import checkpoint, parallel
+from sparse_forcing.training.engine.checkpoint import (
     RandomState,
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
 )
-from sparse_forcing.training.ema import ParameterEma
+from sparse_forcing.training.engine.ema import ParameterEma
 from tests.training.helpers import is_complete
 
 

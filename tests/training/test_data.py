@@ -19,7 +19,9 @@ from sparse_forcing.cli import main
 from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import output_lock
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.media.video import write_video
+from sparse_forcing.model.vae import PatchAutoencoder
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
@@ -27,10 +29,8 @@ from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, VideoSource, make_source
 from sparse_forcing.training.data.videos import list_videos, read_clip
-from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.loop import LoopConfig
-from sparse_forcing.vae import PatchAutoencoder
-from sparse_forcing.video import write_video
+from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
 from tests.training.conftest import CHANNELS, HORIZON, SIZE
 from tests.training.helpers import ROOT
 from tests.training.test_recipes import distill
@@ -270,7 +270,7 @@ def test_encoding_skips_bad_files_within_the_budget_over_all_runs(
 def test_training_from_shards_loads_no_text_encoder(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparse_forcing import pipeline
+    from sparse_forcing.sampling import pipeline
 
     encode(encoding(model_folder), tmp_path / "data")
     data = DataConfig(kind="shards", path=tmp_path / "data", latent_frames=HORIZON, caption_dropout=0.5)

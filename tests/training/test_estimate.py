@@ -15,11 +15,11 @@ from accelerate import Accelerator
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
-from sparse_forcing.training.autoencode import AutoencoderConfig
-from sparse_forcing.training.cli_entry import guess_stage, load_stage
+from sparse_forcing.model_folder.sizes import model_sizes
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.distill import DistillConfig, DistillRecipe
-from sparse_forcing.training.estimate import (
+from sparse_forcing.training.engine.lora import LoraConfig
+from sparse_forcing.training.entry import guess_stage, load_stage
+from sparse_forcing.training.memory_estimate.stages import (
     Work,
     cache_bytes,
     estimate_autoencoder,
@@ -27,9 +27,9 @@ from sparse_forcing.training.estimate import (
     estimate_stage,
     parameter_count,
 )
-from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.lora import LoraConfig
-from sparse_forcing.training.model_sizes import model_sizes
+from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
+from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
+from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.scores import ScoreConfig
 from tests.training.conftest import SPARSE as SMALL_SPARSE
 from tests.training.live_bytes import LiveBytes
@@ -313,7 +313,7 @@ def test_a_folder_of_unknown_size_is_an_error() -> None:
 
 
 def test_a_launch_with_another_number_of_processes_is_refused(tmp_path: Path, model_folder: Path) -> None:
-    from sparse_forcing.training.forcing import train
+    from sparse_forcing.training.recipes.forcing import train
 
     config = ForcingConfig(
         loop=replace(LOOP, processes=2), model=str(model_folder), data=DataConfig(size=32, latent_frames=4)

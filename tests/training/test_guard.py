@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.training.guard import StopRequest, check_finite, explained_failures
+from sparse_forcing.training.engine.guard import StopRequest, check_finite, explained_failures
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

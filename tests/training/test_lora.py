@@ -13,11 +13,11 @@ import torch
 from accelerate import Accelerator
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.training.checkpoint import load_checkpoint, save_checkpoint
-from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.lora import LoraConfig
-from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.training.engine.checkpoint import load_checkpoint, save_checkpoint
+from sparse_forcing.training.engine.lora import LoraConfig
+from sparse_forcing.training.engine.optim import OptimizerConfig
+from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
 from tests.training.helpers import differences, largest_difference, losses, newest, run, small_config, state
 from tests.training.test_recipes import DATA, LOOP, distill
 

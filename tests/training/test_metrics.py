@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sparse_forcing.errors import OutputError
-from sparse_forcing.training.metrics import append_row, forget_beyond
+from sparse_forcing.training.engine.metrics import append_row, forget_beyond
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sparse_forcing.training import muon
-from sparse_forcing.training.muon import BatchedMuon, orthogonalize
+from sparse_forcing.training.recipes.embedded import muon
+from sparse_forcing.training.recipes.embedded.muon import BatchedMuon, orthogonalize
 
 SETTINGS = {"lr": 0.02, "weight_decay": 0.1}
 COEFFICIENTS = (3.4445, -4.775, 2.0315)

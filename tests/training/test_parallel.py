@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from sparse_forcing.model_folder import load_transformer
-from sparse_forcing.training.parallel import leaving_group, shard
+from sparse_forcing.model_folder.folder import load_transformer
+from sparse_forcing.training.engine.parallel import leaving_group, shard
 from tests.training.conftest import CHANNELS
 from tests.training.helpers import (
     differences,

@@ -13,25 +13,26 @@ from typing import Any
 import pytest
 import torch
 
-from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.model_folder import read_defaults
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.model.attention import ParallelAttention
+from sparse_forcing.model.vae import TokenAutoencoder
+from sparse_forcing.model_folder.folder import read_defaults
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.render import trajectories
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.scenes.vocabulary import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, SIZES
-from sparse_forcing.training import export
-from sparse_forcing.training import pretrain as recipe
-from sparse_forcing.training.autoencode import with_channels
-from sparse_forcing.training.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch
-from sparse_forcing.training.ema import ParameterEma
-from sparse_forcing.training.export import trained_pipeline
-from sparse_forcing.training.level_balance import LevelBalance
-from sparse_forcing.training.losses import sample_sigma, sigma_quantile, unit_variance_weight
-from sparse_forcing.training.muon import BatchedMuon
-from sparse_forcing.training.pretrain_model import TextToVideo, make_autoencoder, make_models
-from sparse_forcing.training.scene_targets import (
+from sparse_forcing.training.engine.ema import ParameterEma
+from sparse_forcing.training.losses.flow_matching import sample_sigma, sigma_quantile, unit_variance_weight
+from sparse_forcing.training.recipes.embedded import export
+from sparse_forcing.training.recipes.embedded import pretrain as recipe
+from sparse_forcing.training.recipes.embedded.autoencoder import with_channels
+from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
+from sparse_forcing.training.recipes.embedded.export import trained_pipeline
+from sparse_forcing.training.recipes.embedded.level_balance import LevelBalance
+from sparse_forcing.training.recipes.embedded.muon import BatchedMuon
+from sparse_forcing.training.recipes.embedded.pretrain_model import TextToVideo, make_autoencoder, make_models
+from sparse_forcing.training.recipes.embedded.scene_targets import (
     ATTRIBUTES,
     HARMONICS,
     POSE_NUMBERS,
@@ -39,7 +40,6 @@ from sparse_forcing.training.scene_targets import (
     course_targets,
     pose_targets,
 )
-from sparse_forcing.vae import TokenAutoencoder
 from tests.training.helpers import differences, newest, state
 
 STD = [2.0, 1.0, 0.5, 0.5]

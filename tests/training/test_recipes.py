@@ -11,20 +11,20 @@ import torch
 from accelerate import Accelerator
 
 from sparse_forcing import devices
-from sparse_forcing.attention import ParallelAttention
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model_folder import find_model, load_transformer, read_defaults
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
-from sparse_forcing.training.cli_entry import STAGES, load_stage, train
+from sparse_forcing.model.attention import ParallelAttention
+from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
+from sparse_forcing.model_folder.folder import find_model, load_transformer, read_defaults
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
-from sparse_forcing.training.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.loop import LoopConfig
-from sparse_forcing.training.optim import OptimizerConfig
+from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.engine.optim import OptimizerConfig
+from sparse_forcing.training.entry import STAGES, load_stage, train
+from sparse_forcing.training.recipes.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
+from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
+from sparse_forcing.training.recipes.shared import generators
 from sparse_forcing.training.scores import ScoreConfig
-from sparse_forcing.training.stage import generators
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE
 from tests.training.helpers import differences
 from tests.training.live_bytes import LiveBytes

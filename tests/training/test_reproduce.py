@@ -14,11 +14,11 @@ import pytest
 
 from sparse_forcing.cli import run_module
 from sparse_forcing.errors import VideoError
-from sparse_forcing.eval import miniature as evaluation
-from sparse_forcing.pipeline import SparseForcingPipeline
-from sparse_forcing.training import miniature
-from sparse_forcing.training.guard import STOPPED
-from sparse_forcing.training.miniature import CONFIGS, STUDENTS, VARIANTS
+from sparse_forcing.reproduction import plan as miniature
+from sparse_forcing.reproduction import students as evaluation
+from sparse_forcing.reproduction.plan import CONFIGS, STUDENTS, VARIANTS
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.training.engine.guard import STOPPED
 from tests.training.conftest import CHUNK, HORIZON, SIZE
 from tests.training.helpers import ROOT
 
@@ -122,7 +122,7 @@ def test_changed_settings_train_what_depends_on_them_and_nothing_else(
     path.write_text(json.dumps(settings(model_folder)))
 
     def folders(*overrides: str) -> set[str]:
-        from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+        from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
         work = Reproduction(read_reproduce_config(path, list(overrides)), done / "run")
         return {training.folder.name for training in work.trainings}
@@ -138,7 +138,7 @@ def test_changed_settings_train_what_depends_on_them_and_nothing_else(
 
 
 def test_nothing_is_trained_for_a_student_that_is_there(done: Path, model_folder: Path, tmp_path: Path) -> None:
-    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+    from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
     path = tmp_path / "c.yaml"
     path.write_text(json.dumps(settings(model_folder)))
@@ -271,7 +271,7 @@ def test_a_horizon_that_is_not_the_clip_is_refused(
 
 
 def test_frames_of_other_prompts_are_not_taken_for_its_own(done: Path, model_folder: Path) -> None:
-    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+    from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
     path = done / "reproduce.yaml"
     path.write_text(json.dumps(settings(model_folder)))
@@ -282,7 +282,7 @@ def test_frames_of_other_prompts_are_not_taken_for_its_own(done: Path, model_fol
 
 
 def test_the_shipped_config_is_sound(tmp_path: Path) -> None:
-    from sparse_forcing.cli.reproduction import Reproduction, read_reproduce_config
+    from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
     work = Reproduction(read_reproduce_config(CONFIGS / "reproduce.yaml", []), tmp_path)
     assert list(work.rollouts) == list(VARIANTS)

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparse_forcing.eval.bench.recall import measure_recall
 from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
 from sparse_forcing.memory import MemoryGeometry, make_memory
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.selector import BlockSelector, recall, selection_loss
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
-from sparse_forcing.sampling.schedules import SamplerConfig
-from sparse_forcing.selector import BlockSelector, recall, selection_loss
-from sparse_forcing.training.recall import measure_recall
-from sparse_forcing.training.stage import add_selector
+from sparse_forcing.training.recipes.shared import add_selector
 from sparse_forcing.weights.manifest import MANIFEST
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE, make_pipeline
 

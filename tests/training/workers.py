@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from sparse_forcing.config import build_config
-from sparse_forcing.training import checkpoint, distill, forcing, stage
-from sparse_forcing.training.parallel import rank
+from sparse_forcing.training.engine import checkpoint
+from sparse_forcing.training.engine.parallel import rank
+from sparse_forcing.training.recipes import distill, forcing
+from sparse_forcing.training.recipes import shared as stage
 
 GROUP_ALIVE = "threads of the process group outlive the training: the interpreter may die when it ends"
 """Printed by a worker, and then an error in every test."""

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.model_folder import find_model, load_autoencoder, load_text_encoder, read_defaults
-from sparse_forcing.prompts import read_prompts
+from sparse_forcing.model.vae import VideoAutoencoder
+from sparse_forcing.model_folder.folder import find_model, load_autoencoder, load_text_encoder, read_defaults
+from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.training.data.shards import ShardContent, refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames
 from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
-from sparse_forcing.vae import VideoAutoencoder
 from sparse_forcing.weights.manifest import folder_hash
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.files import output_lock
-from sparse_forcing.training.parallel import from_first, leaving_group
+from sparse_forcing.training.engine.parallel import from_first, leaving_group
 
 PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the slowest one; one that dies ends the waiting at once."""

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.flow import NUM_TRAIN_TIMESTEPS, shift_sigma
-from sparse_forcing.pipeline import SparseForcingPipeline
+from sparse_forcing.model.flow import NUM_TRAIN_TIMESTEPS, SamplerConfig, few_step_timesteps, shift_sigma
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
-from sparse_forcing.sampling.schedules import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.data.encode import say, settings_and_samples
 from sparse_forcing.training.data.shards import ShardContent, write_shards
 from sparse_forcing.training.data.sources import DataConfig, Shuffled, VideoFormat, make_source

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, sha256_file
-from sparse_forcing.training.parallel import from_first, mean_over_ranks, rank, world_size
+from sparse_forcing.training.engine.parallel import from_first, mean_over_ranks, rank, world_size
 from sparse_forcing.weights.safe_load import check_safetensors
 
 _DATASET, _LOOSE = "dataset.json", "prompts.safetensors"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.geometry import VideoGeometry
-from sparse_forcing.prompts import read_prompts
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.vae import VideoAutoencoder
+from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.scenes.sample import motion_table, shape_table
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
-from sparse_forcing.vae import VideoAutoencoder
 
 KINDS = ("procedural", "videos", "prompts", "shards")
 

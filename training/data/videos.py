@@ -20,9 +20,9 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.files import parse_json
-from sparse_forcing.prompts import MAX_FILE_BYTES, check_prompt
-from sparse_forcing.vae import VideoAutoencoder
-from sparse_forcing.video import iter_frames, probe
+from sparse_forcing.media.video import iter_frames, probe
+from sparse_forcing.model.vae import VideoAutoencoder
+from sparse_forcing.sampling.generation.prompts import MAX_FILE_BYTES, check_prompt
 
 
 @dataclass(frozen=True)

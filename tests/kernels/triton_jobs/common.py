@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention import reference
-from sparse_forcing.kernels.block_sparse_attention.triton_backend import run
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, plan_backward, plan_forward
+from sparse_forcing.kernels.block_sparse_attention.gpu.backend import run
+from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, plan_backward, plan_forward
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
 MARGIN = 64  # elements of canary on either side of every output

@@ -14,9 +14,9 @@ import triton
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels import compile_report as report
-from sparse_forcing.kernels.block_selection import triton_launch as plans
-from sparse_forcing.kernels.block_sparse_attention.triton_backend import active
-from sparse_forcing.kernels.block_sparse_attention.triton_launch import Problem, choose_forward, power_of_two
+from sparse_forcing.kernels.block_selection.gpu import launch as plans
+from sparse_forcing.kernels.block_sparse_attention.gpu.backend import active
+from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, choose_forward, power_of_two
 
 RECORDED = json.loads(report.RECORDED.read_text())
 SAME_COMPILER = triton.__version__ == RECORDED["triton"]

@@ -17,9 +17,9 @@ interpreter_bf16.install()
 
 from sparse_forcing.errors import SparseForcingError  # noqa: E402
 from sparse_forcing.kernels.block_selection import reference as selection_reference  # noqa: E402
-from sparse_forcing.kernels.block_selection import triton_backend as selection  # noqa: E402
+from sparse_forcing.kernels.block_selection.gpu import backend as selection  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
-from sparse_forcing.kernels.block_sparse_attention.triton_lists import inverse_lists  # noqa: E402
+from sparse_forcing.kernels.block_sparse_attention.gpu.lists import inverse_lists  # noqa: E402
 from tests.kernels.triton_jobs.common import (  # noqa: E402
     TOLERANCE,
     answer,

@@ -1,0 +1,157 @@
+"""How well a video follows a prompt that changes on the way, with every memory.
+
+After one clip (the model's default length) one attribute of the caption changes, and two more clips are judged by the
+new one. Videos that had it from the start, made of the same noise, are judged beside them, clip by clip: those say what
+the model gets right at that age.
+
+    sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --output docs/results/change
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from sparse_forcing.devices import resolve_device
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.bench.judging import ACCURACIES, Record, RolloutSettings, judge, share_of, stream
+from sparse_forcing.eval.bench.options import ChangeBenchConfig
+from sparse_forcing.eval.bench.rollout import compare_memories, percent
+from sparse_forcing.eval.metrics.caption import ATTRIBUTES
+from sparse_forcing.files import check_writable
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
+
+CLIPS = ("before", "1st after", "2nd after", "1st unchanged", "2nd unchanged")
+"""What is judged: the clip before the change, the two after it, and those two of a video whose prompt never changes."""
+
+
+def run(config: ChangeBenchConfig) -> int:
+    """Every memory over the same changes; writes change.json and change.md, prints JSON last."""
+    out = check_writable(config.output, folder=True) if config.output else None
+    pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
+    length = pipe.config.num_frames
+    if pipe.geometry.whole_chunk_frames(length) != length:
+        raise ConfigError(
+            f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
+        )
+    changes = changing_prompts(config.prompts, seed=config.seed)
+
+    def measure(memory: MemoryConfig) -> tuple[dict, dict]:
+        row = measure_memory(pipe, memory, changes, config)
+        return row, {clip: cell["all"] for clip, cell in row["accuracy"].items()}
+
+    given = {"changes": [change._asdict() for change in changes]}
+    compare_memories(config, pipe, given, measure, (table, breakdown), out and out / "change")
+    return 0
+
+
+def measure_memory(
+    pipe: SparseForcingPipeline, memory: MemoryConfig, changes: Sequence[PromptChange], config: ChangeBenchConfig
+) -> dict:
+    """One row of the table; `verdicts` are the judgements behind it, by clip and attribute, one for each change."""
+    records: dict[str, list[Record]] = {clip: [] for clip in CLIPS}
+    for first in range(0, len(changes), config.batch_size):
+        began = time.perf_counter()
+        batch = changes[first : first + config.batch_size]
+        for clip, judged in judge_changes(pipe, memory, batch, first, config).items():
+            records[clip] += judged
+        print(f"  {first + len(batch)}/{len(changes)} changes, {time.perf_counter() - began:.0f} s", flush=True)
+    verdicts = {clip: {name: [row[name] for row in judged] for name in ACCURACIES} for clip, judged in records.items()}
+    for clip in CLIPS:
+        verdicts[clip] |= split_by_change(records[clip], changes)
+    return {
+        "memory": dataclasses.asdict(memory),
+        "accuracy": {clip: {name: share_of(v) for name, v in columns.items()} for clip, columns in verdicts.items()},
+        "verdicts": verdicts,
+    }
+
+
+def judge_changes(
+    pipe: SparseForcingPipeline,
+    memory: MemoryConfig,
+    changes: Sequence[PromptChange],
+    first: int,
+    config: ChangeBenchConfig,
+) -> dict[str, list[Record]]:
+    """Records of a batch of changes, the first of them number `first`, by what is judged."""
+    clip = pipe.config.num_frames
+    befores, afters = [change.before for change in changes], [change.after for change in changes]
+
+    def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:
+        settings = RolloutSettings(
+            horizons=(3,), seed=config.seed, num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )  # fmt: skip
+        chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes)
+        return np.concatenate([chunk.frames for chunk in chunks], 1)
+
+    changed, unchanged = frames(befores, {clip: afters}), frames(afters, None)
+    # What grows may have grown already, but not before it was told to.
+    starts = [0 if change.attribute == "motion" else clip for change in changes]
+    return {
+        "before": _judged(changed, befores, 0, clip, [0] * len(changes)),
+        "1st after": _judged(changed, afters, clip, clip, starts),
+        "2nd after": _judged(changed, afters, 2 * clip, clip, [start + clip for start in starts]),
+        "1st unchanged": _judged(unchanged, afters, clip, clip, [clip] * len(changes)),
+        "2nd unchanged": _judged(unchanged, afters, 2 * clip, clip, [2 * clip] * len(changes)),
+    }
+
+
+def _judged(videos: np.ndarray, prompts: Sequence[str], at: int, frames: int, starts: Sequence[int]) -> list[Record]:
+    """The clips of videos [B, F, H, W, 3] that begin with frame `at`; starts: how long each has been what it shows."""
+    return [judge(video[at : at + frames], prompt, start) for video, prompt, start in zip(videos, prompts, starts)]
+
+
+def split_by_change(records: Sequence[Record], changes: Sequence[PromptChange]) -> dict[str, list[float | None]]:
+    """Whether the attribute that changes is right, and whether all others are that the caption states."""
+    changed = [record[change.attribute] for record, change in zip(records, changes)]
+    others = [
+        [record[name] for name in ATTRIBUTES if name != change.attribute and record[name] is not None]
+        for record, change in zip(records, changes)
+    ]
+    return {"changed": changed, "others": [float(all(verdicts)) for verdicts in others]}
+
+
+def table(result: dict) -> str:
+    """Markdown table of a result."""
+    lines = [
+        f"All right, percent of {len(result['changes'])} videos; what changed and all else: of the 2nd clip after.\n",
+        "| memory | before | 1st after | 2nd after | what changed | all else | 1st unchanged | 2nd unchanged |",
+        "|" + "---|" * 8,
+    ]
+    for name, row in result["memories"].items():
+        cells = row["accuracy"]
+        parts = [cells["2nd after"][part] for part in ("changed", "others")]
+        shares = [cells[clip]["all"] for clip in CLIPS]
+        lines.append(f"| {name} | {' | '.join(map(with_interval, shares[:3] + parts + shares[3:]))} |")
+    return "\n".join(lines) + "\n"
+
+
+def with_interval(share: dict) -> str:
+    """A share and its 95 % interval."""
+    low, high = share["interval"] or (None, None)
+    return f"{percent(share['mean'])} ({percent(low)}-{percent(high)})"
+
+
+def breakdown(result: dict) -> str:
+    """Markdown table of the second clip after the change, by what changed: the attribute right, all right."""
+    attributes = [change["attribute"] for change in result["changes"]]
+    kinds = list(dict.fromkeys(attributes))
+    lines = [
+        "2nd clip after the change, by what changed (that attribute right / all right):\n",
+        "| memory | " + " | ".join(f"{kind} ({attributes.count(kind)})" for kind in kinds) + " |",
+        "|" + "---|" * (len(kinds) + 1),
+    ]
+    for name, row in result["memories"].items():
+        cells = []
+        for kind in kinds:
+            own = [number for number, attribute in enumerate(attributes) if attribute == kind]
+            verdicts = (row["verdicts"]["2nd after"][part] for part in ("changed", "all"))
+            cells.append(" / ".join(percent(share_of([v[i] for i in own])["mean"]) for v in verdicts))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,1 @@
+"""Block selection in Triton"""

@@ -1,0 +1,202 @@
+"""The Triton backend of block selection; same functions and shapes as reference.py, no host synchronisation.
+
+Bytes: `pool_blocks` reads x once and writes 1 / T of it; `choose_blocks` reads the block vectors (again 1 / T) and
+writes the selected positions. README.md counts them for the 4680 x 32760 case.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.kernels.block_selection import reference
+from sparse_forcing.kernels.block_selection.gpu.launch import plan_choose, plan_pool, plan_select, plan_update
+from sparse_forcing.kernels.block_sparse_attention.gpu import backend as attention
+from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Launch
+from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
+
+MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def why_unavailable(tensor: Tensor) -> str | None:
+    """Reason why the kernels cannot run on this tensor, or None."""
+    if tensor.dtype not in _DTYPES:
+        return f"no kernel for {tensor.dtype}"
+    return _unfit_device(tensor.device)
+
+
+@functools.lru_cache
+def _unfit_device(device: torch.device) -> str | None:
+    return attention.why_unavailable(torch.empty(1, 1, dtype=torch.float32, device=device))
+
+
+def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> Tensor:
+    """[B, H, N, T, D] -> [B, H, N, D] in x's dtype; differentiable in x, weights and projection."""
+    pooled = pool_op(x, sizes, weights, x.dtype if projection is None else torch.float32)
+    if projection is not None:
+        pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
+    return pooled.to(x.dtype)
+
+
+def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    """[B, H, Nq, Nk] -> [B, H, Nq, min(top_k, Nk)] int32 window positions, ascending."""
+    if not 0 < scores.shape[-1] <= MAX_WINDOW or scores.numel() == 0:
+        return reference.select_blocks(scores, top_k, own)
+    return select_op(scores.detach().float().contiguous(), top_k, own)
+
+
+def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Tensor | None, scale: float) -> Tensor:
+    """Scores and top-K fused: [B, H, Nq, D] x [B, H, Nk, D] -> [B, H, Nq, min(top_k, Nk)] int32, ascending."""
+    if not _fuses(query_blocks, key_blocks):
+        scores = reference.block_scores(query_blocks, key_blocks, scale)
+        return reference.select_blocks(scores, top_k, own)
+    return choose_op(query_blocks.detach(), key_blocks.detach(), None, None, top_k, own, scale)
+
+
+def choose_lists(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor, window_slots: Tensor, top_k: int,
+    own: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """`choose_blocks`, written as the attention's lists [B, H, Nq, P + min(top_k, Nk)] int32 in the same launch."""
+    if not _fuses(query_blocks, key_blocks):
+        selected = choose_blocks(query_blocks, key_blocks, top_k, own, scale)
+        return reference.build_block_index(persistent_slots, window_slots, selected)
+    return choose_op(query_blocks.detach(), key_blocks.detach(), persistent_slots, window_slots, top_k, own, scale)
+
+
+def _fuses(query_blocks: Tensor, key_blocks: Tensor) -> bool:
+    fits = 0 < key_blocks.shape[-2] <= MAX_WINDOW and key_blocks.shape[:2] == query_blocks.shape[:2]
+    return fits and query_blocks.numel() > 0
+
+
+def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
+    """Top-C: [B, H, Nc] slots -> (kept [B, H, min(C, Nc)], freed [B, H, rest]), both in candidate order."""
+    candidates = candidate_slots.shape[-1]
+    kept = min(capacity, candidates)
+    if kept in (0, candidates) or candidates > MAX_WINDOW:
+        return reference.update_persistent(candidate_slots, importance, capacity)
+    return update_op(candidate_slots, importance.detach(), kept)
+
+
+def _run(launch: Launch, device: torch.device) -> None:
+    with attention.active(device):
+        launch.run()
+
+
+# Every op is known to torch.compile and FakeTensor by its shapes, not by its launches. Choices have no gradient: their
+# inputs are detached above. They are registered as the attention is (block_sparse_attention/ops.py), because a call
+# through custom_op costs the host three times as much and a rollout makes three in every layer of every pass.
+
+_LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
+
+
+def _register(schema: str, kernel: Callable, fake: Callable) -> Any:
+    """The op of this schema."""
+    name = schema.partition("(")[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_forcing::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.sparse_forcing, name).default
+
+
+def _pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[B, H, N, T, D] -> weighted mean [B, H, N, D] of `dtype` (no projection)."""
+    launch, pooled = plan_pool(x, sizes, weights, dtype)
+    if pooled.numel() > 0:
+        _run(launch, x.device)
+    return pooled
+
+
+def _pool_fake(x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return x.new_empty((*x.shape[:3], x.shape[4]), dtype=dtype)
+
+
+def _pool_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:
+    """With u_t = w_t / sum |w|:  dx_t = u_t dc,  du_t = <dc, x_t>,  dw_t = (du_t - sign(w_t) sum_s du_s u_s) / sum
+    |w|."""
+    x, sizes, weights = ctx.saved_tensors
+    grad, T = grad.float(), x.shape[3]
+    w = torch.ones((1, 1, 1, T), device=x.device) if weights is None else weights.float()[:, None, :]
+    valid = valid_tokens(sizes, T)
+    if valid is not None:
+        w = w * valid
+    total = w.abs().sum(-1, keepdim=True)
+    total = total.masked_fill(total == 0, 1)
+    u = w / total
+    grad_x = (u.unsqueeze(-1) * grad.unsqueeze(-2)).to(x.dtype) if ctx.needs_input_grad[0] else None
+    grad_w = None
+    if ctx.needs_input_grad[2]:
+        values = x.float() if valid is None else x.float().masked_fill(~valid.unsqueeze(-1), 0)
+        du = torch.einsum("bhnd,bhntd->bhnt", grad, values)
+        dw = (du - w.sign() * (du * u).sum(-1, keepdim=True)) / total
+        grad_w = (dw if valid is None else dw * valid).sum(dim=(0, 2)).to(weights.dtype)
+    return grad_x, None, grad_w, None
+
+
+def _select(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    """Row-wise top-K of contiguous float32 scores [B, H, Nq, Nk] -> int32 [B, H, Nq, min(top_k, Nk)]."""
+    launch, selected = plan_select(scores, top_k, own)
+    _run(launch, scores.device)
+    return selected
+
+
+def _select_fake(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
+    return scores.new_empty((*scores.shape[:3], min(top_k, scores.shape[3])), dtype=torch.int32)
+
+
+def _choose(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
+    own: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Scores and top-K fused, [B, H, Nq, D] x [B, H, Nk, D]: see `choose_blocks`, and with slots `choose_lists`."""
+    launch, chosen = plan_choose(
+        query_blocks, key_blocks, top_k, own, scale, persistent_slots=persistent_slots, window_slots=window_slots
+    )
+    _run(launch, query_blocks.device)
+    return chosen
+
+
+def _choose_fake(
+    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
+    *_: Any,
+) -> Tensor:  # fmt: skip
+    persistent = 0 if persistent_slots is None else persistent_slots.shape[-1]
+    length = persistent + min(top_k, key_blocks.shape[2])
+    return query_blocks.new_empty((*query_blocks.shape[:3], length), dtype=torch.int32)
+
+
+def _update(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    """Top-C of [B, H, Nc]: (winners [B, H, kept], losers [B, H, Nc - kept])."""
+    launch, winners, losers = plan_update(candidate_slots, importance, kept)
+    _run(launch, importance.device)
+    return winners, losers
+
+
+def _update_fake(candidate_slots: Tensor, importance: Tensor, kept: int) -> tuple[Tensor, Tensor]:
+    *lead, candidates = candidate_slots.shape
+    return candidate_slots.new_empty((*lead, kept)), candidate_slots.new_empty((*lead, candidates - kept))
+
+
+pool_op = _register(
+    "pool_blocks(Tensor x, Tensor? sizes, Tensor? weights, ScalarType dtype) -> Tensor", _pool, _pool_fake
+)
+torch.library.register_autograd(pool_op, _pool_differentiate, setup_context=_pool_save, lib=_LIBRARY)
+select_op = _register("select_blocks(Tensor scores, int top_k, Tensor? own) -> Tensor", _select, _select_fake)
+choose_op = _register(
+    "choose_blocks(Tensor query_blocks, Tensor key_blocks, Tensor? persistent_slots, Tensor? window_slots, int top_k, "
+    "Tensor? own, float scale) -> Tensor",
+    _choose,
+    _choose_fake,
+)
+update_op = _register(
+    "update_persistent(Tensor candidate_slots, Tensor importance, int kept) -> (Tensor, Tensor)", _update, _update_fake
+)

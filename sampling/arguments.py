@@ -1,0 +1,142 @@
+"""What a caller hands to the pipeline, checked before anything is computed: each error names the argument.
+
+Shapes: B videos, F frames, H x W pixels, C channels and h x w of latents, T text tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.model.geometry import VideoGeometry
+
+PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] | None]
+"""New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
+chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
+"""
+
+
+def whole_number(name: str, value: Any, default: int) -> int:
+    """`value` as an int, `default` for None. Raises ConfigError for anything else, 2.0 included."""
+    try:
+        return default if value is None else operator.index(value)
+    except TypeError as error:
+        raise ConfigError(f"{name}: expected a whole number, got {value!r:.60}") from error
+
+
+def instance_of(name: str, value: Any, kind: type) -> Any:
+    """`value` itself. Raises ConfigError when it is of another type."""
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r:.60}")
+    return value
+
+
+def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[str]:
+    """One prompt or several, as a list that is not empty; `name` is the argument's."""
+    prompts = [prompt] if isinstance(prompt, str) else prompt
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ConfigError(f"{name}: expected text, or a list of texts that is not empty, got {prompt!r:.60}")
+    return [instance_of(name, each, str) for each in prompts]
+
+
+def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[str]]:
+    """`prompt_changes` given as a mapping, by the number of the chunk: the first that begins at the frame or after it.
+
+    Args:
+        starts: pixel frame that each chunk begins with.
+    """
+    chunks: dict[int, str | list[str]] = {}
+    for frame, prompt in instance_of("prompt_changes", changes, Mapping).items():
+        frame = whole_number("prompt_changes", frame, 0)
+        if not 0 < frame <= starts[-1]:
+            raise ConfigError(
+                f"prompt_changes: no chunk begins at frame {frame} or later; the first one has `prompt`, the last one "
+                f"begins at {starts[-1]}"
+            )
+        number = bisect_left(starts, frame)
+        if number in chunks:
+            raise ConfigError(f"prompt_changes: the chunk that begins at frame {starts[number]} has two prompts")
+        chunks[number] = prompt
+    return chunks
+
+
+def generator_list(generator: Any) -> list[torch.Generator] | None:
+    """The generators of a list, or None for a single one or none, which is checked, too."""
+    if isinstance(generator, list | tuple):
+        return [instance_of("generator", each, torch.Generator) for each in generator]
+    if generator is not None:
+        instance_of("generator", generator, torch.Generator)
+    return None
+
+
+def check_embeddings(embeddings: Tensor, text_dim: int) -> Tensor:
+    """`prompt_embeds` [B, T, text_dim], floating point."""
+    instance_of("prompt_embeds", embeddings, Tensor)
+    if embeddings.ndim != 3 or embeddings.shape[2] != text_dim or not embeddings.is_floating_point():
+        raise ConfigError(
+            f"prompt_embeds: expected floats of shape [B, T, {text_dim}], got {embeddings.dtype} of shape "
+            f"{list(embeddings.shape)}"
+        )
+    return embeddings
+
+
+def check_noise(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
+    """`latents` [B, F, C, h, w], of at least as many frames as `expected`."""
+    instance_of("latents", latents, Tensor)
+    fits = latents.ndim == len(expected) and latents.shape[1] >= expected[1]
+    if not fits or (latents.shape[0], *latents.shape[2:]) != (expected[0], *expected[2:]):
+        raise ConfigError(
+            f"latents: expected shape {list(expected)} (more frames are left unused), got {list(latents.shape)}"
+        )
+    return latents
+
+
+def start_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> np.ndarray | None:
+    """float32 [F, H, W, 3] in [0, 1] that a video starts from, in whole chunks; an image is held for one chunk.
+
+    Args:
+        image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1]; at most one of them.
+        size: height and width they must have.
+    """
+    if image is not None and video is not None:
+        raise ConfigError("image and video: give one of them")
+    if image is None and video is None:
+        return None
+    name, given, dims = ("image", image, "HW3") if video is None else ("video", video, "FHW3")
+    frames = _unit_range(name, given)
+    if frames.ndim != len(dims) or frames.shape[-1] != 3:
+        raise ConfigError(f"{name}: expected [{', '.join(dims)}], got {list(frames.shape)}")
+    least = geometry.chunk_pixel_frames
+    if video is None:
+        frames = np.repeat(frames[None], least, 0)
+    whole = geometry.whole_chunk_frames(len(frames))
+    if not whole or whole != len(frames):
+        raise ConfigError(f"{name}: {len(frames)} frames are not whole chunks; give {whole or least}, for example")
+    if frames.shape[1:3] != size:
+        height, width = frames.shape[1:3]
+        raise ConfigError(
+            f"{name}: {width}x{height} pixels for a video of {size[1]}x{size[0]}; scale it, or set the size"
+        )
+    return frames
+
+
+def _unit_range(name: str, given: Any) -> np.ndarray:
+    """Pixels as float32 in [0, 1]; uint8 are divided by 255."""
+    try:
+        pixels = np.asarray(given)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name}: not an array of pixels ({str(error).splitlines()[0]:.100})") from error
+    if pixels.dtype == np.uint8:
+        return pixels.astype(np.float32) / 255
+    if not np.issubdtype(pixels.dtype, np.floating):
+        raise ConfigError(f"{name}: expected uint8 or floats in [0, 1], got {pixels.dtype}")
+    if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN, too
+        raise ConfigError(f"{name}: values must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}")
+    return pixels.astype(np.float32)

@@ -1,0 +1,295 @@
+"""From prompts to video files: what `sparse-forcing generate` does, as functions.
+
+Jobs (sampling/generation/jobs.py: names, checks, nothing heavy) -> load the pipeline, check what depends on it
+(sampling/generation/settings.py) -> for every job: stream chunks into a temporary file, rename, then write the sidecar.
+Every job has its own seed, so its frames depend neither on the other jobs nor on how they are spread over processes.
+Importing this module does not import torch.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from sparse_forcing import __version__
+from sparse_forcing.config import to_plain
+from sparse_forcing.devices import resolve_device
+from sparse_forcing.errors import OutputError
+from sparse_forcing.files import (
+    atomic_write_json,
+    check_writable,
+    output_lock,
+    sweep_temporaries,
+    without_empty_folders,
+)
+from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
+from sparse_forcing.sampling.generation.outputs import (
+    check_sidecar,
+    is_finished,
+    output_folders,
+    overlay_path,
+    remove_old,
+)
+from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class Progress:
+    """What a caller may watch; every method may be left as it is."""
+
+    def note(self, message: str) -> None: ...
+    def begin(self, job: Job, number: int, total: int) -> None: ...
+    def frames(self, done: int, target: int) -> None: ...
+    def end(self) -> None: ...
+
+
+def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+    """Generate every job; yields its sidecar record (and `path`) as soon as its files are complete.
+
+    Raises:
+        SparseForcingError: bad settings, weights or output; all that can be known before loading is checked before.
+    """
+    progress = progress or Progress()
+    folders = output_folders(config, jobs)
+    with without_empty_folders(folders):
+        for folder in folders:
+            check_writable(folder, folder=True)
+        with output_lock(config.output):
+            for folder in folders:
+                sweep_temporaries(folder)
+            waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+            for job in waiting:
+                check_sidecar(job)
+            if len(waiting) < len(jobs):
+                progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
+            if waiting:
+                yield from _generate_all(config, waiting, progress, shown=len(jobs))
+            if config.grid is not None:
+                from sparse_forcing.media.grid import write_grid
+
+                write_grid([job.video for job in jobs], config.grid)
+                progress.note(f"{config.grid}: {len(jobs)} videos side by side")
+
+
+def _generate_all(
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int
+) -> Iterator[dict[str, Any]]:
+    """`shown`: videos in the grid, those that exist already among them."""
+    from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
+
+    start = read_start(config)
+    began = time.perf_counter()
+    pipe = load_pipeline(config)
+    loaded = time.perf_counter() - began
+    settings = resolve_settings(config, pipe)
+    if config.grid is not None:
+        from sparse_forcing.media.grid import check_grid
+
+        height, width = settings.height * settings.scale, settings.width * settings.scale
+        check_grid(config.grid, shown, settings.num_frames, height, width)
+    given = start_arguments(config, settings, start, pipe)
+    for number, job in enumerate(jobs, 1):
+        progress.begin(job, number, len(jobs))
+        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+        progress.end()
+        yield record
+
+
+def load_pipeline(config: GenerateConfig) -> Any:
+    """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
+    import torch
+
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+
+    device = resolve_device(config.device)
+    text_encoder_device = resolve_device(
+        config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
+    )
+    dtype = getattr(torch, config.dtype) if config.dtype else None
+    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
+    return pipe.to(device, text_encoder_device=text_encoder_device)
+
+
+def generate_video(
+    pipe: Any,
+    config: GenerateConfig,
+    settings: Settings,
+    job: Job,
+    progress: Progress,
+    given: Mapping[str, np.ndarray],
+    *,
+    model_load_seconds: float,
+) -> dict[str, Any]:
+    """Stream one video into its file and write its sidecar; returns the sidecar. Nothing is left behind on failure.
+
+    `given`: further arguments of `pipe.stream`, what the video starts from.
+    """
+    import torch
+
+    clip = _Clip(config, settings, job, pipe.fps)
+    with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
+        stream = pipe.stream(
+            job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
+            prompt_changes=settings.prompt_changes, **given,
+        )  # fmt: skip
+        for chunk in stream:
+            clip.add(chunk)
+            progress.frames(clip.written, settings.num_frames)
+    if clip.trimmed:
+        progress.note(f"{clip.written} frames do not fill whole chunks: {clip.trimmed} more were made and cut off")
+    record = {
+        "video": job.video.name,
+        "prompt": job.prompt,
+        "original_prompt": job.original_prompt,
+        "prompt_changes": [
+            {"frame": frame, "seconds": frame / pipe.fps, "prompt": prompt}
+            for frame, prompt in settings.prompt_changes.items()
+        ],
+        "index": job.index,
+        "seed": job.seed,
+        "model": config.model,
+        "weights_sha256": pipe.weights_sha256,
+        "versions": versions(),
+        "settings": {
+            "num_inference_steps": settings.num_inference_steps,
+            "guidance_scale": settings.guidance_scale,
+            "device": str(pipe.device),
+            "text_encoder_device": config.text_encoder_device,
+            "dtype": str(pipe.dtype).removeprefix("torch."),
+            "memory": to_plain(settings.memory),
+            "image": to_plain(config.image),
+            "video": to_plain(config.video),
+        },
+        **clip.summary(),
+        "model_load_seconds": model_load_seconds,
+        "warnings": messages,
+    }
+    atomic_write_json(job.sidecar, record)
+    return record | {"path": str(job.video)}
+
+
+class _Clip:
+    """The files of one job while its chunks arrive, and what was measured on the way."""
+
+    def __init__(self, config: GenerateConfig, settings: Settings, job: Job, fps: float) -> None:
+        self.config, self.settings, self.job, self.fps = config, settings, job, fps
+        self.written = self.trimmed = self.cache_bytes = 0
+        self.seconds: list[float] = []
+        self.decode_seconds: list[float] = []
+        self.first_frame: float | None = None
+        self.size: tuple[int, int, int] | None = None
+
+    def __enter__(self) -> _Clip:
+        self._stack = ExitStack().__enter__()
+        self._began = time.perf_counter()
+        return self
+
+    def add(self, chunk: Any) -> None:
+        """Write one chunk's frames, up to the wanted length."""
+        import numpy as np
+
+        if self.first_frame is None:
+            self.first_frame = time.perf_counter() - self._began
+        frames = np.asarray(chunk.frames, dtype=np.float32)
+        room = min(len(frames), self.settings.num_frames - self.written)
+        self.trimmed += len(frames) - room
+        self.seconds.append(float(chunk.seconds))
+        self.decode_seconds.append(float(chunk.decode_seconds))
+        self.cache_bytes = max(self.cache_bytes, int(chunk.cache_bytes))
+        if self.size is None:
+            self._open(*frames.shape[1:3])
+        self._writer.write(frames[:room])
+        if self.config.overlay:
+            self._overlay.write(light_up(frames[:room], chunk.persistent))
+        self.written += room
+
+    def _open(self, height: int, width: int) -> None:
+        from sparse_forcing.media.video import VideoWriter
+
+        self.size = (height, width, self.settings.scale)
+        shape: dict[str, Any] = {"fps": self.fps, "height": height, "width": width, "scale": self.settings.scale}
+        # Left in reverse: what is old goes before the video is committed, the overlay never stands without its video.
+        if self.config.overlay:
+            self._overlay = self._stack.enter_context(VideoWriter(overlay_path(self.job), **shape))
+        self._writer = self._stack.enter_context(VideoWriter(self.job.video, **shape))
+        self._stack.push(self._remove_old)
+
+    def _remove_old(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None:
+            remove_old(self.job)
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is None and self.size is None:
+            raise OutputError(f"cannot write {self.job.video}: the model produced no frames")
+        self._stack.__exit__(kind, error, trace)
+        self._wall = time.perf_counter() - self._began
+
+    def summary(self) -> dict[str, Any]:
+        """Sizes and timings for the sidecar; seconds unless the name says otherwise."""
+        height, width, scale = self.size or (0, 0, 1)
+        made, model, decode = self.written + self.trimmed, sum(self.seconds), sum(self.decode_seconds)
+        return {
+            "num_frames": self.written,
+            "trimmed_frames": self.trimmed,
+            "fps": self.fps,
+            "height": height,
+            "width": width,
+            "scale": scale,
+            "time_to_first_frame": self.first_frame,
+            "seconds_per_chunk": self.seconds,
+            "decode_seconds_per_chunk": self.decode_seconds,
+            "wall_seconds": self._wall,
+            "generated_fps_without_decoding": made / model if model else None,
+            "generated_fps_with_decoding": made / (model + decode) if model + decode else None,
+            "cache_bytes_peak": self.cache_bytes,
+        }
+
+
+def light_up(frames: np.ndarray, persistent: Any) -> np.ndarray:
+    """Frames [F, H, W, 3] in [0, 1], dimmed except where `persistent` [F, H, W] in [0, 1] says (None: nowhere)."""
+    import numpy as np
+
+    if persistent is None:
+        return frames * np.float32(0.4)
+    weight = np.asarray(persistent, dtype=np.float32)[: len(frames), ..., None]
+    amber = np.array([1.0, 0.75, 0.2], np.float32)
+    return np.clip(frames * (0.4 + 0.6 * weight) + 0.25 * weight * amber, 0, 1)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a result."""
+    found = {"sparse-forcing": __version__, "python": platform.python_version()}
+    for name in ("torch", "triton", "diffusers", "transformers", "av", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def _collected_warnings(progress: Progress) -> Iterator[list[str]]:
+    """Show once what the model warns of (a prompt cut at the token limit, unknown words); keep it for the sidecar."""
+    messages: list[str] = []
+
+    def show(message: Warning | str, category: type[Warning], *where: Any) -> None:
+        if category is not UserWarning:
+            shown(message, category, *where)
+        elif str(message) not in messages:
+            messages.append(str(message))
+            progress.note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        shown = warnings.showwarning
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield messages

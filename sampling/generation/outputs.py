@@ -1,0 +1,63 @@
+"""The files of a video: checked before anything is computed, and replaced so that no wrong pair ever lies there.
+
+The old overlay and sidecar go first, then come the video, its overlay and its sidecar. A run that is killed between
+them leaves a video without a sidecar, which `--skip-existing` takes for unfinished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparse_forcing.errors import ConfigError, OutputError
+from sparse_forcing.files import check_target, is_file, read_json, remove_file
+from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
+
+OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
+
+
+def overlay_path(job: Job) -> Path:
+    return job.video.parent / OVERLAY_FOLDER / job.video.name
+
+
+def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
+    """The folders that files will be written to; nothing is created.
+
+    Raises:
+        OutputError: the name of a video, sidecar, overlay or grid cannot be one, or is that of a folder.
+    """
+    paths = [path for job in jobs for path in (job.video, job.sidecar)]
+    if config.overlay:
+        paths += map(overlay_path, jobs)
+    if config.grid is not None:
+        for start in (config.image, config.video):
+            if start is not None and check_target(config.grid) == check_target(start):
+                raise OutputError(f"--grid {config.grid} would replace {start}; choose another name")
+        paths.append(config.grid)
+    return list(dict.fromkeys(check_target(path).parent for path in paths))
+
+
+def is_finished(job: Job) -> bool:
+    """Whether an earlier run made this video. Raises OutputError where that cannot be seen."""
+    return is_file(job.video, OutputError) and is_file(job.sidecar, OutputError)
+
+
+def check_sidecar(job: Job) -> None:
+    """Raises OutputError when a file that is no sidecar lies where the sidecar goes: it may be anybody's."""
+    if not is_file(job.sidecar, OutputError):
+        return
+    try:
+        record = read_json(job.sidecar)
+    except ConfigError:
+        record = None
+    if not (isinstance(record, dict) and {"video", "prompt", "seed", "settings"} <= record.keys()):
+        raise OutputError(
+            f"cannot write {job.sidecar}: the file there does not belong to a video; rename it or choose another output"
+        )
+
+
+def remove_old(job: Job) -> None:
+    """Remove the sidecar of the video that is about to be replaced, and its overlay. Raises OutputError."""
+    if is_file(job.sidecar, OutputError):
+        remove_file(overlay_path(job))
+        remove_file(job.sidecar)

@@ -1,0 +1,138 @@
+"""What the settings of a run mean for the model that was loaded: numbers in place of defaults, checked against it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, GenerateConfig, flag
+
+if TYPE_CHECKING:
+    from sparse_forcing.memory.config import MemoryConfig
+
+_TOO_LARGE = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")  # of torch
+ROUNDING = 1e-6  # frames: 17.6 s are 440.00000000000006 frames at 25 a second
+WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
+    prompt_changes: further prompts by the frame from which each holds."""
+
+    height: int
+    width: int
+    scale: int
+    num_frames: int
+    num_inference_steps: int
+    guidance_scale: float
+    memory: MemoryConfig
+    prompt_changes: dict[int, str]
+
+
+def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
+    """The settings of every video of the run. Raises ConfigError for what this model cannot take."""
+    defaults = pipe.config
+    height, width = config.height or defaults.height, config.width or defaults.width
+    guidance, num_frames = config.guidance_scale, _num_frames(config, pipe)
+    return Settings(
+        height=height,
+        width=width,
+        scale=picture_scale(config.scale, height, width),
+        num_frames=num_frames,
+        num_inference_steps=config.num_inference_steps or defaults.sampler.steps,
+        guidance_scale=defaults.sampler.guidance_scale if guidance is None else guidance,
+        memory=memory_config(config, pipe.default_memory),
+        prompt_changes=_prompt_changes(config, pipe, num_frames),
+    )
+
+
+def _num_frames(config: GenerateConfig, pipe: Any) -> int:
+    if config.seconds is None:
+        return config.num_frames or pipe.config.num_frames
+    wanted = max(1.0, config.seconds * pipe.fps)
+    if wanted > MAX_FRAMES:
+        raise ConfigError(f"--seconds {config.seconds:g} are {wanted:g} frames; at most {MAX_FRAMES} are made")
+    return round(wanted)
+
+
+def _prompt_changes(config: GenerateConfig, pipe: Any, num_frames: int) -> dict[int, str]:
+    """The prompts of --then by the frame that the next chunk begins with. Raises ConfigError where none does."""
+    if not config.then:
+        return {}
+    continued = config.image is not None or config.video is not None
+    chunks = pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames, continued=continued))
+    starts = pipe.geometry.chunk_starts(chunks, continued=continued)
+    changes: dict[int, str] = {}
+    for seconds, prompt in config.then:
+        frame = next((start for start in starts if start >= seconds * pipe.fps - ROUNDING), None)
+        if frame is None:
+            raise ConfigError(
+                f"--then {seconds:g}: the last chunk begins at {starts[-1] / pipe.fps:g} s; make the video longer with "
+                "--seconds"
+            )
+        if frame in changes:
+            raise ConfigError(
+                f"--then {seconds:g}: the chunk at {frame / pipe.fps:g} s has a prompt already; a chunk takes "
+                f"{pipe.geometry.chunk_frames * pipe.geometry.temporal_stride / pipe.fps:g} s"
+            )
+        changes[frame] = prompt.strip()
+    return changes
+
+
+def picture_scale(scale: int | None, height: int, width: int) -> int:
+    """How often a pixel is repeated in the mp4; by default until the short side has about 256.
+
+    Raises:
+        ConfigError: the enlarged picture is larger than a video can be.
+    """
+    largest = MAX_SIDE // max(height, width)
+    if (scale or 1) > largest:
+        raise ConfigError(
+            f"--scale {scale or 1}: pictures of {width}x{height} would be more than {MAX_SIDE} pixels wide or high; "
+            f"the largest scale for them is {largest}"
+        )
+    return scale or max(1, min(WATCHABLE_SIDE // min(height, width), largest))
+
+
+def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig:
+    """The model's default memory with what the config changes. Raises ConfigError on values that do not fit."""
+    changes = {name: value for name in MEMORY_KNOBS if (value := getattr(config, name)) is not None}
+    if config.memory is not None:
+        changes["kind"] = config.memory
+    kind = changes.get("kind", default.kind)
+    for name in changes:
+        if name in MEMORY_KNOBS and kind not in MEMORY_KNOBS[name]:
+            raise ConfigError(
+                f"{flag(name)} has no effect with the model's memory, {kind}; add --memory {MEMORY_KNOBS[name][0]}"
+            )
+    memory = dataclasses.replace(default, **changes)
+    if config.overlay and (kind not in MEMORY_KNOBS["persistent_blocks"] or not memory.persistent_blocks):
+        raise ConfigError(
+            f"--overlay shows persistent blocks; this {kind} memory keeps none, use --memory sparse "
+            "with --persistent-blocks above 0"
+        )
+    return memory
+
+
+@contextmanager
+def explained_out_of_memory(settings: Settings) -> Iterator[None]:
+    """Running out of memory becomes a SparseForcingError that says at what size, and which flags to lower."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _TOO_LARGE)):
+            raise
+        kind = settings.memory.kind
+        grows = ("persistent_blocks", "window_frames", "tile")
+        knobs = [flag(name) for name in grows if kind in MEMORY_KNOBS[name]] or [flag("num_frames")]
+        advice = f"lower {', '.join(knobs)}, --height or --width"
+        if kind == "full":
+            advice += ", or use --memory window or sparse"
+        raise SparseForcingError(
+            f"out of memory at size {settings.width}x{settings.height}, {settings.num_frames} frames, with --memory "
+            f"{kind}; {advice}"
+        ) from error

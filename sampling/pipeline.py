@@ -1,0 +1,400 @@
+"""Text to video: weights, text, rollout, streaming decode. diffusers' names throughout.
+
+pipe = SparseForcingPipeline.from_pretrained("tiny")
+video = pipe("a small red circle moves right on a black background").frames[0]
+for chunk in pipe.stream("a large blue star spins clockwise on white", num_frames=400): ...
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import atomic_write_json, read_json
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.text import TextEncoder, WordTokenizer
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import VideoAutoencoder
+from sparse_forcing.model_folder.folder import (
+    PIPELINE_FILE,
+    PipelineConfig,
+    find_model,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    read_defaults,
+)
+from sparse_forcing.sampling.arguments import (
+    PromptChanges,
+    changed_chunks,
+    check_embeddings,
+    check_noise,
+    generator_list,
+    instance_of,
+    prompt_list,
+    start_frames,
+    whole_number,
+)
+from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
+from sparse_forcing.weights.manifest import model_hash, write_manifest
+from sparse_forcing.weights.parts import explained
+
+OUTPUT_TYPES = ("np", "pt", "latent")
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Frames as soon as they exist.
+
+    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
+    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    """
+
+    index: int
+    frames: np.ndarray
+    latents: Tensor
+    seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    persistent: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class SparseForcingPipelineOutput:
+    """frames: one video per prompt and sample: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents."""
+
+    frames: Any
+
+
+class SparseForcingPipeline:
+    """A transformer, its text encoder and its autoencoder, bound to a geometry and defaults."""
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer3DModel,
+        text_encoder: TextEncoder,
+        vae: VideoAutoencoder,
+        config: PipelineConfig,
+        weights_sha256: str | None = None,
+    ) -> None:
+        self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
+        self.config, self.weights_sha256 = config, weights_sha256
+        self.geometry = VideoGeometry(
+            temporal_stride=vae.temporal_stride,
+            spatial_stride=vae.spatial_stride,
+            first_frame_alone=vae.first_frame_alone,
+            patch_size=tuple(transformer.config.patch_size),
+            chunk_frames=transformer.config.chunk_frames,
+        )
+
+    @property
+    def fps(self) -> float:
+        return self.config.fps
+
+    @property
+    def default_memory(self) -> MemoryConfig:
+        return self.config.memory
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.transformer.parameters()).dtype
+
+    def to(
+        self, device: str | torch.device, *, text_encoder_device: str | torch.device | None = None
+    ) -> SparseForcingPipeline:
+        """Move the model; the text encoder elsewhere if it would take too much memory there (umT5 is four times as
+        large as Wan 2.1 1.3B)."""
+        for part in (self.transformer, self.text_encoder, self.vae):
+            assert isinstance(part, torch.nn.Module)
+            part.to((text_encoder_device or device) if part is self.text_encoder else device)
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, torch_dtype: torch.dtype | None = None, text_encoder: TextEncoder | None = None
+    ) -> SparseForcingPipeline:
+        """Load an embedded model by name, a folder that `save_pretrained` wrote, or a diffusers Wan folder.
+
+        Args:
+            text_encoder: takes the place of the folder's own, which is then not loaded.
+
+        Raises:
+            WeightsError: unknown model, missing or damaged file.
+        """
+        folder = find_model(model)
+        with explained(folder):
+            digest = model_hash(folder)
+        transformer = load_transformer(folder, torch_dtype)
+        if text_encoder is None:
+            text_encoder = load_text_encoder(folder, torch_dtype)
+        vae, defaults = load_autoencoder(folder, torch_dtype), read_defaults(folder)
+        with explained(folder, "its parts do not fit together"):
+            return cls(transformer, text_encoder, vae, defaults, digest)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
+        folder = Path(folder)
+        for name in ("transformer", "text_encoder", "vae"):
+            getattr(self, name).save_pretrained(folder / name)
+            settings = read_json(folder / name / "config.json")
+            settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
+            atomic_write_json(folder / name / "config.json", settings)
+        atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
+        write_manifest(folder)
+
+    def prompt_remarks(self, prompts: list[str]) -> list[str]:
+        """What to say of prompts with words that the embedded model never learned, or of more words than it reads."""
+        tokenizer = getattr(self.text_encoder, "tokenizer", None)
+        if not isinstance(tokenizer, WordTokenizer):
+            return []
+        unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
+        remarks = [f"this model does not know: {', '.join(unknown[:8])}"] if unknown else []
+        for prompt in prompts:
+            if prompt.strip() and not tokenizer.knows(prompt):
+                remarks.append(f"no word of {prompt[:50]!r} is known: the video will show anything")
+        if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
+            remarks.append(f"prompt cut to its first {tokenizer.text_len} words")
+        return remarks
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: list[str]) -> Tensor:
+        """[B, text_len, dim]; warns with `prompt_remarks`."""
+        for remark in self.prompt_remarks(prompts):
+            warnings.warn(remark, stacklevel=2)
+        return self.text_encoder.encode(prompts)
+
+    def stream(
+        self,
+        prompt: str | list[str] | None,
+        *,
+        negative_prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        num_frames: int | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        num_videos_per_prompt: int = 1,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: Tensor | None = None,
+        prompt_embeds: Tensor | None = None,
+        prompt_changes: PromptChanges | None = None,
+        image: np.ndarray | None = None,
+        video: np.ndarray | None = None,
+        memory: MemoryConfig | None = None,
+        callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+    ) -> Iterator[VideoChunk]:
+        """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
+
+        Args:
+            num_frames: pixel frames to cover, those of `video` not counted.
+            latents: [B, F, C, h, w] noise of the whole video instead of random noise.
+            prompt_changes: {pixel frame: prompt}, each from the first chunk on that begins there or later; or a
+                function of a chunk's first pixel frame that returns a new prompt or None, asked when it is wanted.
+            image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
+                chunks (an image is held for one chunk).
+            memory: kind of memory; the model's default when None.
+
+        Raises:
+            ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
+                function in `prompt_changes` returns: with its chunk).
+        """
+        config = self.config
+        sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
+        size = whole_number("height", height, config.height), whole_number("width", width, config.width)
+        latent_size = self.geometry.latent_size(*size)
+        memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
+        negative = (
+            config.negative_prompt if negative_prompt is None else instance_of("negative_prompt", negative_prompt, str)
+        )
+        start = start_frames(image, video, self.geometry, size)
+        frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
+        chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
+        repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
+        text = self._texts(prompt, prompt_embeds, repeats)
+        starts = self.geometry.chunk_starts(chunks, continued=continued)
+        shape = (len(text), sum(chunks), self.vae.latent_channels, *latent_size)
+        noise = self._noise(generator, latents, shape)
+        initial = None if start is None else self._initial_latents(start, len(text))
+        given = 0 if initial is None else initial.shape[1]
+        state = self._empty_memory(memory, latent_size, sum(chunks) + given)
+        unconditional = None
+        if sampler.guidance_scale != 1.0:
+            with torch.no_grad():
+                unconditional = self.text_encoder.encode([negative] * len(text)).to(text)
+        parts = rollout(
+            self.transformer,
+            text,
+            chunks,
+            state,
+            noise,
+            sampler,
+            unconditional_text=unconditional,
+            text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
+            initial_latents=initial,
+            initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
+            callback=callback_on_step_end,
+        )
+        single = isinstance(prompt, str) and repeats == 1
+        return self._decode(parts, state, initial, single)
+
+    def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
+        """A memory for videos of this size and length."""
+        trained = self.transformer.config.selector_tokens
+        if config.kind == "sparse" and trained and math.prod(config.tile) != trained:
+            raise ConfigError(
+                f"memory.tile (--tile): {' x '.join(map(str, config.tile))} is not a block of {trained} tokens, for "
+                "which this model's selector was trained"
+            )
+        rows, cols = self.geometry.token_size(*latent_size)
+        geometry = MemoryGeometry(
+            rows=rows,
+            cols=cols,
+            num_layers=self.transformer.config.num_layers,
+            chunk_frames=self.geometry.chunk_frames,
+            horizon_frames=self.transformer.config.horizon_frames,
+            capacity_frames=latent_frames,
+        )
+        return make_memory(config, geometry, selectors=self.transformer.selectors)
+
+    @torch.no_grad()
+    def _decode(
+        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, given: Tensor | None, single: bool
+    ) -> Iterator[VideoChunk]:
+        """Decode chunks as they come, timing model and decoder apart; `given` latents only lead the decoder in."""
+        arrived: list[tuple[RolloutChunk, float]] = []
+
+        def latents() -> Iterator[Tensor]:
+            if given is not None:
+                yield given.transpose(1, 2)
+            for part in parts:
+                arrived.append((part, time.perf_counter()))
+                yield part.latents.transpose(1, 2)
+
+        stream = self.vae.decode_stream(latents())
+        if given is not None:
+            next(stream)
+        for pixels in stream:
+            part, came = arrived.pop()
+            frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
+            decode_seconds = time.perf_counter() - came
+            lit = memory.persistent_map() if hasattr(memory, "persistent_map") else None
+            yield VideoChunk(
+                index=part.index,
+                frames=frames[0] if single else frames,
+                latents=part.latents,
+                seconds=part.seconds,
+                decode_seconds=decode_seconds,
+                cache_bytes=part.cache_bytes,
+                persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
+            )
+
+    @staticmethod
+    def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
+        """[f, rows, cols] -> [F, H, W] by repetition."""
+        return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()
+
+    def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
+        if (prompt is None) == (prompt_embeds is None):
+            raise ConfigError("prompt: give either prompt or prompt_embeds")
+        if repeats < 1:
+            raise ConfigError(f"num_videos_per_prompt: at least 1, got {repeats}")
+        if prompt_embeds is None:
+            prompt_embeds = self.encode_prompt(prompt_list(prompt))
+        prompt_embeds = check_embeddings(prompt_embeds, self.transformer.config.text_dim)
+        return prompt_embeds.to(self.device, self.dtype).repeat_interleave(repeats, 0)
+
+    def _text_changes(
+        self, changes: PromptChanges | None, starts: list[int], num_prompts: int, repeats: int
+    ) -> Callable[[int], Tensor | None] | None:
+        """`text_at` of a rollout whose chunks begin with the pixel frames `starts`."""
+
+        def texts(prompt: str | list[str]) -> Tensor:
+            prompts = prompt_list(prompt, "prompt_changes")
+            if len(prompts) not in (1, num_prompts):
+                raise ConfigError(f"prompt_changes: {len(prompts)} prompts for {num_prompts} that the video began with")
+            return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)
+
+        if changes is None:
+            return None
+        if callable(changes):
+            return lambda index: None if (prompt := changes(starts[index])) is None else texts(prompt)
+        return {number: texts(prompt) for number, prompt in changed_chunks(changes, starts).items()}.get
+
+    def _noise(self, generator: Any, latents: Tensor | None, shape: tuple[int, int, int, int, int]) -> NoiseSource:
+        """Noise of latents `shape` [B, F, C, h, w], drawn chunk by chunk or given."""
+        batch, generators = shape[0], generator_list(generator)
+        if generators is None:
+            # One stream per sample: a sample's noise must not depend on how many others are generated with it.
+            # One given generator is used as it is for one video, and seeds one of each video's own otherwise.
+            seeds = torch.randint(2**62, (batch,), generator=generator) if generator is None or batch > 1 else None
+            generators = [generator] if seeds is None else [torch.Generator().manual_seed(s) for s in seeds.tolist()]
+        if len(generators) != batch:
+            raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
+        seeded = SeededNoise(generators, shape[2:], self.device, self.dtype)
+        if latents is None:
+            return seeded
+        return _GivenNoise(check_noise(latents, shape).to(self.device, self.dtype), seeded)
+
+    @torch.no_grad()
+    def _initial_latents(self, frames: np.ndarray, batch: int) -> Tensor:
+        """Frames [F, H, W, 3] in [0, 1] as the latents [B, F, C, h, w] that every video starts with."""
+        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1
+        latents = self.vae.encode(pixels.to(self.device))
+        return latents.transpose(1, 2).to(self.dtype).expand(batch, -1, -1, -1, -1)
+
+    def __call__(
+        self, prompt: str | list[str] | None = None, *, output_type: str = "np", **kwargs: Any
+    ) -> SparseForcingPipelineOutput:
+        """Generate whole videos: the arguments of `stream`, the chunks joined and cut to `num_frames` (latents
+        are not cut)."""
+        if output_type not in OUTPUT_TYPES:
+            raise ConfigError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        batch = [prompt] if isinstance(prompt, str) else prompt
+        chunks = list(self.stream(batch, **kwargs))
+        if output_type == "latent":
+            return SparseForcingPipelineOutput(torch.cat([chunk.latents for chunk in chunks], 1))
+        frames = np.concatenate([chunk.frames for chunk in chunks], 1)
+        wanted = kwargs.get("num_frames")
+        frames = frames[:, : self.config.num_frames if wanted is None else wanted]
+        if output_type == "pt":
+            return SparseForcingPipelineOutput(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
+        return SparseForcingPipelineOutput(frames)
+
+
+class _GivenNoise:
+    """Noise of the whole video given by the caller; re-noising still draws."""
+
+    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
+        self.latents, self.seeded, self.used = latents, seeded, 0
+
+    def chunk(self, frames: int) -> Tensor:
+        self.used += frames
+        return self.latents[:, self.used - frames : self.used]
+
+    def fresh(self, frames: int) -> Tensor:
+        return self.seeded.fresh(frames)
+
+
+def _replace(sampler: SamplerConfig, *, steps: int | None, guidance_scale: float | None) -> SamplerConfig:
+    """The sampler with what the caller changed; a step list only fits its own length."""
+    steps = whole_number("num_inference_steps", steps, sampler.steps)
+    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    steps_given = sampler.step_list if steps == sampler.steps else None
+    return replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)

@@ -1,0 +1,46 @@
+"""Memories from configurations: of a geometry, or of a model and the latents it generates."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.memory.dense import DenseMemory
+from sparse_forcing.memory.heavy_hitter import HeavyHitterMemory
+from sparse_forcing.memory.sparse import SparseMemory
+
+if TYPE_CHECKING:
+    from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+
+
+def make_memory(
+    config: MemoryConfig,
+    geometry: MemoryGeometry,
+    *,
+    cache_gradient: str = "none",
+    selectors: list | None = None,
+    backend: str = "auto",
+) -> RolloutMemory:
+    """A fresh, empty memory of the configured kind."""
+    if config.kind == "sparse":
+        return SparseMemory(config, geometry, cache_gradient, selectors=selectors, backend=backend)
+    kind = HeavyHitterMemory if config.kind == "heavy_hitter" else DenseMemory
+    return kind(config, geometry, cache_gradient)
+
+
+def make_model_memory(
+    model: CausalWanTransformer3DModel, config: MemoryConfig, latents: Tensor, *, cache_gradient: str = "none"
+) -> RolloutMemory:
+    """An empty memory of `model` for latents [B, F, C, H, W]."""
+    _, ph, pw = model.config.patch_size
+    geometry = MemoryGeometry(
+        rows=latents.shape[3] // ph,
+        cols=latents.shape[4] // pw,
+        num_layers=model.config.num_layers,
+        chunk_frames=model.config.chunk_frames,
+        horizon_frames=model.config.horizon_frames,
+    )
+    return make_memory(config, geometry, cache_gradient=cache_gradient, selectors=model.selectors)

@@ -1,0 +1,129 @@
+"""Sparse attention for training: autograd keeps the chunks a layer's pool was made of, and rebuilds the pool from them.
+
+A pool of blocks is written in place, so autograd cannot hold it, and copies of it would keep the window and the
+persistent set once per chunk. The chunks themselves never change: each is kept once, and a pass remembers only which
+block of the history lies in which slot (Sparse Forcing, arXiv 2604.21221, section 6: "eviction as index tensors").
+
+Legend: B batch, H heads, S slots, N blocks of the history, n blocks of the current chunk, T tokens per block, D head
+dim, L tokens of the chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.kernels.block_sparse_attention.interface import (
+    block_sparse_attention,
+    block_sparse_attention_backward,
+)
+from sparse_forcing.memory.slots import gather_slots
+from sparse_forcing.model.geometry import TileLayout
+from sparse_forcing.model.rope import shift_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockHistory:
+    """Finished chunks of one layer as constants, and where their blocks lie in its pool.
+
+    keys, values: [B, H, n, T, D] of each chunk, in the order of time; place: [B, H, S] int32, which block of the
+    history is in a slot (the current chunk's come after the last finished one), -1 in an unused one;
+    kept_at: [B, H, S] position in time that the block's keys have here.
+    """
+
+    keys: tuple[Tensor, ...] = ()
+    values: tuple[Tensor, ...] = ()
+    place: Tensor
+    kept_at: Tensor
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of the finished chunks."""
+        return sum(x.shape[2] for x in self.keys)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (*self.keys, *self.values, self.place, self.kept_at))
+
+    def with_current(self, slots: Tensor, position: Tensor) -> BlockHistory:
+        """The current chunk lies in `slots` [B, H, n], its blocks at `position` [B, H, n]."""
+        number = torch.arange(slots.shape[2], dtype=torch.int32, device=slots.device) + self.blocks
+        place = self.place.scatter(2, slots, number.expand(slots.shape))
+        return replace(self, place=place, kept_at=self.kept_at.scatter(2, slots, position))
+
+    def with_chunk(self, keys: Tensor, values: Tensor) -> BlockHistory:
+        """The current chunk is finished: keep its blocks [B, H, n, T, D]."""
+        return replace(self, keys=(*self.keys, keys.detach()), values=(*self.values, values.detach()))
+
+    def moved(self, position: Tensor) -> Tensor:
+        """[B, H, S] frames that keys now at `position` have moved since they were kept."""
+        return (position - self.kept_at).int()
+
+
+def rebuild(chunks: tuple[Tensor, ...], place: Tensor, moved: Tensor | None = None) -> Tensor:
+    """The pool [B, H, S, T, D] whose slots hold the blocks `place` [B, H, S] of the chunks.
+
+    Args:
+        moved: [B, H, S] frames that each key block has moved in time since its chunk was kept.
+    """
+    pool = gather_slots(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2), place.clamp(min=0))
+    return pool if moved is None else shift_time(pool, moved[..., None])
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassTables:
+    """What a pass reads apart from keys and values.
+
+    index: [B, H, n, M] int32 slots each query block attends to, the first `num_persistent` the same for all;
+    key_sizes: [B, H, S] int32 or None; place, moved: see `rebuild`, with the chunk's own blocks after the history's.
+    """
+
+    index: Tensor
+    key_sizes: Tensor | None
+    place: Tensor
+    moved: Tensor | None
+    num_persistent: int
+    backend: str
+
+
+class RebuiltAttention(torch.autograd.Function):
+    """Attention [B, L, H, D] of a chunk over its pool, differentiable in the chunk's own queries, keys and values.
+
+    The result is kept in the order of tokens, in which the projection after it keeps it too.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pool: tuple[Tensor, Tensor], history: BlockHistory,
+        tables: PassTables, layout: TileLayout,
+    ) -> Tensor:  # fmt: skip
+        """query, key, value: [B, L, H, D] of the chunk; pool: all keys and values as they lie now, not kept."""
+        found = block_sparse_attention(
+            layout.to_blocks(query), *pool, tables.index, query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=tables.key_sizes, num_persistent=tables.num_persistent, backend=tables.backend,
+        )  # fmt: skip
+        out = layout.from_blocks(found.out).contiguous()
+        ctx.save_for_backward(
+            query, key, value, out, found.lse, tables.index, tables.key_sizes, tables.place, tables.moved,
+            *history.keys, *history.values,
+        )  # fmt: skip
+        ctx.layout, ctx.num_persistent, ctx.backend = layout, tables.num_persistent, tables.backend
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved, layout = ctx.saved_tensors, ctx.layout  # read once: checkpointing computes them again each time
+        (*own, out, lse, index, key_sizes, place, moved), chunks = saved[:9], saved[9:]
+        query, key, value, out, grad = (layout.to_blocks(x) for x in (*own, out, grads[0]))
+        keys = rebuild((*chunks[: len(chunks) // 2], key), place, moved)
+        values = rebuild((*chunks[len(chunks) // 2 :], value), place)
+        found = block_sparse_attention_backward(
+            grad, query, keys, values, index, out=out, lse=lse, query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=key_sizes, num_persistent=ctx.num_persistent, backend=ctx.backend,
+        )  # fmt: skip
+        slots = place.argsort(-1)[..., -layout.num_blocks :]  # of the current chunk, which is the end of the history
+        grad_key, grad_value = (gather_slots(x, slots) for x in found[1:])
+        return *(layout.from_blocks(x) for x in (found[0], grad_key, grad_value)), None, None, None, None

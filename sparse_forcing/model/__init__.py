@@ -1,0 +1,1 @@
+"""The model: transformer, attention, rotary positions, selector, text encoders, autoencoders, geometry, flow"""

@@ -1,0 +1,145 @@
+"""Flow matching: paths, conversions, the shifted grid of Self-Forcing and Wan, and the noise levels of samplers.
+
+x_t = (1 - sigma) x0 + sigma noise;  v = noise - x0;  x0 = x_t - sigma v.  Timesteps are 1000 sigma.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import ConfigError
+
+NUM_TRAIN_TIMESTEPS = 1000
+SAMPLERS = ("few_step", "euler", "unipc", "wan_unipc")
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """sigma = shift u / (1 + (shift - 1) u): moves a uniform grid towards the noisy end."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def _broadcast(sigma: Tensor, x: Tensor) -> Tensor:
+    """[B] or [B, F] -> shape that broadcasts with x [B, F, ...]."""
+    return sigma.reshape(*sigma.shape, *([1] * (x.ndim - sigma.ndim)))
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """x_t of the path; sigma [B] or [B, F] against x0 [B, F, ...]."""
+    s = _broadcast(sigma, x0)
+    return ((1 - s) * x0 + s * noise).to(x0.dtype)
+
+
+def flow_to_x0(flow: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
+    """x0 = x_t - sigma v, in float64 as the reference does, back in flow's dtype."""
+    return (x_t.double() - _broadcast(sigma, x_t).double() * flow.double()).to(flow.dtype)
+
+
+def x0_to_flow(x0: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
+    """v = (x_t - x0) / sigma, in float64, back in x0's dtype."""
+    return ((x_t.double() - x0.double()) / _broadcast(sigma, x_t).double()).to(x0.dtype)
+
+
+class FlowSchedule:
+    """Self-Forcing's table of 1000 shifted sigmas (sigma_min 0, the final zero left out).
+
+    Args:
+        shift: 5 for Self-Forcing's generator, 8 for its score networks, 1 for no shift.
+    """
+
+    def __init__(self, shift: float = 5.0) -> None:
+        if not shift > 0:
+            raise ConfigError(f"shift: must be positive, got {shift}")
+        self.shift = float(shift)
+
+    @cached_property
+    def sigmas(self) -> Tensor:
+        """[1000] descending from 1."""
+        return shift_sigma(torch.linspace(1, 0, NUM_TRAIN_TIMESTEPS + 1)[:-1], self.shift)
+
+    @cached_property
+    def timesteps(self) -> Tensor:
+        """[1000] = 1000 sigma."""
+        return self.sigmas * NUM_TRAIN_TIMESTEPS
+
+    @cached_property
+    def training_weights(self) -> Tensor:
+        """[1000] bell around t = 500, least value moved to zero, mean 1."""
+        y = torch.exp(-2 * ((self.timesteps - NUM_TRAIN_TIMESTEPS / 2) / NUM_TRAIN_TIMESTEPS) ** 2)
+        y = y - y.min()
+        return y * NUM_TRAIN_TIMESTEPS / y.sum()
+
+    def index_of(self, timestep: Tensor) -> Tensor:
+        """Nearest entry of the grid for each timestep."""
+        grid = self.timesteps.to(timestep.device)
+        return (grid - timestep[..., None].to(grid.dtype)).abs().argmin(-1)
+
+    def sigma_at(self, timestep: Tensor) -> Tensor:
+        """sigma of the nearest grid entry (t = 0 gives the last sigma, not 0, as in the reference)."""
+        return self.sigmas.to(timestep.device)[self.index_of(timestep)]
+
+    def training_weight_at(self, timestep: Tensor) -> Tensor:
+        return self.training_weights.to(timestep.device)[self.index_of(timestep)]
+
+    def warp(self, steps: list[int] | Tensor) -> Tensor:
+        """Timesteps of a few-step list: entry 1000 - step of the grid followed by 0."""
+        grid = torch.cat([self.timesteps, self.timesteps.new_zeros(1)])
+        return grid[NUM_TRAIN_TIMESTEPS - torch.as_tensor(steps, dtype=torch.long)]
+
+    def euler_step(self, flow: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
+        """One Euler step from the grid entry of `timestep` [B] to the next one (the last goes to sigma 0)."""
+        index = self.index_of(timestep)
+        sigmas = torch.cat([self.sigmas, self.sigmas.new_zeros(1)]).to(x_t.device)
+        return x_t + flow * _broadcast(sigmas[index + 1] - sigmas[index], x_t)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """How a chunk is denoised.
+
+    Args:
+        kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
+            grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
+        steps: network evaluations per chunk (two per step with guidance).
+        shift: of the noise grid.
+        step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
+        guidance_scale: w of uncond + w (cond - uncond); 1 for none.
+    """
+
+    kind: str = "few_step"
+    steps: int = 4
+    shift: float = 5.0
+    step_list: tuple[int, ...] | None = None
+    guidance_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SAMPLERS:
+            raise ConfigError(f"sampler.kind: expected one of {', '.join(SAMPLERS)}, got {self.kind!r}")
+        if not 1 <= self.steps <= NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(f"num_inference_steps: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {self.steps}")
+        if self.step_list is not None and len(self.step_list) != self.steps:
+            raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
+
+
+def few_step_timesteps(config: SamplerConfig) -> Tensor:
+    """[steps] timesteps of the few-step list, warped by the shifted grid."""
+    steps = config.step_list
+    if steps is None:
+        steps = tuple(round(NUM_TRAIN_TIMESTEPS * (config.steps - i) / config.steps) for i in range(config.steps))
+    return FlowSchedule(config.shift).warp(list(steps))
+
+
+def euler_sigmas(config: SamplerConfig) -> Tensor:
+    """[steps + 1] sigmas from 1 to 0, uniform before the shift."""
+    return shift_sigma(torch.linspace(1, 0, config.steps + 1), config.shift)
+
+
+def wan_levels(steps: int) -> list[float]:
+    """[steps] uniform noise levels of Wan's own UniPC, before the shift: from 0.999 towards 0."""
+    return torch.linspace(1 - 1 / NUM_TRAIN_TIMESTEPS, 0, steps + 1, dtype=torch.float64)[:-1].tolist()

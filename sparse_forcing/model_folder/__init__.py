@@ -1,0 +1,1 @@
+"""Model folders: defaults, parts, published sizes, conversion of original checkpoints"""

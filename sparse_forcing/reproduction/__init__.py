@@ -1,0 +1,1 @@
+"""The paper in miniature: trainings, students, claims, tables and plots"""

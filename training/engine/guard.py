@@ -1,0 +1,96 @@
+"""What keeps a run from ruining itself: stop on numbers that are not finite, stop cleanly when asked to."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType, TracebackType
+
+import torch
+
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.training.engine.parallel import any_rank
+
+STOPPED = 143
+"""Exit code after SIGTERM: 128 + 15, as a shell reports it."""
+
+
+class StopRequest:
+    """Turns SIGTERM into a question that the loop asks between steps; a second one ends the process at once.
+
+    with StopRequest() as stop: ... if stop.requested(): save and leave
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._previous: signal.Handlers | None = None
+
+    def _handle(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._asked:
+            os._exit(STOPPED)
+        self._asked = True
+
+    def __enter__(self) -> StopRequest:
+        self._previous = signal.signal(signal.SIGTERM, self._handle)  # type: ignore[assignment]
+        return self
+
+    def __exit__(self, _type: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def requested(self) -> bool:
+        """True on every process as soon as one of them was asked to stop."""
+        return any_rank(self._asked)
+
+
+def stop_with_launcher() -> None:
+    """Receive SIGTERM when the launcher dies, where it would not forward the one it got.
+
+    `accelerate launch` with one process waits for it without passing signals on; a cluster that stops the launcher
+    would leave the training running. torchrun forwards signals and needs nothing. Linux only (prctl); elsewhere start
+    `python -m sparse_forcing train` directly.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "LOCAL_RANK" not in os.environ
+    if launched and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Refuse losses and gradient norms of a network that are NaN or infinite, on every process if it happens on one.
+
+    Call it before the network's optimizer step. Raises FloatingPointError.
+    """
+    bad = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if any_rank(bool(bad)):
+        what = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another process has a non-finite value"
+        raise FloatingPointError(f"step {step}: {what}; this network's update was not applied")
+
+
+@contextmanager
+def explained_failures(step: int, geometry: str, saved: int) -> Iterator[None]:
+    """Say what to do about a step that failed; nothing is retried with other settings behind the user's back.
+
+    Args:
+        geometry: what was being computed.
+        saved: step of the newest checkpoint, 0 without one.
+
+    Raises:
+        ConfigError: out of memory, and what to lower.
+        FloatingPointError: a number that is not finite, and where the run can go on.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"out of memory in step {step} ({geometry}); lower micro_batch (the global batch stays, gradients "
+            "accumulate), turn on gradient_checkpointing, shard with parallel: fsdp, or shorten the rollout"
+        ) from error
+    except FloatingPointError as error:
+        # Another network may have been updated in the same step (distillation): that is lost with the process.
+        where = f"resuming goes on from step {saved}" if saved else "there is no checkpoint yet"
+        raise FloatingPointError(f"{error}, and nothing of this step is saved; {where}") from error

@@ -1,0 +1,1 @@
+"""Memory of a training stage, computed before anything is allocated"""

@@ -4,7 +4,8 @@
 
 Strict on purpose: unknown keys, wrong types, duplicate keys, NaN and missing values are errors that name the dotted
 path. The YAML read here is the core schema of YAML 1.2 (`1e-4` is a number, `off` is text), without aliases. Whatever
-a dataclass raises in `__post_init__` is reported under the path of that dataclass.
+a dataclass raises in `__post_init__` is reported under the path of that dataclass. A dataclass may list former names
+of its settings, `RENAMED: ClassVar = {old: new}`; whoever still uses one is told the new name.
 """
 
 from __future__ import annotations
@@ -175,6 +176,8 @@ def _build(cls: type[Any], tree: Any, path: str, leaves: list[str]) -> Any:
     values = {}
     for key, value in tree.items():
         here = _join(path, key)
+        if key in getattr(cls, "RENAMED", {}):
+            raise ConfigError(f"{here}: this setting is called {_join(path, cls.RENAMED[key])} now")
         if key not in fields:
             raise ConfigError(f"{here}: unknown setting{_suggestion(here, path, fields, leaves)}")
         values[key] = _convert(hints[key], value, here, leaves)

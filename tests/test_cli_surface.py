@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --memory --window-frames "
-    "--sink-frames --persistent-blocks --top-k --tile --positions --device --text-encoder-device "
+    "--sink-frames --persistent-blocks --density --tile --positions --device --text-encoder-device "
     "--dtype --scale --overlay --grid --skip-existing --suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
@@ -93,7 +93,7 @@ def test_help_describes_every_flag_and_prints_to_stdout(command: str, capsys: py
         *(([command, "--help"], 0) for command in COMMANDS),
         (["generate"], 2),
         (["generate", "p", "--num-frames", "x"], 2),
-        (["generate", "p", "--memory", "full", "--top-k", "0.2"], 2),
+        (["generate", "p", "--memory", "full", "--density", "0.2"], 2),
         (["train", "nothing", "--output", "x"], 2),
         (["train", "pretrain", "--output", "x", "--config", "/none.yaml"], 2),
         (["evaluate"], 2),

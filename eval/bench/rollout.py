@@ -39,7 +39,7 @@ def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
         "sink": change(default, kind="sink"),
         "sparse": change(default, kind="sparse"),
         "sparse-without-persistent": change(default, kind="sparse", persistent_blocks=0),
-        "sparse-dense-window": change(default, kind="sparse", top_k=1.0),
+        "sparse-dense-window": change(default, kind="sparse", density=1.0),
         "heavy_hitter": change(default, kind="heavy_hitter"),
     }
 

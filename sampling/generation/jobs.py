@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
@@ -31,7 +32,7 @@ MEMORY_KNOBS = {
     "window_frames": ("window", "sink", "sparse", "heavy_hitter"),
     "sink_frames": ("sink",),
     "persistent_blocks": ("sparse", "heavy_hitter"),
-    "top_k": ("sparse",),
+    "density": ("sparse",),
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
@@ -56,6 +57,8 @@ class GenerateConfig:
     skip_existing: leave out videos that are already there.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density"}
+
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
     then: tuple[tuple[float, str], ...] = ()
@@ -75,7 +78,7 @@ class GenerateConfig:
     window_frames: int | None = None
     sink_frames: int | None = None
     persistent_blocks: int | None = None
-    top_k: float | None = None
+    density: float | None = None
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"

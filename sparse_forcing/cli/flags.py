@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
+        self.renamed: dict[str, str] = {}  # former flags and what they are called now
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (see {self.prog} --help)")
@@ -33,8 +34,11 @@ class Parser(argparse.ArgumentParser):
         parse = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
         parsed, unknown = parse(args, namespace)
         if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].partition("=")[0], known, 1)
+            flag = unknown[0].partition("=")[0]
+            if flag in self.renamed:
+                self.error(f"{flag} is called {self.renamed[flag]} now")
+            known = [name for action in self._actions for name in action.option_strings]
+            close = difflib.get_close_matches(flag, known, 1)
             hint = f"; did you mean {close[0]}?" if close else ""
             self.error(f"unrecognized argument {unknown[0]!r}{hint}")
         return parsed
@@ -62,15 +66,20 @@ for _function, _name in ((whole_number, "whole number"), (number, "number"), (pa
     _function.__name__ = _name  # argparse puts it into "invalid ... value"
 
 
-def add_config_flags(parser: argparse.ArgumentParser, cls: type[Any], texts: Mapping[str, str]) -> None:
+def add_config_flags(parser: Parser, cls: type[Any], texts: Mapping[str, str]) -> None:
     """Add a flag for every field of dataclass `cls` named in `texts` (field -> help), in that order.
 
     A field that is not given on the command line is left to the dataclass: its default stays in one place.
     """
+    parser.renamed |= {_flag(old): _flag(new) for old, new in getattr(cls, "RENAMED", {}).items()}
     hints = typing.get_type_hints(cls)
     for field, text in texts.items():
         shape = _shape(hints[field], cls.__dataclass_fields__[field].default)
-        parser.add_argument(f"--{field.replace('_', '-')}", help=text, default=argparse.SUPPRESS, **shape)
+        parser.add_argument(_flag(field), help=text, default=argparse.SUPPRESS, **shape)
+
+
+def _flag(field: str) -> str:
+    return f"--{field.replace('_', '-')}"
 
 
 def read_config(cls: type[T], arguments: argparse.Namespace) -> T:

@@ -34,7 +34,7 @@ FLAGS = {
     "sink_frames": "latent frames kept from the start of the video",
     "persistent_blocks": "blocks for each layer and head kept from all that left the window; heavy_hitter: as many "
     "tokens as they have",
-    "top_k": "share of the window's blocks that a query block sees, above 0 up to 1",
+    "density": "share of the window's blocks that a query block sees, above 0 up to 1",
     "tile": "latent frames, token rows and token columns of a block",
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
     "device": "cpu, cuda, ... (default: the GPU if there is one)",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from sparse_forcing.errors import ConfigError
 
@@ -23,19 +25,21 @@ class MemoryConfig:
         sink_frames: first frames of the video that a `sink` memory never drops.
         tile: latent frames, token rows and token columns of a block.
         persistent_blocks: blocks per layer and head kept from everything that left the window; 0 for none.
-        top_k: share of a full window's blocks that a query block attends to; 1 for all of them.
+        density: share of a full window's blocks that a query block attends to; 1 for all of them.
         importance: what persistent blocks are ranked by: "coarse", block attention of representatives (the paper), or
             "mass", the exact attention mass of the clean pass.
         positions: absolute (Self-Forcing's) or relative: the current chunk never moves beyond the training horizon
             and older keys are re-phased when the window moves.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density"}
+
     kind: str = "sparse"
     window_frames: int = 6
     sink_frames: int = 3
     tile: tuple[int, int, int] = (3, 5, 4)
     persistent_blocks: int = 64
-    top_k: float = 0.25
+    density: float = 0.25
     importance: str = "coarse"
     positions: str = "relative"
 
@@ -57,8 +61,8 @@ class MemoryConfig:
             raise ConfigError(f"memory.tile: expected three positive numbers (frames, rows, columns), got {self.tile}")
         if self.persistent_blocks < 0:
             raise ConfigError(f"memory.persistent_blocks: cannot be negative, got {self.persistent_blocks}")
-        if not 0 < self.top_k <= 1:
-            raise ConfigError(f"memory.top_k: a share in (0, 1] is needed, got {self.top_k}")
+        if not 0 < self.density <= 1:
+            raise ConfigError(f"memory.density: a share in (0, 1] is needed, got {self.density}")
 
     @property
     def window(self) -> int | None:

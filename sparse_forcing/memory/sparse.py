@@ -129,7 +129,7 @@ class SparseMemory(RolloutMemory):
                 f"{config.window_frames}; try {max(1, full_chunks) * geometry.chunk_frames}"
             )
         self.window_capacity = full_chunks * self.layout.num_blocks
-        self.top_k = max(1, math.ceil(config.top_k * self.window_capacity))
+        self.top_k = max(1, math.ceil(config.density * self.window_capacity))
         self.num_slots = config.persistent_blocks + self.window_capacity
 
     def _layout(self, frames: int) -> TileLayout:

@@ -56,7 +56,7 @@ STUDENTS = {
     "sparse": StudentKind(memory={}),
     "mean-pooled": StudentKind(memory={}, learned_selector=False),
     "without-persistent": StudentKind(memory={"persistent_blocks": 0}),
-    "without-local-sparsity": StudentKind(memory={"top_k": 1.0}),
+    "without-local-sparsity": StudentKind(memory={"density": 1.0}),
 }
 
 
@@ -108,9 +108,9 @@ class TrainingPlan:
     def __post_init__(self) -> None:
         if self.memory.kind != "sparse" or self.memory.positions != "relative":
             raise ConfigError("memory: kind sparse and positions relative are what the variants differ from")
-        if self.memory.top_k == 1 or not self.memory.persistent_blocks:
+        if self.memory.density == 1 or not self.memory.persistent_blocks:
             raise ConfigError(
-                "memory: top_k must be below 1 and persistent_blocks not 0, or two ablations change nothing"
+                "memory: density must be below 1 and persistent_blocks not 0, or two ablations change nothing"
             )
         if self.selector_weight <= 0:
             raise ConfigError(f"selector_weight: must be positive, got {self.selector_weight}")

@@ -198,3 +198,9 @@ def test_a_name_too_long_to_look_up_is_one_line(
     assert main([*command, "n" * 300, *rest]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "File name too long" in line
+
+
+@pytest.mark.parametrize("old", ["--top-k", "--top-k=0.5"])
+def test_a_flag_under_its_former_name_is_told_the_new_one(old: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "a red circle", old, "0.5"]) == 2
+    assert "--top-k is called --density now" in capsys.readouterr().err

@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = PipelineConfig(
         fps=16.0, height=32, width=32, num_frames=24, text_encoder="words", vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
-        memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, top_k=0.5),
+        memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, density=0.5),
     )  # fmt: skip
     text = WordTextEncoder(["a", "red", "ball"], dim=16, num_heads=2, text_len=4)
     SparseForcingPipeline(transformer, text, PatchAutoencoder(8), config).save_pretrained(folder)
@@ -58,7 +58,7 @@ def digest(path: Path) -> str:
 def test_every_memory_generates_and_reports_its_cache(model: Path, tmp_path: Path, memory: str) -> None:
     flags = {
         "sink": ["--sink-frames", "1"],
-        "sparse": ["--overlay", "--top-k", "0.25"],
+        "sparse": ["--overlay", "--density", "0.25"],
         "heavy_hitter": ["--overlay", "--persistent-blocks", "3", "--tile", "1", "1", "5"],
     }.get(memory, [])
     target = tmp_path / "c.mp4"
@@ -239,7 +239,7 @@ def test_unknown_and_surplus_words_are_mentioned(
         (["--height", "33"], "33"),
         (["--memory", "window", "--window-frames", "1"], "window"),
         (["--memory", "sink", "--window-frames", "4", "--sink-frames", "4"], "sink"),
-        (["--top-k", "0"], "top_k"),
+        (["--density", "0"], "density"),
         (["--video", "SHORT"], "5 frames are less than one chunk of 8"),
     ],
 )

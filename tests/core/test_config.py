@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 from hypothesis import given, settings
@@ -27,6 +27,8 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
+    RENAMED: ClassVar = {"window": "window_frames"}
+
     kind: Literal["full", "window"] = "full"
     tile: tuple[int, ...] = (1, 4, 4)
     window_frames: int | None = None
@@ -83,6 +85,7 @@ def test_plain_form_builds_the_same_config() -> None:
     ("text", "message"),
     [
         ("name: a\noptimiser: {}", "optimiser: unknown setting; did you mean optimizer?"),
+        ("name: a\nmemory: {window: 3}", "memory.window: this setting is called memory.window_frames now"),
         ("name: a\nlr: 1", "lr: unknown setting; did you mean optimizer.lr?"),
         ("name: a\noptimizer: {zzz: 1}", "optimizer.zzz: unknown setting; known here: betas, lr, steps"),
         ("name: a\noptimizer: {lr: '1e-4'}", "optimizer.lr: expected a number, got text '1e-4'"),

@@ -41,7 +41,7 @@ def pipe() -> SparseForcingPipeline:
     config = PipelineConfig(
         fps=8.0, height=32, width=32, num_frames=20, text_encoder="words", vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
-        memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, top_k=0.5),
+        memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, density=0.5),
     )  # fmt: skip
     text = WordTextEncoder(["a", "ball", "blue", "red"], dim=16, num_layers=1, text_len=6)
     return SparseForcingPipeline(transformer.eval(), text.eval(), vae, config)

@@ -56,7 +56,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--seed", "-1"], "--seed must be between 0"),
         (["p", "--seed", "1e30"], "invalid whole number"),
         (["p", "--memory", "sprase"], "invalid choice: 'sprase'"),
-        (["p", "--memory", "full", "--top-k", "0.5"], "--top-k has no effect with --memory full"),
+        (["p", "--memory", "full", "--density", "0.5"], "--density has no effect with --memory full"),
         (["p", "--memory", "window", "--overlay"], "--overlay shows persistent blocks"),
         (["p", "--output", "x.gif"], "only .mp4"),
         (["p", "q", "--output", "x.mp4"], "one file for 2 videos"),

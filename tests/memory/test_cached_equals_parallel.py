@@ -114,11 +114,11 @@ class RecordedMask(ParallelAttention):
 @pytest.mark.parametrize(
     "config",
     [
-        MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3),
-        MemoryConfig(tile=(2, 3, 4), top_k=0.3, window_frames=9, persistent_blocks=5),
-        MemoryConfig(tile=(3, 2, 2), top_k=0.25, window_frames=6, persistent_blocks=4, importance="mass"),
-        MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=0),
-        MemoryConfig(tile=(3, 2, 3), top_k=1.0, window_frames=6, persistent_blocks=4),
+        MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3),
+        MemoryConfig(tile=(2, 3, 4), density=0.3, window_frames=9, persistent_blocks=5),
+        MemoryConfig(tile=(3, 2, 2), density=0.25, window_frames=6, persistent_blocks=4, importance="mass"),
+        MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=0),
+        MemoryConfig(tile=(3, 2, 3), density=1.0, window_frames=6, persistent_blocks=4),
     ],
     ids=["sparse", "ragged", "mass", "no-persistent", "dense-window"],
 )

@@ -39,7 +39,7 @@ def gradients(run, memory: SparseMemory, chunks: int, *, keep_pool_at_last: bool
 def test_history_gives_the_gradients_of_the_pool(run, chunks: int, tile: str, checkpointing: bool) -> None:
     """14 chunks are twice the horizon, so keys move in time, and the history has been replaced by the pool once."""
     config = MemoryConfig(
-        kind="sparse", window_frames=6, tile=TILES[tile], persistent_blocks=2, top_k=0.5, positions="relative"
+        kind="sparse", window_frames=6, tile=TILES[tile], persistent_blocks=2, density=0.5, positions="relative"
     )
     expected = gradients(run, run.make(config, cache_gradient="none"), chunks, keep_pool_at_last=True)
     memory = run.make(config, cache_gradient="detached")
@@ -56,7 +56,7 @@ def test_history_gives_the_gradients_of_the_pool(run, chunks: int, tile: str, ch
 
 
 def test_passes_without_gradients_keep_no_graph(run) -> None:
-    config = MemoryConfig(kind="sparse", window_frames=6, tile=TILES["even"], persistent_blocks=2, top_k=0.5)
+    config = MemoryConfig(kind="sparse", window_frames=6, tile=TILES["even"], persistent_blocks=2, density=0.5)
     memory = run.make(config, cache_gradient="detached")
     gradients(run, memory, 3, keep_pool_at_last=False)
     for state in memory.layers:

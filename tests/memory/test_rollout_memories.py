@@ -18,24 +18,24 @@ def close(a, b) -> None:
 @pytest.mark.parametrize("tile", TILES)
 def test_sparse_with_everything_in_the_window_equals_full(run, tile):
     expected = run(MemoryConfig(kind="full"), 4)
-    close(run(MemoryConfig(tile=tile, top_k=1.0, window_frames=12, persistent_blocks=0), 4), expected)
+    close(run(MemoryConfig(tile=tile, density=1.0, window_frames=12, persistent_blocks=0), 4), expected)
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_sparse_that_persists_every_block_equals_full(run, tile):
     expected = run(MemoryConfig(kind="full"), 5)
-    close(run(MemoryConfig(tile=tile, top_k=1.0, window_frames=6, persistent_blocks=200), 5), expected)
+    close(run(MemoryConfig(tile=tile, density=1.0, window_frames=6, persistent_blocks=200), 5), expected)
 
 
 @pytest.mark.parametrize("tile", TILES)
 def test_sparse_without_persistent_blocks_and_full_density_equals_window(run, tile):
     expected = run(MemoryConfig(kind="window", window_frames=6), 5)
-    close(run(MemoryConfig(tile=tile, top_k=1.0, window_frames=6, persistent_blocks=0), 5), expected)
+    close(run(MemoryConfig(tile=tile, density=1.0, window_frames=6, persistent_blocks=0), 5), expected)
 
 
 def test_sparsity_changes_the_result(run):
     dense = run(MemoryConfig(kind="window", window_frames=6), 4)
-    sparse = run(MemoryConfig(tile=(3, 2, 3), top_k=0.25, window_frames=6, persistent_blocks=2), 4)
+    sparse = run(MemoryConfig(tile=(3, 2, 3), density=0.25, window_frames=6, persistent_blocks=2), 4)
     assert (dense - sparse)[:, :3].abs().max() > 1e-6, "selection must bite inside the first chunk already"
 
 
@@ -45,8 +45,8 @@ def test_sparsity_changes_the_result(run):
         MemoryConfig(kind="full"),
         MemoryConfig(kind="window", window_frames=7),
         MemoryConfig(kind="sink", window_frames=7, sink_frames=1),
-        MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3),
-        MemoryConfig(tile=(2, 3, 4), top_k=0.5, window_frames=6, persistent_blocks=3, importance="mass"),
+        MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3),
+        MemoryConfig(tile=(2, 3, 4), density=0.5, window_frames=6, persistent_blocks=3, importance="mass"),
         MemoryConfig(kind="heavy_hitter", tile=(1, 3, 5), window_frames=7, persistent_blocks=2),
     ],
     ids=["full", "window", "sink", "sparse", "sparse-mass", "heavy-hitter"],
@@ -59,7 +59,7 @@ def test_training_caches_hold_the_values_of_inference(run, config, cache_gradien
 @pytest.mark.parametrize("kind", ["window", "sparse"])
 def test_relative_positions_of_a_window_equal_absolute_ones_beyond_the_horizon(run, kind):
     """Rotary attention depends on distances only: re-phasing a window must not change anything."""
-    knobs = {"kind": kind, "window_frames": 6, "tile": (3, 2, 3), "top_k": 0.5, "persistent_blocks": 0}
+    knobs = {"kind": kind, "window_frames": 6, "tile": (3, 2, 3), "density": 0.5, "persistent_blocks": 0}
     absolute = run(MemoryConfig(**knobs, positions="absolute"), 7, horizon=9)
     close(run(MemoryConfig(**knobs, positions="relative"), 7, horizon=9), absolute)
     assert run.memory.chunk_position == 6, "the current chunk stays at the end of the horizon"
@@ -87,7 +87,7 @@ def test_relative_positions_bound_the_distance_of_what_stays(run, config):
 
 
 def test_sparse_bytes_are_bounded_and_full_bytes_grow(run):
-    sparse = MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3)
+    sparse = MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3)
     run(sparse, 4)
     at_four = run.memory.cache_bytes
     run(sparse, 9)
@@ -99,7 +99,7 @@ def test_sparse_bytes_are_bounded_and_full_bytes_grow(run):
 
 
 def test_cache_bytes_count_every_tensor_a_memory_holds(run):
-    config = MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3)
+    config = MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3)
     run(config, 4)
     held = sum(
         value.nbytes for state in run.memory.layers for value in vars(state).values() if isinstance(value, torch.Tensor)
@@ -108,7 +108,7 @@ def test_cache_bytes_count_every_tensor_a_memory_holds(run):
 
 
 def test_slots_are_never_shared_and_hold_the_blocks_they_name(run):
-    config = MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3)
+    config = MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3)
     run(config, 8)
     memory = run.memory
     per_chunk = memory.layout.num_blocks
@@ -124,14 +124,14 @@ def test_slots_are_never_shared_and_hold_the_blocks_they_name(run):
 
 
 def test_persistent_blocks_differ_between_heads(run):
-    run(MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3), 8)
+    run(MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3), 8)
     state = run.memory.layers[-1]
     origin = state.origin.gather(2, state.persistent)
     assert (origin[:, 0] != origin[:, 1]).any()
 
 
 def test_persistent_map_counts_layers_and_heads(run):
-    config = MemoryConfig(tile=(3, 2, 3), top_k=0.5, window_frames=6, persistent_blocks=3)
+    config = MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3)
     run(config, 2)
     assert run.memory.persistent_map() is None
     run(config, 5)
@@ -149,8 +149,8 @@ def test_a_chunk_longer_than_the_window_is_refused(run):
     ("knobs", "name"),
     [
         ({"kind": "ring"}, "kind"),
-        ({"top_k": 0.0}, "top_k"),
-        ({"top_k": float("nan")}, "top_k"),
+        ({"density": 0.0}, "density"),
+        ({"density": float("nan")}, "density"),
         ({"tile": (0, 2, 2)}, "tile"),
         ({"persistent_blocks": -1}, "persistent_blocks"),
         ({"kind": "sink", "sink_frames": 6}, "sink_frames"),

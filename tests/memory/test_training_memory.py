@@ -67,7 +67,7 @@ def saved_bytes(
 @pytest.mark.parametrize(("window_frames", "allowed"), [(4, TABLES), (6, 1.0), (8, 1.0)])
 def test_embedded_model(window_frames: int, allowed: float) -> None:
     def measure(kind: str) -> int:
-        memory = MemoryConfig(kind=kind, window_frames=window_frames, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5)
+        memory = MemoryConfig(kind=kind, window_frames=window_frames, tile=(2, 2, 4), persistent_blocks=4, density=0.5)
         return saved_bytes(TINY, memory, latent=8, width=8, chunks=5, layers=2)
 
     assert measure("sparse") <= allowed * measure("window")

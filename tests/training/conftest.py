@@ -17,7 +17,7 @@ from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import vocabulary_words
 
 SIZE, CHUNK, HORIZON, CHANNELS = 32, 2, 4, 6
-SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, top_k=0.5)
+SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, density=0.5)
 
 
 def make_pipeline(**changes) -> SparseForcingPipeline:

@@ -50,7 +50,7 @@ FOLDER = Path(__file__).parents[2] / "training" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*.yaml") if path.name != "reproduce.yaml")
 TINY: dict[str, Any] = {"data": DataConfig(size=64, latent_frames=6), "rollout_frames": 6}
 ONE = replace(LOOP, global_batch=1, micro_batch=1)
-SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5)
+SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, density=0.5)
 HEAVY = replace(SPARSE, kind="heavy_hitter")
 WAN: dict[str, Any] = {"num_layers": 30}
 TOLERANCE = 0.15
@@ -130,7 +130,7 @@ def test_gradients_through_the_scores_are_counted() -> None:
 def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None:
     """Keys and values of the history, of what passes of the same window have read of it, and the pool of one pass."""
     config = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "chunk_frames": 2}
-    small = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, top_k=0.5)
+    small = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=1, density=0.5)
     geometry = MemoryGeometry(rows=4, cols=4, num_layers=1, chunk_frames=2, horizon_frames=6)
     memory, most = SparseMemory(small, geometry, "detached"), 0
     for frames in windows:

@@ -189,7 +189,7 @@ def test_teacher_forcing_through_a_memory_equals_the_parallel_mask(model_folder:
     (parallel,) = recipe.losses(0, 0)
     everything = {"window": 4, "sink": 4, "sparse": 4}.get(memory)
     if everything is not None:
-        recipe.memory = replace(MEMORIES[memory], window_frames=everything, top_k=1.0)
+        recipe.memory = replace(MEMORIES[memory], window_frames=everything, density=1.0)
     (cached,) = recipe.losses(0, 0)
     torch.testing.assert_close(cached, parallel)
 
@@ -209,7 +209,7 @@ def test_gradients_through_clean_chunks_equal_the_parallel_mask(
         loss.backward()
         return {name: p.grad for name, p in recipe.model.named_parameters() if p.grad is not None}
 
-    everything = replace(MEMORIES[memory], window_frames=HORIZON, top_k=1.0)
+    everything = replace(MEMORIES[memory], window_frames=HORIZON, density=1.0)
     parallel, clean = gradients(MEMORIES["full"], "detached"), gradients(everything, "clean")
     assert parallel.keys() == clean.keys()
     for name, gradient in parallel.items():

@@ -35,7 +35,7 @@ def settings(model: Path) -> dict[str, Any]:
         "training": {
             "model": str(model),
             "memory": {
-                "kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 1, "top_k": 0.5,
+                "kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 1, "density": 0.5,
             },
             "teacher": {"config": "tiny-teacher.yaml", "steps": 1, "set": forcing},
             "start": {"config": "tiny-sparse-start.yaml", "steps": 1, "set": forcing},
@@ -242,7 +242,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         ("training.teacher=null", "needs score.causal_window"),
         (f"training.student.set=[{', '.join(CAUSAL_DISTILL)}]", "the trained one is bidirectional"),
         ("training.memory.window_frames=3", "window"),
-        ("training.memory.top_k=1.0", "top_k must be below 1"),
+        ("training.memory.density=1.0", "density must be below 1"),
         ("evaluation.horizons=[2, 4]", "horizons: 1 (the training horizon)"),
         ("evaluation.horizons=[1, 1]", "horizons: different"),
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),

@@ -35,7 +35,9 @@ TINY = PipelineConfig(
     text_encoder="words",
     vae="token",
     sampler=SamplerConfig(kind="euler", steps=4, shift=4.0, guidance_scale=3.0),
-    memory=MemoryConfig(kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, top_k=0.5),
+    memory=MemoryConfig(
+        kind="sparse", window_frames=4, sink_frames=1, tile=(2, 2, 4), persistent_blocks=4, density=0.5
+    ),
 )
 
 

@@ -25,7 +25,7 @@ from sparse_forcing.eval.measuring.features import unit
 from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
-from sparse_forcing.eval.metrics.appearance import descriptors
+from sparse_forcing.eval.metrics.offline.appearance import descriptors
 
 RATIOS = ("saturation", "contrast", "detail", "brightness")
 REPEATS_BELOW = 0.25

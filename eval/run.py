@@ -22,7 +22,7 @@ from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import Measurement, Metric, suite_metrics
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import FeatureStore, View, open_clip
-from sparse_forcing.eval.metrics.dynamic_degree import is_static
+from sparse_forcing.eval.metrics.quality.dynamic_degree import is_static
 from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.eval.vbench.suites import prompt_index
 from sparse_forcing.files import atomic_write_json, sha256_file

@@ -1,4 +1,4 @@
-"""The registry of metrics: a new metric is one file in `eval/metrics` with a function under `@metric(...)`."""
+"""The registry of metrics: a new metric is one file below `eval/metrics` with a function under `@metric(...)`."""
 
 from __future__ import annotations
 
@@ -76,8 +76,8 @@ def metric(name: str, **options: Any) -> Callable[[MetricFunction], MetricFuncti
 def _discover() -> None:
     package = importlib.import_module("sparse_forcing.eval.metrics")
     try:
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
     except ImportError as error:
         if error.name != "cv2":
             raise

@@ -11,8 +11,8 @@ import torch
 from sparse_forcing.errors import VideoError
 from sparse_forcing.eval.measuring.registry import all_metrics
 from sparse_forcing.eval.measuring.resources import Resources
-from sparse_forcing.eval.metrics.dynamic_degree import is_dynamic, is_static, top_mean
-from sparse_forcing.eval.metrics.objects import relation_score
+from sparse_forcing.eval.metrics.quality.dynamic_degree import is_dynamic, is_static, top_mean
+from sparse_forcing.eval.metrics.semantic.objects import relation_score
 from sparse_forcing.eval.vbench import transforms as T
 from sparse_forcing.eval.vbench.networks import clip, dino, raft, viclip
 from sparse_forcing.eval.vbench.semantic import Detection
@@ -209,7 +209,7 @@ def test_static_filter() -> None:
 
 
 def test_dynamic_degree_with_a_real_network_matches_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_forcing.eval.metrics.dynamic_degree.ITERATIONS", 2)
+    monkeypatch.setattr("sparse_forcing.eval.metrics.quality.dynamic_degree.ITERATIONS", 2)
     network, state = prepared(raft.Raft())
     frames = doubled(moving_disc(3, speed=9))
     resources = Resources(networks={"raft": network})

@@ -9,7 +9,7 @@ from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
-from sparse_forcing.eval.metrics.caption import ATTRIBUTES, CaptionResult, check_clip
+from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, CaptionResult, check_clip
 
 SIDE = 64  # the checker's native picture size; larger whole multiples are averaged down to it
 SEGMENT = 5.0  # seconds in which every motion of the domain shows

@@ -1,7 +1,7 @@
 """Does a clip show what its caption says?  An automatic judge for the scenes of ``sparse_forcing.scenes``.
 
 Everything is measured from the pixels and compared with the words; two objects are told apart by the colours
-the caption gives them.  ``python -m sparse_forcing.eval.metrics.caption --clips 2000`` judges freshly drawn
+the caption gives them.  ``python -m sparse_forcing.eval.scene_checker.caption --clips 2000`` judges freshly drawn
 ground truth and prints the share of right verdicts as JSON.
 """
 

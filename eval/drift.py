@@ -30,6 +30,7 @@ from sparse_forcing.eval.metrics.offline.appearance import descriptors
 RATIOS = ("saturation", "contrast", "detail", "brightness")
 REPEATS_BELOW = 0.25
 _WORKING_SIDE = 32
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +124,11 @@ def opening_similarity(view: View, settings: DriftSettings) -> dict[str, Any]:
     rows = unit(descriptors(view))
     parts = windows(view, settings.window)
     means = unit(np.stack([rows[part.start - view.start : part.stop - view.start].mean(axis=0) for part in parts]))
-    lags = {str(lag): float((rows[lag:] * rows[:-lag]).sum(axis=1).mean()) for lag in settings.lags if lag < len(rows)}
+    lags = {
+        str(lag): float(np.einsum("nd,nd->n", rows[lag:], rows[:-lag]).mean())
+        for lag in settings.lags
+        if lag < len(rows)
+    }
     return {"times": [center(part) for part in parts], "curve": (means @ means[0]).tolist(), "lags": lags}
 
 
@@ -150,24 +155,34 @@ def repetition(view: View, *, min_seconds: float = 2.0) -> dict[str, Any]:
     rows = _thumbnails(view)
     if len(rows) < 2 * least:
         return {"ratio": None, "repeats": None}
-    distance = np.linalg.norm(rows[least : len(rows) - least + 1] - rows[0], axis=1)
+    distance = _distances(rows[least : len(rows) - least + 1], rows[:1])
     restart = least + int(distance.argmin())
     length = min(restart, len(rows) - restart)
-    repeated = np.linalg.norm(rows[restart : restart + length] - rows[:length], axis=1).mean()
-    typical = np.median(np.linalg.norm(rows[least:] - rows[:-least], axis=1))
+    repeated = _distances(rows[restart : restart + length], rows[:length]).mean()
+    typical = np.median(_distances(rows[least:], rows[:-least]))
     if typical < 1.0:
         return {"ratio": None, "repeats": None}
     ratio = float(repeated / typical)
     return {"ratio": ratio, "repeats": ratio < REPEATS_BELOW, "restart_seconds": restart / view.fps}
 
 
+def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Euclidean distances [N] of thumbnails [N, D] (or [1, D]), in grey levels per pixel, about."""
+    pieces = []
+    for at in range(0, len(first), _ROWS_AT_ONCE):
+        here = first[at : at + _ROWS_AT_ONCE].astype(np.float32)
+        there = second if len(second) == 1 else second[at : at + _ROWS_AT_ONCE]
+        pieces.append(np.linalg.norm((here - there) / _WORKING_SIDE, axis=1))
+    return np.concatenate(pieces)
+
+
 def _thumbnails(view: View) -> np.ndarray:
+    """Frames shrunk to uint8 [F, 32 * 32 * 3]."""
     import cv2
 
     def shrink(frames: np.ndarray) -> np.ndarray:
         side = (_WORKING_SIDE, _WORKING_SIDE)
-        small = [cv2.resize(frame, side, interpolation=cv2.INTER_AREA).ravel() for frame in frames]
-        return np.stack(small).astype(np.float32) / _WORKING_SIDE  # distances in grey levels per pixel, about
+        return np.stack([cv2.resize(frame, side, interpolation=cv2.INTER_AREA).ravel() for frame in frames])
 
     return view.per_frame("thumbnails", shrink)
 

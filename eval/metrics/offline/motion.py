@@ -70,17 +70,12 @@ def motion_magnitude(view: View, resources: Resources) -> Measurement:
 @metric("warp_smoothness", suites=("offline", "drift"), min_frames=3)
 def warp_smoothness(view: View, resources: Resources) -> Measurement:
     """1 - error of predicting odd frames by moving their neighbours half way (DIS flow)."""
-    memo, errors = view.clip.memo, []
     # Odd in the whole clip, so that windows share the work.
-    for middle in range(view.start + 1 + view.start % 2, view.stop - 1, 2):
-        key = f"warp:{middle}"
-        if key not in memo:
-            frames = view.clip.frames
-            memo[key] = np.asarray(middle_error(frames[middle - 1], frames[middle], frames[middle + 1]))
-        errors.append(float(memo[key]))
-    if not errors:
+    middles = range(1 + view.start % 2, len(view) - 1, 2)
+    errors = view.per_group("warp", middle_error, [(middle - 1, middle, middle + 1) for middle in middles])
+    if not len(errors):
         return Measurement(value=None)
-    return Measurement(value=1.0 - float(np.mean(errors)) / 255.0, count=len(errors))
+    return Measurement(value=1.0 - float(errors.mean()) / 255.0, count=len(errors))
 
 
 @metric("moving_share", suites=("offline", "drift"), min_frames=2)

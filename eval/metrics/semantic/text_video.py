@@ -16,7 +16,7 @@ NEEDS = ("viclip", "tokenizer")
 def viclip_similarity(view: View, resources: Resources) -> Measurement:
     """Cosine of the view and its prompt; the prompt is cut after 32 tokens."""
     network = resources.network("viclip")
-    images = clip_input_uint8(view.frames[middle_frames(len(view), network.frames)])
+    images = clip_input_uint8(view.pick(middle_frames(len(view), network.frames)))
     video = resources.features("viclip", images[None], lambda viclip, x: viclip.encode_video(x))
     tokens = resources.network("tokenizer")(view.text or "", network.text_encoder.context, truncate=True)
     text = resources.features("viclip", tokens, lambda viclip, x: viclip.encode_text(x))

@@ -15,12 +15,13 @@ and for the whole video: similarity to the opening, coherence at frame lags, lat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from sparse_forcing.eval.measuring.failures import Failure, attempt
 from sparse_forcing.eval.measuring.features import unit
 from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.resources import Resources
@@ -140,7 +141,8 @@ def late_early_ratios(view: View, settings: DriftSettings, metrics: Sequence[Met
         if metric.name in RATIOS:
             first = measure(metric, view.part(0, ends), resources)
             last = measure(metric, view.part(len(view) - ends, len(view)), resources)
-            ratios[metric.name] = last / first if first and last is not None else None
+            ratio = last / first if first and last is not None else math.nan
+            ratios[metric.name] = ratio if math.isfinite(ratio) else None
     return ratios
 
 
@@ -187,13 +189,33 @@ def _thumbnails(view: View) -> np.ndarray:
     return view.per_frame("thumbnails", shrink)
 
 
-def analyse(view: View, metrics: Sequence[Metric], resources: Resources, settings: DriftSettings) -> dict[str, Any]:
-    """All drift numbers of one video."""
+def analyse(
+    view: View, metrics: Sequence[Metric], resources: Resources, settings: DriftSettings
+) -> tuple[dict[str, Any], bool]:
+    """All drift numbers of one video, and whether what failed would fail every time.
+
+    A part that fails is None (a metric's curve: absent) and named in `failures` with the reason.
+    """
     usable = [metric for metric in metrics if not (metric.needs_text and view.text is None)]
-    curves = {metric.name: metric_drift(metric, view, resources, settings) for metric in usable}
-    return {
-        "metrics": {name: numbers for name, numbers in curves.items() if numbers is not None},
-        "opening": opening_similarity(view, settings),
-        "ratios": late_early_ratios(view, settings, usable, resources),
-        "repetition": repetition(view),
+    failures: dict[str, str] = {}
+    lasting = True
+
+    def guard(name: str, call: Callable[[], Any]) -> Any:
+        nonlocal lasting
+        outcome = attempt(call)
+        if isinstance(outcome, Failure):
+            failures[name], lasting = outcome.reason, lasting and outcome.lasting
+            return None
+        return outcome
+
+    curves = {
+        metric.name: guard(metric.name, lambda metric=metric: metric_drift(metric, view, resources, settings))
+        for metric in usable
     }
+    numbers = {
+        "metrics": {name: found for name, found in curves.items() if found is not None},
+        "opening": guard("opening", lambda: opening_similarity(view, settings)),
+        "ratios": guard("ratios", lambda: late_early_ratios(view, settings, usable, resources)) or {},
+        "repetition": guard("repetition", lambda: repetition(view)),
+    }
+    return numbers | ({"failures": failures} if failures else {}), lasting

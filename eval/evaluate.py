@@ -60,8 +60,17 @@ def _measure(config: EvaluateConfig) -> int:
     for note in results["notes"]:
         print(note, file=sys.stderr)
     print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
-    failed = len(results["failures"])
-    return 1 if failed == len(entries) or (failed and config.strict_exit) else 0
+    return _exit_code(results, config.strict_exit)
+
+
+def _exit_code(results: dict[str, Any], strict: bool) -> int:
+    """1 when nothing could be measured, or with `strict` when anything could not; else 0."""
+    failed = sum(
+        "error" in record or (bool(record["metrics"]) and all("error" in row for row in record["metrics"].values()))
+        for record in results["videos"]
+    )
+    incomplete = bool(results["failures"] or results["missing_values"])
+    return 1 if failed == len(results["videos"]) or (strict and incomplete) else 0
 
 
 def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sparse_forcing.errors import VideoError
-from sparse_forcing.media.video import iter_frames, probe
+from sparse_forcing.media.video import iterate_video, probe
 
 PIECE_PIXELS = 1 << 22  # of a piece: 12 MB of RGB, and some 50 MB of floats where a metric makes such
 LONGEST_PIECE = 32  # frames: the batch of the networks
@@ -113,16 +113,10 @@ class FileSource(FrameSource):
     def _decode_piece(self) -> np.ndarray:
         """The next piece of the decoder, kept; empty at the end."""
         if self._decoder is None:
-            self._decoder, self._next = iter_frames(self.path, max_frames=self._limit), 0
-        frames = np.empty((self.piece_length, self.height, self.width, 3), np.uint8)
-        filled = 0
-        for frame in self._decoder:
-            frames[filled] = frame
-            filled += 1
-            if filled == self.piece_length:
-                break
-        piece = frames[:filled]
-        if filled:
+            self._decoder = iterate_video(self.path, self.piece_length, max_frames=self._limit)
+            self._next = 0
+        piece = next(self._decoder, np.empty((0,)))
+        if len(piece):
             self._kept[self._next] = piece
             self._next += 1
             while len(self._kept) > self._room:

@@ -101,7 +101,7 @@ class Clip:
         if not groups:
             return
         uses = Counter(number for group in groups for number in set(group))
-        waiting = sorted(groups, key=max, reverse=True)
+        waiting = sorted(groups, key=max)[::-1]
         held: dict[int, np.ndarray] = {}
         for first, piece in self.source.pieces(min(uses), max(uses) + 1):
             for number, frame in enumerate(piece, first):

@@ -29,13 +29,14 @@ def viclip_similarity(view: View, resources: Resources) -> Measurement:
     needs=NEEDS,
     needs_text=True,
     segment_seconds=10.0,
+    version=2,
 )
 def overall_consistency(view: View, resources: Resources) -> Measurement:
     """VBench overall consistency (ViCLIP): video against its whole prompt."""
     return viclip_similarity(view, resources)
 
 
-@metric("temporal_style", suites=("vbench", "vbench-long"), needs=NEEDS, needs_text=True)
+@metric("temporal_style", suites=("vbench", "vbench-long"), needs=NEEDS, needs_text=True, version=2)
 def temporal_style(view: View, resources: Resources) -> Measurement:
     """VBench temporal style (ViCLIP): video against its whole prompt."""
     return viclip_similarity(view, resources)

@@ -1,7 +1,8 @@
 """CLIP's byte-pair tokenizer, read from the user's `bpe_simple_vocab_16e6.txt.gz`.
 
-Text is repaired as CLIP does it (ftfy: broken encodings, curly quotes, ligatures), lower-cased, split into words, digits and punctuation, written in a printable alphabet of bytes, and merged
-pair by pair in the order of the file (Sennrich et al., arXiv 1508.07909).
+Text is repaired as CLIP does it (ftfy: broken encodings, curly quotes, ligatures), lower-cased, split into words,
+digits and punctuation, written in a printable alphabet of bytes, and merged pair by pair in the order of the file
+(Sennrich et al., arXiv 1508.07909).
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ _WORDS = regex.compile(
 
 def missing() -> str | None:
     """Why text cannot be read as CLIP reads it, or None."""
-    return None if importlib.util.find_spec("ftfy") else "needs ftfy; install it with: pip install 'sparse-forcing[eval]'"
+    return (
+        None if importlib.util.find_spec("ftfy") else "needs ftfy; install it with: pip install 'sparse-forcing[eval]'"
+    )
 
 
 def byte_alphabet() -> dict[int, str]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -154,21 +155,21 @@ def repetition(view: View, *, min_seconds: float = 2.0) -> dict[str, Any]:
     exact loop, about 1 for none. `repeats` below 0.25. Values are None for a still or too short video.
     """
     least = max(1, round(min_seconds * view.fps))
-    rows = _thumbnails(view)
+    rows = _shrink_frames(view)
     if len(rows) < 2 * least:
         return {"ratio": None, "repeats": None}
-    distance = _distances(rows[least : len(rows) - least + 1], rows[:1])
+    distance = _measure_distances(rows[least : len(rows) - least + 1], rows[:1])
     restart = least + int(distance.argmin())
     length = min(restart, len(rows) - restart)
-    repeated = _distances(rows[restart : restart + length], rows[:length]).mean()
-    typical = np.median(_distances(rows[least:], rows[:-least]))
+    repeated = _measure_distances(rows[restart : restart + length], rows[:length]).mean()
+    typical = np.median(_measure_distances(rows[least:], rows[:-least]))
     if typical < 1.0:
         return {"ratio": None, "repeats": None}
     ratio = float(repeated / typical)
     return {"ratio": ratio, "repeats": ratio < REPEATS_BELOW, "restart_seconds": restart / view.fps}
 
 
-def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def _measure_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Euclidean distances [N] of thumbnails [N, D] (or [1, D]), in grey levels per pixel, about."""
     pieces = []
     for at in range(0, len(first), _ROWS_AT_ONCE):
@@ -178,7 +179,7 @@ def _distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.concatenate(pieces)
 
 
-def _thumbnails(view: View) -> np.ndarray:
+def _shrink_frames(view: View) -> np.ndarray:
     """Frames shrunk to uint8 [F, 32 * 32 * 3]."""
     import cv2
 
@@ -209,8 +210,7 @@ def analyse(
         return outcome
 
     curves = {
-        metric.name: guard(metric.name, lambda metric=metric: metric_drift(metric, view, resources, settings))
-        for metric in usable
+        metric.name: guard(metric.name, partial(metric_drift, metric, view, resources, settings)) for metric in usable
     }
     numbers = {
         "metrics": {name: found for name, found in curves.items() if found is not None},

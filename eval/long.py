@@ -54,7 +54,7 @@ def seconds_for(text: str | None) -> float:
 
 
 @lru_cache(maxsize=2)
-def _map_table(kind: str) -> tuple[list[float], list[float]]:
+def _read_map(kind: str) -> tuple[list[float], list[float]]:
     table = yaml.safe_load((DATA / f"long_{kind}_map.yaml").read_text(encoding="utf-8"))
     points = sorted((float(key), float(value)) for key, value in table.items())
     return [key for key, _ in points], [value for _, value in points]
@@ -62,7 +62,7 @@ def _map_table(kind: str) -> tuple[list[float], list[float]]:
 
 def map_score(kind: str, score: float) -> float:
     """A clip-to-clip score on the scale of in-clip scores: piecewise linear in the published table, ends clamped."""
-    keys, values = _map_table(kind)
+    keys, values = _read_map(kind)
     at = bisect.bisect_left(keys, score)
     if at == 0:
         return values[0]

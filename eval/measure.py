@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from sparse_forcing.eval.drift import DriftSettings, analyse
@@ -30,7 +31,7 @@ def measure_view(
     content: dict[str, Any] = {"metrics": {}}
     lasting, working = True, []
     for metric in metrics:
-        outcome = attempt(lambda metric=metric: _apply(metric, view, resources, config))  # type: ignore[misc]
+        outcome = attempt(partial(_apply, metric, view, resources, config))
         if isinstance(outcome, Failure):
             lasting = lasting and outcome.lasting
             content["metrics"][metric.name] = {"value": None, "count": 0.0, "details": {}, "error": outcome.reason}

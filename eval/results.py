@@ -42,13 +42,13 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
         "mode": config.mode,
         "target": str(config.target),
         "videos_measured": len(good),
-        "metrics": metrics | _official(config.official_results, metrics),
+        "metrics": metrics | _import_official(config.official_results, metrics),
         "skipped": runner.skipped,
         "notes": write_notes(config, good, missing),
         "differences": list_differences(config.suite),
         "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
         "missing_values": missing,
-        "versions": _versions(),
+        "versions": _list_versions(),
         "networks": runner.fingerprints,
         "settings": {
             "resamples": config.resamples,
@@ -103,7 +103,7 @@ def write_notes(config: EvaluateConfig, records: list[Record], missing: list[dic
     return found
 
 
-def _official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
+def _import_official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
     """Dimensions from `*_eval_results.json` files of the official tool, `{dimension: [score, videos]}`."""
     imported: dict[str, Any] = {}
     for path in paths:
@@ -152,14 +152,14 @@ def summarize_drift(records: list[Record], resamples: int) -> dict[str, Any]:
             by_metric[name].append((cluster(record), numbers))
     summary = {}
     for name, rows in by_metric.items():
-        numbers = {key: _mean_of([(prompt, row[key]) for prompt, row in rows], resamples) for key in DRIFT_NUMBERS}
+        numbers = {key: _average([(prompt, row[key]) for prompt, row in rows], resamples) for key in DRIFT_NUMBERS}
         summary[name] = {**numbers, "curve": mean_curve([(prompt, row["curve"]) for prompt, row in rows], resamples)}
         longest = max(rows, key=lambda pair: len(pair[1]["times"]))[1]["times"]
         summary[name]["times"] = longest
     openings = [(cluster(record), record["drift"]["opening"]) for record in records]
     opening = mean_curve([(prompt, found["curve"]) for prompt, found in openings if found], resamples)
     ratios = {
-        name: _mean_of([(cluster(record), record["drift"]["ratios"].get(name)) for record in records], resamples)
+        name: _average([(cluster(record), record["drift"]["ratios"].get(name)) for record in records], resamples)
         for name in ("saturation", "contrast", "detail", "brightness")
     }
     verdicts = [found["repeats"] for record in records if (found := record["drift"]["repetition"])]
@@ -173,7 +173,7 @@ def summarize_drift(records: list[Record], resamples: int) -> dict[str, Any]:
     }
 
 
-def _mean_of(rows: list[tuple[str, float | None]], resamples: int) -> dict[str, Any] | None:
+def _average(rows: list[tuple[str, float | None]], resamples: int) -> dict[str, Any] | None:
     known = [(prompt, value) for prompt, value in rows if value is not None]
     if not known:
         return None
@@ -203,7 +203,7 @@ def mean_curve(rows: list[tuple[str, list[float]]], resamples: int) -> dict[str,
     return {"mean": mean, "low": low, "high": high}
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -233,11 +233,11 @@ def to_csv(results: dict[str, Any]) -> str:
         values = [record.get("metrics", {}).get(name, {}).get("value") for name in names]
         reasons = [f"{name}: {row['error']}" for name, row in record.get("metrics", {}).items() if "error" in row]
         cells = [record.get(key) for key in fixed] + values + [record.get("error") or "; ".join(reasons) or None]
-        writer.writerow(["" if cell is None else _safe_cell(cell) for cell in cells])
+        writer.writerow(["" if cell is None else _quote_formula(cell) for cell in cells])
     return buffer.getvalue()
 
 
-def _safe_cell(cell: object) -> object:
+def _quote_formula(cell: object) -> object:
     """Text that a spreadsheet would run as a formula gets a quote in front."""
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
 

@@ -1,7 +1,7 @@
 """Frames of a video in pieces: decoded from its file as they are asked for, so that memory does not grow with length.
 
-A source hands out frames in order (`pieces`) or by number (`pick`). What was decoded last is kept as long as it fits
-into `KEPT_BYTES`: a short video is decoded once, a long one once for every pass over it.
+A source hands out frames in order (`pieces`) or by number (`pick`). A video that fits into `KEPT_BYTES` stays there: it
+is decoded once, a longer one once for every pass over it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from sparse_forcing.media.video import iterate_video, probe
 
 PIECE_PIXELS = 1 << 22  # of a piece: 12 MB of RGB, and some 50 MB of floats where a metric makes such
 LONGEST_PIECE = 32  # frames: the batch of the networks
-KEPT_BYTES = 1 << 28  # of decoded frames that stay in memory
+KEPT_BYTES = 1 << 28  # of a decoded video that stays in memory
+FEW = 2  # pieces of a larger video that stay: windows that follow each other meet in one
 LARGEST_PICTURE = 1 << 25  # pixels: 8K; metrics need some 60 bytes for each pixel of the picture they look at
 
 
@@ -83,7 +84,7 @@ class FileSource(FrameSource):
         super().__init__(0, info.height, info.width)
         self.path, self.fps = path, info.fps
         self._limit = limit
-        self._room = max(2, kept_bytes // (3 * pixels * self.piece_length))  # pieces
+        self._room = max(FEW, kept_bytes // (3 * pixels * self.piece_length))  # pieces
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._decoder: Iterator[np.ndarray] | None = None
         self._next = 0  # piece that the decoder comes to next
@@ -119,6 +120,8 @@ class FileSource(FrameSource):
         if len(piece):
             self._kept[self._next] = piece
             self._next += 1
+            if len(self._kept) > self._room:
+                self._room = FEW  # passes go from end to end: keeping more of it would never serve the next one
             while len(self._kept) > self._room:
                 self._kept.popitem(last=False)
         else:

@@ -25,7 +25,7 @@ FREE_OVERLAP = 0.1  # boxes overlapping more than this are not clearly beside ea
 Box = tuple[float, float, float, float]
 
 
-def _wanted(view: View, dimension: str) -> Any:
+def _look_up(view: View, dimension: str) -> Any:
     info = prompt_index().get(view.text or "")
     return info.auxiliary.get(dimension) if info else None
 
@@ -44,7 +44,7 @@ def _skip() -> Measurement:
 @metric("object_class", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def object_class(view: View, resources: Resources) -> Measurement:
     """Share of frames in which the prompt's object is detected."""
-    wanted = _wanted(view, "object_class")
+    wanted = _look_up(view, "object_class")
     if wanted is None:
         return _skip()
     found = _detect(view, resources, [wanted["object"]])
@@ -54,7 +54,7 @@ def object_class(view: View, resources: Resources) -> Measurement:
 @metric("multiple_objects", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def multiple_objects(view: View, resources: Resources) -> Measurement:
     """Share of frames in which both objects of the prompt are detected."""
-    wanted = _wanted(view, "multiple_objects")
+    wanted = _look_up(view, "multiple_objects")
     if wanted is None:
         return _skip()
     names = wanted["object"].split(" and ")
@@ -93,7 +93,7 @@ def relation_score(first: Box, second: Box, relationship: str, *, directed: bool
 @metric("spatial_relationship", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def spatial_relationship(view: View, resources: Resources) -> Measurement:
     """Best agreement of detected pairs with the relationship in the prompt, mean over frames."""
-    wanted = _wanted(view, "spatial_relationship")
+    wanted = _look_up(view, "spatial_relationship")
     if wanted is None:
         return _skip()
     wanted = wanted.get("spatial_relationship", wanted)
@@ -112,7 +112,7 @@ def spatial_relationship(view: View, resources: Resources) -> Measurement:
 @metric("color", suites=SUITES, needs=NEEDS, needs_text=True, version=2)
 def color(view: View, resources: Resources) -> Measurement:
     """Share of frames where the object has the prompt's colour, among those where it is seen in any colour."""
-    wanted = _wanted(view, "color")
+    wanted = _look_up(view, "color")
     if wanted is None:
         return _skip()
     said = wanted["color"]

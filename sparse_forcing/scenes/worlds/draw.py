@@ -5,6 +5,7 @@ Shapes: F frames, U different frames among them, S pixels to the side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, floor
 
 import torch
@@ -18,7 +19,12 @@ from sparse_forcing.scenes.worlds.world import Item, Panel, World
 
 
 def render_world(
-    world: World, side: int, *, frames: range | None = None, objects: bool = True, device: torch.device | str = "cpu"
+    world: World,
+    side: int,
+    *,
+    frames: Sequence[int] | None = None,
+    objects: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw ``frames`` (all of them when None) of a world: float32 [F, 3, S, S] in [-1, 1].
 
@@ -105,7 +111,7 @@ def _level(rgb: tuple[int, int, int], device: torch.device) -> Tensor:
     return (torch.tensor(rgb, dtype=torch.float32, device=device) / 127.5 - 1)[:, None, None]
 
 
-def _add_noise(video: Tensor, world: World, frames: range) -> None:
+def _add_noise(video: Tensor, world: World, frames: Sequence[int]) -> None:
     """Noise of every frame's own, the same whichever frames are drawn with it."""
     for picture, frame in zip(video, frames, strict=True):
         generator = torch.Generator().manual_seed(world.ground.seed % 2**40 * 4096 + frame)

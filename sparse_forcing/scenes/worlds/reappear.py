@@ -13,7 +13,7 @@ from math import ceil
 from sparse_forcing.scenes.worlds.config import WorldConfig
 from sparse_forcing.scenes.worlds.identities import draw_identities
 from sparse_forcing.scenes.worlds.timeline import Timeline
-from sparse_forcing.scenes.worlds.world import MARGIN, Box, Identity, Item, Panel
+from sparse_forcing.scenes.worlds.world import MARGIN, Box, Identity, Item, Panel, Plan
 
 WALL = 0.7  # where it begins
 WALL_RGB = ((105, 60, 25), (10, 20, 105), (0, 90, 40))
@@ -38,7 +38,7 @@ class _Ways:
         )
 
 
-def plan_reappear(rng: random.Random, config: WorldConfig) -> tuple[list[Item], list[Panel]]:
+def plan_reappear(rng: random.Random, config: WorldConfig) -> Plan:
     """Objects and panels; raises ConfigError where the clip is too short for the gap."""
     first, subject, passer = draw_identities(rng, config.split, 3, returning=(1,))
     room = config.frames - config.opening_frames
@@ -75,7 +75,7 @@ def plan_reappear(rng: random.Random, config: WorldConfig) -> tuple[list[Item], 
         for (identity, course), height in zip(courses, heights)
     ]
     wall = rng.choice(WALL_RGB)
-    return items, _panels(wall, wall_side, heights[1], hidden_from, gap, config.frames)
+    return Plan(items=items, panels=_panels(wall, wall_side, heights[1], hidden_from, gap, config.frames))
 
 
 def _passing(

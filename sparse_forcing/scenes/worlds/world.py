@@ -6,6 +6,7 @@ bottom).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparse_forcing.scenes.sample import EXTENT
@@ -65,6 +66,18 @@ class Panel:
 
     rgb: tuple[int, int, int]
     boxes: tuple[Box, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a kind of world decides: objects, panels, where the camera is (None: it stays), and for a parade which
+    object is asked for (from 0) from the frame ``question`` on."""
+
+    items: Sequence[Item]
+    panels: Sequence[Panel] = ()
+    camera: tuple[float, ...] | None = None
+    asked: int | None = None
+    question: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,21 +26,14 @@ CUP_RGB, HANDLE_RGB = (105, 60, 25), (200, 170, 120)
 
 def plan_swaps(rng: random.Random, config: WorldConfig) -> Plan:
     """Objects and cups; raises ConfigError where the clip is too short."""
-    # Up, show, down, up, show; with the last frame of the way down the objects are hidden.
-    fixed = config.opening_frames + 3 * LIFT_FRAMES + 2 * SHOW
-    fewest, most_swaps = config.swaps or (1, config.frames)
-    low, high = config.gap_range(1 + fewest * SWAP_FRAMES[0], config.frames - fixed + 1, "swaps")
-    gap = rng.randint(low, high)
-    swaps = rng.randint(fewest, max(fewest, min(most_swaps, (gap - 1) // SWAP_FRAMES[0])))
-    length = rng.choice([frames for frames in SWAP_FRAMES if swaps * frames <= gap - 1])
-    slack = config.frames - fixed - gap + 1
+    count = rng.choice(CUPS)
+    asked, half = rng.randrange(count), _cup_half(SIZES_UNDER[count][-1])
+    identities = draw_identities(rng, config.split, count + 1, returning=(asked,), sizes=SIZES_UNDER[count])
+    swaps, length, inner = _choose(rng, config, identities[asked], half)
+    slack = config.frames - _fixed(config) - inner
     early, late = sorted(rng.randint(0, slack) for _ in range(2))
     opening, show = config.opening_frames + early, SHOW + late - early
 
-    count = rng.choice(CUPS)
-    asked = rng.randrange(count)
-    sizes = SIZES_UNDER[count]
-    identities = draw_identities(rng, config.split, count + 1, returning=(asked,), sizes=sizes)
     places = [_place(cup, count) for cup in range(count)]
     across, along = [Timeline(place) for place in places], [Timeline(0.0) for _ in places]
     for line in (*across, *along):
@@ -50,15 +43,39 @@ def plan_swaps(rng: random.Random, config: WorldConfig) -> Plan:
         _swap(rng, order, across, along, length)
     lifts = []
     for cup in range(count):
-        lift = Timeline(0.0).hold(opening).move(1.0, LIFT_FRAMES).hold(show).move(0.0, LIFT_FRAMES).hold(gap - 1)
+        lift = Timeline(0.0).hold(opening).move(1.0, LIFT_FRAMES).hold(show).move(0.0, LIFT_FRAMES).hold(inner)
         lifts.append(lift.move(1.0, LIFT_FRAMES) if cup == asked else lift)
     x = [line.until(config.frames) for line in across]
     y = [tuple(FLOOR - height for height in line.until(config.frames)) for line in along]
     items = [Item(identity=identities[cup], x=x[cup], y=y[cup]) for cup in range(count)]
     items.append(_passer(identities[count], opening, config.frames))
-    half = _cup_half(sizes[-1])
     panels = [panel for cup in range(count) for panel in _cup(x[cup], y[cup], lifts[cup].until(config.frames), half)]
     return Plan(items=items, panels=panels)
+
+
+def _fixed(config: WorldConfig) -> int:
+    """Frames of the least opening, cups up, a look, cups down, one cup up, a look."""
+    return config.opening_frames + 3 * LIFT_FRAMES + 2 * SHOW
+
+
+def _choose(
+    rng: random.Random, config: WorldConfig, identity: Identity, half: tuple[float, float]
+) -> tuple[int, int, int]:
+    """How many swaps, frames of each, and frames between the cups' coming down and the one's going up."""
+    room = config.frames - _fixed(config)
+    fewest, most = config.swaps or (1, config.frames)
+    # A cup hides its object before it is all the way down, a small one earlier than others.
+    lower = identity.reach[2] + MARGIN
+    hidden = 1 + 2 * sum(half[1] - _rise(half) * step / LIFT_FRAMES >= lower for step in range(1, LIFT_FRAMES))
+    low, high = config.gap_range(hidden + fewest * SWAP_FRAMES[0], room + hidden, "swaps")
+    inner = rng.randint(low, high) - hidden
+    swaps = rng.randint(fewest, max(fewest, min(most, inner // SWAP_FRAMES[0])))
+    return swaps, rng.choice([frames for frames in SWAP_FRAMES if swaps * frames <= inner]), inner
+
+
+def _rise(half: tuple[float, float]) -> float:
+    """How high a cup is lifted: its lower edge ends above every object."""
+    return 2 * half[1] + 0.01
 
 
 def _place(cup: int, count: int) -> float:
@@ -100,7 +117,7 @@ def _cup(x: tuple[float, ...], y: tuple[float, ...], lift: tuple[float, ...], ha
     wide, high = half
     cups: list[Box] = []
     for across, down, share in zip(x, y, lift):
-        middle = down - share * (2 * high + 0.01)
+        middle = down - share * _rise(half)
         cups.append((across - wide, middle - high, across + wide, middle + high))
     handles = [(left + wide - 0.06, top + 0.03, left + wide + 0.06, top + 0.08) for left, top, _, _ in cups]
     return [Panel(rgb=CUP_RGB, boxes=tuple(cups)), Panel(rgb=HANDLE_RGB, boxes=tuple(handles))]

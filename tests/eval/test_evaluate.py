@@ -374,3 +374,26 @@ def test_negative_cosines_of_official_results_are_taken_over(videos: Path, tmp_p
     given = config(videos, suite="vbench", metrics=("temporal_flickering",), official_results=(file,))
     assert evaluate(given) == 0
     assert results_of(given)["metrics"]["overall_consistency"]["score"] == -0.01
+
+
+@pytest.mark.parametrize("suite", ["vbench", "vbench-long"])
+def test_a_video_that_raft_cannot_see_is_not_static_and_keeps_its_other_values(tmp_path: Path, suite: str) -> None:
+    import torch
+
+    from sparse_forcing.eval.vbench.networks.raft import Raft
+
+    (tmp_path / "weights").mkdir()
+    torch.save(Raft().state_dict(), tmp_path / "weights" / "raft-things.pth")
+    frames = moving_disc(6).repeat(2, axis=1).repeat(3, axis=2)[:, :120, :160]
+    write_video(tmp_path / "v" / "a disc-0.mp4", frames, 16)
+    metrics = ("temporal_flickering", "dynamic_degree", "motion_smoothness")
+    plugins = (f"interpolator={__name__}:still",)
+    options = {"suite": suite, "weights": tmp_path / "weights", "plugins": plugins, "static_filter": True}
+    given = config(tmp_path / "v", metrics=metrics, **options)
+    assert evaluate(given) == 0
+    results = results_of(given)
+    assert set(results["metrics"]) == {"motion_smoothness"}
+    (video,) = results["videos"]
+    for name in ("temporal_flickering", "dynamic_degree"):
+        assert video["metrics"][name]["value"] is None
+        assert "at least 121 pixels a side, not 160x120" in video["metrics"][name]["error"]

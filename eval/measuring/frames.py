@@ -84,7 +84,8 @@ class FileSource(FrameSource):
         super().__init__(0, info.height, info.width)
         self.path, self.fps = path, info.fps
         self._limit = limit
-        self._room = max(FEW, kept_bytes // (3 * pixels * self.piece_length))  # pieces
+        room = kept_bytes // (3 * pixels * self.piece_length)
+        self._room = room if FEW < room and info.frames <= room * self.piece_length else FEW  # pieces
         self._kept: OrderedDict[int, np.ndarray] = OrderedDict()
         self._decoder: Iterator[np.ndarray] | None = None
         self._next = 0  # piece that the decoder comes to next

@@ -136,20 +136,21 @@ CHILD = """
 import sys
 from pathlib import Path
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
-sys.exit(evaluate(EvaluateConfig(target=Path(sys.argv[1]), output=Path(sys.argv[2]), report=False)))
+names = ("brightness", "color_stability", "pixel_stability")
+sys.exit(evaluate(EvaluateConfig(target=Path(sys.argv[1]), output=Path(sys.argv[2]), report=False, metrics=names)))
 """
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_length_of_a_video(tmp_path: Path) -> None:
-    """240 frames of 480x832 are 290 MB as bytes and 1.1 GB as floats."""
+def test_a_long_video_is_never_held_in_memory(tmp_path: Path) -> None:
+    """400 frames of 480x832 are 480 MB as bytes and 1.9 GB as floats."""
     peaks = []
-    for number, count in enumerate((40, 240)):
+    for number, count in enumerate((40, 400)):
         path = tmp_path / f"{count}.mp4"
         with VideoWriter(path, fps=16, height=480, width=832, crf=30) as writer:
             for at in range(count):
                 writer.write(np.full((1, 480, 832, 3), (at * 3) % 200, np.uint8))
         subprocess.run([sys.executable, "-c", CHILD, str(path), str(tmp_path / str(number))], check=True)
         peaks.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)
-    # What is kept of decoded frames (256 MB) is full at 215 frames; beyond that only rows of features grow.
-    assert peaks[1] - peaks[0] < 350, peaks
+    # Decoding again for every metric costs the allocator some 400 MB, once; floats of the whole video would be 1.9 GB.
+    assert peaks[1] - peaks[0] < 800, peaks

@@ -14,13 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-<<<<<<< HEAD
-from sparse_forcing.errors import ConfigError, VideoError
-from sparse_forcing.eval.scene_checker.scene_tracking import Background, Track, as_rgb, track_object
-from sparse_forcing.scenes.vocabulary import COLOUR_RGB, SHAPES, SIZE_RADIUS
-=======
 from sparse_forcing.eval.world_sight import Sighting, see_return
->>>>>>> worlds
 from sparse_forcing.scenes.worlds.batch import sample_worlds
 from sparse_forcing.scenes.worlds.config import GROUNDS, KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world

@@ -76,7 +76,7 @@ class RolloutBenchConfig(JudgedBenchConfig):
 class RecallBenchConfig:
     """Options of `bench recall`.
 
-    worlds: kinds of worlds. gaps: in windows of the model's default memory. grounds: kinds of ground; by_ground: each in
+    worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
     a cell of its own. count: worlds in a cell. frames_around: pixel frames of a world beside the gap. split: of the
     looks that return. memories: in words (sparse_forcing.memory.parse). positions: of all of them.
     """

@@ -60,6 +60,8 @@ def plan_parade(rng: random.Random, config: WorldConfig) -> Plan:
         min(slots.least for slots in fitting), max(room - slots.before for slots in fitting), "parade"
     )
     fitting = [slots for slots in fitting if slots.least <= most and room - slots.before >= least]
+    if not fitting:
+        raise ConfigError(f"worlds: no parade of {config.objects} objects in {config.frames} frames has such a gap")
     count = rng.choice(sorted({slots.total for slots in fitting}))
     asked = rng.choice(sorted({slots.asked for slots in fitting if slots.total == count}))
     slots = rng.choice([slots for slots in fitting if slots[:2] == (count, asked)])

@@ -23,7 +23,7 @@ from sparse_forcing.eval.bench.judging import share_of
 from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.eval.bench.recall_figures import draw_curves, draw_sheet
 from sparse_forcing.eval.bench.returns import Answer, Task, answer_tasks, plan_tasks
-from sparse_forcing.eval.world_judge import ASPECTS, chance_level
+from sparse_forcing.eval.scene_checker.world_judge import ASPECTS, chance_level
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.parse import parse_memory

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.world_judge import Verdict, compare
-from sparse_forcing.eval.world_sight import Sighting, see_return
+from sparse_forcing.eval.scene_checker.world_judge import Verdict, compare
+from sparse_forcing.eval.scene_checker.world_sight import Sighting, see_return
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.worlds.batch import draw_world

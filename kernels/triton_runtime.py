@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 
 from sparse_forcing.errors import SparseForcingError
 
@@ -90,3 +91,12 @@ def active(device: torch.device) -> contextlib.AbstractContextManager[object]:
 def power_of_two(n: int) -> int:
     """The smallest that is at least n. (Triton's own can be called in kernels, too, and takes 8 microseconds.)"""
     return 1 << (n - 1).bit_length()
+
+
+@triton.jit
+def head_and_block(blocks, PARTS: tl.constexpr):
+    """(head over all samples, int64; block of that head, part of the block) of this program; its heads have `blocks`
+    blocks of PARTS parts each. One axis for all: the others of a grid end at 65535."""
+    program = tl.program_id(0)
+    head, place = program // (blocks * PARTS), program % (blocks * PARTS)
+    return head.to(tl.int64), place // PARTS, place % PARTS

@@ -67,7 +67,7 @@ def block_sparse_attention(
     Args:
         query: [B, H, Nq, Tq, D], padded rows allowed.
         key_pool, value_pool: [B, H, S, T, D]; B or H may be 1 and is then broadcast.
-        block_index: [B, H, Nq, M] int32 (or another integer type) slots, -1 only at the end of a row; rows may be empty.
+        block_index: [B, H, Nq, M] slots, int32 (or other integers), -1 only at the end of a row; rows may be empty.
             A slot that is listed twice counts twice.
         query_sizes: [Nq] int32, real rows of each query block; None means Tq everywhere.
         key_sizes: [B, H, S] int32, real tokens of each slot; None means T everywhere.

@@ -1,5 +1,4 @@
-"""What forward and backward of the CPU backend share: types, products, rows in scratch, sizes of pieces.
-"""
+"""What forward and backward of the CPU backend share: types, products, rows in scratch, sizes of pieces."""
 
 from __future__ import annotations
 

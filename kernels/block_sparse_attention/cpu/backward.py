@@ -1,5 +1,4 @@
-"""The backward of the CPU backend: probabilities again, piece by piece, and the three gradients from them.
-"""
+"""The backward of the CPU backend: probabilities again, piece by piece, and the three gradients from them."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""The forward of the CPU backend: base-2 softmax over pieces, with running maxima only where they are needed.
-"""
+"""The forward of the CPU backend: base-2 softmax over pieces, with running maxima only where they are needed."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""How the CPU backend cuts its work into cache-sized pieces and gathers the blocks of a piece.
-"""
+"""How the CPU backend cuts its work into cache-sized pieces and gathers the blocks of a piece."""
 
 from __future__ import annotations
 

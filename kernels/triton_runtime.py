@@ -1,13 +1,9 @@
-"""What the Triton backends of both operations share: the GPU they run on, and kernel calls that can be run or compiled.
-
-Every grid has one axis, of up to 2^31 - 1 programs: the others end at 65535, which batch times heads may pass.
-"""
+"""What the Triton backends of both operations share: the GPU, and kernel calls that can be run or only compiled."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +14,7 @@ import triton.language as tl
 from sparse_forcing.errors import SparseForcingError
 
 INTERPRETED = triton.knobs.runtime.interpret  # read once: Triton itself decides at import
-MAX_PROGRAMS = 2**31 - 1
+AXIS_ENDS = 65535  # the second and third axis of a grid; the first has 2^31 - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,33 +22,41 @@ class Launch:
     """One kernel call, complete: `run()` launches it, `compile()` only compiles it (any tensors, no GPU needed)."""
 
     kernel: Any
-    programs: int
+    grid: tuple[int, int, int]
     args: dict[str, Any]
     options: dict[str, Any]
-
-    def __post_init__(self) -> None:
-        if self.programs > MAX_PROGRAMS:
-            raise SparseForcingError(
-                f"{self.name} (triton): {self.programs} blocks over all samples and heads, a launch takes at most "
-                f"{MAX_PROGRAMS}: use a smaller batch or backend='reference'"
-            )
 
     @property
     def name(self) -> str:
         return self.kernel.fn.__name__
 
     def run(self) -> None:
-        self.kernel[(self.programs,)](**self.args, **self.options)
+        self.kernel[self.grid](**self.args, **self.options)
 
     def compile(self) -> Any:
-        return self.kernel.warmup(grid=(self.programs,), **self.args, **self.options)
+        return self.kernel.warmup(grid=self.grid, **self.args, **self.options)
 
 
-def prepare(kernel: Any, programs: tuple[int, ...], args: dict[str, Any], **options: Any) -> Launch:
-    """The launch of a kernel over so many programs, given by factors, with Triton's `options`."""
+def prepare(kernel: Any, blocks: int, heads: int, args: dict[str, Any], **options: Any) -> Launch:
+    """The launch of a kernel over so many blocks (or parts of them) of each head of each sample, with Triton's options.
+
+    Neighbouring programs work on one head, whose keys stay in the cache.
+    """
     # Triton 3.10 turns the fusion of a multiply and an add off by default; it is 13 % of the loop here.
     options = {"enable_fp_fusion": True, **options}
-    return Launch(kernel=kernel, programs=math.prod(programs), args=args, options=options)
+    return Launch(kernel=kernel, grid=(blocks, *_head_axes(heads)), args=args, options=options)
+
+
+@functools.lru_cache
+def _head_axes(heads: int) -> tuple[int, int]:
+    """Two axes of at most AXIS_ENDS whose product is `heads`, over all samples; kernels ask `program_head`."""
+    for first in range(min(heads, AXIS_ENDS), 0, -1):
+        if heads % first == 0 and heads // first <= AXIS_ENDS:
+            return first, heads // first
+    raise SparseForcingError(
+        f"triton: batch x heads is {heads}, which is no product of two numbers up to {AXIS_ENDS}, the axes of a GPU's "
+        "grid; split the batch"
+    )
 
 
 def why_unfit(device: torch.device) -> str | None:
@@ -94,9 +98,6 @@ def power_of_two(n: int) -> int:
 
 
 @triton.jit
-def head_and_block(blocks, PARTS: tl.constexpr):
-    """(head over all samples, int64; block of that head, part of the block) of this program; its heads have `blocks`
-    blocks of PARTS parts each. One axis for all: the others of a grid end at 65535."""
-    program = tl.program_id(0)
-    head, place = program // (blocks * PARTS), program % (blocks * PARTS)
-    return head.to(tl.int64), place // PARTS, place % PARTS
+def program_head():
+    """Number of this program's head over all samples, int64: see `_head_axes`."""
+    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)

@@ -21,7 +21,7 @@ from sparse_forcing.kernels.values import checked_values, reads_values
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ATTENTION = ("reference", "cpu", *(["triton"] if INTERPRETED else []))
 SELECTION = ("reference", *(["triton"] if INTERPRETED else []))
-B, H, NQ, TQ, S, T, D = 2, 2, 3, 5, 4, 6, 8
+B, H, NQ, TQ, S, T, D = 1 if INTERPRETED else 2, 2, 3, 5, 4, 6, 8  # the interpreter is slow
 NAN = float("nan")
 
 
@@ -124,7 +124,7 @@ def test_values_are_read_where_that_is_asked_for_or_free():
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int16, torch.int8, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int64] if INTERPRETED else [torch.int64, torch.int16, torch.int8, torch.uint8])
 def test_lists_of_any_integers(dtype, backend):
     same(attend(backend, lists(3, 1, dtype=dtype)), attend("reference", lists(3, 1)))
 
@@ -189,8 +189,8 @@ EXPANDED: list[Callable[[Tensor], Tensor]] = [
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("expand", EXPANDED)
-@pytest.mark.parametrize("which", ["key", "value", "both"])
+@pytest.mark.parametrize("expand", EXPANDED[::3] if INTERPRETED else EXPANDED)
+@pytest.mark.parametrize("which", ["both"] if INTERPRETED else ["key", "value", "both"])
 def test_gradients_of_expanded_pools(which, expand, backend):
     def gradients(backend: str) -> list[Tensor]:
         query, *pools = (x.requires_grad_() for x in inputs())
@@ -202,7 +202,7 @@ def test_gradients_of_expanded_pools(which, expand, backend):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("expand", EXPANDED)
+@pytest.mark.parametrize("expand", EXPANDED[-1:] if INTERPRETED else EXPANDED)
 def test_the_backward_call_takes_expanded_pools(expand, backend):
     query, *pools = inputs()
     key_pool, value_pool = map(expand, pools)
@@ -256,6 +256,12 @@ def test_nan_in_what_is_not_seen_changes_nothing_and_in_what_is_seen_stays_in_it
     bad[0, 0, 1, 2] = True
     assert torch.equal(got.lse.isnan(), bad)
     assert torch.equal(got.out.isnan().all(-1), bad)
+    leaves = [x.requires_grad_() for x in (query, key_pool, value_pool)]
+    out = block_sparse_attention(*leaves, lists(3, 1), backend=backend).out
+    dq, dk, _ = torch.autograd.grad(out.sum(), leaves)
+    assert torch.equal(dq.isnan().all(-1), bad)
+    assert bool(dk[0, 0, [1, 3]].isnan().all())  # a lost NaN would train on
+    assert not dk[0, 1].isnan().any()
     torch.testing.assert_close(got.out[~bad], wanted[0][~bad], rtol=1e-4, atol=1e-5)
 
 
@@ -279,7 +285,7 @@ def penalty(backend: str, dtype: torch.dtype, orders: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("orders", [2, 3])
+@pytest.mark.parametrize("orders", [2] if INTERPRETED else [2, 3])
 def test_gradients_of_gradients(orders, backend):
     exact = penalty("reference", torch.float64, orders)
     for mine, wanted in zip(penalty(backend, torch.float32, orders), exact):

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_forcing.kernels.triton_runtime import head_and_block
+from sparse_forcing.kernels.triton_runtime import program_head
 
 
 @triton.jit(do_not_specialize=["blocks"])
@@ -25,7 +25,7 @@ def pool_kernel(
 
     x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
     """
-    head, block, _ = head_and_block(blocks, 1)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     tokens, dims = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     size = tl.load(sizes + head * blocks + block) if RAGGED else T
@@ -88,8 +88,8 @@ def choose_kernel(
     query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
     memory holds a slice of all key blocks instead of all of them.
     """
-    head, group, _ = head_and_block(tl.cdiv(query_blocks, ROWS), 1)
-    rows = group * ROWS + tl.arange(0, ROWS)
+    head = program_head()
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
     if SLOTS:
@@ -126,8 +126,8 @@ def select_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """`choose_kernel` from stored scores [B*H, Nq, Nk] float32."""
-    head, group, _ = head_and_block(tl.cdiv(query_blocks, ROWS), 1)
-    rows = group * ROWS + tl.arange(0, ROWS)
+    head = program_head()
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
     inside = rows < query_blocks
     place = (head * query_blocks + rows)[:, None] * window + columns[None, :]
@@ -144,7 +144,7 @@ def select_kernel(
 @triton.jit(do_not_specialize=["candidates"])
 def update_kernel(slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr):
     """Top-C of one head's candidates: kept_slots [B*H, C] and freed_slots [B*H, Nc - C], both in candidate order."""
-    head, _, _ = head_and_block(1, 1)
+    head = program_head()
     columns = tl.arange(0, BLOCK_N)[None, :]
     listed = columns < candidates
     score = tl.load(importance + head * candidates + columns, mask=listed, other=0.0)

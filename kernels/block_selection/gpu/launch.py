@@ -24,7 +24,7 @@ def plan_pool(
         "BLOCK_T": power_of_two(T), "BLOCK_D": power_of_two(D),
         **{f"sx{axis}": stride for axis, stride in zip("bhntd", x.stride())},
     }  # fmt: skip
-    return prepare(kernels.pool_kernel, (B * H, N), args, num_warps=4, **_ONE_STAGE), pooled
+    return prepare(kernels.pool_kernel, N, B * H, args, num_warps=4, **_ONE_STAGE), pooled
 
 
 def _rows_and_warps(window: int) -> tuple[int, int, int]:
@@ -53,7 +53,7 @@ def plan_choose(
         "BLOCK_N": padded, "BLOCK_P": 64, "OWN": own is not None, "SLOTS": window_slots is not None,
         "PRECISION": "tf32" if q.dtype != torch.float32 else "ieee" if amd else "tf32x3",
     }  # fmt: skip
-    return prepare(kernels.choose_kernel, (B * H, -(-Nq // rows)), args, num_warps=warps, **_ONE_STAGE), chosen
+    return prepare(kernels.choose_kernel, -(-Nq // rows), B * H, args, num_warps=warps, **_ONE_STAGE), chosen
 
 
 def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch, Tensor]:
@@ -66,7 +66,7 @@ def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch,
         "scores_ptr": scores, "own": own, "selected": selected, "query_blocks": Nq, "window": window, "kept": kept,
         "ROWS": 4, "BLOCK_N": padded, "OWN": own is not None,
     }  # fmt: skip
-    return prepare(kernels.select_kernel, (B * H, -(-Nq // 4)), args, num_warps=warps, **_ONE_STAGE), selected
+    return prepare(kernels.select_kernel, -(-Nq // 4), B * H, args, num_warps=warps, **_ONE_STAGE), selected
 
 
 def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, Tensor, Tensor]:
@@ -79,4 +79,4 @@ def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, T
         "freed_slots": losers, "candidates": candidates, "capacity": kept,
         "BLOCK_N": power_of_two(candidates),
     }  # fmt: skip
-    return prepare(kernels.update_kernel, (B * H,), args, num_warps=4, **_ONE_STAGE), winners, losers
+    return prepare(kernels.update_kernel, 1, B * H, args, num_warps=4, **_ONE_STAGE), winners, losers

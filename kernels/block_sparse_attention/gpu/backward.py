@@ -30,7 +30,7 @@ from sparse_forcing.kernels.block_sparse_attention.gpu.tiles import (
     tile_mask,
     tile_offsets,
 )
-from sparse_forcing.kernels.triton_runtime import head_and_block
+from sparse_forcing.kernels.triton_runtime import program_head
 
 CHANGING = ["query_blocks", "slots", "list_length", "visits"]
 
@@ -46,7 +46,7 @@ def backward_rows(
     grad_out, out, out_rest [B*H, Nq, Tq, D], contiguous. REST: out + out_rest is the output before it was rounded.
     """
     PARTS: tl.constexpr = ROWS // BLOCK_Q
-    head, block, part = head_and_block(query_blocks, PARTS)
+    head, block, part = program_head(), tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     which = head * query_blocks + block
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
@@ -57,7 +57,7 @@ def backward_rows(
         o += tl.load(out_rest + place, mask=real, other=0.0).to(tl.float32)
     do = tl.load(grad_out + place, mask=real, other=0.0).to(tl.float32)
     row_lse = tl.load(lse + which * Tq + rows, mask=rows < tl.minimum(query_size, Tq), other=float("-inf"))
-    seen = row_lse > float("-inf")
+    seen = row_lse != float("-inf")  # NaN, where a row saw it, goes on
     delta = tl.sum(o * do, 1)
     if LSE_GRADIENT:
         delta -= tl.load(grad_lse + which * Tq + rows, mask=seen, other=0.0)
@@ -125,7 +125,7 @@ def backward_dq_pointer(
     """
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, block, part = head_and_block(query_blocks, Q_PARTS)
+    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     which = head * query_blocks + block
@@ -179,7 +179,7 @@ def backward_dq_tma(
     Padded query rows may hold anything here: they meet p = 0 and an `lse` of +inf, and are cleared before the store.
     """
     tl.static_assert(not RAGGED_K and not EXACT)
-    head, block, _ = head_and_block(query_blocks, 1)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     which = head * query_blocks + block
@@ -203,7 +203,7 @@ def backward_dq_tma(
         dq, _ = _dq_step(
             q, k, v, do, lse, delta, dq, 0, scale_log2, columns, T, T != BLOCK_K, PRECISION, False
         )  # fmt: skip
-    dq = tl.where((lse < float("inf"))[:, None], dq * scale, 0.0)
+    dq = tl.where((lse != float("inf"))[:, None], dq * scale, 0.0)
     store_block(dq_blocks, block, dq.to(grad_query.dtype.element_ty), Tq, BLOCK_Q, BLOCK_D)
 
 
@@ -220,7 +220,7 @@ def backward_dkdv_pointer(
     """grad_key, grad_value of BLOCK_K tokens of a slot over its visitors."""
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, slot, part = head_and_block(slots, K_PARTS)
+    head, slot, part = program_head(), tl.program_id(0) // K_PARTS, tl.program_id(0) % K_PARTS
     batch, of_batch = head // heads, head % heads
     columns, dims = part * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     size = tl.load(key_sizes + head * slots + slot) if RAGGED_K else T
@@ -271,7 +271,7 @@ def backward_dkdv_tma(
     Ragged keys are fine: whatever a padded key holds stays in its own rows, which are cleared before the store.
     """
     tl.static_assert(not RAGGED_Q and not EXACT)
-    head, slot, _ = head_and_block(slots, 1)
+    head, slot = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

@@ -26,7 +26,7 @@ from sparse_forcing.kernels.block_sparse_attention.gpu.tiles import (
     tile_mask,
     tile_offsets,
 )
-from sparse_forcing.kernels.triton_runtime import head_and_block
+from sparse_forcing.kernels.triton_runtime import program_head
 
 CHANGING = ["query_blocks", "slots", "list_length"]  # integers that change from chunk to chunk: one compilation for all
 
@@ -55,7 +55,7 @@ def forward_pointer(
     WIDTH: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, block, part = head_and_block(query_blocks, Q_PARTS)
+    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     left = tl.arange(0, WIDTH)
@@ -132,7 +132,7 @@ def forward_tma(
     the softmax costs 8 more.
     """
     tl.static_assert(not RAGGED_K)
-    head, block, _ = head_and_block(query_blocks, 1)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

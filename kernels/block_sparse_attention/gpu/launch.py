@@ -246,7 +246,7 @@ def plan_forward(
     }  # fmt: skip
     if variant == "pointer":
         args["HALVES"] = architecture(arch).halves and args["BLOCK_D"] >= 128 and not return_mass
-    launches = [prepare(getattr(fwd, name), (B * H, Nq, query_parts), args, **options)]
+    launches = [prepare(getattr(fwd, name), Nq * query_parts, B * H, args, **options)]
     if row_mass is not None:
         launches.append(_plan_mass(layout, row_mass, lse, counts, mass))
     return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass)
@@ -260,7 +260,7 @@ def _plan_mass(layout: Layout, row_mass: Tensor, lse: Tensor, counts: Tensor, ma
         "query_blocks": Nq, "list_length": M, "Tq": query.shape[3], "ROWS": layout.rows, "BLOCK_M": 32,
         "PARTS": row_mass.shape[3] // M, "RAGGED_Q": query_sizes is not None,
     }  # fmt: skip
-    return prepare(block_mass, (layout.heads, Nq), args, num_warps=4)
+    return prepare(block_mass, Nq, layout.heads, args, num_warps=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,8 +321,8 @@ def plan_backward(
     dq_tile, dq_options, (query_parts, _) = layout.tiled(dq_name)
     dkdv_tile, dkdv_options, (_, key_parts) = layout.tiled(dkdv_name)
     launches = [
-        prepare(bwd.backward_rows, (B * H, Nq, layout.rows // row_tile), rows_args, num_warps=4),
-        prepare(getattr(bwd, dq_name), (B * H, Nq, query_parts), dq_args | dq_tile, **dq_options),
-        prepare(getattr(bwd, dkdv_name), (B * H, slots, key_parts), dkdv_args | dkdv_tile, **dkdv_options),
+        prepare(bwd.backward_rows, Nq * layout.rows // row_tile, B * H, rows_args, num_warps=4),
+        prepare(getattr(bwd, dq_name), Nq * query_parts, B * H, dq_args | dq_tile, **dq_options),
+        prepare(getattr(bwd, dkdv_name), slots * key_parts, B * H, dkdv_args | dkdv_tile, **dkdv_options),
     ]
     return BackwardPlan(launches=launches, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])

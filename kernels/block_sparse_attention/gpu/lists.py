@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparse_forcing.kernels.triton_runtime import head_and_block
+from sparse_forcing.kernels.triton_runtime import program_head
 
 
 def list_counts(block_index: Tensor) -> Tensor:
@@ -45,7 +45,7 @@ def block_mass(
     row_mass holds the running maximum m and the row sums `total` of each visited block (see `forward_pointer`). m is at
     most lse_2, so nothing overflows. One program per query block; entries past the list give 0.
     """
-    head, block, _ = head_and_block(query_blocks, 1)
+    head, block = program_head(), tl.program_id(0)
     rows, entries = tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     which = head * query_blocks + block
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq

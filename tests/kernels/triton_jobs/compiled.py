@@ -147,17 +147,17 @@ def test_launch_table_chooses_tma_where_it_is_correct():
     assert choose_forward(_layout(D=68)) == "pointer"
 
 
-def test_samples_and_heads_share_the_one_grid_axis_that_is_long_enough():
+def test_more_samples_and_heads_than_an_axis_of_the_grid_holds():
     B, H = 2, 40000
     q, pool = torch.empty(1, 1, 1, 1, 16).expand(B, H, 1, 1, 16), torch.empty(1, 1, 2, 1, 16).expand(B, H, 2, 1, 16)
     p = Problem(q, pool, pool, torch.zeros(1, 1, 1, 1, dtype=torch.int32).expand(B, H, 1, 1), None, None, 1.0, 0)
     forward = plan_forward(p, "sm_80", return_mass=True)
     backward = plan_backward(p, "sm_80", q, None, forward.out, forward.out_rest, forward.lse)
-    assert [launch.programs for launch in forward.launches] == [B * H] * 2
-    assert [launch.programs for launch in backward.launches] == [B * H, B * H, 2 * B * H]
-    args = forward.launches[0].args
-    with pytest.raises(SparseForcingError, match="at most 2147483647: use a smaller batch"):
-        prepare(forward.launches[0].kernel, (2**16, 2**15), args)
+    assert [launch.grid for launch in forward.launches] == [(1, 40000, 2)] * 2
+    assert [launch.grid for launch in backward.launches] == [(1, 40000, 2), (1, 40000, 2), (2, 40000, 2)]
+    assert prepare(forward.launches[0].kernel, 7, 24, {}).grid == (7, 24, 1)
+    with pytest.raises(SparseForcingError, match="batch x heads is 65537, which is no product of two numbers"):
+        prepare(forward.launches[0].kernel, 1, 65537, {})  # a prime
 
 
 def test_padding_is_to_the_power_of_two_that_triton_takes():
@@ -204,7 +204,7 @@ def test_selection_moves_little_more_than_one_reading_of_queries_and_keys():
         None,
         1.0,
     )
-    again = launch.programs // 12  # every program of 16 query blocks reads the head's key vectors
+    again = launch.grid[0]  # every program of 16 query blocks reads the head's key vectors
     moved += size(launch.args["query_blocks_ptr"]) + again * size(launch.args["key_blocks_ptr"]) + size(selected)
     lists = 12 * 78 * (64 + 137) * 4
     moved += 6 * lists  # int64 positions, gathered slots, concatenation

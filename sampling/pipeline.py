@@ -112,6 +112,15 @@ class SparseForcingPipeline:
     def device(self) -> torch.device:
         return next(self.transformer.parameters()).device
 
+    def pass_operations(self, height: int, width: int) -> float:
+        """Operations of one pass over a chunk of so many pixels: two for each parameter and token.
+
+        Attention, a small part of small models, is left out.
+        """
+        rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
+        parameters = sum(x.numel() for x in self.transformer.parameters())
+        return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
+
     @property
     def dtype(self) -> torch.dtype:
         return next(self.transformer.parameters()).dtype

@@ -36,6 +36,7 @@ from sparse_forcing.sampling.generation.outputs import (
     remove_old,
 )
 from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,11 +99,12 @@ def _generate_all(
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
     given = start_arguments(config, settings, start, pipe)
-    for number, job in enumerate(jobs, 1):
-        progress.begin(job, number, len(jobs))
-        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
-        progress.end()
-        yield record
+    with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
+        for number, job in enumerate(jobs, 1):
+            progress.begin(job, number, len(jobs))
+            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            progress.end()
+            yield record
 
 
 def load_pipeline(config: GenerateConfig) -> Any:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_json, read_json
+from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
@@ -36,6 +36,7 @@ from sparse_forcing.model_folder.folder import (
     load_text_encoder,
     load_transformer,
     read_defaults,
+    save_part,
 )
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
@@ -152,10 +153,7 @@ class SparseForcingPipeline:
         """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
         folder = Path(folder)
         for name in ("transformer", "text_encoder", "vae"):
-            getattr(self, name).save_pretrained(folder / name)
-            settings = read_json(folder / name / "config.json")
-            settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
-            atomic_write_json(folder / name / "config.json", settings)
+            save_part(getattr(self, name), folder / name)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
         write_manifest(folder)
 

@@ -38,10 +38,11 @@ from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollou
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
-from sparse_forcing.training.engine.loop import LoopConfig, run
+from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.engine.resume import Resume
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.losses.distribution_matching import Score, critic_loss, dmd_loss, score_timestep, sid_loss
 from sparse_forcing.training.recipes.shared import (
     Metrics,
@@ -57,7 +58,7 @@ from sparse_forcing.training.recipes.shared import (
     source_of,
     trained_part,
 )
-from sparse_forcing.training.recipes.validation import write_samples
+from sparse_forcing.training.recipes.validation import averaged, write_samples
 from sparse_forcing.training.scores import ScoreConfig, context_of, score_of
 from sparse_forcing.weights.manifest import model_hash
 
@@ -139,12 +140,12 @@ class DistillConfig:
             raise ConfigError(f"window_frames: must be in 1..rollout_frames, got {self.window_frames}")
 
 
-class DistillRecipe:
+class DistillRecipe(Recipe):
     """The three networks, their optimizers, and the two updates of a step."""
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         self.config, loop = config, config.loop
-        self.device = accelerator.device
+        self.device, self.steps = accelerator.device, loop.steps
         teacher = find_model(config.teacher)
         critic = find_model(config.critic_model)
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
@@ -322,8 +323,9 @@ class DistillRecipe:
             self.model, self.pipe.text_encoder, self.pipe.vae,
             replace(self.pipe.config, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
-        with self._autocast():  # sharded weights arrive in the type of the computation
-            write_samples(sampled, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+        # Sharded weights arrive in the type of the computation.
+        with self._autocast(), averaged(self.model, self.ema):
+            write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(

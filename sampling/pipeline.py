@@ -93,13 +93,7 @@ class SparseForcingPipeline:
     ) -> None:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.config, self.weights_sha256 = config, weights_sha256
-        self.geometry = VideoGeometry(
-            temporal_stride=vae.temporal_stride,
-            spatial_stride=vae.spatial_stride,
-            first_frame_alone=vae.first_frame_alone,
-            patch_size=tuple(transformer.config.patch_size),
-            chunk_frames=transformer.config.chunk_frames,
-        )
+        self.geometry = VideoGeometry.of(vae, transformer.config)
 
     @property
     def fps(self) -> float:
@@ -260,14 +254,8 @@ class SparseForcingPipeline:
                 f"memory.tile (--tile): {' x '.join(map(str, config.tile))} is not a block of {trained} tokens, for "
                 "which this model's selector was trained"
             )
-        rows, cols = self.geometry.token_size(*latent_size)
-        geometry = MemoryGeometry(
-            rows=rows,
-            cols=cols,
-            num_layers=self.transformer.config.num_layers,
-            chunk_frames=self.geometry.chunk_frames,
-            horizon_frames=self.transformer.config.horizon_frames,
-            capacity_frames=latent_frames,
+        geometry = MemoryGeometry.of(
+            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames
         )
         return make_memory(config, geometry, selectors=self.transformer.selectors)
 

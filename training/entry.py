@@ -19,7 +19,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig"),
     "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig"),
 }
-"""stage: (module, config class). The module has `train(config, output folder, resume)`; a line here registers a stage."""
+"""stage: (module, config class). The module has `train(config, output folder, resume)`; a line here adds a stage."""
 
 
 def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:

@@ -19,8 +19,8 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval import run
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.training.engine.loop import LoopConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.shared import optimizer_step
 
 STEPS = "loop: {steps: 1, trackers: []}\n"

@@ -14,8 +14,8 @@ from sparse_forcing.cli import main
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.training.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from sparse_forcing.training.engine.loop import LoopConfig
 from sparse_forcing.training.engine.resume import FREE, Resume, changed_settings
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig

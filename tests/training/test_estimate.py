@@ -19,6 +19,7 @@ from sparse_forcing.model_folder.sizes import model_sizes
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.entry import guess_stage, load_stage
+from sparse_forcing.training.losses.distribution_matching import ScoreConfig
 from sparse_forcing.training.memory_estimate.stages import (
     Work,
     cache_bytes,
@@ -30,7 +31,6 @@ from sparse_forcing.training.memory_estimate.stages import (
 from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.scores import ScoreConfig
 from tests.training.conftest import SPARSE as SMALL_SPARSE
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill

@@ -142,7 +142,9 @@ def save_checkpoint(
     saving.agree(str(final))
     if rank() == 0:
         with saving.attempt():
-            _commit(temporary, final, {"step": step, "processes": world_size(), "config": config, "window": list(window)})
+            _commit(
+                temporary, final, {"step": step, "processes": world_size(), "config": config, "window": list(window)}
+            )
     saving.agree(str(final))
     if rank() == 0:
         _prune(final, max(keep, 2))

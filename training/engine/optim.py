@@ -1,5 +1,5 @@
-"""AdamW with a learning-rate schedule that is a function of the step, so that resuming needs no scheduler state; and the
-one place where optimizers step."""
+"""AdamW, a learning-rate schedule that is a function of the step (resuming needs no scheduler state), and the one place
+where optimizers step."""
 
 from __future__ import annotations
 

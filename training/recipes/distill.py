@@ -43,7 +43,17 @@ from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import LoopConfig
-from sparse_forcing.training.losses.distribution_matching import Score, critic_loss, dmd_loss, score_timestep, sid_loss
+from sparse_forcing.training.losses.distribution_matching import (
+    Compared,
+    Score,
+    ScoreConfig,
+    context_of,
+    critic_loss,
+    dmd_loss,
+    score_of,
+    score_timestep,
+    sid_loss,
+)
 from sparse_forcing.training.recipes.shared import (
     Metrics,
     add_selector,
@@ -59,7 +69,6 @@ from sparse_forcing.training.recipes.shared import (
     trained_part,
 )
 from sparse_forcing.training.recipes.validation import averaged, write_samples
-from sparse_forcing.training.scores import ScoreConfig, context_of, score_of
 from sparse_forcing.weights.manifest import model_hash
 
 LOSSES = ("dmd", "sid")
@@ -221,38 +230,29 @@ class DistillRecipe(Recipe):
         """One loss per window of a rollout with gradients."""
         config = self.config
         for clip, new, scores, sources, selection in self.clips(step, micro_batch, _GENERATOR):
-            common = self._levels(clip, sources)
+            at, score = self._compared(clip, sources), config.score
             with self._autocast():
                 if config.loss == "sid":
-                    loss = sid_loss(
-                        clip, *common, scores["real"], scores["fake"], schedule=self.schedule,
-                        score_schedule=self.score_schedule, real_guidance=config.score.real_guidance,
-                        alpha=config.score.sid_alpha,
-                    )  # fmt: skip
+                    loss = sid_loss(at, **scores, real_guidance=score.real_guidance, alpha=score.sid_alpha)
                 else:
-                    loss = dmd_loss(
-                        clip, *common, scores["real"], scores["fake"], schedule=self.schedule,
-                        score_schedule=self.score_schedule, real_guidance=config.score.real_guidance,
-                        fake_guidance=config.score.fake_guidance, mask=new,
-                    )  # fmt: skip
+                    guidance = {"real_guidance": score.real_guidance, "fake_guidance": score.fake_guidance}
+                    loss = dmd_loss(at, **scores, **guidance, mask=new)
             yield (loss + config.selector_weight * selection) / len(self.windows)
 
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """One flow-matching loss per window of a rollout without gradients."""
         for clip, _, scores, sources, _ in self.clips(step, micro_batch, _CRITIC):
+            at = self._compared(clip, sources)
             with self._autocast():
-                loss = critic_loss(
-                    clip, *self._levels(clip, sources), scores["fake"], schedule=self.schedule,
-                    score_schedule=self.score_schedule,
-                )  # fmt: skip
+                loss = critic_loss(at, scores["fake"])
             yield loss / len(self.windows)
 
-    def _levels(self, clip: Tensor, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Noise, and one timestep per sample, at which the scores look at a clip."""
+    def _compared(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
+        """A clip with the noise, and one timestep per sample, at which the scores look at it."""
         score = self.config.score
         raw = torch.stack([torch.randint(0, 1000, (), generator=g) for g in sources])
         timestep = score_timestep(raw, shift=score.shift, low=score.low, high=score.high)
-        return noise_like(clip, sources), timestep.to(clip.device)
+        return Compared(clip, noise_like(clip, sources), timestep.to(clip.device), self.schedule, self.score_schedule)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.loop)

@@ -203,7 +203,10 @@ def object_weights(pixels: Tensor, weight: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Losses of clips drawn again. total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0."""
+    """Losses of clips drawn again.
+
+    total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
+    """
 
     total: Tensor
     error: Tensor
@@ -275,7 +278,12 @@ class AutoencoderRecipe(Recipe):
             self.vae, [self.optimizer], step, name="reconstruction", loss=total, rate=self.rate(step),
             max_grad_norm=self.config.loop.max_grad_norm,
         )  # fmt: skip
-        return {"loss": total, "error": error, "drift": drift, "psnr_with_noise": 10 * math.log10(4 / max(error, 1e-12))}
+        return {
+            "loss": total,
+            "error": error,
+            "drift": drift,
+            "psnr_with_noise": 10 * math.log10(4 / max(error, 1e-12)),
+        }
 
     @torch.no_grad()
     def validate(self, step: int, folder: Path) -> None:

@@ -77,8 +77,8 @@ class PretrainLoop(RunConfig):
 class PretrainConfig:
     """Everything the run depends on; two runs with equal configs and seeds produce equal weights.
 
-    `autoencoder` names a model, or the folder `vae` of one, whose autoencoder is taken; None beside no `init_from` fits principal components
-    of patches of `fit_clips` clips.
+    `autoencoder` names a model, or the folder `vae` of one, whose autoencoder is taken; None beside no `init_from` fits
+    principal components of patches of `fit_clips` clips.
     `init_from` names a model folder (or an embedded model) to go on from, instead of random weights. Beside it an
     `autoencoder` may add channels to the latents of that model, which begin at zero effect, and `text_neighbours`
     convolutions over so many words to its text encoder, which tells two objects apart with them: all of it is then

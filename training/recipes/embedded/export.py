@@ -17,6 +17,7 @@ from sparse_forcing.model.vae import TokenAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
+
 @torch.no_grad()
 def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
     """Move the transformer half way back to the model it was fine-tuned from, which can be better than both (WiSE-FT,

@@ -33,13 +33,13 @@ from sparse_forcing.training.engine.ema import ParameterEma
 from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.optim import apply_gradients
 from sparse_forcing.training.engine.resume import Resume
-from sparse_forcing.training.recipes.embedded.autoencoder import check_sizes
 from sparse_forcing.training.losses.flow_matching import (
     flow_matching_error,
     noisy_latents,
     sample_sigma,
     unit_variance_weight,
 )
+from sparse_forcing.training.recipes.embedded.autoencoder import check_sizes
 from sparse_forcing.training.recipes.embedded.curriculum import (
     PretrainConfig,
     StageConfig,

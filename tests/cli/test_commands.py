@@ -68,15 +68,15 @@ def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest
     from sparse_forcing.training.recipes.embedded import pretrain
 
     seen = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda config, output, resume: seen.append((config.seed, output)) or 0)
-    (tmp_path / "c.yaml").write_text("seed: 3\nema_decay: 9e-1\n")
+    monkeypatch.setattr(pretrain, "train", lambda config, output, resume: seen.append((config.loop.seed, output)) or 0)
+    (tmp_path / "c.yaml").write_text("loop: {seed: 3}\nema_decay: 9e-1\n")
     arguments = [
         "train",
         "pretrain",
         "--config",
         str(tmp_path / "c.yaml"),
         "--set",
-        "seed=4",
+        "loop.seed=4",
         "--output",
         str(tmp_path),
     ]

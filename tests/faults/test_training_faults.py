@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from sparse_forcing.cli import main
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, NotFiniteError
 from sparse_forcing.eval import run
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.options import EvaluateConfig
@@ -79,7 +79,7 @@ def test_bad_number_stops_before_the_weights_change(where: str, bad: float) -> N
         out.register_hook(lambda gradient: gradient * bad)
         yield out
 
-    with pytest.raises(FloatingPointError, match=r"step 1: .*update was not applied"):
+    with pytest.raises(NotFiniteError, match=r"step 1: .*update was not applied"):
         optimizer_step(model, optimizer, loop, config, 1, losses, name="model")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     assert not optimizer.state

@@ -24,9 +24,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_forcing.kernels.block_sparse_attention.cpu import forward as cpu_forward
+from sparse_forcing.kernels.block_sparse_attention.cpu import fused as cpu_fused
 from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import work_dtype
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import forward as cpu_forward
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import fused as cpu_fused
 from sparse_forcing.kernels.block_sparse_attention.cpu.backward import backward
 from sparse_forcing.kernels.block_sparse_attention.cpu.fused import has_matrix_units
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import Lists

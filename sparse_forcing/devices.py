@@ -34,7 +34,7 @@ def resolve_device(name: str, setting: str = "--device") -> str:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether bfloat16 saves time there: on GPUs, and on CPUs for which oneDNN multiplies it. On others, those without
     AVX-512, torch's products of it are many times slower than those of float32."""
-    from sparse_forcing.kernels.block_sparse_attention.cpu.backend import arithmetic as cpu_arithmetic
+    from sparse_forcing.kernels.block_sparse_attention.cpu import arithmetic as cpu_arithmetic
 
     return device.type != "cpu" or cpu_arithmetic.multiplies_bfloat16()
 

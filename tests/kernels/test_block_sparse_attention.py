@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import arithmetic as cpu_arithmetic
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import backend as cpu
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import backward as cpu_backward
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import forward as cpu_forward
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import fused as cpu_fused
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import pieces as cpu_pieces
+from sparse_forcing.kernels.block_sparse_attention.cpu import arithmetic as cpu_arithmetic
+from sparse_forcing.kernels.block_sparse_attention.cpu import backend as cpu
+from sparse_forcing.kernels.block_sparse_attention.cpu import backward as cpu_backward
+from sparse_forcing.kernels.block_sparse_attention.cpu import forward as cpu_forward
+from sparse_forcing.kernels.block_sparse_attention.cpu import fused as cpu_fused
+from sparse_forcing.kernels.block_sparse_attention.cpu import pieces as cpu_pieces
 from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
 
 BACKENDS = ("reference", "cpu")

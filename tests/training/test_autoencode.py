@@ -228,7 +228,7 @@ def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Pat
         )
     with pytest.raises(ConfigError, match="must not be negative"):
         replace(CONFIG, anchor=-1.0)
-    with pytest.raises(ConfigError, match="dim: from 1 to 16384, got 1000000"):
+    with pytest.raises(ConfigError, match="dim: from 1 to 4096, got 1000000"):
         replace(CONFIG, dim=10**6)
     with pytest.raises(ConfigError, match="sizes: 36 pixels are not a multiple of 8"):
         train(replace(CONFIG, sizes=(36,)), tmp_path / "odd")

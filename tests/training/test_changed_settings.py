@@ -171,6 +171,7 @@ def test_the_command_line_refuses_in_one_line_and_goes_on_when_allowed(
     )
     command = ["train", "autoencoder", "--config", str(path), "--output", str(out)]
     assert main(command) == 0
+    capsys.readouterr()
     assert main([*command, "--set", "noise=0.5", "--set", "loop.steps=2"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "noise: 0.3 -> 0.5" in line

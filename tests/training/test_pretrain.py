@@ -39,6 +39,7 @@ from sparse_forcing.training.recipes.embedded.scene_targets import (
     course_targets,
     pose_targets,
 )
+from sparse_forcing.training.recipes.embedded.tiny import TINY
 from tests.training.helpers import differences, newest, state
 
 STD = [2.0, 1.0, 0.5, 0.5]
@@ -233,7 +234,7 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    about = replace(export.TINY, height=32, width=32)
+    about = replace(TINY, height=32, width=32)
     SparseForcingPipeline(model.transformer, model.text_encoder, small, about).save_pretrained(tmp_path / "model")
     settings = config(init_from=str(tmp_path / "model"), autoencoder=str(tmp_path / "large"))
     vae, grown = make_models(settings)
@@ -254,7 +255,7 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
 
 def test_a_text_encoder_that_gets_neighbours_begins_where_it_was_and_is_taught_them(tmp_path: Path) -> None:
     vae, model = make_models(config())
-    about = replace(export.TINY, height=32, width=32, vae="patch")
+    about = replace(TINY, height=32, width=32, vae="patch")
     SparseForcingPipeline(model.transformer, model.text_encoder, vae, about).save_pretrained(tmp_path / "model")
     captions = ["a red star spins clockwise while a small blue ring rests on white", ""]
     learned = {}

@@ -43,7 +43,7 @@ FIT_SIZE = 64  # pixels to the side of the clips on which patches are fitted
 LARGEST_SIZE = 4096  # pixels
 SAMPLES = 2  # clips of a validation
 SIZES = {
-    "latent_channels": (1, 1 << 12), "components": (1, 1 << 12), "dim": (1, 1 << 14), "num_blocks": (1, 256),
+    "latent_channels": (1, 1 << 12), "components": (1, 1 << 12), "dim": (1, 1 << 12), "num_blocks": (1, 64),
     "extra_channels": (0, 1 << 12), "batch_size": (1, 1 << 20), "fit_clips": (1, 1 << 20),
 }  # fmt: skip
 """Least and greatest of what an autoencoder is made of and learns from at once; beyond is a slip of the hand."""
@@ -115,7 +115,7 @@ class AutoencoderConfig:
             raise ConfigError(f"learning_rate: must be positive, got {self.learning_rate:g}")
         bounded(self, SIZES)
         if self.decoder_blocks is not None:
-            bounded(self, {"decoder_blocks": (1, 256)})
+            bounded(self, {"decoder_blocks": (1, 64)})
         if min(self.anchor, self.object_weight, self.noise) < 0:
             raise ConfigError("anchor, object_weight and noise must not be negative")
         if self.extra_channels and self.init_from is None:

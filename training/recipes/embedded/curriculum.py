@@ -12,6 +12,9 @@ from sparse_forcing.training.data.procedural import step_seed
 from sparse_forcing.training.engine.settings import RunConfig, bounded
 
 LARGEST_SIZE = 4096
+"""Pixels to the side of a clip."""
+LARGEST_WIDTH = 4096
+"""Numbers of a token inside the transformer."""
 SIZES = {
     "num_attention_heads": (1, 256), "attention_head_dim": (6, 1024), "num_layers": (1, 256), "ffn_dim": (1, 1 << 16),
     "text_dim": (1, 1 << 14), "text_len": (1, 1 << 12), "text_neighbours": (0, 255), "latent_channels": (1, 1 << 12),
@@ -136,6 +139,11 @@ class PretrainConfig:
         if self.text_neighbours and (self.text_neighbours < 3 or self.text_neighbours % 2 == 0):
             raise ConfigError(f"text_neighbours: must be 0 or an odd number from 3 on, got {self.text_neighbours}")
         bounded(self, SIZES)
+        if self.num_attention_heads * self.attention_head_dim > LARGEST_WIDTH:
+            raise ConfigError(
+                f"attention_head_dim {self.attention_head_dim} x num_attention_heads {self.num_attention_heads}: "
+                f"at most {LARGEST_WIDTH}"
+            )
         if self.fit_clips < 1:
             raise ConfigError(f"fit_clips: must be positive, got {self.fit_clips}")
         if not self.stages:

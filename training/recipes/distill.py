@@ -233,10 +233,14 @@ class DistillRecipe(Recipe):
             at, score = self._compared(clip, sources), config.score
             with self._autocast():
                 if config.loss == "sid":
-                    loss = sid_loss(at, **scores, real_guidance=score.real_guidance, alpha=score.sid_alpha)
+                    loss = sid_loss(
+                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance, alpha=score.sid_alpha
+                    )
                 else:
-                    guidance = {"real_guidance": score.real_guidance, "fake_guidance": score.fake_guidance}
-                    loss = dmd_loss(at, **scores, **guidance, mask=new)
+                    loss = dmd_loss(
+                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance,
+                        fake_guidance=score.fake_guidance, mask=new,
+                    )  # fmt: skip
             yield (loss + config.selector_weight * selection) / len(self.windows)
 
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:

@@ -88,12 +88,13 @@ def test_dmd_gradient_and_guided_predictions(case: Case) -> None:
             continue
         timestep = recorded[f"out.gen.{name}.timestep"][:, 0]
         at = compared(settings, inputs["latents"], inputs["noise"], timestep)
-        fake_x0, real_x0 = (at.predict_x0(networks[n]) for n in ("fake", "real"))
-        assert_close(at.x_t, recorded[f"out.gen.{name}.noisy"], 1e-6, "x_t")
+        x_t = at.x_t
+        fake_x0, real_x0 = (at.predict_x0(networks[n], x_t) for n in ("fake", "real"))
+        assert_close(x_t, recorded[f"out.gen.{name}.noisy"], 1e-6, "x_t")
         assert_close(fake_x0, recorded[f"out.gen.{name}.fake_score_cond_x0"], 1e-5, "fake")
         assert_close(real_x0, recorded[f"out.gen.{name}.real_score_cond_x0"], 1e-5, "real")
-        real_x0 = at.predict_x0(networks["real"], settings["real_guidance_scale"])
-        fake_x0 = at.predict_x0(networks["fake"], settings["fake_guidance_scale"])
+        real_x0 = at.predict_x0(networks["real"], x_t, settings["real_guidance_scale"])
+        fake_x0 = at.predict_x0(networks["fake"], x_t, settings["fake_guidance_scale"])
         gradient = distribution_gradient(inputs["latents"], real_x0, fake_x0)
         assert_close(gradient, recorded[f"out.gen.{name}.grad"], 3e-5, "gradient")
         assert_close(gradient.abs().mean(), recorded[f"out.gen.{name}.gradnorm"], 1e-6, "gradient norm")

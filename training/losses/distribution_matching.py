@@ -13,14 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from sparse_forcing.eager_gradient import with_gradient
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.attention import ParallelAttention
+from sparse_forcing.model.eager_gradient import with_gradient
 from sparse_forcing.model.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0, shift_sigma
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
@@ -49,23 +48,23 @@ class Compared:
     schedule: FlowSchedule
     score_schedule: FlowSchedule | None = None
 
-    @cached_property
+    @property
     def sigma(self) -> Tensor:
         """[B] noise levels."""
         return self.schedule.sigma_at(self.timestep)
 
-    @cached_property
+    @property
     def x_t(self) -> Tensor:
         """[B, F, C, H, W] latents moved to that noise level."""
         return add_noise(self.latents, self.noise, self.sigma)
 
-    def predict_x0(self, score: Score, guidance: float = 0.0) -> Tensor:
-        """A score's clean prediction, guided: c + guidance (c - u)."""
+    def predict_x0(self, score: Score, x_t: Tensor, guidance: float = 0.0) -> Tensor:
+        """A score's clean prediction from x_t, guided: c + guidance (c - u)."""
         sigma = (self.score_schedule or self.schedule).sigma_at(self.timestep)
-        cond = flow_to_x0(score(self.x_t, self.timestep, True), self.x_t, sigma)
+        cond = flow_to_x0(score(x_t, self.timestep, True), x_t, sigma)
         if guidance == 0:
             return cond
-        return cond + guidance * (cond - flow_to_x0(score(self.x_t, self.timestep, False), self.x_t, sigma))
+        return cond + guidance * (cond - flow_to_x0(score(x_t, self.timestep, False), x_t, sigma))
 
 
 def distribution_gradient(latents: Tensor, real_x0: Tensor, fake_x0: Tensor) -> Tensor:
@@ -92,7 +91,8 @@ def dmd_loss(
 ) -> Tensor:  # fmt: skip
     """DMD loss of generated latents; gradients reach these only. mask: as in `surrogate_loss`."""
     with torch.no_grad():
-        fake_x0, real_x0 = at.predict_x0(fake, fake_guidance), at.predict_x0(real, real_guidance)
+        x_t = at.x_t
+        fake_x0, real_x0 = at.predict_x0(fake, x_t, fake_guidance), at.predict_x0(real, x_t, real_guidance)
         gradient = distribution_gradient(at.latents, real_x0, fake_x0)
     return surrogate_loss(at.latents, gradient, mask)
 
@@ -105,8 +105,8 @@ def sid_loss(at: Compared, real: Score, fake: Score, *, real_guidance: float = 3
     """
 
     def loss(latents: Tensor) -> Tensor:
-        here = replace(at, latents=latents)
-        fake_x0, real_x0 = here.predict_x0(fake).double(), here.predict_x0(real, real_guidance).double()
+        x_t = replace(at, latents=latents).x_t
+        fake_x0, real_x0 = at.predict_x0(fake, x_t).double(), at.predict_x0(real, x_t, real_guidance).double()
         x, gap = latents.double(), real_x0 - fake_x0
         scale = (x - real_x0).detach().abs().mean(dim=tuple(range(1, x.ndim)), keepdim=True)
         return (gap * ((real_x0 - x) - alpha * gap) / scale).mean()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,15 +11,23 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.scenes.worlds.captions import write_story
+from sparse_forcing.scenes.worlds.captions import write_parade, write_story
 from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world
+from sparse_forcing.scenes.worlds.parade import plan_parade
 from sparse_forcing.scenes.worlds.reappear import plan_reappear
 from sparse_forcing.scenes.worlds.revisit import plan_revisit
+from sparse_forcing.scenes.worlds.swaps import plan_swaps
 from sparse_forcing.scenes.worlds.truth import Return, find_returns
-from sparse_forcing.scenes.worlds.world import Ground, Item, Panel, World
+from sparse_forcing.scenes.worlds.world import Ground, Plan, World
 
 SIGNS = ("brightness", "ruler")
+_PLANNERS: dict[str, Callable[[random.Random, WorldConfig], Plan]] = {
+    "revisit": plan_revisit,
+    "reappear": plan_reappear,
+    "parade": plan_parade,
+    "swaps": plan_swaps,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +40,12 @@ class WorldBatch:
         return len(self.worlds)
 
     def render(
-        self, side: int, *, frames: range | None = None, objects: bool = True, device: torch.device | str = "cpu"
+        self,
+        side: int,
+        *,
+        frames: Sequence[int] | None = None,
+        objects: bool = True,
+        device: torch.device | str = "cpu",
     ) -> Tensor:
         """Float32 [B, F, 3, S, S] in [-1, 1]; arguments as in `draw.render_world`."""
         drawn = [render_world(world, side, frames=frames, objects=objects, device=device) for world in self.worlds]
@@ -89,16 +102,15 @@ def draw_world(kind: str, seed: int, index: int, config: WorldConfig | None = No
     rng = random.Random(f"{kind} {index} of {seed}")
     ground_kind, ground_seed = rng.choice(config.grounds), rng.getrandbits(48)
     sign = rng.choice(SIGNS) if kind == "revisit" else SIGNS[0]
-    camera: tuple[float, ...] = (0.0,) * config.frames
-    items: list[Item] = []
-    panels: list[Panel] = []
-    if kind == "revisit":
-        items, camera = plan_revisit(rng, config)
-    elif kind == "reappear":
-        items, panels = plan_reappear(rng, config)
-    story = write_story(rng, kind, ground_kind)
+    plan = _PLANNERS[kind](rng, config)
+    camera = plan.camera or (0.0,) * config.frames
+    story = write_story(rng, kind, ground_kind, ordinal=plan.asked or 0)
+    prompts = {0: story}
+    if plan.asked is not None:
+        before, again = write_parade(rng, ground_kind, plan.asked)
+        prompts = {0: before, plan.question: again}
     ground = Ground(kind=ground_kind, seed=ground_seed, sign=sign, span=(min(camera), max(camera)))
     return World(
-        kind=kind, frames=config.frames, seed=seed, index=index, ground=ground, camera=camera, items=tuple(items),
-        panels=tuple(panels), story=story, prompts={0: story}, frame_noise=config.frame_noise,
+        kind=kind, frames=config.frames, seed=seed, index=index, ground=ground, camera=camera, items=tuple(plan.items),
+        panels=tuple(plan.panels), story=story, prompts=prompts, frame_noise=config.frame_noise,
     )  # fmt: skip

@@ -5,6 +5,7 @@ Shapes: F frames, U different frames among them, S pixels to the side.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import ceil, floor
 
 import torch
@@ -14,11 +15,16 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.render import cover_shape
 from sparse_forcing.scenes.vocabulary import COLOUR_RGB
 from sparse_forcing.scenes.worlds.ground import look
-from sparse_forcing.scenes.worlds.world import Item, Panel, World
+from sparse_forcing.scenes.worlds.world import Box, Item, Panel, World
 
 
 def render_world(
-    world: World, side: int, *, frames: range | None = None, objects: bool = True, device: torch.device | str = "cpu"
+    world: World,
+    side: int,
+    *,
+    frames: Sequence[int] | None = None,
+    objects: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Draw ``frames`` (all of them when None) of a world: float32 [F, 3, S, S] in [-1, 1].
 
@@ -27,13 +33,15 @@ def render_world(
     frames = range(world.frames) if frames is None else frames
     if side < 1 or not frames or min(frames) < 0 or max(frames) >= world.frames:
         raise ConfigError(f"worlds: cannot draw {frames} at {side} pixels of a clip of {world.frames} frames")
-    items = world.items if objects else ()
+    items = range(len(world.items)) if objects else range(0)
+    seen = {frame: [world.seen(item, frame) for item in items] for frame in set(frames)}
     number: dict[object, int] = {}
-    places = [number.setdefault(_state(world, items, frame), len(number)) for frame in frames]
+    places = [number.setdefault(_state(world, seen[frame], frame), len(number)) for frame in frames]
     once = [frames[places.index(place)] for place in range(len(number))]
     picture = look(world.ground, [world.camera[frame] for frame in once], side, device)
     for item in items:
-        _paint_item(picture, item, once)
+        boxes = {place: box for place, frame in enumerate(once) if (box := seen[frame][item]) is not None}
+        _paint_item(picture, world.items[item], once, boxes)
     for panel in world.panels:
         _paint_panel(picture, panel, once)
     video = picture[torch.tensor(places, device=picture.device)]
@@ -42,22 +50,16 @@ def render_world(
     return video
 
 
-def _state(world: World, items: tuple[Item, ...], frame: int) -> object:
+def _state(world: World, seen: list[Box | None], frame: int) -> object:
     """Everything that decides what a frame looks like, but for its noise."""
-    boxes = [item.box(frame) for item in items]
-    panels = [panel.boxes[frame] for panel in world.panels]
-    return world.camera[frame], *(None if box is None or not _on_screen(box) else box for box in boxes), *panels
+    return world.camera[frame], *seen, *(panel.boxes[frame] for panel in world.panels)
 
 
-def _on_screen(box: tuple[float, float, float, float]) -> bool:
-    return box[0] < 1 and box[1] < 1 and box[2] > 0 and box[3] > 0
-
-
-def _paint_item(picture: Tensor, item: Item, frames: list[int]) -> None:
-    """Draw an object into the frames [U, 3, S, S] that it is in, each rectangle of pixels no larger than needed."""
+def _paint_item(picture: Tensor, item: Item, frames: list[int], boxes: dict[int, Box]) -> None:
+    """Draw an object into those of the frames [U, 3, S, S] that have a box, each rectangle of pixels no larger than
+    needed."""
     side, device = picture.shape[-1], picture.device
-    boxes = {place: box for place, frame in enumerate(frames) if (box := item.box(frame)) and _on_screen(box)}
-    for group in _neighbours(boxes, side):
+    for group in _neighbours(boxes):
         rows, columns = (
             slice(max(0, floor(min(boxes[place][axis] for place in group) * side - 1)),
                   min(side, ceil(max(boxes[place][axis + 2] for place in group) * side + 1)))
@@ -74,7 +76,7 @@ def _paint_item(picture: Tensor, item: Item, frames: list[int]) -> None:
         part.add_((colour - part).mul_(cover[:, None]))
 
 
-def _neighbours(boxes: dict[int, tuple[float, float, float, float]], side: int) -> list[list[int]]:
+def _neighbours(boxes: dict[int, Box]) -> list[list[int]]:
     """Runs of frames that follow one another in which the object moves by less than an eighth of the screen."""
     groups: list[list[int]] = []
     for place, box in boxes.items():
@@ -105,7 +107,7 @@ def _level(rgb: tuple[int, int, int], device: torch.device) -> Tensor:
     return (torch.tensor(rgb, dtype=torch.float32, device=device) / 127.5 - 1)[:, None, None]
 
 
-def _add_noise(video: Tensor, world: World, frames: range) -> None:
+def _add_noise(video: Tensor, world: World, frames: Sequence[int]) -> None:
     """Noise of every frame's own, the same whichever frames are drawn with it."""
     for picture, frame in zip(video, frames, strict=True):
         generator = torch.Generator().manual_seed(world.ground.seed % 2**40 * 4096 + frame)

@@ -21,8 +21,9 @@ STEEPEST = 45.0  # levels to a screen
 LEVELS_OF_KIND = 18.0  # how far stripes and texture go up and down
 NOISE_CELLS = 32  # to a screen
 TEXTURE_CELLS = (5, 11)
+RULER_DEPTH = -60.0  # levels
 RULER_STEP = 1 / 8  # of a screen
-RULER_HEIGHT = 0.14
+RULER_HEIGHT = 0.25
 
 
 def look(ground: Ground, camera: Sequence[float], side: int, device: torch.device | str = "cpu") -> Tensor:
@@ -64,7 +65,7 @@ def _place(
         return (start + slope * across)[None], 0.0
     step = (across / RULER_STEP).floor()
     height = 0.02 + RULER_HEIGHT * (step * RULER_STEP / screens)
-    tooth = ((across / RULER_STEP - step) < 0.5) * -40.0
+    tooth = ((across / RULER_STEP - step) < 0.5) * RULER_DEPTH
     bottom = ((height[None] - (1 - down[:, None])) * len(down) + 0.5).clamp(0, 1)
     return torch.tensor([[middle]]), bottom * tooth[None]
 

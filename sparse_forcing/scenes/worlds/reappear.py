@@ -13,7 +13,7 @@ from math import ceil
 from sparse_forcing.scenes.worlds.config import WorldConfig
 from sparse_forcing.scenes.worlds.identities import draw_identities
 from sparse_forcing.scenes.worlds.timeline import Timeline
-from sparse_forcing.scenes.worlds.world import MARGIN, Box, Identity, Item, Panel
+from sparse_forcing.scenes.worlds.world import MARGIN, Box, Identity, Item, Panel, Plan
 
 WALL = 0.7  # where it begins
 WALL_RGB = ((105, 60, 25), (10, 20, 105), (0, 90, 40))
@@ -26,39 +26,38 @@ SIDES = ("right", "left", "bottom", "top")
 class _Ways:
     """Frames of the ways of an object at a speed: in or out at the open side, and between its place and the wall."""
 
-    def __init__(self, identity: Identity, speed: float) -> None:
+    def __init__(self, identity: Identity, speed: float, wall_side: str) -> None:
         extent = identity.extent
         self.outside, self.place, self.behind = -extent - 0.01, WALL / 2, WALL + 2 * MARGIN + extent
         self.open = ceil((self.place - self.outside) / speed)
         self.wall = ceil((self.behind - self.place) / speed)
         step = (self.behind - self.place) / self.wall
+        side, up, down = identity.reach
+        last = {"bottom": up, "top": down}.get(wall_side, side)  # how far reaches what goes in last
         # Frames that end or begin a way behind the wall with nothing of the object in sight.
-        self.hidden = sum(
-            self.place + step * (frame + 1) - extent >= WALL + MARGIN - 1e-9 for frame in range(self.wall)
-        )
+        self.hidden = sum(self.place + step * (frame + 1) - last >= WALL + MARGIN for frame in range(self.wall))
 
 
-def plan_reappear(rng: random.Random, config: WorldConfig) -> tuple[list[Item], list[Panel]]:
+def plan_reappear(rng: random.Random, config: WorldConfig) -> Plan:
     """Objects and panels; raises ConfigError where the clip is too short for the gap."""
+    wall_side = rng.choice(SIDES)
     first, subject, passer = draw_identities(rng, config.split, 3, returning=(1,))
     room = config.frames - config.opening_frames
 
     def least(speed: float) -> int:  # without the frames in which the subject is hidden
-        ways, leave = _Ways(subject, speed), _Ways(first, speed).open
+        ways, leave = _Ways(subject, speed, wall_side), _Ways(first, speed, wall_side).open
         return leave + ways.open + 2 * ways.wall + 2 * PAUSE - 2 * ways.hidden + 1
 
-    shortest = 2 * _Ways(subject, SPEEDS[0]).hidden - 1
+    shortest = 2 * _Ways(subject, SPEEDS[0], wall_side).hidden - 1
     low, high = config.gap_range(shortest, room - least(SPEEDS[0]), "reappear")
     gap = rng.randint(low, high)
-    speed = rng.choice([
-        speed for speed in SPEEDS if least(speed) + gap <= room and 2 * _Ways(subject, speed).hidden - 1 <= gap
-    ])  # fmt: skip
-    ways = _Ways(subject, speed)
+    usable = [speed for speed in SPEEDS if least(speed) + gap <= room]
+    speed = rng.choice([speed for speed in usable if 2 * _Ways(subject, speed, wall_side).hidden - 1 <= gap])
+    ways, lead_ways = _Ways(subject, speed, wall_side), _Ways(first, speed, wall_side)
     slack = room - least(speed) - gap
     early, late = sorted(rng.randint(0, slack) for _ in range(2))
 
-    lead = Timeline(_Ways(first, speed).place).hold(config.opening_frames + early)
-    lead.move(_Ways(first, speed).outside, _Ways(first, speed).open)
+    lead = Timeline(lead_ways.place).hold(config.opening_frames + early).move(lead_ways.outside, lead_ways.open)
     main = Timeline(ways.outside).hold(len(lead)).move(ways.place, ways.open).hold(PAUSE + late - early)
     main.move(ways.behind, ways.wall)
     hidden_from = len(main) - ways.hidden
@@ -66,23 +65,19 @@ def plan_reappear(rng: random.Random, config: WorldConfig) -> tuple[list[Item], 
     main.move(ways.place, ways.wall)
 
     courses = [(first, lead), (subject, main)]
-    passing = _passing(rng, config, passer, speed, hidden_from, gap)
+    passing = _passing(rng, config, _Ways(passer, speed, wall_side), hidden_from, gap)
     courses += [(passer, passing)] if passing is not None else []
-    wall_side = rng.choice(SIDES)
     heights = [_height(rng, identity) for identity, _ in courses]
     items = [
         _turned_item(identity, course.until(config.frames), height, wall_side)
         for (identity, course), height in zip(courses, heights)
     ]
     wall = rng.choice(WALL_RGB)
-    return items, _panels(wall, wall_side, heights[1], hidden_from, gap, config.frames)
+    return Plan(items=items, panels=_panels(wall, wall_side, heights[1], hidden_from, gap, config.frames))
 
 
-def _passing(
-    rng: random.Random, config: WorldConfig, passer: Identity, speed: float, begin: int, gap: int
-) -> Timeline | None:
+def _passing(rng: random.Random, config: WorldConfig, ways: _Ways, begin: int, gap: int) -> Timeline | None:
     """An object that comes and goes while the subject is hidden, where there is time for it."""
-    ways = _Ways(passer, speed)
     slack = gap - 2 * ways.open - PAUSE
     if slack < 0 or rng.random() >= config.distractor_fraction:
         return None

@@ -13,7 +13,7 @@ from itertools import pairwise
 from sparse_forcing.scenes.worlds.config import WorldConfig
 from sparse_forcing.scenes.worlds.identities import draw_identities
 from sparse_forcing.scenes.worlds.timeline import Timeline
-from sparse_forcing.scenes.worlds.world import Identity, Item
+from sparse_forcing.scenes.worlds.world import Identity, Item, Plan
 
 STEP_FRAMES = range(6, 19)  # from one screen to the next
 PAUSE = 4  # least frames at A, before and after
@@ -37,7 +37,7 @@ class _Trip:
         return self.step + 2 * PAUSE + 2 * self.away * self.step - self.hidden
 
 
-def plan_revisit(rng: random.Random, config: WorldConfig) -> tuple[list[Item], tuple[float, ...]]:
+def plan_revisit(rng: random.Random, config: WorldConfig) -> Plan:
     """Objects and camera positions; raises ConfigError where the clip is too short for the gap."""
     count = MOST_OPENING + 1 + MOST_AWAY
     identities = draw_identities(rng, config.split, count, returning=range(MOST_OPENING, count))
@@ -56,7 +56,8 @@ def plan_revisit(rng: random.Random, config: WorldConfig) -> tuple[list[Item], t
     path = _opening(rng, before, opening, trip.step).move(before, trip.step).hold(stay)
     _away(rng, path, before, trip, gap - trip.hidden)
     camera = path.until(config.frames)
-    identities, middle, height = (values[MOST_OPENING - before :] for values in (identities, middle, height))
+    skipped = MOST_OPENING - before  # as many of the screens of the beginning are not there
+    identities, middle, height = identities[skipped:], middle[skipped:], height[skipped:]
     if rng.random() < 0.5:
         camera, middle = tuple(-place for place in camera), [1 - place for place in middle]
         ways = range(0, -len(identities), -1)
@@ -67,7 +68,7 @@ def plan_revisit(rng: random.Random, config: WorldConfig) -> tuple[list[Item], t
         for identity, way, x, y in zip(identities, ways, middle, height)
     ]
     seen = max(map(abs, camera)) + 1
-    return items[: int(seen + 0.999)], camera
+    return Plan(items=items[: int(seen + 0.999)], camera=camera)
 
 
 def _choose(rng: random.Random, config: WorldConfig, identity: Identity, shift: float) -> tuple[_Trip, int]:

@@ -6,6 +6,7 @@ bottom).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from sparse_forcing.scenes.sample import EXTENT
@@ -13,7 +14,8 @@ from sparse_forcing.scenes.vocabulary import SIZE_RADIUS
 
 Box = tuple[float, float, float, float]
 HIDDEN, PARTLY, WHOLE = 0, 1, 2
-MARGIN = 1 / 64  # this far inside a panel nothing of an object shows through the panel's smooth edge
+MARGIN = 1 / 64  # an object counts as hidden this far inside a panel; hidden ones are not drawn
+_EPSILON = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +70,18 @@ class Panel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a kind of world decides: objects, panels, where the camera is (None: it stays), and for a parade which
+    object is asked for (from 0) from the frame ``question`` on."""
+
+    items: Sequence[Item]
+    panels: Sequence[Panel] = ()
+    camera: tuple[float, ...] | None = None
+    asked: int | None = None
+    question: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ground:
     """What lies behind everything: a function of the place, which the camera looks at a screen wide.
 
@@ -106,15 +120,17 @@ class World:
         boxes = map(self.items[item].box, range(self.frames))
         return [self._visible(box, frame) for frame, box in enumerate(boxes)]
 
+    def seen(self, item: int, frame: int) -> Box | None:
+        """The box of an object in a frame, None where nothing of it shows."""
+        box = self.items[item].box(frame)
+        return box if self._visible(box, frame) else None
+
     def visible_boxes(self) -> list[dict[int, Box]]:
         """For every frame the boxes of all objects of which anything shows, by object number."""
-        found: list[dict[int, Box]] = [{} for _ in range(self.frames)]
-        for number, item in enumerate(self.items):
-            for frame, seen in enumerate(self.visibility(number)):
-                box = item.box(frame)
-                if seen and box is not None:
-                    found[frame][number] = box
-        return found
+        rows = [
+            [(number, self.seen(number, frame)) for number in range(len(self.items))] for frame in range(self.frames)
+        ]
+        return [{number: box for number, box in row if box is not None} for row in rows]
 
     def _visible(self, box: Box | None, frame: int) -> int:
         if box is None or box[0] >= 1 or box[1] >= 1 or box[2] <= 0 or box[3] <= 0:
@@ -132,9 +148,10 @@ class World:
 
 def _contains(outer: Box, inner: Box) -> bool:
     """Whether a panel hides a box: MARGIN inside it, or at the edge of the screen."""
+    inset = MARGIN - _EPSILON
     return (
-        (outer[0] <= inner[0] - MARGIN or outer[0] <= 0)
-        and (outer[1] <= inner[1] - MARGIN or outer[1] <= 0)
-        and (outer[2] >= inner[2] + MARGIN or outer[2] >= 1)
-        and (outer[3] >= inner[3] + MARGIN or outer[3] >= 1)
+        (outer[0] <= inner[0] - inset or outer[0] <= 0)
+        and (outer[1] <= inner[1] - inset or outer[1] <= 0)
+        and (outer[2] >= inner[2] + inset or outer[2] >= 1)
+        and (outer[3] >= inner[3] + inset or outer[3] >= 1)
     )

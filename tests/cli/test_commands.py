@@ -66,8 +66,11 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
         (["data", "clips", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
-        (["train", "pretrain", "--output", "OUT", "--set", "sede=1"], "sede: unknown setting; did you mean seed?"),
-        (["train", "pretrain", "--output", "OUT", "--set", "seed=x"], "seed: expected a whole number"),
+        (
+            ["train", "pretrain", "--output", "OUT", "--set", "loop.sede=1"],
+            "loop.sede: unknown setting; did you mean loop.seed?",
+        ),
+        (["train", "pretrain", "--output", "OUT", "--set", "loop.seed=x"], "loop.seed: expected a whole number"),
         (["convert", "/none.pt", "OUT"], "/none.pt: no such"),
         (["convert", __file__, "/etc"], "/etc exists already"),
         (["evaluate", "OUT", "--aggregate", "x.json"], "error"),

@@ -63,6 +63,8 @@ class Resume:
             return 0
         folder, manifest = found
         self._compare(folder, manifest, config)
+        if self.allow_changes:
+            parts = {name: part for name, part in parts.items() if not getattr(part, "waivable", False)}
         return load_checkpoint(folder, parts, manifest=manifest, **options)
 
     def _went_on_from(self, out: Path) -> bool:

@@ -44,6 +44,7 @@ def _measure(config: EvaluateConfig) -> int:
     assert config.target is not None
     entries = load_entries(config.target)
     others = [_saved_or_entries(path) for path in config.compare]
+    _check_targets(config, entries)
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with output_lock(folder):
@@ -62,6 +63,23 @@ def _measure(config: EvaluateConfig) -> int:
     print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
     failed = len(results["failures"])
     return 1 if failed == len(entries) or (failed and config.strict_exit) else 0
+
+
+def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
+    """Refuse an output that would replace the videos, their manifest or sidecars, results to compare with, weights."""
+    from sparse_forcing.inputs import check_targets
+
+    folder, cache = config.output_folder, config.cache_folder
+    targets = [
+        *(folder / name for name in ("results.json", "videos.csv", "report.html")),
+        cache / "records",
+        cache / "features",
+    ]
+    inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
+    inputs += [*config.official_results, *(entry.video for entry in entries)]
+    inputs += [entry.video.with_suffix(".json") for entry in entries if entry.video.parent == folder]
+    models = [Path(option.partition("=")[2]) for option in config.stand_ins]
+    check_targets(targets, inputs, sealed=models if config.weights is None else [*models, config.weights])
 
 
 def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:

@@ -29,6 +29,7 @@ from sparse_forcing.files import (
 )
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
+    check_inputs,
     check_sidecar,
     is_finished,
     output_folders,
@@ -58,6 +59,8 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
     """
     progress = progress or Progress()
     folders = output_folders(config, jobs)
+    waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+    check_inputs(config, waiting)
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
@@ -65,6 +68,7 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
             for folder in folders:
                 sweep_temporaries(folder)
             waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+            check_inputs(config, waiting)  # another run may have moved files meanwhile
             for job in waiting:
                 check_sidecar(job)
             if len(waiting) < len(jobs):

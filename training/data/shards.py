@@ -1,14 +1,14 @@
 """Prepared training data: tensors and prompts in safetensors shards with a manifest, written resumably.
 
     folder/shard-00000.safetensors   "data" [n, ...] and "text" [n, text_len, dim] of n items
-    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "covers": ..., "refused": [...], "sources": [...]},
+    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "covers": ..., "refused": [...], "sources": ...},
                                      written last
     folder/prompts.safetensors       "text" of prompts that belong to no item: the empty one, the negative one
     folder/dataset.json              what the data is and how it was made
 
-A shard without its JSON does not exist; making the data again skips the shards that do, and whose samples still are what
-they were made of (`sources` are hashes of files). Of several processes of one
-launch each makes its own shards; the same bytes come out, however many there are.
+A shard without its JSON does not exist; making the data again skips the shards that do and whose samples still are what
+they were made of (`sources` are hashes of files). Of several processes of one launch each makes its own shards; the
+same bytes come out, however many there are.
 """
 
 from __future__ import annotations
@@ -49,6 +49,11 @@ class ShardContent:
 
 def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """The files of a set that are there, whoever wrote them."""
+    return [*folder.glob("shard-*.safetensors"), *folder.glob("shard-*.json"), folder / _DATASET, folder / _LOOSE]
 
 
 def write_shards(

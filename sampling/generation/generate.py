@@ -88,7 +88,7 @@ def _generate_all(
     """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
 
-    start = read_start(config)
+    start = read_start(config, progress.note)
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -26,18 +27,21 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise VideoError(f"{path}: no such image file")
     try:
         # Twice, onto different grounds: a file without its last rows leaves them as they were, and nothing is said.
-        picture = _decode(path, max_pixels, ground=0)
-        if not np.array_equal(picture, _decode(path, max_pixels, ground=255)):
-            raise VideoError(f"{path}: rows of the picture are missing; the file is cut or damaged")
-        return picture
+        with _decoded(path, max_pixels, ground=255) as image:
+            other = image.tobytes()
+        with _decoded(path, max_pixels, ground=0) as image:
+            if image.tobytes() != other:
+                raise VideoError(f"{path}: rows of the picture are missing; the file is cut or damaged")
+            return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, VideoError):
             raise
         raise VideoError(f"{path}: not a readable image ({' '.join(str(error).split())[:120]})") from error
 
 
-def _decode(path: PathLike, max_pixels: int, *, ground: int) -> np.ndarray:
-    """uint8 [H, W, 3]; `ground` is the value of every band of what the file does not fill."""
+@contextmanager
+def _decoded(path: PathLike, max_pixels: int, *, ground: int) -> Iterator[Image.Image]:
+    """The picture as it is stored; `ground` is the value of every band where the file says nothing."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         # Pillow warns of sizes that it does not yet refuse; the bound here is ours.
@@ -54,7 +58,7 @@ def _decode(path: PathLike, max_pixels: int, *, ground: int) -> np.ndarray:
 
         image.load_prepare = prepare_ground  # type: ignore[method-assign]
         image.load()
-        return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -256,7 +256,7 @@ def test_any_flipped_bit_gives_frames_or_our_own_error(tmp_path: Path) -> None:
     data = (tmp_path / "v.mp4").read_bytes()
     generator, refused = np.random.default_rng(1), 0
     head = data.index(b"mdat")
-    places = [data.index(b"avc1"), data.index(b"avcC"), *generator.integers(head, size=150)]
+    places = [data.rindex(b"avc1"), data.index(b"stsd"), data.index(b"stbl"), *generator.integers(head, size=150)]
     for place in places:
         damaged = bytearray(data)
         damaged[place] ^= 1 << generator.integers(8)

@@ -75,6 +75,7 @@ def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
         cache / "records",
         cache / "features",
     ]
+    assert config.target is not None
     inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
     inputs += [*config.official_results, *(entry.video for entry in entries)]
     inputs += [entry.video.with_suffix(".json") for entry in entries if entry.video.parent == folder]

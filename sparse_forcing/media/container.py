@@ -58,7 +58,7 @@ class Video:
     """
 
     def __init__(self, path: PathLike, container: Any, found: _Stamps) -> None:
-        self.path, self.stamps, self._container = path, found.count, container
+        self.path, self.stamps, self._container = path, found.packets, container
         self._stream = first_video(path, container)
         self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         self.declared = _declared_frames(container, self._stream)
@@ -182,7 +182,7 @@ class _Stamps(NamedTuple):
     """Frames found in a container: how many, the seconds from the first one on at which each is shown, sorted (None
     where any is unknown), and for how long the last one is (0: unknown)."""
 
-    count: int
+    packets: int
     times: np.ndarray | None
     last: float
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from sparse_forcing.media.images import fit, read_image
 from sparse_forcing.media.video import read_video
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.settings import Settings
+
+if TYPE_CHECKING:
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
 def read_start(config: GenerateConfig) -> np.ndarray | None:
@@ -23,7 +26,7 @@ def read_start(config: GenerateConfig) -> np.ndarray | None:
 
 
 def start_arguments(
-    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: Any
+    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: SparseForcingPipeline
 ) -> dict[str, np.ndarray]:
     """Arguments of `pipe.stream` for `start`, uint8 and fitted to the size that is generated.
 

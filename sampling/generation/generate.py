@@ -40,6 +40,8 @@ from sparse_forcing.sampling.generation.settings import Settings, explained_out_
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+
 
 class Progress:
     """What a caller may watch; every method may be left as it is."""
@@ -102,7 +104,7 @@ def _generate_all(
         yield record
 
 
-def load_pipeline(config: GenerateConfig) -> Any:
+def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
@@ -118,7 +120,7 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
 
 def generate_video(
-    pipe: Any,
+    pipe: SparseForcingPipeline,
     config: GenerateConfig,
     settings: Settings,
     job: Job,

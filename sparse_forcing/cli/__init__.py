@@ -17,6 +17,7 @@ from typing import Any
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
 from sparse_forcing.errors import OutputError, SparseForcingError
+from sparse_forcing.files import NO_ROOM
 
 PROGRAM = "sparse-forcing"
 COMMANDS = {
@@ -26,6 +27,7 @@ COMMANDS = {
     "bench": "measure attention on this machine, after checking it",
     "convert": "turn Wan or Self-Forcing weights into a diffusers folder",
     "data": "make data to train on",
+    "playground": "a page in the browser: watch a video while it is made",
     "doctor": "say what works on this machine, and why not the rest",
 }
 
@@ -69,6 +71,13 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         _discard_output()
         return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        # The disk is full, or a folder was removed or made read-only while a library wrote there: nothing to trace.
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import PathLike
-from sparse_forcing.weights.safe_load import check_state_dict, load_weights
+from sparse_forcing.weights.parts import explained
+from sparse_forcing.weights.safe_load import check_state_dict, load_weights, not_finite
 
 TOP_LEVEL = {
     "patch_embedding": "patch_embedding",
@@ -188,9 +189,11 @@ def load_transformer(source: PathLike, which: str | None = None, *, head_dim: in
             )
         state.update(part)
     config = infer_config(state, head_dim=head_dim, source=str(source))
-    with torch.device("meta"):
+    with torch.device("meta"), explained(source, f"makes no model with head dimension {head_dim}"):
         model = CausalWanTransformer3DModel(**config)
     check_state_dict(model.state_dict(), state, source=str(source))
+    if bad := not_finite(state):
+        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint is of no use")
     model.load_state_dict(state, assign=True)
     return model
 

@@ -178,9 +178,27 @@ def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int)
     assert done.stderr == (message if code else "")
 
 
-def test_other_system_errors_are_not_blamed_on_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "out/a"), "out/a: No such file or directory"),
+    ],
+)
+def test_a_disk_that_fails_in_some_library_is_one_line_and_not_blamed_on_the_output(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(arguments: object) -> int:
-        raise OSError(28, "elsewhere")
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"sparse-forcing doctor: error: {message}\n"
+
+
+def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise ConnectionError(104, "elsewhere")
 
     monkeypatch.setattr(doctor, "run", run)
     with pytest.raises(OSError, match="elsewhere"):

@@ -258,7 +258,7 @@ def remove_file(path: PathLike) -> None:
 
 
 def check_writable(path: PathLike, *, folder: bool = False) -> Path:
-    """Prove, before any compute, that `path` (a file, or with `folder` a folder) can be written; return it.
+    """Prove, before any work begins, that `path` (a file, or with `folder` a folder) can be written; return it.
 
     Missing folders are created. A file is probed with a temporary beside it, a folder with a temporary inside it, into
     which something is written: a full disk still takes empty files.
@@ -273,19 +273,23 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     if "\0" in shown:
         raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
     probe = Path(shown) / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    missing = [folder for folder in (Path(shown), *Path(shown).parents) if not os.path.lexists(folder)]
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         with open(probe, "xb") as file:
             file.write(b"probe")
             file.flush()
             os.fsync(file.fileno())  # some file systems notice only here
-    except FileExistsError as error:
-        raise OutputError(f"cannot write into {shown}: it is a file, not a folder") from error
+        probe.unlink()
     except OSError as error:
-        raise OutputError(f"cannot write into {shown}: {error.strerror or error}") from error
-    finally:
         with suppress(OSError):
-            probe.unlink()
+            probe.unlink(missing_ok=True)
+        for folder in missing:
+            with suppress(OSError):
+                folder.rmdir()
+        kind = isinstance(error, FileExistsError)
+        reason = "it is a file, not a folder" if kind else error.strerror or error
+        raise OutputError(f"cannot write into {shown}: {reason}") from error
     return Path(shown)
 
 

@@ -24,9 +24,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE),
 }  # fmt: skip
-_OTHER_SUFFIXES = {
-    ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg", ".m4v", ".mp3", ".wav", ".png", ".jpg", ".jpeg", ".webp", ".json",
-}  # fmt: skip
+_OTHER_SUFFIXES = frozenset(
+    ".3g2 .3gp .apng .asf .avi .avif .bmp .divx .f4v .flac .flv .gif .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v "
+    ".m2ts .m2v .m4a .m4v .mjpeg .mkv .mov .mp3 .mp4v .mpe .mpeg .mpg .mts .mxf .ogg .ogv .png .qt .rm .swf .tif .tiff "
+    ".ts .vob .wav .webm .webp .wmv .y4m .yuv".split()
+)
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {
     "window_frames": ("window", "sink", "sparse", "heavy_hitter"),
@@ -42,7 +44,7 @@ MEMORY_KNOBS = {
 class GenerateConfig:
     """What to generate and where to; the command line has one flag for each. None: the model's own default.
 
-    prompts, prompt_file: one of the two; a file holds one prompt a line.
+    prompts, prompt_file: one of the two; see `read_prompts`.
     model: `tiny`, or a local diffusers folder.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.

@@ -47,9 +47,24 @@ def run_module(module: str, arguments: Sequence[str], *, name: str | None = None
 
 
 def say(text: str) -> None:
-    """Print a line of results at once. Raises OutputError when standard output takes nothing more."""
-    with _explained_output():
-        print(text, flush=True)
+    """Print a line of results at once. A reader that is gone (`| head`) does not end the work, which writes files, too.
+
+    Raises:
+        OutputError: standard output takes nothing more, on a full disk for example.
+    """
+    try:
+        with _explained_output():
+            print(text, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def note(text: str) -> None:
+    """Print a line about the work on standard error, if anybody still reads that."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
 
 
 def _guarded(name: str, work: Callable[[], int]) -> int:
@@ -60,8 +75,7 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
         try:
             return work()
         finally:
-            with _explained_output():
-                sys.stdout.flush()  # here, where a reader that is gone can still be handled
+            _flush()  # here, where a reader that is gone can still be handled
     except SparseForcingError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -69,7 +83,8 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _discard_output()
+        for stream in (sys.stdout, sys.stderr):
+            _discard(stream)
         return 1
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
@@ -131,13 +146,21 @@ def _explained_output() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _discard_output()
+        _discard(sys.stdout)
         raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
-def _discard_output() -> None:
+def _flush() -> None:
+    try:
+        with _explained_output():
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: Any) -> None:
     # Without this, Python complains at exit that it cannot flush.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _printable(stream: Any) -> None:

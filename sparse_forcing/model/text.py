@@ -193,8 +193,7 @@ class UMT5TextEncoder(nn.Module):
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         folder = Path(folder)
-        for part in ("text_encoder", "tokenizer"):
-            require_part(folder / part)
+        require_part(folder / "text_encoder")
         with explained(folder, "no readable umT5 encoder"):
             encoder, info = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder",
@@ -207,6 +206,7 @@ class UMT5TextEncoder(nn.Module):
                 raise WeightsError(
                     f"{folder / 'text_encoder'}: does not fit the model; missing: {', '.join(missing[:5])}"
                 )
+            require_part(folder / "tokenizer")
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         if len(tokenizer) > encoder.config.vocab_size:
             raise WeightsError(

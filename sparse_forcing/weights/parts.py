@@ -89,5 +89,5 @@ def _check_sizes(cls: Any, config: dict[str, Any], folder: Path) -> None:
         least = 0 if parameter.default == 0 else 1
         if parameter.annotation in (int, "int") and not (type(value) is int and least <= value <= MAX_SIZE):
             raise WeightsError(
-                f"{folder / 'config.json'}: {name} is no number from {least} to {MAX_SIZE}: {value!r:.60}"
+                f"{folder / 'config.json'}: {name} must be a whole number from {least} to {MAX_SIZE}, got {value!r:.60}"
             )

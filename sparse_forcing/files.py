@@ -124,8 +124,8 @@ def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
         try:
             yield temporary
         except OSError as error:
-            # Only what a full or read-only disk says is about our file; anything else the block raised passes through.
-            if error.errno in NO_ROOM:
+            # What a full or read-only disk says, or a folder that is gone, is about our file; the rest passes through.
+            if error.errno in NO_ROOM or not target.parent.is_dir():
                 raise _cannot_write(target, error, size) from error
             raise
         try:

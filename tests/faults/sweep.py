@@ -2,8 +2,8 @@
 
     python -m tests.faults.sweep --rounds 200 [--seed 0] [--kinds generate train encode ...]
 
-A round either kills a command (SIGKILL to all its processes) at a random moment and runs it again to its end, or flips a
-bit of a file that a command reads. A small model with random weights is made first; it takes about ten seconds a round.
+A round either kills a command (SIGKILL to all its processes) at a random moment and runs it again to its end, or flips
+a bit of a file that a command reads. A small model with random weights is made first; a round takes about ten seconds.
 """
 
 from __future__ import annotations

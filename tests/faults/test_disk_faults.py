@@ -125,7 +125,7 @@ def test_what_a_killed_run_left_never_makes_convert_refuse(
 
 def test_a_conversion_that_fails_leaves_no_folder(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(inputs / "w.pt"), str(inputs / "new" / "deep")]) == 2
-    assert "not a readable checkpoint" in capsys.readouterr().err
+    assert "w.pt: refused, it is damaged" in capsys.readouterr().err
     assert not (inputs / "new").exists()
 
 

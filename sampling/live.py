@@ -60,7 +60,7 @@ class LiveVideo:
         overlay: light up the persistent blocks.
         save_to: an .mp4 file to write while the video is made; what was made of a stopped one is kept.
         on_end: called by the thread when it holds nothing any more.
-        clock, sleep: of `time`, for tests.
+        clock, sleep: functions to use instead of those of `time`, for tests.
 
     Attributes:
         ended: how the making ended, None while it goes on.

@@ -137,7 +137,7 @@ class SparseForcingPipeline:
         """Load an embedded model by name, a folder that `save_pretrained` wrote, or a diffusers Wan folder.
 
         Args:
-            torch_dtype: of the weights, also by name ("bfloat16"); the model's own when None.
+            torch_dtype: type of the weights, also by name ("bfloat16"); the model's own when None.
             text_encoder: takes the place of the folder's own, which is then not loaded.
 
         Raises:

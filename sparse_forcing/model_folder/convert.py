@@ -164,7 +164,7 @@ def infer_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM, sourc
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{source}: does not fit the model; missing or misshapen: {error}") from error
     if dim % head_dim:
-        raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give head_dim")
+        raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give --head-dim")
     return config
 
 
@@ -173,7 +173,7 @@ def load_transformer(source: PathLike, which: str | None = None, *, head_dim: in
 
     Args:
         which: part of the checkpoint (`generator_ema`, `generator`, `critic`); chosen as in `select_state` when None.
-        head_dim: of one attention head; weights do not tell it (128 in every released Wan).
+        head_dim: numbers in an attention head, which weights do not tell (128 in every released Wan).
 
     Raises:
         WeightsError: damaged or hostile file, or tensors that do not fit, the first few named.

@@ -284,9 +284,9 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     except OSError as error:
         with suppress(OSError):
             probe.unlink(missing_ok=True)
-        for folder in missing:
+        for created in missing:
             with suppress(OSError):
-                folder.rmdir()
+                created.rmdir()
         kind = isinstance(error, FileExistsError)
         reason = "it is a file, not a folder" if kind else error.strerror or error
         raise OutputError(f"cannot write into {shown}: {reason}") from error

@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,9 +212,11 @@ def _kill(pid: int) -> None:
         pass
 
 
-def sweep(
-    rounds: int, seed: int = 0, kinds: Sequence[str] = (), say: Callable[[str], object] = partial(print, flush=True)
-) -> int:
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def sweep(rounds: int, seed: int = 0, kinds: Sequence[str] = (), say: Callable[[str], object] = tell) -> int:
     """Returns how many rounds lost something; `say` is told what."""
     with tempfile.TemporaryDirectory() as folder:
         work, lost = Sweep(Path(folder), seed), 0

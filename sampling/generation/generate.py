@@ -128,7 +128,7 @@ def generate_video(
     settings: Settings,
     job: Job,
     progress: Progress,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     *,
     model_load_seconds: float,
 ) -> dict[str, Any]:

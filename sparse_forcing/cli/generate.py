@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from sparse_forcing.cli import say
-from sparse_forcing.cli.flags import add_config_flags, number, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, plan
 from sparse_forcing.sampling.generation.outputs import is_finished
@@ -51,7 +51,7 @@ FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
     parser.add_argument(
         "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=argparse.SUPPRESS,

@@ -6,7 +6,7 @@ import argparse
 import importlib.util
 import socket
 
-from sparse_forcing.cli.flags import add_config_flags, number, read_config, whole_number
+from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config, whole_number
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
@@ -19,7 +19,7 @@ FLAGS = {
 CACHE_GIGABYTES = 4.0
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=whole_number, default=7860, metavar="N", help="default: 7860")

@@ -172,7 +172,8 @@ class Visitors:
 
     def _shown(self, session: str | None, video: LiveVideo, file: Path) -> Iterator[View]:
         points: list[tuple[float, int, float]] = []
-        view, prompt, remarks = View(line=""), None, ()
+        view, prompt = View(line=""), None
+        remarks: tuple[str, ...] = ()
         for event in video.watch():
             if time.monotonic() - self._seen.get(session, time.monotonic()) > GONE:
                 video.stop()

@@ -149,12 +149,11 @@ class SparseForcingPipeline:
             with explained(folder):
                 digest = model_hash(folder)
             transformer = load_transformer(folder, dtype)
-            if text_encoder is None:
-                text_encoder = load_text_encoder(folder, dtype)
+            text = load_text_encoder(folder, dtype) if text_encoder is None else text_encoder
             vae, defaults = load_autoencoder(folder, dtype), read_defaults(folder)
-            check_fit(folder, transformer, text_encoder, vae)
+            check_fit(folder, transformer, text if text_encoder is None else None, vae)
             with explained(folder, "its parts do not fit together"):
-                return cls(transformer, text_encoder, vae, defaults, digest)
+                return cls(transformer, text, vae, defaults, digest)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""

@@ -12,8 +12,12 @@ from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.weights.safe_load import not_finite
 
 
-def check_fit(folder: Path, transformer: Any, text_encoder: TextEncoder, vae: VideoAutoencoder) -> None:
-    """Raise WeightsError, in the words of the folder's configs, when numbers that parts must share differ."""
+def check_fit(folder: Path, transformer: Any, text_encoder: TextEncoder | None, vae: VideoAutoencoder) -> None:
+    """Raise WeightsError, in the words of the folder's configs, when numbers that parts must share differ.
+
+    Args:
+        text_encoder: the folder's own, None where another takes its place.
+    """
     sizes = transformer.config
     for name in ("in_channels", "out_channels"):
         if getattr(sizes, name) != vae.latent_channels:
@@ -21,7 +25,7 @@ def check_fit(folder: Path, transformer: Any, text_encoder: TextEncoder, vae: Vi
                 f"{folder}: its parts do not fit together: transformer has {name} {getattr(sizes, name)}, the latents "
                 f"of vae have {vae.latent_channels} channels"
             )
-    if sizes.text_dim != text_encoder.dim:
+    if text_encoder is not None and sizes.text_dim != text_encoder.dim:
         raise WeightsError(
             f"{folder}: its parts do not fit together: transformer has text_dim {sizes.text_dim}, text_encoder makes "
             f"embeddings of {text_encoder.dim} numbers"

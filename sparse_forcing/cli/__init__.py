@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -69,6 +70,7 @@ def note(text: str) -> None:
 
 def _guarded(name: str, work: Callable[[], int]) -> int:
     previous = {number: signal.signal(number, _terminated) for number in _stopping_signals()}
+    format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
     try:
@@ -94,6 +96,7 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     finally:
+        warnings.formatwarning = format_before
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -148,6 +151,11 @@ def _explained_output() -> Iterator[None]:
     except OSError as error:
         _discard(sys.stdout)
         raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
+
+
+def _one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """How a warning is printed: what is meant for users without the place in the code that it comes from."""
+    return f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
 
 
 def _flush() -> None:

@@ -9,16 +9,16 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError, VideoError
-from sparse_forcing.eval.world_judge import (
+from sparse_forcing.eval.scene_checker.world_judge import (
     ASPECTS,
     chance_level,
     compare,
     ground_truth_accuracy,
     judge_clip,
     main,
-    see_return,
     shares,
 )
+from sparse_forcing.eval.scene_checker.world_sight import see_return
 from sparse_forcing.scenes.worlds.batch import sample_worlds
 from sparse_forcing.scenes.worlds.config import GROUNDS, KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world

@@ -26,8 +26,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tile": (1, MAX_SIDE),
 }  # fmt: skip
 _OTHER_SUFFIXES = frozenset(
-    ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts .m2v "
-    ".m4a .mjpeg .mp3 .mp4v .mpe .mts .mxf .ogg .ogv .png .qt .rm .swf .tif .tiff .txt .vob .wav .webp .wmv .y4m .yuv".split()
+    ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
+    ".m2v .m4a .mjpeg .mp3 .mp4v .mpe .mts .mxf .ogg .ogv .png .qt .rm .swf .tif .tiff .txt .vob .wav .webp .wmv .y4m "
+    ".yuv".split()
 ).union(VIDEO_SUFFIXES) - {".mp4"}
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {

@@ -13,14 +13,14 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import PathLike, check_writable
 from sparse_forcing.inputs import check_targets, config_inputs
 
-STAGES: dict[str, tuple[str, str, str]] = {
-    "autoencoder": ("sparse_forcing.training.recipes.embedded.autoencoder", "AutoencoderConfig", "train"),
-    "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig", "pretrain"),
-    "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig", "train"),
-    "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig", "train"),
-    "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig", "train"),
+STAGES: dict[str, tuple[str, str]] = {
+    "autoencoder": ("sparse_forcing.training.recipes.embedded.autoencoder", "AutoencoderConfig"),
+    "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig"),
+    "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig"),
+    "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig"),
+    "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig"),
 }
-"""stage: (module, config class, function of config and output folder)."""
+"""stage: (module, config class). The module has `train(config, output folder, resume)`; a line here adds a stage."""
 
 WRITTEN = ("metrics.jsonl", "resumed-from.txt", "pipeline", "vae", "samples")
 """What stages write into their output folder, checkpoints apart."""
@@ -30,12 +30,12 @@ def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str
     """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
-    function = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])
+    function = importlib.import_module(STAGES[stage][0]).train
     return load_config(_config_class(stage), config_path, overrides), function
 
 
 def _config_class(stage: str) -> Any:
-    module_name, config_class, _ = STAGES[stage]
+    module_name, config_class = STAGES[stage]
     return getattr(importlib.import_module(module_name), config_class)
 
 

@@ -37,9 +37,12 @@ from sparse_forcing.sampling.generation.outputs import (
     remove_old,
 )
 from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
 class Progress:
@@ -102,14 +105,15 @@ def _generate_all(
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
     given = start_arguments(config, settings, start, pipe)
-    for number, job in enumerate(jobs, 1):
-        progress.begin(job, number, len(jobs))
-        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
-        progress.end()
-        yield record
+    with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
+        for number, job in enumerate(jobs, 1):
+            progress.begin(job, number, len(jobs))
+            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            progress.end()
+            yield record
 
 
-def load_pipeline(config: GenerateConfig) -> Any:
+def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
@@ -125,12 +129,12 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
 
 def generate_video(
-    pipe: Any,
+    pipe: SparseForcingPipeline,
     config: GenerateConfig,
     settings: Settings,
     job: Job,
     progress: Progress,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     *,
     model_load_seconds: float,
 ) -> dict[str, Any]:

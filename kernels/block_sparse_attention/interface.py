@@ -29,6 +29,7 @@ from sparse_forcing.kernels.block_sparse_attention.ops import (
 )
 
 BACKENDS = ("auto", *BACKEND_MODULES)
+"""Names that `backend` takes; "auto" chooses by the device of the tensors."""
 
 
 class BlockSparseOutput(NamedTuple):

@@ -298,7 +298,7 @@ class SparseForcingPipeline:
             part, came = arrived.pop()
             frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
             decode_seconds = time.perf_counter() - came
-            lit = memory.persistent_map() if hasattr(memory, "persistent_map") else None
+            lit = memory.persistent_map()
             yield VideoChunk(
                 index=part.index,
                 frames=frames[0] if single else frames,

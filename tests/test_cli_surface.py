@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --memory --window-frames "
-    "--sink-frames --persistent-blocks --density --tile --positions --device --text-encoder-device "
+    "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
     "--dtype --scale --overlay --grid --skip-existing --suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
@@ -29,8 +29,8 @@ SURFACE = {
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
     "--seed --num-inference-steps --guidance-scale --model-size --height --width --chunks --dtype --output",
     "convert": "SOURCE TARGET --part --head-dim --json",
-    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed "
-    "--json",
+    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
+    "--gap --ground --frame-noise --seed --json",
     "doctor": "--kernels --config --stage --processes --json",
 }
 WITHOUT_TORCH = """

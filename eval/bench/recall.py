@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
-from sparse_forcing.memory import MemoryConfig, SparseMemory, make_model_memory
+from sparse_forcing.memory import MemoryConfig, make_model_memory
+from sparse_forcing.memory.base import WindowPass
 from sparse_forcing.model.selector import BlockSelector, recall
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, rollout
@@ -31,24 +32,25 @@ SHARES = (0.0625, 0.125, 0.25)
 class RecallMeter:
     """Collects recall [samples, H] per (selector, share, layer)."""
 
-    def __init__(self, selectors: list[BlockSelector] | None, blocks: int) -> None:
-        self.selectors, self.blocks = selectors, blocks
+    def __init__(self, selectors: list[BlockSelector] | None) -> None:
+        self.selectors = selectors
         self.found: dict[tuple[str, float, int], list[Tensor]] = defaultdict(list)
 
-    def __call__(self, layer: int, query: Tensor, key: Tensor, sizes: Tensor | None, mass: Tensor) -> None:
+    def __call__(self, seen: WindowPass) -> None:
+        if not seen.full:
+            return
+        query, key, sizes, mass = seen.queries, seen.keys, seen.key_sizes, seen.mass
         scores = {"mean": block_scores(pool_blocks(query), pool_blocks(key, sizes)), "oracle": mass}
         if self.selectors is not None:
-            s = self.selectors[layer]
+            s = self.selectors[seen.layer]
             scores["learned"] = block_scores(
                 pool_blocks(query, None, s.query_weights, s.query_projection),
                 pool_blocks(key, sizes, s.key_weights, s.key_projection),
             )
-        if mass.shape[-1] < self.blocks:
-            return  # the window is not full yet
         for share in SHARES:
-            top_k = max(1, math.ceil(share * self.blocks))
+            top_k = max(1, math.ceil(share * mass.shape[-1]))
             for name, value in scores.items():
-                self.found[name, share, layer].append(recall(value, mass, top_k))
+                self.found[name, share, seen.layer].append(recall(value, mass, top_k))
 
     def means(self) -> dict[tuple[str, float], Tensor]:
         """[samples, layers, H] recall of each (selector, share), averaged over passes."""
@@ -109,8 +111,8 @@ def _observe(
     shape = (pipe.vae.latent_channels, height, width)
     text = pipe.encode_prompt(prompts)
     state = make_model_memory(pipe.transformer, memory, torch.zeros(len(text), 0, *shape))
-    assert isinstance(state, SparseMemory)
-    state.observer = meter = RecallMeter(pipe.transformer.selectors, state.window_capacity)
+    meter = RecallMeter(pipe.transformer.selectors)
+    state.observe_window(meter)
     noise = SeededNoise(
         [torch.Generator().manual_seed(seed + i) for i in range(len(text))], shape, pipe.device, pipe.dtype
     )

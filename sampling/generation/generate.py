@@ -82,8 +82,11 @@ def _generate_all(
     config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int
 ) -> Iterator[dict[str, Any]]:
     """`shown`: videos in the grid, those that exist already among them."""
+    from sparse_forcing.memory.retention import find_rule
     from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
 
+    if config.retention is not None:  # before weights are read
+        find_rule(config.retention)
     start = read_start(config)
     began = time.perf_counter()
     pipe = load_pipeline(config)

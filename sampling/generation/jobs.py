@@ -33,6 +33,7 @@ MEMORY_KNOBS = {
     "sink_frames": ("sink",),
     "persistent_blocks": ("sparse", "heavy_hitter"),
     "density": ("sparse",),
+    "retention": ("sparse",),
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
@@ -79,6 +80,7 @@ class GenerateConfig:
     sink_frames: int | None = None
     persistent_blocks: int | None = None
     density: float | None = None
+    retention: str | None = None
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"

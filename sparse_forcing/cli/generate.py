@@ -35,6 +35,7 @@ FLAGS = {
     "persistent_blocks": "blocks for each layer and head kept from all that left the window; heavy_hitter: as many "
     "tokens as they have",
     "density": "share of the window's blocks that a query block sees, above 0 up to 1",
+    "retention": "rule that says which blocks persist; a name that is none lists them (default: the model's)",
     "tile": "latent frames, token rows and token columns of a block",
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
     "device": "cpu, cuda, ... (default: the GPU if there is one)",

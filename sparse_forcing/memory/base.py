@@ -10,6 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -58,6 +59,7 @@ class MemoryPass:
         keeps_history = torch.is_grad_enabled() and memory.cache_gradient != "none"
         self._before = memory.snapshot() if keeps_history else None
         self._written: set[int] = set()
+        self._choices: dict[int, Tensor] | None = {} if keeps_history else None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         """Rotary table of the chunk, frame by frame, at the positions the memory gives it.
@@ -78,7 +80,28 @@ class MemoryPass:
         if self._before is not None:
             memory = self._before if layer in self._written else memory
             self._written.add(layer)
-        return memory.attend(layer, query, key, value, clean=self.clean)
+        return memory.attend(layer, query, key, value, clean=self.clean, choices=self._choices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPass:
+    """What an observer sees of one layer in one denoising pass.
+
+    queries: [B, H, n, T, D] blocks of the chunk; keys: [B, H, W, T, D] of the window's blocks;
+    key_sizes: [B, H, W] int32 tokens of each, None while all are full; mass: [B, H, n, W] that dense attention over
+    the window gives each; full: whether the window holds as many blocks as it can.
+    """
+
+    layer: int
+    queries: Tensor
+    keys: Tensor
+    key_sizes: Tensor | None
+    mass: Tensor
+    full: bool
+
+
+class WindowObserver(Protocol):
+    def __call__(self, seen: WindowPass) -> None: ...
 
 
 class RolloutMemory(ABC):
@@ -89,6 +112,10 @@ class RolloutMemory(ABC):
             "detached" stops gradients at the cache; "straight_through" gives cached entries the clean pass's values
             and the gradient of the pass that produced the chunk, as Self-Forcing's released weights were trained;
             "clean" keeps the gradient of the clean pass itself, as the parallel form of teacher forcing does.
+
+    Attributes:
+        selector_losses: what passes with gradients have appended since `distil_selectors` was called; who takes them
+            clears the list. Memories that choose no blocks leave it empty.
     """
 
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
@@ -100,6 +127,7 @@ class RolloutMemory(ABC):
         self.chunk_frames = 0
         self.chunk_position = 0
         self.next_frame = 0
+        self.selector_losses: list[Tensor] = []
 
     @property
     def order(self) -> Tensor | None:
@@ -150,9 +178,31 @@ class RolloutMemory(ABC):
             return stored + (clean - stored).detach()
         return clean
 
+    def distil_selectors(self, layers: frozenset[int]) -> None:
+        """From now on passes with gradients append the block selector's distillation loss of these layers to
+        `selector_losses`. Raises ConfigError where no selector can learn."""
+        raise ConfigError(f"memory.kind: {self.config.kind} has no learned selector to distil; use sparse")
+
+    def observe_window(self, observer: WindowObserver) -> None:
+        """Call `observer` in every layer of every denoising pass, for measurements. Raises ConfigError where there is
+        no window of blocks."""
+        raise ConfigError(f"memory.kind: {self.config.kind} has no window of blocks to observe; use sparse")
+
+    def persistent_map(self) -> Tensor | None:
+        """Where what persists comes from: [f, rows, cols] in [0, 1], the share of layers and heads that keep something
+        of this place (of whatever chunk) for the first sample; None while nothing does."""
+        return None
+
     @abstractmethod
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
-        """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries."""
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        choices: dict[int, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries.
+
+        choices: what each layer chose when this pass ran it first; a second run repeats it, however it rounds. None
+            where no layer is run again.
+        """
 
     @abstractmethod
     def _make_room(self, frames: int) -> None: ...

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.memory.retention import find_rule
 
 KINDS = ("full", "window", "sink", "sparse", "heavy_hitter")
 POSITIONS = ("absolute", "relative")
-IMPORTANCE = ("coarse", "mass")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,13 +26,13 @@ class MemoryConfig:
         tile: latent frames, token rows and token columns of a block.
         persistent_blocks: blocks per layer and head kept from everything that left the window; 0 for none.
         density: share of a full window's blocks that a query block attends to; 1 for all of them.
-        importance: what persistent blocks are ranked by: "coarse", block attention of representatives (the paper), or
-            "mass", the exact attention mass of the clean pass.
+        retention: the rule that says which blocks persist (sparse_forcing.memory.retention): "paper", the last chunk's
+            attention between block representatives; "mass", its exact attention mass.
         positions: absolute (Self-Forcing's) or relative: the current chunk never moves beyond the training horizon
             and older keys are re-phased when the window moves.
     """
 
-    RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density"}
+    RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density", "importance": "retention"}
 
     kind: str = "sparse"
     window_frames: int = 6
@@ -40,17 +40,17 @@ class MemoryConfig:
     tile: tuple[int, int, int] = (3, 5, 4)
     persistent_blocks: int = 64
     density: float = 0.25
-    importance: str = "coarse"
+    retention: str = "paper"
     positions: str = "relative"
 
     def __post_init__(self) -> None:
         for name, value, known in (
             ("kind", self.kind, KINDS),
             ("positions", self.positions, POSITIONS),
-            ("importance", self.importance, IMPORTANCE),
         ):
             if value not in known:
                 raise ConfigError(f"memory.{name}: expected one of {', '.join(known)}, got {value!r}")
+        find_rule(self.retention)
         if self.window_frames < 1:
             raise ConfigError(f"memory.window_frames: at least 1 latent frame is needed, got {self.window_frames}")
         if self.kind == "sink" and not 1 <= self.sink_frames < self.window_frames:

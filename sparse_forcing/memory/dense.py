@@ -91,7 +91,10 @@ class DenseMemory(RolloutMemory):
         """Frames to move each cached key by, broadcastable to [B, tokens, H], given `delta` of the whole frames."""
         return delta
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        choices: dict[int, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         start = self.cached_tokens
         end = start + key.shape[1]
         if self.cache_gradient != "none":

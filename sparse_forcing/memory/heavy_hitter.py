@@ -127,8 +127,11 @@ class HeavyHitterMemory(DenseMemory):
         self.tables[layer] = replace(tables, position=moved)
         return torch.cat([own, delta.to(own.dtype).expand(len(own), -1, own.shape[2])], 1)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
-        out = super().attend(layer, query, key, value, clean=clean)
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        choices: dict[int, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
+        out = super().attend(layer, query, key, value, clean=clean, choices=choices)
         if clean:
             mass = attention_mass(query, self.cached(layer)[0])
             tables = self.tables[layer]
@@ -145,8 +148,6 @@ class HeavyHitterMemory(DenseMemory):
         return super().cache_bytes + sum(tables.nbytes for tables in filter(None, self.tables))
 
     def persistent_map(self) -> Tensor | None:
-        """Where the heavy hitters come from: [f, rows, cols] in [0, 1], the share of layers and heads that keep a token
-        of this place (of whatever chunk) for the first sample; None while there are none."""
         places = [tables.place[0] for tables in self.tables if tables is not None]
         if not self.num_heavy:
             return None

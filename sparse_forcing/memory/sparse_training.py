@@ -1,4 +1,4 @@
-"""Sparse attention for training: autograd keeps the chunks a layer's pool was made of, and rebuilds the pool from them.
+"""Sparse attention for training: what autograd keeps of a layer's pool, and the loss that teaches its selector.
 
 A pool of blocks is written in place, so autograd cannot hold it, and copies of it would keep the window and the
 persistent set once per chunk. The chunks themselves never change: each is kept once, and a pass remembers only which
@@ -16,13 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
 from sparse_forcing.kernels.block_sparse_attention.interface import (
     block_sparse_attention,
     block_sparse_attention_backward,
 )
 from sparse_forcing.memory.slots import gather_slots
+from sparse_forcing.model.eager_gradient import with_gradient
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.rope import shift_time
+from sparse_forcing.model.selector import BlockSelector, map_heads, selection_loss
+
+HISTORY_POOLS = 4
+"""A history longer than this many pools is replaced by the pool itself, so that long rollouts stay bounded."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,12 @@ class BlockHistory:
         """Blocks of the finished chunks."""
         return sum(x.shape[2] for x in self.keys)
 
+    def blocks_in(self, name: str, slots: Tensor, position: Tensor) -> Tensor:
+        """[B, H, N, T, D] "keys" (moved to `position` [B, H, S]) or "values" of the finished blocks in `slots`."""
+        chunks = getattr(self, name)
+        moved = gather_slots(self.moved(position), slots) if name == "keys" else None
+        return rebuild(chunks, gather_slots(self.place, slots), moved)
+
     @property
     def nbytes(self) -> int:
         return sum(x.nbytes for x in (*self.keys, *self.values, self.place, self.kept_at))
@@ -57,6 +69,14 @@ class BlockHistory:
     def with_chunk(self, keys: Tensor, values: Tensor) -> BlockHistory:
         """The current chunk is finished: keep its blocks [B, H, n, T, D]."""
         return replace(self, keys=(*self.keys, keys.detach()), values=(*self.values, values.detach()))
+
+    def bounded(self, pool: tuple[Tensor, Tensor], position: Tensor) -> BlockHistory:
+        """This history; the pool itself [B, H, S, T, D] as one, its keys at `position`, once it has become long."""
+        slots = position.shape[2]
+        if self.blocks <= HISTORY_POOLS * slots:
+            return self
+        place = torch.arange(slots, dtype=torch.int32, device=position.device).expand_as(position)
+        return BlockHistory(place=place, kept_at=position).with_chunk(*pool)
 
     def moved(self, position: Tensor) -> Tensor:
         """[B, H, S] frames that keys now at `position` have moved since they were kept."""
@@ -75,7 +95,7 @@ def rebuild(chunks: tuple[Tensor, ...], place: Tensor, moved: Tensor | None = No
 
 @dataclass(frozen=True, kw_only=True)
 class PassTables:
-    """What a pass reads apart from keys and values.
+    """What a pass with gradients reads apart from keys and values.
 
     index: [B, H, n, M] int32 slots each query block attends to, the first `num_persistent` the same for all;
     key_sizes: [B, H, S] int32 or None; place, moved: see `rebuild`, with the chunk's own blocks after the history's.
@@ -127,3 +147,34 @@ class RebuiltAttention(torch.autograd.Function):
         slots = place.argsort(-1)[..., -layout.num_blocks :]  # of the current chunk, which is the end of the history
         grad_key, grad_value = (gather_slots(x, slots) for x in found[1:])
         return *(layout.from_blocks(x) for x in (found[0], grad_key, grad_value)), None, None, None, None
+
+
+@torch.no_grad()
+def window_mass(
+    queries: Tensor, keys: Tensor, values: Tensor, query_sizes: Tensor | None, key_sizes: Tensor | None, backend: str
+) -> Tensor:
+    """[B, H, n, W] mass that dense attention of queries [B, H, n, T, D] gives each block of the window, whose keys and
+    values [B, H, W, T, D] are all it sees."""
+    everything = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
+    mass = block_sparse_attention(
+        queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=key_sizes, return_mass=True,
+        query_sizes=query_sizes, backend=backend,
+    ).mass  # fmt: skip
+    assert mass is not None
+    return mass
+
+
+def selector_loss(
+    selector: BlockSelector, queries: Tensor, keys: Tensor, query_sizes: Tensor | None, key_sizes: Tensor | None,
+    mass: Tensor,
+) -> Tensor:  # fmt: skip
+    """KL between the attention mass [B, H, n, W] of the window's blocks and the softmax of the selector's scores for
+    queries [B, H, n, T, D] and keys [B, H, W, T, D], which get no gradient."""
+
+    def loss(query_weights: Tensor, query_map: Tensor, key_weights: Tensor, key_map: Tensor) -> Tensor:
+        pooled_queries = map_heads(pool_blocks(queries, query_sizes, query_weights), query_map)
+        pooled_keys = map_heads(pool_blocks(keys, key_sizes, key_weights), key_map)
+        return selection_loss(block_scores(pooled_queries, pooled_keys), mass)
+
+    own = selector
+    return with_gradient(loss, own.query_weights, own.query_projection, own.key_weights, own.key_projection)

@@ -37,6 +37,11 @@ class BlockSelector(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads))
 
 
+def map_heads(pooled: Tensor, projection: Tensor) -> Tensor:
+    """A linear map per head: [B, H, N, D] by [H, D, D]."""
+    return pooled @ projection.to(pooled.dtype)
+
+
 def coarse_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of block representatives: [B, H, n, D] over [B, H, W, D] -> [B, H, n, D]."""
     return (block_scores(query, key).softmax(-1) @ value.to(torch.promote_types(value.dtype, torch.float32))).to(query)

@@ -63,18 +63,15 @@ class RecordingMemory(SparseMemory):
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.record: dict[tuple[bool, int, int], torch.Tensor] = {}
-        self._clean = False
 
-    def attend(self, layer, query, key, value, *, clean):
-        self._clean = clean
-        return super().attend(layer, query, key, value, clean=clean)
-
-    def _block_index(self, layer, state, pooled_queries):
-        index = super()._block_index(layer, state, pooled_queries)
-        chunk = self.next_frame // CHUNK
-        origin = state.origin[:, :, None].expand(-1, -1, index.shape[2], -1).gather(3, index.long())
-        self.record[self._clean, layer, chunk] = origin
-        return index
+    def attend(self, layer, query, key, value, *, clean, choices=None):
+        choices = {}
+        out = super().attend(layer, query, key, value, clean=clean, choices=choices)
+        index, origin = choices[layer], self.layers[layer].origin[:, :, None]
+        self.record[clean, layer, self.next_frame // CHUNK] = origin.expand(-1, -1, index.shape[2], -1).gather(
+            3, index.long()
+        )
+        return out
 
 
 class RecordedMask(ParallelAttention):
@@ -116,7 +113,7 @@ class RecordedMask(ParallelAttention):
     [
         MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3),
         MemoryConfig(tile=(2, 3, 4), density=0.3, window_frames=9, persistent_blocks=5),
-        MemoryConfig(tile=(3, 2, 2), density=0.25, window_frames=6, persistent_blocks=4, importance="mass"),
+        MemoryConfig(tile=(3, 2, 2), density=0.25, window_frames=6, persistent_blocks=4, retention="mass"),
         MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=0),
         MemoryConfig(tile=(3, 2, 3), density=1.0, window_frames=6, persistent_blocks=4),
     ],

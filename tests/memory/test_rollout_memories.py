@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sparse_forcing.config import build_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 
@@ -46,7 +47,7 @@ def test_sparsity_changes_the_result(run):
         MemoryConfig(kind="window", window_frames=7),
         MemoryConfig(kind="sink", window_frames=7, sink_frames=1),
         MemoryConfig(tile=(3, 2, 3), density=0.5, window_frames=6, persistent_blocks=3),
-        MemoryConfig(tile=(2, 3, 4), density=0.5, window_frames=6, persistent_blocks=3, importance="mass"),
+        MemoryConfig(tile=(2, 3, 4), density=0.5, window_frames=6, persistent_blocks=3, retention="mass"),
         MemoryConfig(kind="heavy_hitter", tile=(1, 3, 5), window_frames=7, persistent_blocks=2),
     ],
     ids=["full", "window", "sink", "sparse", "sparse-mass", "heavy-hitter"],
@@ -160,3 +161,12 @@ def test_a_chunk_longer_than_the_window_is_refused(run):
 def test_bad_memory_settings_name_the_setting(knobs, name):
     with pytest.raises(ConfigError, match=name):
         MemoryConfig(**knobs)
+
+
+def test_former_names_of_the_retention_rule_are_told_the_new_ones():
+    with pytest.raises(ConfigError, match=r"importance: this setting is called .*retention now"):
+        build_config(MemoryConfig, {"importance": "coarse"})
+    with pytest.raises(ConfigError, match="'coarse' is called 'paper' now"):
+        MemoryConfig(retention="coarse")
+    with pytest.raises(ConfigError, match=r"expected one of .*mass, paper"):
+        MemoryConfig(retention="best")

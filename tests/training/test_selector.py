@@ -32,7 +32,8 @@ def roll(model: Any, *, train: bool = False, layers: tuple[int, ...] = (), cache
         selectors=model.selectors,
         backend="reference",
     )
-    memory.distilled_layers = frozenset(layers)
+    if layers:
+        memory.distil_selectors(frozenset(layers))
     noise = SeededNoise([torch.Generator().manual_seed(1)], (CHANNELS, 4, 4), torch.device("cpu"), torch.float64)
     text = torch.ones(1, 3, 8, dtype=torch.float64)
     training = TrainingRollout(exit_steps=[1] * 4) if train else None

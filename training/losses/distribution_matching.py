@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sparse_forcing.eager_gradient import with_gradient
+from sparse_forcing.model.eager_gradient import with_gradient
 from sparse_forcing.model.flow import NUM_TRAIN_TIMESTEPS, FlowSchedule, add_noise, flow_to_x0, shift_sigma
 
 Score = Callable[[Tensor, Tensor, bool], Tensor]

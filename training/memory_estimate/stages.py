@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.devices import compute_dtype, resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
-from sparse_forcing.memory.sparse import HISTORY_POOLS
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry
+from sparse_forcing.memory.sparse_pool import SlotPlan
+from sparse_forcing.memory.sparse_training import HISTORY_POOLS
 from sparse_forcing.model.attention import dense_attention
 from sparse_forcing.model.rope import Rotary
 from sparse_forcing.model.transformer import CausalWanBlock
@@ -194,7 +195,7 @@ def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: 
     geometry = MemoryGeometry(
         rows=work.rows, cols=work.cols, num_layers=0, chunk_frames=chunk_frames, horizon_frames=work.frames
     )
-    sizes = SparseMemory(memory, geometry)
+    sizes = SlotPlan(memory, geometry)
     at_once = (2 + work.checkpointing) * sizes.num_slots
     if work.cache_gradient == "detached":
         windows = [frames // chunk_frames for frames in work.windows or (work.frames,)]

@@ -30,7 +30,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, SparseMemory, make_model_memory
+from sparse_forcing.memory import MemoryConfig, make_model_memory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -273,9 +273,9 @@ class DistillRecipe:
         exit_step = int(torch.randint(0, config.sampler.steps, (), generator=shared))
         latents = self._start(len(prompts))
         memory = make_model_memory(self.model, self.memory, latents, cache_gradient=config.cache_gradient)
-        if train and config.selector_weight and isinstance(memory, SparseMemory):
+        if train and config.selector_weight:
             layers = torch.randperm(len(self.model.blocks), generator=shared)[: config.selector_layers]
-            memory.distilled_layers = frozenset(layers.tolist())
+            memory.distil_selectors(frozenset(layers.tolist()))
         chunks = [frames for window in self.windows for frames in window]
         channels, rows, cols = latents.shape[2:]
         noise = SeededNoise(sources, (channels, rows, cols), self.device, torch.float32)
@@ -294,7 +294,7 @@ class DistillRecipe:
             if kept.shape[1]:
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
-            losses = getattr(memory, "selector_losses", [])
+            losses = memory.selector_losses
             context = context_of(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
                 name: score_of(net, text, negative, context) for name, net in (("real", self.real), ("fake", self.fake))

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, SparseMemory, make_model_memory
+from sparse_forcing.memory import MemoryConfig, make_model_memory
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timesteps
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -215,8 +215,8 @@ class ForcingRecipe(OneNetwork):
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
         memory = make_model_memory(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
-        if self.config.selector_weight and isinstance(memory, SparseMemory):
-            memory.distilled_layers = self.sampled_layers(source)
+        if self.config.selector_weight:
+            memory.distil_selectors(self.sampled_layers(source))
         parts, start = [], 0
         for frames in chunks:
             part = slice(start, start + frames)
@@ -227,7 +227,7 @@ class ForcingRecipe(OneNetwork):
                 break  # nothing comes after the last chunk
             with torch.set_grad_enabled(self.config.cache_gradient == "clean" and torch.is_grad_enabled()):
                 self.run(context[:, part], level[:, part.start], text, memory.clean_pass())
-        losses = getattr(memory, "selector_losses", [])
+        losses = memory.selector_losses
         extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
         return torch.cat(parts, 1), extra
 

@@ -1,0 +1,103 @@
+"""How blocks of the sparse memory are compressed and chosen: pooling, the selector's maps, lists, the coarse branch.
+
+Source: Sparse Forcing, arXiv 2604.21221, sections 3 and 5.
+
+Legend: B batch, L tokens of the chunk, H heads, T tokens per block, D head dim, W window blocks, P persistent blocks,
+K chosen blocks, N blocks, n blocks of the current chunk.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from sparse_forcing.kernels.block_selection.interface import choose_lists, pool_blocks
+from sparse_forcing.memory.slots import gather_slots
+from sparse_forcing.memory.sparse_pool import SparseLayer
+from sparse_forcing.model.geometry import TileLayout
+from sparse_forcing.model.selector import BlockSelector, coarse_attention, map_heads
+
+
+class BlockSelection:
+    """Selection of every layer; it holds no state of a rollout.
+
+    Args:
+        selectors: per layer, or None for mean pooling.
+        top_k: window blocks that each query block attends to.
+    """
+
+    def __init__(self, selectors: list[BlockSelector] | None, top_k: int) -> None:
+        self.selectors = selectors
+        self.top_k = top_k
+        self._places: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def project(self, layer: int, pooled: Tensor, side: str) -> Tensor:
+        """The selector's linear map on pooled vectors [B, H, N, D]; applied late, so that stored representatives can
+        be re-phased in time."""
+        if self.selectors is None:
+            return pooled
+        return map_heads(pooled, getattr(self.selectors[layer], f"{side}_projection"))
+
+    def pool(self, layout: TileLayout, layer: int, blocks: Tensor, side: str) -> Tensor:
+        """[B, H, n, D] pooled blocks [B, H, n, T, D]: queries and keys by the selector's weights, values by none."""
+        if self.selectors is None:  # without a coarse branch nothing is learned through pooled vectors
+            weights, blocks = None, blocks.detach()
+        else:
+            own = self.selectors[layer]
+            weights = {"query": own.query_weights, "key": own.key_weights, "value": None}[side]
+        return pool_blocks(blocks, layout.ragged_sizes(blocks.device), weights)
+
+    def pool_chunk(
+        self, layout: TileLayout, layer: int, tokens: Tensor, blocks: Tensor, side: str, *, again: bool
+    ) -> Tensor:
+        """[B, H, n, D] the chunk's pooled blocks [B, H, n, T, D].
+
+        again: cut and pool its tokens [B, L, H, D], which attention keeps anyway, once more in the backward pass, so
+            that nothing keeps the blocks.
+        """
+        if not again:
+            return self.pool(layout, layer, blocks, side)
+
+        def pool(tokens: Tensor) -> Tensor:
+            return self.pool(layout, layer, layout.to_blocks(tokens), side)
+
+        return checkpoint(pool, tokens, use_reentrant=False, preserve_rng_state=False)
+
+    @torch.no_grad()
+    def lists(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
+        """[B, H, n, P + K] int32: every query block sees all of P and its best window blocks, itself included."""
+        num_window, n = state.window.shape[2], pooled_queries.shape[2]
+        if self.top_k >= num_window:
+            return state.slots.int().unsqueeze(2).expand(-1, -1, n, -1)
+        window = self.project(layer, gather_slots(state.representatives, state.window), "key")
+        queries = self.project(layer, pooled_queries, "query")
+        own = self._own_places(num_window, n, queries.device)
+        return choose_lists(queries, window, state.persistent, state.window, top_k=self.top_k, own=own)
+
+    def _own_places(self, num_window: int, n: int, device: torch.device) -> Tensor:
+        """[n] where the window holds the chunk's blocks; kept, because every layer and pass asks."""
+        key = num_window, n, device
+        if key not in self._places:
+            self._places[key] = torch.arange(num_window - n, num_window, device=device)
+        return self._places[key]
+
+    def coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool) -> Tensor:
+        """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory.
+
+        again: compute it once more in the backward pass instead of keeping what it computes with.
+        """
+        assert state.value_representatives is not None
+        inputs = layer, pooled_queries, state.representatives, state.value_representatives, state.slots
+        if again:
+            return checkpoint(self._coarse_over, *inputs, use_reentrant=False, preserve_rng_state=False)
+        return self._coarse_over(*inputs)
+
+    def _coarse_over(self, layer: int, pooled_queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
+        assert self.selectors is not None
+        found = coarse_attention(
+            self.project(layer, pooled_queries, "query"),
+            self.project(layer, gather_slots(keys, slots), "key"),
+            gather_slots(values, slots),
+        )
+        return (self.selectors[layer].gate.to(found.dtype)[:, None, None] * found).unsqueeze(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -11,7 +12,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
+from sparse_forcing.eval.measuring import registry
 from sparse_forcing.media.video import probe, write_video
+from sparse_forcing.memory.retention import base
 from tests.pages import ROOT
 
 
@@ -23,6 +26,12 @@ def load(path: str) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def _registries_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_METRICS", registry.all_metrics())
+    monkeypatch.setattr(base, "RULES", dict(base.RULES))
 
 
 @pytest.fixture
@@ -37,7 +46,7 @@ def red_video(tmp_path: Path) -> Path:
 def test_stream_writes_the_video_it_announces(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "new" / "stream.mp4"
     assert load("examples/stream.py").main(["--seconds", "2", "--output", str(output)]) == 0
-    assert probe(output).num_frames == 16
+    assert probe(output).frames == 16
     assert "chunk 1: 8 frames" in capsys.readouterr().out
 
 
@@ -51,6 +60,14 @@ def test_train_on_folder_leaves_a_model(red_video: Path, tmp_path: Path) -> None
     arguments = [str(red_video.parent), "--steps", "1", "--batch", "1", "--output", str(tmp_path / "run")]
     assert load("examples/train_on_folder.py").main(arguments) == 0
     assert (tmp_path / "run" / "pipeline" / "pipeline.json").is_file()
+
+
+def test_own_retention_is_run_beside_the_papers(capsys: pytest.CaptureFixture[str]) -> None:
+    assert load("examples/own_retention.py").main(["--seconds", "4"]) == 0
+    assert re.findall(r"^(\w+): the last 32 frames are (?:right|wrong)$", capsys.readouterr().out, re.MULTILINE) == [
+        "paper",
+        "patient",
+    ]
 
 
 @pytest.mark.slow

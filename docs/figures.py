@@ -50,8 +50,8 @@ class RecordingMemory(DenseMemory):
         self.mass: list[list[Tensor]] = [[] for _ in range(geometry.num_layers)]
         self.tokens: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool) -> Tensor:
-        out = super().attend(layer, query, key, value, clean=clean)
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool, **rest: Any) -> Tensor:
+        out = super().attend(layer, query, key, value, clean=clean, **rest)
         if clean:
             q, k = self._in_blocks(query), self._in_blocks(self.cached(layer)[0])
             attention = (q @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)

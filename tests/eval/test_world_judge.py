@@ -16,9 +16,9 @@ from sparse_forcing.eval.world_judge import (
     ground_truth_accuracy,
     judge_clip,
     main,
-    see_return,
     shares,
 )
+from sparse_forcing.eval.world_sight import see_return
 from sparse_forcing.scenes.worlds.batch import sample_worlds
 from sparse_forcing.scenes.worlds.config import GROUNDS, KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world

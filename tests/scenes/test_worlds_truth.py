@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,25 @@ def test_a_clip_too_short_is_refused_by_name(kind: str) -> None:
         sample_worlds(kind, 1, 0, WorldConfig(frames=12))
     with pytest.raises(ConfigError, match=f"80 frames are too few for {kind} with a gap of 79; the longest that fits"):
         sample_worlds(kind, 1, 0, WorldConfig(gap=(79, 79)))
+
+
+def test_any_settings_give_what_was_asked_for_or_say_that_it_does_not_fit() -> None:
+    rng, kept = random.Random(1), 0
+    for index in range(1200):
+        frames, least = rng.randint(18, 140), rng.randint(1, 70)
+        config = WorldConfig(
+            frames=frames, gap=rng.choice((None, (least, least), (least, least + 9))), align=rng.choice((1, 4, 12)),
+            objects=rng.choice(((1, 2, 4, 8), (8,))), swaps=rng.choice((None, (2, 3))),
+        )  # fmt: skip
+        try:
+            (returns,) = sample_worlds(rng.choice(KINDS), 1, 0, config, start=index).returns
+        except ConfigError:
+            continue
+        kept += 1
+        least, most = config.gap or (1, frames)
+        assert least <= _asked(returns).gap <= most
+        assert all(entry.first_seen[0] >= config.opening_frames for entry in returns)
+    assert kept > 500
 
 
 @pytest.mark.parametrize(

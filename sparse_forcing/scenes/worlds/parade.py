@@ -23,7 +23,7 @@ BAR_RGB, LIT_RGB = (0, 0, 0), (235, 235, 235)
 class _Slots(NamedTuple):
     """How many objects, which of them is asked for (from 0), frames for each."""
 
-    count: int
+    total: int
     asked: int
     length: int
 
@@ -40,7 +40,7 @@ class _Slots(NamedTuple):
     @property
     def least(self) -> int:
         """The shortest gap: the question comes as soon as all have been there."""
-        return self.count * self.length - self.before
+        return self.total * self.length - self.before
 
 
 def plan_parade(rng: random.Random, config: WorldConfig) -> Plan:
@@ -60,8 +60,10 @@ def plan_parade(rng: random.Random, config: WorldConfig) -> Plan:
         min(slots.least for slots in fitting), max(room - slots.before for slots in fitting), "parade"
     )
     fitting = [slots for slots in fitting if slots.least <= most and room - slots.before >= least]
-    count = rng.choice(sorted({slots.count for slots in fitting}))
-    asked = rng.choice(sorted({slots.asked for slots in fitting if slots.count == count}))
+    if not fitting:
+        raise ConfigError(f"worlds: no parade of {config.objects} objects in {config.frames} frames has such a gap")
+    count = rng.choice(sorted({slots.total for slots in fitting}))
+    asked = rng.choice(sorted({slots.asked for slots in fitting if slots.total == count}))
     slots = rng.choice([slots for slots in fitting if slots[:2] == (count, asked)])
     gap = rng.randint(max(least, slots.least), min(most, room - slots.before))
     earliest = -(-(config.opening_frames + slots.before + gap) // config.align)
@@ -71,7 +73,7 @@ def plan_parade(rng: random.Random, config: WorldConfig) -> Plan:
 
 
 def _lay_out(rng: random.Random, config: WorldConfig, slots: _Slots, first: int, question: int) -> Plan:
-    identities = draw_identities(rng, config.split, slots.count, returning=(slots.asked,))
+    identities = draw_identities(rng, config.split, slots.total, returning=(slots.asked,))
     x, y = ((place,) * config.frames for place in MIDDLE)
     items = []
     for number, identity in enumerate(identities):
@@ -80,7 +82,7 @@ def _lay_out(rng: random.Random, config: WorldConfig, slots: _Slots, first: int,
         if number == slots.asked:
             shown[question:] = [True] * (config.frames - question)
         items.append(Item(identity=identity, x=x, y=y, shown=tuple(shown)))
-    counts = [min(max(0, (frame - first) // slots.length + 1), slots.count) for frame in range(config.frames)]
+    counts = [min(max(0, (frame - first) // slots.length + 1), slots.total) for frame in range(config.frames)]
     panels = [
         Panel(rgb=BAR_RGB, boxes=(BAR,) * config.frames),
         Panel(rgb=LIT_RGB, boxes=tuple(_lit(count) for count in counts)),

@@ -56,7 +56,8 @@ def plan_revisit(rng: random.Random, config: WorldConfig) -> Plan:
     path = _opening(rng, before, opening, trip.step).move(before, trip.step).hold(stay)
     _away(rng, path, before, trip, gap - trip.hidden)
     camera = path.until(config.frames)
-    identities, middle, height = (values[MOST_OPENING - before :] for values in (identities, middle, height))
+    skipped = MOST_OPENING - before  # as many of the screens of the beginning are not there
+    identities, middle, height = identities[skipped:], middle[skipped:], height[skipped:]
     if rng.random() < 0.5:
         camera, middle = tuple(-place for place in camera), [1 - place for place in middle]
         ways = range(0, -len(identities), -1)

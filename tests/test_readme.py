@@ -66,6 +66,13 @@ def test_readme_stays_readable() -> None:
     assert len(README.read_text("utf-8").splitlines()) <= 180
 
 
+def test_changelog_says_a_version_once_and_stays_short() -> None:
+    lines = (ROOT / "CHANGELOG.md").read_text("utf-8").splitlines()
+    versions = [line.split()[1] for line in lines if line.startswith("## ")]
+    assert len(versions) == len(set(versions))
+    assert len(lines) <= 60 * len(versions)
+
+
 def test_map_has_a_line_for_every_module() -> None:
     assert sorted(modules() - set(mapped())) == []
 

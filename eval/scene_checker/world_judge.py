@@ -1,7 +1,7 @@
 """Does what comes back in a world look as it did? Verdicts on colour, shape and size, and what luck alone would get.
 
-``python -m sparse_forcing.eval.world_judge`` judges the truth itself and prints, for every world and ground, the
-share of right verdicts and what shuffled pairs get.
+``python -m sparse_forcing.eval.scene_checker.world_judge`` judges the truth itself and prints, for every
+world and ground, the share of right verdicts and what shuffled pairs get.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sparse_forcing.eval.world_sight import Sighting, see_return
+from sparse_forcing.eval.scene_checker.world_sight import Sighting, see_return
 from sparse_forcing.scenes.worlds.batch import sample_worlds
 from sparse_forcing.scenes.worlds.config import GROUNDS, KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world

@@ -19,6 +19,10 @@ class VideoError(SparseForcingError):
     """A video or image cannot be decoded as declared."""
 
 
+class MeasurementError(SparseForcingError):
+    """A metric cannot measure a video: its value is missing, with this reason; other metrics are not touched."""
+
+
 class OutputError(SparseForcingError):
     """An output path cannot be written."""
 

@@ -26,7 +26,7 @@ FLAGS = {
     "device": "torch device of the networks (default: cpu)",
     "max_frames": "refuse videos with more frames",
     "max_pixels": "refuse videos with more pixels over all frames",
-    "strict_exit": "exit with 1 when any video failed, not only when all did",
+    "strict_exit": "exit with 1 when any video or value failed, not only when all did",
     "report": "write the HTML page",
     "embed_videos": "put small videos into the page itself",
     "resamples": "bootstrap resamples of the 95 %% intervals",

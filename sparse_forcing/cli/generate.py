@@ -147,7 +147,7 @@ def _check_caption(record: dict[str, Any]) -> dict[str, bool | None]:
     """What the caption checker says of the written file, at the size it was generated in; None: not in the caption."""
     import torch
 
-    from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
+    from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
     from sparse_forcing.media.video import read_video
 
     frames, scale = read_video(record["path"])[0], record["scale"]

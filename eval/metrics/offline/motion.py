@@ -21,12 +21,12 @@ FROZEN = 0.5  # grey levels: below it two frames are the same picture
 
 
 @lru_cache(maxsize=1)
-def _estimator() -> Any:
+def _make_estimator() -> Any:
     # OpenCV's type stubs do not know this function.
     return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)  # type: ignore[attr-defined]
 
 
-def _scaled(frame: np.ndarray) -> np.ndarray:
+def _scale(frame: np.ndarray) -> np.ndarray:
     height, width = frame.shape[:2]
     scale = SHORT_SIDE / min(height, width)
     size = (max(SHORT_SIDE, round(width * scale)), max(SHORT_SIDE, round(height * scale)))
@@ -35,8 +35,8 @@ def _scaled(frame: np.ndarray) -> np.ndarray:
 
 def dense_flow(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Displacement of every pixel of `first` [h, w, 2] at the working size, uint8 RGB in."""
-    grey = [cv2.cvtColor(_scaled(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
-    return _estimator().calc(grey[0], grey[1], None)
+    grey = [cv2.cvtColor(_scale(frame), cv2.COLOR_RGB2GRAY) for frame in (first, second)]
+    return _make_estimator().calc(grey[0], grey[1], None)
 
 
 def fastest_motion(first: np.ndarray, second: np.ndarray) -> float:
@@ -50,7 +50,7 @@ def fastest_motion(first: np.ndarray, second: np.ndarray) -> float:
 
 def middle_error(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> float:
     """Mean error (0..255) of predicting a frame from its neighbours moved half way along the flow between them."""
-    start, end, target = (_scaled(frame).astype(np.float32) for frame in (first, last, middle))
+    start, end, target = (_scale(frame).astype(np.float32) for frame in (first, last, middle))
     height, width = target.shape[:2]
     columns, rows = np.meshgrid(np.arange(width, dtype=np.float32), np.arange(height, dtype=np.float32))
     predicted = np.zeros_like(target)
@@ -70,17 +70,12 @@ def motion_magnitude(view: View, resources: Resources) -> Measurement:
 @metric("warp_smoothness", suites=("offline", "drift"), min_frames=3)
 def warp_smoothness(view: View, resources: Resources) -> Measurement:
     """1 - error of predicting odd frames by moving their neighbours half way (DIS flow)."""
-    memo, errors = view.clip.memo, []
     # Odd in the whole clip, so that windows share the work.
-    for middle in range(view.start + 1 + view.start % 2, view.stop - 1, 2):
-        key = f"warp:{middle}"
-        if key not in memo:
-            frames = view.clip.frames
-            memo[key] = np.asarray(middle_error(frames[middle - 1], frames[middle], frames[middle + 1]))
-        errors.append(float(memo[key]))
-    if not errors:
+    middles = range(1 + view.start % 2, len(view) - 1, 2)
+    errors = view.per_group("warp", middle_error, [(middle - 1, middle, middle + 1) for middle in middles])
+    if not len(errors):
         return Measurement(value=None)
-    return Measurement(value=1.0 - float(np.mean(errors)) / 255.0, count=len(errors))
+    return Measurement(value=1.0 - float(errors.mean()) / 255.0, count=len(errors))
 
 
 @metric("moving_share", suites=("offline", "drift"), min_frames=2)

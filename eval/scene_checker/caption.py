@@ -1,7 +1,7 @@
 """Does a clip show what its caption says?  An automatic judge for the scenes of ``sparse_forcing.scenes``.
 
 Everything is measured from the pixels and compared with the words; two objects are told apart by the colours
-the caption gives them.  ``python -m sparse_forcing.eval.metrics.caption --clips 2000`` judges freshly drawn
+the caption gives them.  ``python -m sparse_forcing.eval.scene_checker.caption --clips 2000`` judges freshly drawn
 ground truth and prints the share of right verdicts as JSON.
 """
 
@@ -160,7 +160,7 @@ def _judge_object(track: Track, background: Background, wanted: SceneObject, sta
 
     moves = verdict(motion_name, wanted.motion)
     if wanted.motion in RESIZING:
-        moves = shape is not None and _resized(motion, str(wanted.motion), size, start, len(track.x))
+        moves = shape is not None and _has_resized(motion, str(wanted.motion), size, start, len(track.x))
     return ObjectResult(
         colour=verdict(colour, wanted.colour),
         shape=verdict(shape if stray < LEAST_AREA else None, wanted.shape),
@@ -185,7 +185,7 @@ def _best_shape(track: Track, visible: Tensor) -> tuple[str | None, float, Tenso
     return shape, float(track.size[visible, number].median()), overlap
 
 
-def _resized(motion: Motion, wanted: str, size: str | None, start: int, frames: int) -> bool:
+def _has_resized(motion: Motion, wanted: str, size: str | None, start: int, frames: int) -> bool:
     """Whether an object in place changes by half of what is left or, where that is little, has its end size."""
     trend, final = (motion.trend, "large") if wanted == "grows" else (-motion.trend, "small")
     left = resize_left(start, frames)

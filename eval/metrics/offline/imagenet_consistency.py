@@ -23,7 +23,7 @@ def efficientnet_input(frames: np.ndarray) -> torch.Tensor:
 def imagenet_consistency(view: View, resources: Resources) -> Measurement:
     """Cosine of EfficientNet-Lite0 features with the previous and the first frame."""
 
-    def pooled(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+    def pool(network: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
         return network.extract_features(images).mean(dim=(2, 3))  # type: ignore[operator]
 
-    return consistency(network_features(view, resources, "efficientnet", efficientnet_input, pooled))
+    return consistency(network_features(view, resources, "efficientnet", efficientnet_input, pool))

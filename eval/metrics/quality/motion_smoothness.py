@@ -33,12 +33,13 @@ def interpolate_middle(first: np.ndarray, second: np.ndarray, resources: Resourc
 
 def prediction_errors(view: View, resources: Resources) -> np.ndarray:
     """Mean absolute error (0..255) of each odd frame that has both neighbours: [K]."""
-    frames = view.frames
-    errors = []
-    for middle in range(1, len(frames) - 1, 2):
-        predicted = interpolate_middle(frames[middle - 1], frames[middle + 1], resources)
-        errors.append(np.abs(predicted.astype(np.int16) - frames[middle]).mean())
-    return np.array(errors)
+
+    def error(first: np.ndarray, middle: np.ndarray, last: np.ndarray) -> float:
+        predicted = interpolate_middle(first, last, resources)
+        return float(np.abs(predicted.astype(np.int16) - middle).mean())
+
+    triples = [(middle - 1, middle, middle + 1) for middle in range(1, len(view) - 1, 2)]
+    return view.per_group(f"interpolation error:{resources.fingerprint('interpolator')}", error, triples)
 
 
 @metric("motion_smoothness", suites=("vbench", "vbench-long"), needs=("interpolator",), min_frames=3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from sparse_forcing.eval.measuring.features import consistency, unit
+from sparse_forcing.eval.measuring.features import consistency, neighbour_cosines, unit
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
@@ -77,5 +77,4 @@ def appearance_consistency(view: View, resources: Resources) -> Measurement:
 @metric("shot_continuity", suites=("offline", "drift"), min_frames=2)
 def shot_continuity(view: View, resources: Resources) -> Measurement:
     """Smallest cosine of descriptors of neighbouring frames: low where there is a cut."""
-    rows = unit(descriptors(view))
-    return Measurement(value=float((rows[1:] * rows[:-1]).sum(axis=1).min()))
+    return Measurement(value=float(neighbour_cosines(unit(descriptors(view))).min()))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+from sparse_forcing.errors import MeasurementError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
@@ -20,7 +23,9 @@ def human_action(view: View, resources: Resources) -> Measurement:
     if info is None or "human_action" not in info.dimensions:
         return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
     action = info.prompt.removeprefix(PREFIX).lower()
-    scores = resources.network("actions")(view.frames[middle_frames(len(view), FRAMES)])
+    scores = resources.network("actions")(view.pick(middle_frames(len(view), FRAMES)))
+    if not all(math.isfinite(score) for score in scores.values()):
+        raise MeasurementError("the action recogniser answered with scores that are not finite")
     best = sorted(scores, key=lambda name: -scores[name])[:TOP]
     named = {name.lower() for name in best if round(scores[name], DECIMALS) >= MIN_SCORE}
     return Measurement(value=float(action in named))

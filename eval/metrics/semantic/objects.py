@@ -1,7 +1,8 @@
 """Object class, multiple objects, spatial relationship and colour, from whatever detector the run has.
 
-The rules are VBench's: 16 middle frames, an object counts in a frame when the detector accepts it. The detector is not
-VBench's GRiT, so results are marked as coming from a stand-in.
+The rules are VBench's: 16 middle frames, an object counts in a frame when the detector accepts it under the name that
+is looked for; whatever else it returns counts for nothing. The detector is not VBench's GRiT, so results are marked as
+coming from a stand-in.
 """
 
 from __future__ import annotations
@@ -24,38 +25,40 @@ FREE_OVERLAP = 0.1  # boxes overlapping more than this are not clearly beside ea
 Box = tuple[float, float, float, float]
 
 
-def _wanted(view: View, dimension: str) -> Any:
+def _look_up(view: View, dimension: str) -> Any:
     info = prompt_index().get(view.text or "")
     return info.auxiliary.get(dimension) if info else None
 
 
-def _detections(view: View, resources: Resources, labels: list[str]) -> list[list[Detection]]:
-    frames = view.frames[middle_frames(len(view), FRAMES)]
-    return resources.network("detector").detect(frames, labels)
+def _detect(view: View, resources: Resources, labels: list[str]) -> list[list[Detection]]:
+    """What the detector finds under one of these labels, frame by frame."""
+    frames = view.pick(middle_frames(len(view), FRAMES))
+    found = resources.network("detector").detect(frames, labels)
+    return [[detection for detection in frame if detection.label in labels] for frame in found]
 
 
-def _not_applicable() -> Measurement:
+def _skip() -> Measurement:
     return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
 
 
-@metric("object_class", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True)
+@metric("object_class", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def object_class(view: View, resources: Resources) -> Measurement:
     """Share of frames in which the prompt's object is detected."""
-    wanted = _wanted(view, "object_class")
+    wanted = _look_up(view, "object_class")
     if wanted is None:
-        return _not_applicable()
-    found = _detections(view, resources, [wanted["object"]])
+        return _skip()
+    found = _detect(view, resources, [wanted["object"]])
     return Measurement(value=float(np.mean([bool(frame) for frame in found])), count=len(found))
 
 
-@metric("multiple_objects", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True)
+@metric("multiple_objects", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def multiple_objects(view: View, resources: Resources) -> Measurement:
     """Share of frames in which both objects of the prompt are detected."""
-    wanted = _wanted(view, "multiple_objects")
+    wanted = _look_up(view, "multiple_objects")
     if wanted is None:
-        return _not_applicable()
+        return _skip()
     names = wanted["object"].split(" and ")
-    found = _detections(view, resources, names)
+    found = _detect(view, resources, names)
     both = [set(names) <= {detection.label for detection in frame} for frame in found]
     return Measurement(value=float(np.mean(both)), count=len(both))
 
@@ -87,16 +90,16 @@ def relation_score(first: Box, second: Box, relationship: str, *, directed: bool
     return 1.0 if overlap < FREE_OVERLAP else FREE_OVERLAP / overlap
 
 
-@metric("spatial_relationship", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True)
+@metric("spatial_relationship", suites=SUITES, needs=NEEDS, needs_text=True, pooled=True, version=2)
 def spatial_relationship(view: View, resources: Resources) -> Measurement:
     """Best agreement of detected pairs with the relationship in the prompt, mean over frames."""
-    wanted = _wanted(view, "spatial_relationship")
+    wanted = _look_up(view, "spatial_relationship")
     if wanted is None:
-        return _not_applicable()
+        return _skip()
     wanted = wanted.get("spatial_relationship", wanted)
     a, b, said = wanted["object_a"], wanted["object_b"], wanted["relationship"]
     scores = []
-    for frame in _detections(view, resources, [a, b]):
+    for frame in _detect(view, resources, [a, b]):
         if resources.compatible:
             pairs = [(p, q) for i, p in enumerate(frame) for q in frame[i + 1 :]]
         else:
@@ -106,16 +109,17 @@ def spatial_relationship(view: View, resources: Resources) -> Measurement:
     return Measurement(value=float(np.mean(scores)), count=len(scores))
 
 
-@metric("color", suites=SUITES, needs=NEEDS, needs_text=True)
+@metric("color", suites=SUITES, needs=NEEDS, needs_text=True, version=2)
 def color(view: View, resources: Resources) -> Measurement:
     """Share of frames where the object has the prompt's colour, among those where it is seen in any colour."""
-    wanted = _wanted(view, "color")
+    wanted = _look_up(view, "color")
     if wanted is None:
-        return _not_applicable()
+        return _skip()
     said = wanted["color"]
     thing = (view.text or "").removeprefix("a ").removeprefix("an ").replace(said, "", 1).strip()
-    found = _detections(view, resources, [f"{name} {thing}" for name in COLORS])
-    best = [max(frame, key=lambda detection: detection.score).label for frame in found if frame]
-    if not best:
+    found = _detect(view, resources, [f"{name} {thing}" for name in COLORS])
+    seen = [{detection.label for detection in frame} for frame in found if frame]
+    if not seen:
         return Measurement(value=None, details={"reason": "the object was not seen"})
-    return Measurement(value=float(np.mean([label == f"{said} {thing}" for label in best])), count=len(best))
+    # Any of the objects, not only the one that the detector is surest of.
+    return Measurement(value=float(np.mean([f"{said} {thing}" in labels for labels in seen])), count=len(seen))

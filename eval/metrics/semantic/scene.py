@@ -20,7 +20,7 @@ def scene(view: View, resources: Resources) -> Measurement:
     if wanted is None:
         return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
     words = wanted["scene"]["scene"].split()
-    captions = resources.network("captioner").caption(view.frames[middle_frames(len(view), FRAMES)])
+    captions = resources.network("captioner").caption(view.pick(middle_frames(len(view), FRAMES)))
     hits = [all(_contains(caption, word, resources.compatible) for word in words) for caption in captions]
     return Measurement(value=float(np.mean(hits)), count=len(hits))
 

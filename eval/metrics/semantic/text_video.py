@@ -16,7 +16,7 @@ NEEDS = ("viclip", "tokenizer")
 def viclip_similarity(view: View, resources: Resources) -> Measurement:
     """Cosine of the view and its prompt; the prompt is cut after 32 tokens."""
     network = resources.network("viclip")
-    images = clip_input_uint8(view.frames[middle_frames(len(view), network.frames)])
+    images = clip_input_uint8(view.pick(middle_frames(len(view), network.frames)))
     video = resources.features("viclip", images[None], lambda viclip, x: viclip.encode_video(x))
     tokens = resources.network("tokenizer")(view.text or "", network.text_encoder.context, truncate=True)
     text = resources.features("viclip", tokens, lambda viclip, x: viclip.encode_text(x))
@@ -29,13 +29,14 @@ def viclip_similarity(view: View, resources: Resources) -> Measurement:
     needs=NEEDS,
     needs_text=True,
     segment_seconds=10.0,
+    version=2,
 )
 def overall_consistency(view: View, resources: Resources) -> Measurement:
     """VBench overall consistency (ViCLIP): video against its whole prompt."""
     return viclip_similarity(view, resources)
 
 
-@metric("temporal_style", suites=("vbench", "vbench-long"), needs=NEEDS, needs_text=True)
+@metric("temporal_style", suites=("vbench", "vbench-long"), needs=NEEDS, needs_text=True, version=2)
 def temporal_style(view: View, resources: Resources) -> Measurement:
     """VBench temporal style (ViCLIP): video against its whole prompt."""
     return viclip_similarity(view, resources)

@@ -61,8 +61,11 @@ def color_stability(view: View, resources: Resources) -> Measurement:
     """1 - distance of each frame's mean and spread of colour from the first frame's (CIELAB, per 100)."""
 
     def colors(frames: np.ndarray) -> np.ndarray:
-        lab = [cv2.cvtColor(frame.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB).reshape(-1, 3) for frame in frames]
-        return np.array([np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)]) for pixels in lab])
+        rows = []
+        for frame in frames:  # one at a time: floats of a frame are four times its bytes
+            pixels = cv2.cvtColor(frame.astype(np.float32) / 255.0, cv2.COLOR_RGB2LAB).reshape(-1, 3)
+            rows.append(np.concatenate([pixels.mean(axis=0), pixels.std(axis=0)]))
+        return np.array(rows)
 
     rows = view.per_frame("lab", colors)
     distance = np.linalg.norm(rows[1:] - rows[0], axis=1) / 100.0

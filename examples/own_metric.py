@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import numpy as np
+
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
@@ -17,8 +19,13 @@ from sparse_forcing.eval.measuring.view import View
 @metric("redness", suites=("offline",), higher_is_better=None)
 def redness(view: View, resources: Resources) -> Measurement:
     """How much redder than green and blue a picture is on average, as a share of full scale."""
-    frames = view.frames.astype("float32") / 255  # [F, H, W, 3]
-    return Measurement(value=float((frames[..., 0] - frames[..., 1:].mean(-1)).mean()), count=len(view))
+    return Measurement(value=float(view.per_frame("redness", _redness).mean()), count=len(view))
+
+
+def _redness(frames: np.ndarray) -> np.ndarray:
+    """[n] of uint8 frames [n, H, W, 3]; computed once for the video, a few frames at a time."""
+    colors = frames.mean((1, 2)) / 255
+    return colors[:, 0] - colors[:, 1:].mean(1)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing import SparseForcingPipeline
-from sparse_forcing.eval.metrics.caption import check_clip
+from sparse_forcing.eval.scene_checker.caption import check_clip
 from sparse_forcing.memory.retention import BlockView, RetentionRule, rule
 
 PROMPT = "a large red circle orbits clockwise on a black background"

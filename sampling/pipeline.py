@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_json, read_json
+from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
@@ -36,6 +36,7 @@ from sparse_forcing.model_folder.folder import (
     load_text_encoder,
     load_transformer,
     read_defaults,
+    save_part,
 )
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
@@ -92,13 +93,7 @@ class SparseForcingPipeline:
     ) -> None:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.config, self.weights_sha256 = config, weights_sha256
-        self.geometry = VideoGeometry(
-            temporal_stride=vae.temporal_stride,
-            spatial_stride=vae.spatial_stride,
-            first_frame_alone=vae.first_frame_alone,
-            patch_size=tuple(transformer.config.patch_size),
-            chunk_frames=transformer.config.chunk_frames,
-        )
+        self.geometry = VideoGeometry.of(vae, transformer.config)
 
     @property
     def fps(self) -> float:
@@ -114,6 +109,15 @@ class SparseForcingPipeline:
     def device(self) -> torch.device:
         """Where the transformer is."""
         return next(self.transformer.parameters()).device
+
+    def pass_operations(self, height: int, width: int) -> float:
+        """Operations of one pass over a chunk of so many pixels: two for each parameter and token.
+
+        Attention, a small part of small models, is left out.
+        """
+        rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
+        parameters = sum(x.numel() for x in self.transformer.parameters())
+        return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,10 +160,7 @@ class SparseForcingPipeline:
         """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
         folder = Path(folder)
         for name in ("transformer", "text_encoder", "vae"):
-            getattr(self, name).save_pretrained(folder / name)
-            settings = read_json(folder / name / "config.json")
-            settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
-            atomic_write_json(folder / name / "config.json", settings)
+            save_part(getattr(self, name), folder / name)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
         write_manifest(folder)
 
@@ -266,14 +267,8 @@ class SparseForcingPipeline:
                 f"memory.tile (--tile): {' x '.join(map(str, config.tile))} is not a block of {trained} tokens, for "
                 "which this model's selector was trained"
             )
-        rows, cols = self.geometry.token_size(*latent_size)
-        geometry = MemoryGeometry(
-            rows=rows,
-            cols=cols,
-            num_layers=self.transformer.config.num_layers,
-            chunk_frames=self.geometry.chunk_frames,
-            horizon_frames=self.transformer.config.horizon_frames,
-            capacity_frames=latent_frames,
+        geometry = MemoryGeometry.of(
+            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames
         )
         return make_memory(config, geometry, selectors=self.transformer.selectors)
 

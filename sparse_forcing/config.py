@@ -120,8 +120,11 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{source}{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise ConfigError(f"{source}: not valid YAML ({error})") from error
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What PyYAML's constructors raise for a value that is not of the type its tag names (`!!bool abc`).
+        raise ConfigError(f"{source}: not valid YAML (a value is not what its tag says: {error})") from error
 
 
 def read_settings(path: PathLike) -> dict[str, Any]:

@@ -29,3 +29,7 @@ class OutputError(SparseForcingError):
 
 class InUseError(OutputError):
     """Another run is writing to an output path."""
+
+
+class NotFiniteError(SparseForcingError, FloatingPointError):
+    """A training met a loss or gradient that is NaN or infinite, and stopped before it reached the weights."""

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
+from sparse_forcing.media.listing import VIDEO_SUFFIXES
 from sparse_forcing.sampling.generation.prompts import check_prompt, check_prompts, read_prompts
 
 MAX_FRAMES = 1_000_000
@@ -25,8 +26,9 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tile": (1, MAX_SIDE),
 }  # fmt: skip
 _OTHER_SUFFIXES = {
-    ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg", ".m4v", ".mp3", ".wav", ".png", ".jpg", ".jpeg", ".webp", ".json",
-}  # fmt: skip
+    *VIDEO_SUFFIXES, ".wmv", ".asf", ".vob", ".ogg", ".mp3", ".m4a", ".wav", ".png", ".apng", ".jpg", ".jpeg", ".webp",
+    ".avif", ".bmp", ".tif", ".tiff", ".json", ".jsonl", ".csv", ".txt",
+} - {".mp4"}  # fmt: skip
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {
     "window_frames": ("window", "sink", "sparse", "heavy_hitter"),

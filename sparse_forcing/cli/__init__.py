@@ -17,6 +17,7 @@ from typing import Any
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
 from sparse_forcing.errors import OutputError, SparseForcingError
+from sparse_forcing.threads import own_process
 
 PROGRAM = "sparse-forcing"
 COMMANDS = {
@@ -29,6 +30,8 @@ COMMANDS = {
     "doctor": "say what works on this machine, and why not the rest",
 }
 
+MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints one line, no traceback, for input that cannot be used."""
@@ -40,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_module(module: str, arguments: Sequence[str], *, name: str | None = None) -> int:
     """Run a command's module; `name` is what its messages call it (default: `python -m` and the module)."""
+    if module.rpartition(".")[2] not in MACHINE_TO_THEMSELVES:
+        own_process()
     name = name or f"python -m {module}"
     return _guarded(name, lambda: _command(name, module, list(arguments)))
 

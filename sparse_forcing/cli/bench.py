@@ -14,6 +14,7 @@ from sparse_forcing.eval.bench.options import (
     RolloutBenchConfig,
     StreamBenchConfig,
 )
+from sparse_forcing.inputs import check_targets, model_folders
 
 CONFIGS: dict[str, type] = {
     "attention": AttentionBenchConfig,
@@ -78,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
     config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | RecallBenchConfig | StreamBenchConfig
     config = read_config(cls, arguments)
+    if config.output is not None:
+        check_targets([], [], sealed=model_folders([getattr(config, "model", "")]), added_to=[config.output])
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval.bench import rollout as bench_rollout
 

@@ -8,6 +8,7 @@ import json
 from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError, OutputError, WeightsError
 from sparse_forcing.files import check_writable, is_file, is_folder, output_lock
+from sparse_forcing.inputs import check_targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise WeightsError(f"{source}: no such weight file or folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target} exists already; name a new folder")
+    check_targets([], [], sealed=[source], added_to=[target])
     check_writable(target, folder=True)
     from sparse_forcing.model_folder.convert import convert_checkpoint
     from sparse_forcing.weights.manifest import write_manifest

@@ -114,11 +114,7 @@ def _sizes(
     transformer: dict[str, Any], defaults: PipelineConfig, text: torch.nn.Module, text_len: int, vae: Any,
     notes: list[str],
 ) -> ModelSizes:  # fmt: skip
-    sizes = on_meta(transformer).config
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=tuple(sizes.patch_size),
-        first_frame_alone=vae.first_frame_alone, chunk_frames=sizes.chunk_frames,
-    )  # fmt: skip
+    geometry = VideoGeometry.of(vae, on_meta(transformer).config)
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
         transformer=transformer, rows=rows, cols=cols, text_len=text_len, text_bytes=_bytes(text),

@@ -12,6 +12,7 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import PathLike, atomic_write_json, read_json, sha256_file
 
 MANIFEST = "manifest.json"
+MAX_BYTES = 4 << 20  # of a manifest
 
 
 def write_manifest(folder: PathLike) -> dict[str, str]:
@@ -32,7 +33,7 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
     if not (root / MANIFEST).is_file():
         return None
     try:
-        manifest = read_json(root / MANIFEST)
+        manifest = read_json(root / MANIFEST, max_bytes=MAX_BYTES)
     except ConfigError as error:
         raise WeightsError(f"{error}; the manifest is damaged") from error
     hashes = manifest.get("files") if isinstance(manifest, dict) else None

@@ -13,9 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_forcing.errors import WeightsError
-from sparse_forcing.files import PathLike
-from sparse_forcing.weights.safe_load import check_safetensors, check_state_dict
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.files import PathLike, read_json
+from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, check_safetensors, check_state_dict
+
+CONFIG = "config.json"
+MAX_SIZE = 1 << 20  # of any number in a config: vocabularies have 2^18 words
+_COUNTED, _FEW = ("layers", "blocks", "depth"), 64
 
 _INTEGERS = ("I", "U", "BOOL")  # how the safetensors names of types without fractions begin
 
@@ -36,14 +40,42 @@ def check_part(folder: Path) -> dict[str, Tensor]:
     """Tensors of all safetensors files of a folder without their data (device meta), from headers that are sound.
 
     Raises:
-        WeightsError: a file is cut or damaged.
+        WeightsError: a file is cut or damaged, or the folder's config is not one or too large.
     """
     found = {}
+    for path in sorted(folder.glob("*.json")):
+        if path.is_file() and path.stat().st_size > MAX_CONFIG_BYTES:
+            raise WeightsError(
+                f"{path}: {path.stat().st_size} bytes; a model's JSON files have up to {MAX_CONFIG_BYTES}"
+            )
     for path in sorted(folder.glob("*.safetensors")):
         for name, (dtype, shape) in check_safetensors(path).items():
             kind = torch.int32 if dtype.startswith(_INTEGERS) else torch.float32
             found[name] = torch.empty(shape, dtype=kind, device="meta")
+    check_counts(folder, len(found))
     return found
+
+
+def check_counts(folder: Path, tensors: int) -> None:
+    """Refuse a config.json whose numbers cannot belong to a model of so many tensors, before one is built of it.
+
+    Raises:
+        WeightsError: more layers than tensors, or a size that no tensor has.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        return
+    try:
+        config = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+    except ConfigError as error:
+        raise WeightsError(f"{error}; the config is damaged") from error
+    for name, value in config.items() if isinstance(config, dict) else ():
+        counts = any(word in name for word in _COUNTED)
+        limit = max(tensors, _FEW) if counts else MAX_SIZE
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) > limit:
+                what = f"the files hold {tensors} tensors" if counts else f"sizes of a model are at most {MAX_SIZE}"
+                raise WeightsError(f"{path}: {name} is {number}, but {what}")
 
 
 def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:

@@ -66,8 +66,11 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
         (["data", "clips", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
-        (["train", "pretrain", "--output", "OUT", "--set", "sede=1"], "sede: unknown setting; did you mean seed?"),
-        (["train", "pretrain", "--output", "OUT", "--set", "seed=x"], "seed: expected a whole number"),
+        (
+            ["train", "pretrain", "--output", "OUT", "--set", "loop.sede=1"],
+            "loop.sede: unknown setting; did you mean loop.seed?",
+        ),
+        (["train", "pretrain", "--output", "OUT", "--set", "loop.seed=x"], "loop.seed: expected a whole number"),
         (["convert", "/none.pt", "OUT"], "/none.pt: no such"),
         (["convert", __file__, "/etc"], "/etc exists already"),
         (["evaluate", "OUT", "--aggregate", "x.json"], "error"),
@@ -89,15 +92,15 @@ def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest
     from sparse_forcing.training.recipes.embedded import pretrain
 
     seen = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda config, output, resume: seen.append((config.seed, output)) or 0)
-    (tmp_path / "c.yaml").write_text("seed: 3\nema_decay: 9e-1\n")
+    monkeypatch.setattr(pretrain, "train", lambda config, output, resume: seen.append((config.loop.seed, output)) or 0)
+    (tmp_path / "c.yaml").write_text("loop: {seed: 3}\nema_decay: 9e-1\n")
     arguments = [
         "train",
         "pretrain",
         "--config",
         str(tmp_path / "c.yaml"),
         "--set",
-        "seed=4",
+        "loop.seed=4",
         "--output",
         str(tmp_path),
     ]

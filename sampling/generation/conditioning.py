@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -13,6 +13,9 @@ from sparse_forcing.media.video import probe, read_video
 from sparse_forcing.model_folder.folder import find_model, read_defaults
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.settings import Settings
+
+if TYPE_CHECKING:
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 SAME_RATE = 0.01  # relative difference of frame rates that nobody sees
 
@@ -37,7 +40,7 @@ def read_start(config: GenerateConfig, note: Callable[[str], None]) -> np.ndarra
 
 
 def start_arguments(
-    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: Any
+    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: SparseForcingPipeline
 ) -> dict[str, np.ndarray]:
     """Arguments of `pipe.stream` for `start`, uint8 and fitted to the size that is generated.
 

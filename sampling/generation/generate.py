@@ -42,6 +42,8 @@ from sparse_forcing.threads import limited_threads
 if TYPE_CHECKING:
     import numpy as np
 
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+
 
 class Progress:
     """What a caller may watch; every method may be left as it is."""
@@ -111,7 +113,7 @@ def _generate_all(
             yield record
 
 
-def load_pipeline(config: GenerateConfig) -> Any:
+def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
@@ -127,12 +129,12 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
 
 def generate_video(
-    pipe: Any,
+    pipe: SparseForcingPipeline,
     config: GenerateConfig,
     settings: Settings,
     job: Job,
     progress: Progress,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     *,
     model_load_seconds: float,
 ) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, fields
 
-from sparse_forcing.cli.flags import add_config_flags, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.options import (
     AttentionBenchConfig,
@@ -60,7 +60,7 @@ STREAM_FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)

@@ -5,6 +5,7 @@ diffusers fills what a file lacks with nothing at all and ignores what it has be
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,27 +14,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import PathLike, read_json
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, check_safetensors, check_state_dict
 
 CONFIG = "config.json"
-MAX_SIZE = 1 << 20  # of any number in a config: vocabularies have 2^18 words
 _COUNTED, _FEW = ("layers", "blocks", "depth"), 64
 
 _INTEGERS = ("I", "U", "BOOL")  # how the safetensors names of types without fractions begin
+MAX_SIZE = 1 << 20
+"""Of any number in a config: vocabularies have 2^18 words."""
 
 
 @contextmanager
 def explained(source: PathLike, what: str = "cannot be loaded") -> Iterator[None]:
-    """What reading a model and its config may raise becomes a WeightsError of one line that names `source`."""
+    """What reading a model and its config may raise becomes a WeightsError of one line that names `source`. Running out
+    of memory is no fault of theirs and passes through."""
     try:
         yield
     except WeightsError:
         raise
     except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise WeightsError(f"{source}: {what} ({reason:.300})") from error
+
+
+def require_part(folder: Path) -> None:
+    """Raise WeightsError when a model folder lacks this part of it, or the part's config."""
+    if not folder.is_dir():
+        raise WeightsError(
+            f"{folder.parent}: the model has no folder {folder.name}; copy or link it from a complete model"
+        )
+    if not any(folder.glob("*.json")):
+        raise WeightsError(f"{folder}: holds no config; copy or link this part from a complete model")
 
 
 def check_part(folder: Path) -> dict[str, Tensor]:
@@ -82,13 +98,27 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored.
 
     Raises:
-        WeightsError: the config or a file cannot be read, or tensors are missing, surplus or of another shape or kind.
+        WeightsError: there is no such folder, the config or a file cannot be read, or tensors are missing, surplus or
+            of another shape or kind.
     """
+    require_part(folder)
     found = check_part(folder)
     with explained(folder):
         config = cls.load_config(folder, local_files_only=True)
+        _check_sizes(cls, config, folder)
         with torch.device("meta"):
             expected = cls.from_config(config).state_dict()
         if found:  # without any file the loader says which one it looked for
             check_state_dict(expected, found, source=str(folder))
         return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+
+
+def _check_sizes(cls: Any, config: dict[str, Any], folder: Path) -> None:
+    """Raise WeightsError for a count or width that no model has, before it meets any arithmetic."""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        value = config.get(name, parameter.default)
+        least = 0 if parameter.default == 0 else 1
+        if parameter.annotation in (int, "int") and not (type(value) is int and least <= value <= MAX_SIZE):
+            raise WeightsError(
+                f"{folder / 'config.json'}: {name} must be a whole number from {least} to {MAX_SIZE}, got {value!r:.60}"
+            )

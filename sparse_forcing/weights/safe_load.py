@@ -166,3 +166,11 @@ def check_state_dict(
             problems.append(f"{label}: {', '.join(names[:show])}{more}")
     if problems:
         raise WeightsError(f"{source}: does not fit the model; {'; '.join(problems)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first floating-point tensor that holds NaN or infinite numbers, None when there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None

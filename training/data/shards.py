@@ -227,6 +227,10 @@ class StoredText(nn.Module):
         device = self.get_buffer("where").device
         return torch.stack([self._one(prompt) for prompt in prompts]).to(device, torch.float32)
 
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """Nothing: whoever encoded the prompts was told."""
+        return []
+
     def _one(self, prompt: str) -> Tensor:
         if prompt in self.places:
             return self.shards.tensor("text", [self.places[prompt]])[0]

@@ -81,4 +81,5 @@ class MemoryConfig:
 
     @property
     def sink(self) -> int:
+        """First latent frames that are never dropped; 0 for every kind but `sink`."""
         return self.sink_frames if self.kind == "sink" else 0

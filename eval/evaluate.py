@@ -44,6 +44,7 @@ def _measure(config: EvaluateConfig) -> int:
     assert config.target is not None
     entries = load_entries(config.target)
     others = [_load_compared(path) for path in config.compare]
+    _check_targets(config, entries)
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with output_lock(folder):
@@ -71,6 +72,24 @@ def _choose_exit_code(results: dict[str, Any], strict: bool) -> int:
     )
     incomplete = bool(results["failures"] or results["missing_values"])
     return 1 if failed == len(results["videos"]) or (strict and incomplete) else 0
+
+
+def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
+    """Refuse an output that would replace the videos, their manifest or sidecars, results to compare with, weights."""
+    from sparse_forcing.inputs import check_targets
+
+    folder, cache = config.output_folder, config.cache_folder
+    targets = [
+        *(folder / name for name in ("results.json", "videos.csv", "report.html")),
+        cache / "records",
+        cache / "features",
+    ]
+    assert config.target is not None
+    inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
+    inputs += [*config.official_results, *(entry.video for entry in entries)]
+    inputs += [entry.video.with_suffix(".json") for entry in entries if entry.video.parent == folder]
+    models = [Path(option.partition("=")[2]) for option in config.stand_ins]
+    check_targets(targets, inputs, sealed=models if config.weights is None else [*models, config.weights])
 
 
 def _load_compared(path: Path) -> dict[str, Any] | list[Any]:

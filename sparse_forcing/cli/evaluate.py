@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_forcing.cli.flags import add_config_flags, path, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, path, read_config
 from sparse_forcing.eval.options import EvaluateConfig
 
 FLAGS = {
@@ -33,7 +33,7 @@ FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", nargs="?", type=path, help="folder, manifest or video")
     add_config_flags(parser, EvaluateConfig, FLAGS)
 

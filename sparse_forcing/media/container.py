@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -54,17 +54,18 @@ class Video:
         aspect: width of a stored pixel over its height.
         declared: frames that the container says are shown, 0 if it does not say.
         stamps: frames found in the container, whether or not they decode.
-        fps: frames per second, the mean where `constant` is False.
+        fps: frames per second, the mean where `constant` is False; last: seconds for which the last frame stays.
     """
 
-    def __init__(self, path: PathLike, container: Any, times: np.ndarray | None, stamps: int) -> None:
-        self.path, self.stamps, self._container = path, stamps, container
+    def __init__(self, path: PathLike, container: Any, found: _Stamps) -> None:
+        self.path, self.stamps, self._container = path, found.packets, container
         self._stream = first_video(path, container)
         self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
         self.declared = _declared_frames(container, self._stream)
-        self.fps, self.constant = _rate(times, float(self._stream.average_rate or 0))
+        self.fps, self.constant = _rate(found.times, float(self._stream.average_rate or 0))
         if not 0 < self.fps <= MAX_FPS:
             raise VideoError(f"{path}: frame rate {self.fps:g} is not usable")
+        self.last = 1 / self.fps if self.constant or not found.last > 0 else found.last
         self._frames = self._decode()
         first = next(self._frames, None)
         if first is None:
@@ -127,10 +128,10 @@ def open_video(path: PathLike) -> Iterator[Video]:
         VideoError: not a readable video file with a frame rate, or its pictures are too large.
     """
     with _open(path) as container, explained(path, "not a readable video"):
-        times, stamps = _time_stamps(path, container)
+        stamps = _time_stamps(path, container)
     with _open(path) as container:
         with explained(path, "not a readable video"):
-            video = Video(path, container, times, stamps)
+            video = Video(path, container, stamps)
         yield video
 
 
@@ -177,19 +178,32 @@ def _declared_frames(container: Any, stream: Any) -> int:
     return int(stream.frames)
 
 
-def _time_stamps(path: PathLike, container: Any) -> tuple[np.ndarray | None, int]:
-    """Seconds at which frames are shown, sorted, from the first one on (None where any is unknown); their number."""
+class _Stamps(NamedTuple):
+    """Frames found in a container: how many, the seconds from the first one on at which each is shown, sorted (None
+    where any is unknown), and for how long the last one is (0: unknown)."""
+
+    packets: int
+    times: np.ndarray | None
+    last: float
+
+
+def _time_stamps(path: PathLike, container: Any) -> _Stamps:
     stream = first_video(path, container)
-    stamps: list[int | None] = []
+    stamps: list[tuple[int, int]] = []
+    count = 0
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
-            stamps.append(packet.pts)
-        if len(stamps) > MAX_PACKETS:
+            count += 1
+            if packet.pts is not None:
+                stamps.append((packet.pts, packet.duration or 0))
+        if count > MAX_PACKETS:
             raise VideoError(f"{path}: more than {MAX_PACKETS} frames")
-    if None in stamps or len(stamps) < 2 or not stream.time_base:
-        return None, len(stamps)
-    times = np.sort(np.array(stamps, np.float64)) * float(stream.time_base)
-    return times - times[0], len(stamps)
+    if len(stamps) < max(count, 2) or not stream.time_base:
+        return _Stamps(count, None, 0)
+    stamps.sort()
+    unit = float(stream.time_base)
+    times = np.array([time - stamps[0][0] for time, _ in stamps], np.float64) * unit
+    return _Stamps(count, times, stamps[-1][1] * unit)
 
 
 def _rate(times: Sequence[float] | np.ndarray | None, declared: float) -> tuple[float, bool]:

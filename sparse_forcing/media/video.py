@@ -3,7 +3,7 @@
 Shapes: F frames, H height, W width, 3 colour channels (RGB). Decoded frames are uint8.
 
 Frames come at a constant rate, so that frame k is what is shown k / fps seconds after the first: a video of a constant
-rate gives every frame once; of one whose rate varies, or where another rate is asked for, the frame nearest in time.
+rate gives every frame once; one whose rate varies, or of which another rate is asked for, the frame on show then.
 Decoding trusts nothing (see container.py): one constant picture size, and as many frames as the container declares. A
 cut mp4 decodes without any error otherwise.
 """
@@ -37,6 +37,7 @@ __all__ = [
 DEFAULT_MAX_FRAMES = 20_000
 DEFAULT_MAX_PIXELS = 1 << 29  # over all frames of one video: 1.6 GB of RGB
 PIECE_PIXELS = 1 << 25  # over the frames of a piece: 0.1 GB of RGB
+EARLY = 1 / 60  # seconds; half a frame at 30 frames/s, and more than containers round times by
 T = TypeVar("T")
 
 
@@ -72,7 +73,7 @@ def iter_frames(
     """Yield uint8 [H, W, 3] frames one at a time, then check that all declared frames came.
 
     Args:
-        fps: frames per second to yield (the nearest in time, repeated where the video is slower); None: its own.
+        fps: frames per second to yield (those on show at the time, repeated where the video is slower); None: its own.
         max_frames: more frames, stored or yielded, are refused, not cut.
 
     Raises:
@@ -83,7 +84,7 @@ def iter_frames(
         if fps is None and video.constant:
             yield from (picture for _, picture in pictures)
             return
-        for count, picture in enumerate(at_rate(pictures, fps or video.fps, 1 / video.fps), 1):
+        for count, picture in enumerate(at_rate(pictures, fps or video.fps, video.last), 1):
             if count > max_frames:
                 raise VideoError(f"{path}: more than {max_frames} frames; cut it or raise the limit")
             yield picture
@@ -108,7 +109,7 @@ def _pictures(video: Video, max_frames: int) -> Iterator[tuple[float, np.ndarray
 
 
 def at_rate(timed: Iterator[tuple[float, T]], fps: float, shown: float) -> Iterator[T]:
-    """The items nearest in time to 0, 1 / fps, 2 / fps, ... seconds after the first.
+    """The items on show 0, 1 / fps, 2 / fps, ... seconds after the first, or nearer in time and about to be shown.
 
     timed: (seconds, item), times rising. shown: seconds for which the last item stays.
     """
@@ -118,7 +119,7 @@ def at_rate(timed: Iterator[tuple[float, T]], fps: float, shown: float) -> Itera
         if before is None:
             start = time
         else:
-            while count / fps <= (before[0] + time) / 2 - start:
+            while count / fps <= time - start - min((time - before[0]) / 2, EARLY):
                 yield before[1]
                 count += 1
         before = (time, item)

@@ -24,6 +24,7 @@ from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part
+from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
 PIPELINE_FILE = "pipeline.json"
@@ -75,7 +76,11 @@ def find_model(model: str) -> Path:
 def read_defaults(folder: Path) -> PipelineConfig:
     """The folder's defaults; a diffusers folder has none and gets Wan's."""
     path = folder / PIPELINE_FILE
-    config = build_config(PipelineConfig, read_json(path), source=str(path)) if path.is_file() else PipelineConfig()
+    config = (
+        build_config(PipelineConfig, read_json(path, max_bytes=MAX_CONFIG_BYTES), source=str(path))
+        if path.is_file()
+        else PipelineConfig()
+    )
     if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
         raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
     return config

@@ -37,8 +37,8 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: of the parts beside
-    it; notes: what was assumed."""
+    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: sizes of the
+    parts beside it; notes: what was assumed."""
 
     transformer: dict[str, Any]
     rows: int

@@ -110,7 +110,14 @@ def test_plain_form_builds_the_same_config() -> None:
         ("[1, 2]: a", "a key must be one word"),
         ("verbose: true", "name: missing; it has no default"),
         ("name: a\nlabels: {x: y}", "labels.x: expected a whole number"),
-        ("name: !!python/object/apply:os.system [id]", "could not determine a constructor"),
+        ('name: !!bool "abc"', "line 1: 'abc' is not a value of type bool"),
+        ("name: !!timestamp x", "line 1: values of type 'timestamp' are not supported"),
+        ("name: !!set [1]", "values of type 'set' are not supported"),
+        ("memory: !!map x", "line 1: expected a group of settings"),
+        (
+            "name: !!python/object/apply:os.system [id]",
+            "values of type 'python/object/apply:os.system' are not supported",
+        ),
         ("name: a\n" + "memory: " + "{" * 3000, "yaml"),
     ],
 )

@@ -37,6 +37,8 @@ _TEMPORARY = ".tmp-step-"
 
 
 class Stateful(Protocol):
+    """A part of a checkpoint. One with `waivable = True` may be missing from it, and `--allow-changes` skips it."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
@@ -255,6 +257,9 @@ def _load(
 ) -> None:  # fmt: skip
     for name, part in parts.items():
         path = folder / f"{name}.pt"
+        if path.name not in manifest["files"] and getattr(part, "waivable", False):
+            warnings.warn(f"{folder}: is of a version that kept no {name!r}; it is taken as it is now", stacklevel=4)
+            continue
         if path.name not in manifest["files"]:
             raise WeightsError(f"{folder}: has no {name!r}; it holds {', '.join(sorted(manifest['files']))}")
         _load_part(path, part)

@@ -74,6 +74,8 @@ class Resume:
             return Begun()
         folder, manifest = found
         self._compare(folder, manifest, config)
+        if self.allow_changes:
+            parts = {name: part for name, part in parts.items() if not getattr(part, "waivable", False)}
         step = load_checkpoint(folder, parts, manifest=manifest, **options)
         return Begun(step, tuple(manifest.get("window", ())))
 

@@ -35,6 +35,7 @@ from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
+from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
@@ -184,6 +185,7 @@ class DistillRecipe(Recipe):
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,
+            "data": DataIdentity(self.source, config.data.path),
         }
         self.windows = self._windows()
         self.geometry = (

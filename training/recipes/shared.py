@@ -20,6 +20,7 @@ from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, Source, VideoFormat, make_source
 from sparse_forcing.training.engine.checkpoint import Stateful
@@ -225,6 +226,7 @@ class OneNetwork(Recipe):
             "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),
             "optimizer": self.optimizer,
             "ema": self.ema,
+            "data": DataIdentity(self.source, config.data.path),
         }
         self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
 

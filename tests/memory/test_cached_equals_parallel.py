@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sparse_forcing.memory import MemoryConfig, SparseMemory
+from sparse_forcing.memory.retention import RULES
 from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.model.geometry import TileLayout
 
@@ -123,6 +124,16 @@ class RecordedMask(ParallelAttention):
 def test_sparse_memory(run, latents, config, backend):
     base = run.make(config)
     memory = RecordingMemory(config, base.geometry, backend=backend)
+    flows = cached_flows(run, memory, *latents)
+    expected = parallel_flow(run, RecordedMask(memory), *latents)
+    torch.testing.assert_close(flows, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@torch.no_grad()
+def test_every_rule_of_retention(run, latents, name):
+    config = MemoryConfig(tile=(2, 3, 4), density=0.4, window_frames=6, persistent_blocks=4, retention=name)
+    memory = RecordingMemory(config, run.make(config).geometry, backend="reference")
     flows = cached_flows(run, memory, *latents)
     expected = parallel_flow(run, RecordedMask(memory), *latents)
     torch.testing.assert_close(flows, expected, rtol=1e-9, atol=1e-9)

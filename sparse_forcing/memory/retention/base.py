@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -109,6 +110,12 @@ class RetentionRule(ABC):
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         """[B, H, N] of the candidates: the `capacity` highest stay, the earlier of two equals. A rule that chooses sets
         instead of ranking blocks gives 1 to those it keeps and 0 to the rest."""
+
+
+def age_order(blocks: BlockView) -> Tensor:
+    """[B, H, N] float32, rising with time."""
+    order = torch.arange(blocks.origin.shape[2], dtype=torch.float32, device=blocks.origin.device)
+    return order.expand(blocks.origin.shape)
 
 
 Rule = TypeVar("Rule", bound=type[RetentionRule])

@@ -27,10 +27,11 @@ SURFACE = {
     "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "
     "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
-    "--seed --num-inference-steps --guidance-scale --model-size --height --width --chunks --dtype --output",
+    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --frames-around "
+    "--split --positions --model-size --height --width --chunks --dtype --output",
     "convert": "SOURCE TARGET --part --head-dim --json",
-    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --seed "
-    "--json",
+    "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
+    "--gap --ground --frame-noise --seed --json",
     "doctor": "--kernels --config --stage --processes --json",
 }
 WITHOUT_TORCH = """

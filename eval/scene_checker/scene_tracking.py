@@ -92,7 +92,7 @@ def track_objects(rgb: Tensor, background: Background, colours: Sequence[str]) -
     strong = float(distance.flatten()[::7].quantile(0.995))
     seen = distance > max(40.0, 0.3 * strong)
     parts = _split(offset, distance * seen, background, colours) if len(colours) > 1 else [torch.ones_like(seen)]
-    return [_track(rgb, background, distance * part, seen & part) for part in parts]
+    return [track_object(rgb, background, distance * part, seen & part) for part in parts]
 
 
 def _length(offset: Tensor) -> Tensor:
@@ -128,7 +128,8 @@ def _mean_offset(offset: Tensor, distance: Tensor, otherwise: Tensor) -> Tensor:
     return (offset * core).sum((0, 2, 3)).div(core.sum()).expand_as(otherwise) if bool(core.any()) else otherwise
 
 
-def _track(rgb: Tensor, background: Background, distance: Tensor, seen: Tensor) -> Track:
+def track_object(rgb: Tensor, background: Background, distance: Tensor, seen: Tensor) -> Track:
+    """Follow what ``seen`` [F, S, S] marks in ``rgb`` [F, 3, S, S], ``distance`` [F, S, S] from the background."""
     side = rgb.shape[-1]
     # The purest pixels give the colour: smoothing keeps single noisy ones from setting the level.
     level = avg_pool2d(distance, 3, 1, 1).amax((1, 2), keepdim=True)

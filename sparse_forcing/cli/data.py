@@ -1,6 +1,7 @@
 """Make data to train on.
 
-clips      captioned clips of moving shapes as mp4 files, and their manifest
+clips      captioned clips of moving shapes as mp4 files, and their manifest; with --world clips in which something goes
+           out of sight and comes back, and worlds.jsonl, which says what comes back when and where
 encode     latents and text embeddings of videos (or of clips made on the fly) as shards that training reads
 ode-pairs  a teacher's trajectories at the student's noise levels, as shards for the stage `ode`
 
@@ -15,15 +16,18 @@ import importlib
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-from sparse_forcing.cli.flags import path, whole_number
+from sparse_forcing.cli.flags import number, path, whole_number
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_text, check_writable, output_lock
+from sparse_forcing.scenes.worlds.config import GROUNDS, SPLITS
+from sparse_forcing.scenes.worlds.config import KINDS as WORLDS
 
 KINDS = ("clips", "encode", "ode-pairs")
-SPLITS = ("train", "heldout", "all")
-MANIFEST = "manifest.jsonl"
+MANIFEST, WORLD_TRUTH = "manifest.jsonl", "worlds.jsonl"
 _CLIPS = {"num_clips": 16, "num_frames": 80, "fps": 16, "size": 64, "scale": 1, "split": "train", "seed": 0}
+_OF_WORLDS = ("gap", "ground", "frame_noise")
 _FROM_CONFIG = {
     "encode": ("sparse_forcing.training.data.encode", "EncodeConfig", "encode"),
     "ode-pairs": ("sparse_forcing.training.data.pairs", "PairsConfig", "make_pairs"),
@@ -42,6 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--scale", type=whole_number, metavar="N", help="enlarge every pixel N x N")
     parser.add_argument("--split", choices=SPLITS, help="seen combinations (default), held-out ones, or all")
     parser.add_argument("--two-objects", action="store_true", default=None, help="two objects in every clip")
+    parser.add_argument("--world", choices=WORLDS, help="clips in which something comes back")
+    parser.add_argument("--gap", type=_gap, metavar="N[-N]", help="frames out of sight (default: all that fits)")
+    parser.add_argument("--ground", choices=GROUNDS, help="one kind of ground (default: all)")
+    parser.add_argument("--frame-noise", type=number, metavar="X", help="noise of every frame, in 8-bit levels")
     parser.add_argument("--seed", type=whole_number, metavar="N", help="default: 0")
     parser.add_argument("--json", action="store_true", help="print one JSON object when done")
 
@@ -49,15 +57,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Make the data; returns 0. A flag that has no effect on WHAT is an error."""
     clips = arguments.kind == "clips"
-    strangers = ("config", "set") if clips else (*_CLIPS, "two_objects")
+    strangers = ("config", "set") if clips else (*_CLIPS, "two_objects", "world", *_OF_WORLDS)
     for name in strangers:
         if getattr(arguments, name) is not None:
             raise ConfigError(f"--{name.replace('_', '-')} has no effect on data {arguments.kind}")
+    needless = ("two_objects",) if arguments.world else _OF_WORLDS
+    for name in needless:
+        if getattr(arguments, name) is not None:
+            flag = f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{flag} has no effect {'with' if arguments.world else 'without'} --world")
     answer = _render(arguments) if clips else _prepare(arguments)
     if answer is not None:
         lines = ", ".join(f"{name}: {value}" for name, value in answer.items())
         print(json.dumps(answer) if arguments.json else lines)
     return 0
+
+
+def _gap(text: str) -> tuple[int, int]:
+    """ "16-32", or "16" for exactly that."""
+    least, _, most = text.partition("-")
+    return int(least), int(most or least)
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
@@ -92,13 +111,21 @@ def _render(arguments: argparse.Namespace) -> dict[str, object]:
     if not 0 <= arguments.seed < 2**62:
         raise ConfigError(f"--seed must be between 0 and 2^62, got {arguments.seed}")
     output: Path = check_writable(arguments.output, folder=True)
+    write = _write_world if arguments.world else _write_clip
     with output_lock(output):
-        lines = [json.dumps(_write_clip(arguments, number)) for number in range(arguments.num_clips)]
-        atomic_write_text(output / MANIFEST, "\n".join(lines) + "\n")
-    return {"manifest": str(output / MANIFEST), "clips": len(lines)}
+        entries = [write(arguments, number) for number in range(arguments.num_clips)]
+        if arguments.world:
+            truth = [{"video": entry["video"], **entry.pop("truth")} for entry in entries]
+            atomic_write_text(output / WORLD_TRUTH, _as_lines(truth))
+        atomic_write_text(output / MANIFEST, _as_lines(entries))
+    return {"manifest": str(output / MANIFEST), "clips": len(entries)}
 
 
-def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, object]:
+def _as_lines(entries: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     """Render clip `number` from a seed of its own, so that it does not depend on how many are made."""
     import torch
 
@@ -115,3 +142,23 @@ def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, object]
     name = f"{number:06d}.mp4"
     write_video(arguments.output / name, (pixels * 0.5 + 0.5).numpy(), arguments.fps, scale=arguments.scale)
     return {"video": name, "prompt": text, "index": 0, "seed": seed}
+
+
+def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
+    """Render world `number` of the seed; the line says what comes back and how to draw the world again."""
+    from sparse_forcing.media.video import write_video
+    from sparse_forcing.scenes.worlds.batch import draw_world
+    from sparse_forcing.scenes.worlds.config import WorldConfig
+    from sparse_forcing.scenes.worlds.draw import render_world
+    from sparse_forcing.scenes.worlds.record import write_record
+
+    config = WorldConfig(
+        frames=arguments.num_frames, gap=arguments.gap, split=arguments.split, frame_noise=arguments.frame_noise or 0.0,
+        grounds=(arguments.ground,) if arguments.ground else GROUNDS,
+    )  # fmt: skip
+    world = draw_world(arguments.world, arguments.seed, number, config)
+    pixels = render_world(world, arguments.size).permute(0, 2, 3, 1)
+    name = f"{number:06d}.mp4"
+    write_video(arguments.output / name, (pixels * 0.5 + 0.5).numpy(), arguments.fps, scale=arguments.scale)
+    truth = write_record(world, config)  # in a file of its own: manifests hold what evaluation knows, and no more
+    return {"video": name, "prompt": world.story, "index": 0, "seed": arguments.seed, "truth": truth}

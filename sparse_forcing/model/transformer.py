@@ -21,6 +21,7 @@ from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, d
 from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
 
+_GELU = 2 * math.sqrt(2 / math.pi)
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: cross-attention keys and values [B, text tokens, H, D]."""
 
@@ -64,15 +65,31 @@ def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor
     return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift per group: x [B, L, C], shift and scale [B, G, C] with L a multiple of G."""
-    return torch.addcmul(shift[:, :, None], x.unflatten(1, (shift.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
+def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """Layer norm of x, times (1 + scale) plus shift per group: x [B, L, C], shift and scale [B, G, C], L a multiple of
+    G. With one group in all, scale and shift are the norm's own affine part: one call."""
+    if shift.shape[:2] == (1, 1):
+        return layer_norm(x, eps, 1 + scale[0, 0], shift[0, 0])
+    wide = layer_norm(x, eps).unflatten(1, (shift.shape[1], -1))
+    return torch.addcmul(shift[:, :, None], wide, 1 + scale[:, :, None]).flatten(1, 2)
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """x + update * gate per group."""
     groups = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GELU in its tanh form.
+
+    x / 2 (1 + tanh u) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): torch's sigmoid takes half as long as
+    its tanh form on a CPU. In place, so only where no gradient is wanted.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
+        return F.gelu(x, approximate="tanh")
+    twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
+    return twice_u.sigmoid_().mul_(x)
 
 
 class Mlp(nn.Module):
@@ -84,7 +101,7 @@ class Mlp(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.gelu(self.linear_1(x), approximate="tanh"))
+        return self.linear_2(gelu(self.linear_1(x)))
 
 
 class TimeMlp(Mlp):
@@ -98,7 +115,7 @@ class GeluProjection(nn.Module):
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x))
 
 
 class FeedForward(nn.Module):
@@ -189,7 +206,7 @@ class CausalWanBlock(nn.Module):
         table = (self.scale_shift_table[:, None] + modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
-        h = modulate(layer_norm(x, self.eps), shift1, scale1)
+        h = modulated_norm(x, shift1, scale1, self.eps)
         query = apply_rotary(self.attn1.queries(h), rotary)
         key, value = self.attn1.keys_values(h)
         attended = policy.attend(layer, query, apply_rotary(key, rotary), value)
@@ -199,7 +216,7 @@ class CausalWanBlock(nn.Module):
         text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
         x = x + self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
 
-        h = modulate(layer_norm(x, self.eps), shift2, scale2)
+        h = modulated_norm(x, shift2, scale2, self.eps)
         return add_gated(x, self.ffn(h), gate2)
 
 
@@ -349,7 +366,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             tokens = tokens[:, clean_frames * rows * cols :]
             embedding, sigma = embedding[:, clean_frames:], sigma[:, :, clean_frames:]
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
-        tokens = self.proj_out(modulate(layer_norm(tokens, self.config.eps), shift, scale))
+        tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
         return self._to_flow(out, hidden_states, sigma)
 

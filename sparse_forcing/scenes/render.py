@@ -87,6 +87,12 @@ def coverage(shape: str, x: Tensor, y: Tensor, radius: Tensor, angle: Tensor, si
     grid = (torch.arange(side, device=x.device) + 0.5) / side
     across = (grid - x[..., None] + 0.5) % 1 - 0.5  # [..., F, S]
     down = (grid - y[..., None] + 0.5) % 1 - 0.5
+    return cover_shape(shape, across, down, radius, angle, side)
+
+
+def cover_shape(shape: str, across: Tensor, down: Tensor, radius: Tensor, angle: Tensor, side: int) -> Tensor:
+    """How much the shape covers of pixels 1 / ``side`` wide at the offsets ``across`` [..., F, W] and ``down``
+    [..., F, H] from its centre; ``radius`` and ``angle`` are [..., F]; returns [..., F, H, W] in [0, 1]."""
     size = (radius * SHAPE_SCALE[shape])[..., None, None]
     if shape in _POLYGON_EDGES:
         distance = _polygon(shape, across, down, angle[..., None]) - size * _INRADIUS[shape]

@@ -39,7 +39,7 @@ from sparse_forcing.scenes.vocabulary import (
 # and equal areas, so that a size word means about the same for every shape.
 SHAPE_SCALE = {"circle": 1.0, "square": 0.886, "triangle": 1.2, "star": 1.25, "ring": 1.08}
 # Reach of the upright shape to the side, up and down, and of the shape at any angle, relative to the same radius.
-_EXTENT = {
+EXTENT = {
     "circle": (1.0, 1.0, 1.0, 1.0),
     "square": (0.886, 0.886, 0.886, 0.886 * 2**0.5),
     "triangle": (1.2 * cos(pi / 6), 1.2, 1.2 * 0.5, 1.2),
@@ -169,7 +169,7 @@ def batch_from_scenes(scenes: Sequence[Scene], generator: torch.Generator) -> Sc
 
 def extents(shape: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How far shape numbers reach to the side, up, down, and at any angle, relative to the radius."""
-    side, up, down, any_angle = torch.tensor([_EXTENT[name] for name in SHAPES], device=shape.device)[shape].unbind(-1)
+    side, up, down, any_angle = torch.tensor([EXTENT[name] for name in SHAPES], device=shape.device)[shape].unbind(-1)
     return side, up, down, any_angle
 
 

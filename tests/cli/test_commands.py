@@ -38,9 +38,30 @@ def test_data_manifest_is_what_evaluation_reads(tmp_path: Path) -> None:
     assert [entry.video.name for entry in load_entries(tmp_path / "manifest.jsonl")] == ["000000.mp4", "000001.mp4"]
 
 
+def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
+    from sparse_forcing.eval.measuring.manifest import load_entries
+    from sparse_forcing.scenes.worlds.record import read_record
+
+    sizes = ["--num-clips", "2", "--size", "32", "--gap", "16-24", "--ground", "striped", "--seed", "4"]
+    assert main(["data", "clips", str(tmp_path), "--world", "revisit", *sizes]) == 0
+    assert [entry.video.name for entry in load_entries(tmp_path / "manifest.jsonl")] == ["000000.mp4", "000001.mp4"]
+    for number, line in enumerate((tmp_path / "worlds.jsonl").read_text().splitlines()):
+        record = json.loads(line)
+        assert record["video"] == f"{number:06d}.mp4"
+        assert probe(tmp_path / record["video"]).frames == len(record["boxes"]) == 80
+        assert 16 <= max(entry["gap"] for entry in record["returns"]) <= 24
+        world = read_record(record)
+        assert (world.kind, world.ground.kind, world.index) == ("revisit", "striped", number)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["data", "clips", "OUT", "--gap", "8"], "--gap has no effect without --world"),
+        (["data", "clips", "OUT", "--world", "swaps", "--two-objects"], "--two-objects has no effect with --world"),
+        (["data", "clips", "OUT", "--world", "swaps", "--num-frames", "9"], "9 frames are too few for swaps"),
+        (["data", "clips", "OUT", "--world", "maze"], "invalid choice"),
+        (["data", "clips", "OUT", "--world", "swaps", "--gap", "x"], "--gap"),
         (["data", "clips", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
         (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
         (["data", "clips", "/proc/x"], "cannot write into"),

@@ -11,7 +11,7 @@ from sparse_forcing.errors import OutputError
 from sparse_forcing.eval.bench import attention as bench_attention
 from sparse_forcing.eval.bench.attention import Inputs, Shape
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
-from sparse_forcing.kernels.block_sparse_attention.cpu.backend import backend as cpu
+from sparse_forcing.kernels.block_sparse_attention.cpu import backend as cpu
 
 SMALL = Shape(heads=2, head_dim=16, queries=64, keys=256, persistent=32, block=16)
 

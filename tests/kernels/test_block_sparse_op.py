@@ -73,7 +73,7 @@ def test_checkpoint_recomputes_it():
 
 
 def test_auto_takes_the_cpu_path_here(monkeypatch):
-    from sparse_forcing.kernels.block_sparse_attention.cpu.backend import backend as cpu
+    from sparse_forcing.kernels.block_sparse_attention.cpu import backend as cpu
 
     p = problem()
     calls = []

@@ -23,6 +23,7 @@ from sparse_forcing.media.video import write_video
 from sparse_forcing.model.vae import PatchAutoencoder
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import parse_caption
+from sparse_forcing.scenes.vocabulary import COLOURS
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
 from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
@@ -182,9 +183,48 @@ def test_procedural_prompts_have_the_weighted_motions_and_shapes_more_often() ->
     assert motions == {"spins clockwise"}
 
 
+def world_source(fraction: float, **settings: Any) -> ProceduralSource:
+    worlds = {"revisit": 2.0, "reappear": 1.0}
+    data = DataConfig(size=16, latent_frames=20, worlds=worlds, world_fraction=fraction, **settings)
+    return ProceduralSource(data, 3, PatchAutoencoder(4))
+
+
+def test_a_share_of_procedural_samples_are_worlds_and_the_rest_what_they_were() -> None:
+    mixed, plain = world_source(0.5), ProceduralSource(DataConfig(size=16, latent_frames=20), 3, PatchAutoencoder(4))
+    pixels, captions = mixed._batch(7, 12, mixed.frames)
+    old, texts = plain._batch(7, 12, plain.frames)
+    assert pixels.shape == old.shape == (12, 3, 80, 16, 16)
+    same = [text == other for text, other in zip(captions, texts)]
+    assert 2 < sum(same) < 10
+    assert [torch.equal(clip, other) for clip, other in zip(pixels, old)] == same
+    assert not any(colour in text.split() for text, kept in zip(captions, same) if not kept for colour in COLOURS)
+    assert mixed.prompts(7, 12) == captions
+    again, _ = world_source(0.5)._batch(7, 12, mixed.frames)
+    assert torch.equal(again, pixels)
+    assert mixed.prompts(8, 12) != captions
+
+
+def test_captions_of_worlds_are_dropped_as_often_as_others() -> None:
+    source = world_source(1.0, caption_dropout=0.5)
+    texts = [text for draw in range(8) for text in source.prompts(draw, 8)]
+    assert 16 < sum(not text for text in texts) < 48
+
+
+def test_a_clip_too_short_for_a_world_is_refused() -> None:
+    with pytest.raises(ConfigError, match="80 frames are too few for"):
+        world_source(1.0, world_gap=(70, 90)).prompts(0, 8)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"worlds": {"revisit": 1.0}}, "worlds and world_fraction: either has an effect only with the other"),
+        ({"world_fraction": 0.5}, "worlds and world_fraction"),
+        ({"worlds": {"maze": 1.0}, "world_fraction": 0.5}, "unknown kind 'maze'"),
+        ({"worlds": {"revisit": 1.0}, "world_fraction": 1.5}, "world_fraction is a share"),
+        ({"worlds": {"revisit": 1.0}, "world_fraction": 0.5, "world_gap": (9, 3)}, "gap must be two numbers"),
+        ({"worlds": {"revisit": 1.0}, "world_fraction": 0.5, "world_grounds": ("lava",)}, "grounds must be some of"),
+        ({"kind": "videos", "path": Path("x"), "worlds": {"revisit": 1.0}}, "worlds: has no effect for kind"),
         ({"motion_weights": {"flies": 2.0}}, "unknown motion 'flies'"),
         ({"shape_weights": {"star": -1.0}}, "none may be negative"),
         ({"motion_weights": {"grows": 2.0}, "two_object_fraction": 1.0}, "motion_weights: has no effect where"),

@@ -1,5 +1,5 @@
 """Procedural captioned clips as training batches: every batch is a function of (seed, step), so a resumed run sees
-exactly the data an uninterrupted one would have seen."""
+exactly the data an uninterrupted one would have seen. A share of the clips may be worlds in which something returns."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES
+from sparse_forcing.scenes.worlds.batch import WorldBatch, sample_mixture
+from sparse_forcing.scenes.worlds.config import WorldConfig
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,27 @@ def procedural_batch(
     scenes, start = scenes.to(device), start.to(device)
     video = render(scenes, num_frames, size, start=start)
     return ClipBatch(video.transpose(1, 2), captions, scenes, start)
+
+
+def worlds_in_batch(
+    seed: int,
+    step: int,
+    *,
+    batch_size: int,
+    fraction: float,
+    weights: Mapping[str, float],
+    config: WorldConfig,
+    caption_dropout: float,
+) -> tuple[list[int], WorldBatch | None, list[str]]:
+    """Which samples of a step are worlds, the worlds and their captions ("" where dropped); none: [], None, [].
+
+    Each sample is a world with probability `fraction`; its number in the whole training alone decides which.
+    """
+    chance = random.Random(f"worlds of step {step} of {seed}")
+    drawn = [(chance.random() < fraction, chance.random() < caption_dropout) for _ in range(batch_size)]
+    places = [place for place, (is_world, _) in enumerate(drawn) if is_world]
+    if not places:
+        return [], None, []
+    worlds = sample_mixture(weights, [step * batch_size + place for place in places], seed, config)
+    captions = ["" if drawn[place][1] else text for place, text in zip(places, worlds.captions())]
+    return places, worlds, captions

@@ -14,7 +14,9 @@ from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.scenes.sample import motion_table, shape_table
-from sparse_forcing.training.data.procedural import procedural_batch
+from sparse_forcing.scenes.worlds.batch import check_weights
+from sparse_forcing.scenes.worlds.config import GROUNDS, WorldConfig
+from sparse_forcing.training.data.procedural import procedural_batch, worlds_in_batch
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
 
@@ -33,6 +35,10 @@ class DataConfig:
         latent_frames: length of a clip; size: pixels of its sides (procedural).
         motion_weights: how much likelier than the rest a motion is in scenes of one object; shape_weights: the same for
             shapes, in all scenes (procedural).
+        worlds: how often each kind of world (clips in which something returns) is drawn; world_fraction: share of
+            samples that are worlds; world_gap: least and most pixel frames out of sight, None for all that fit
+            in the clip; world_grounds: kinds of ground; world_noise: noise of every frame's own, in
+            8-bit levels (procedural).
         height, width, fps: what videos are resized, cropped and thinned to; the model's own when None.
         max_bad_samples: videos that may turn out unusable; each is named, one more ends the run.
         stored_text: take text embeddings from the shards, so that no text encoder is loaded.
@@ -52,6 +58,11 @@ class DataConfig:
     caption_dropout: float = 0.0
     motion_weights: dict[str, float] | None = None
     shape_weights: dict[str, float] | None = None
+    worlds: dict[str, float] | None = None
+    world_fraction: float = 0.0
+    world_gap: tuple[int, int] | None = None
+    world_grounds: tuple[str, ...] = GROUNDS
+    world_noise: float = 0.0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -64,7 +75,7 @@ class DataConfig:
             raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
         for kind, names in (
             ("videos", ("height", "width", "fps")),
-            ("procedural", ("motion_weights", "shape_weights")),
+            ("procedural", ("motion_weights", "shape_weights", "worlds", "world_gap")),
         ):
             given = [name for name in names if getattr(self, name) is not None]
             if given and self.kind != kind:
@@ -77,6 +88,19 @@ class DataConfig:
             motion_table(self.motion_weights)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
+        if not 0 <= self.world_fraction <= 1:
+            raise ConfigError(f"world_fraction is a share in [0, 1], got {self.world_fraction}")
+        if (self.world_fraction > 0) != (self.worlds is not None):
+            raise ConfigError("worlds and world_fraction: either has an effect only with the other")
+        if self.worlds is not None:
+            check_weights(self.worlds)
+        self.world_config(1)
+
+    def world_config(self, num_frames: int) -> WorldConfig:
+        """Settings of worlds so many pixel frames long."""
+        return WorldConfig(
+            frames=num_frames, gap=self.world_gap, grounds=tuple(self.world_grounds), frame_noise=self.world_noise
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,29 +139,43 @@ def pixel_frames(vae: VideoAutoencoder, latent_frames: int) -> int:
 
 
 class ProceduralSource:
-    """Captioned clips of moving shapes, rendered when asked for."""
+    """Captioned clips of moving shapes, and worlds among them, rendered when asked for."""
 
     def __init__(self, config: DataConfig, seed: int, vae: VideoAutoencoder) -> None:
         self.config, self.seed, self.vae = config, seed, vae
+        self.frames = pixel_frames(vae, config.latent_frames)
 
-    def _batch(self, draw: int, count: int, num_frames: int):
-        return procedural_batch(
-            self.seed, draw, batch_size=count, num_frames=num_frames, size=self.config.size,
-            two_object_fraction=self.config.two_object_fraction, caption_dropout=self.config.caption_dropout,
-            motion_weights=self.config.motion_weights, shape_weights=self.config.shape_weights,
+    def _batch(self, draw: int, count: int, num_frames: int, *, world_frames: int | None = None):
+        """Pixels [B, 3, F, S, S] and captions; `world_frames` is how long worlds are planned to be, `num_frames` of
+        which are drawn."""
+        config = self.config
+        batch = procedural_batch(
+            self.seed, draw, batch_size=count, num_frames=num_frames, size=config.size,
+            two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
+            motion_weights=config.motion_weights, shape_weights=config.shape_weights,
         )  # fmt: skip
+        pixels, captions = batch.pixels, batch.captions
+        places, worlds, texts = worlds_in_batch(
+            self.seed, draw, batch_size=count, fraction=config.world_fraction, weights=config.worlds or {},
+            config=config.world_config(world_frames or num_frames), caption_dropout=config.caption_dropout,
+        )  # fmt: skip
+        if worlds is not None:
+            pixels[places] = worlds.render(config.size, frames=range(num_frames)).transpose(1, 2)
+            for place, text in zip(places, texts):
+                captions[place] = text
+        return pixels, captions
 
     def clip(self, number: int, num_frames: int) -> tuple[Tensor, str]:
         """Pixels [3, F, S, S] and caption of one clip."""
-        batch = self._batch(number, 1, num_frames)
-        return batch.pixels[0], batch.captions[0]
+        pixels, captions = self._batch(number, 1, num_frames)
+        return pixels[0], captions[0]
 
     def prompts(self, draw: int, count: int) -> list[str]:
-        return self._batch(draw, count, 1).captions
+        return self._batch(draw, count, 1, world_frames=self.frames)[1]
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
-        batch = self._batch(draw, count, pixel_frames(self.vae, self.config.latent_frames))
-        return encode_pixels(self.vae, batch.pixels), batch.captions
+        pixels, captions = self._batch(draw, count, self.frames)
+        return encode_pixels(self.vae, pixels), captions
 
 
 class Shuffled:

@@ -6,16 +6,20 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.model.rope import shift_time
+from sparse_forcing.model.selector import RetentionHead
 
 
 @dataclass
 class Block:
-    """What a head knows of a block: number since the start, keys and values [T, D] of its real tokens."""
+    """What a head knows of a block: number since the start, first frame, keys and values [T, D] of its real tokens."""
 
     number: int
+    frame: int
     keys: Tensor
     values: Tensor
 
@@ -27,7 +31,8 @@ class Block:
 @dataclass
 class Moment:
     """After a clean pass: its query blocks [n][T, D], all blocks in memory in the order of time, the number of those
-    that persist, the blocks of a frame, and for each query block the numbers of the blocks that it attends to."""
+    that persist, the blocks of a frame, for each query block the numbers of the blocks that it attends to, and the
+    layer's retention head."""
 
     queries: list[Tensor]
     blocks: list[Block]
@@ -36,6 +41,7 @@ class Moment:
     lists: list[set[int]]
     layer: int
     head: int
+    retention: RetentionHead | None = None
 
 
 def block_attention(moment: Moment, blocks: list[Block]) -> list[float]:
@@ -165,7 +171,30 @@ class Change(Paper):
         return [self.changes.get(b.number, 0.0) for b in candidates]
 
 
+class Learned(Paper):
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__(config)
+        self.unused: dict[int, int] = {}
+
+    def observe(self, moment: Moment) -> None:
+        attention = block_attention(moment, moment.blocks)
+        for block, found in zip(moment.blocks, attention):
+            even = sum(attention) / len(attention)
+            self.unused[block.number] = 0 if found >= even else self.unused.get(block.number, 0) + 1
+
+    def worth(self, moment: Moment, candidates: list[Block]) -> list[float]:
+        assert moment.retention is not None
+        hidden, out = (x[moment.head].detach().double() for x in (moment.retention.hidden, moment.retention.out))
+        found = []
+        for block in candidates:
+            pooled = shift_time(block.keys.mean(0), torch.tensor(-block.frame))
+            parts = [x / x.norm() * math.sqrt(len(x)) for x in (pooled, block.value)]
+            rest = torch.tensor([math.log(1 + self.unused[block.number]), 1.0], dtype=torch.float64)
+            found.append(float((torch.cat([*parts, rest]) @ hidden).tanh() @ out))
+        return found
+
+
 REFERENCES: dict[str, Callable[[MemoryConfig], Paper]] = {
     "paper": Paper, "mass": Mass, "accumulated": Accumulated, "recent": Recent, "first": First, "random": Random,
-    "diversity": Diversity, "combined": Combined, "change": Change,
+    "diversity": Diversity, "combined": Combined, "change": Change, "learned": Learned,
 }  # fmt: skip

@@ -12,6 +12,7 @@ from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_ma
 from sparse_forcing.model.geometry import TileLayout
 
 from .conftest import CHANNELS, CHUNK, COLS, ROWS
+from .test_retention import selectors
 
 CHUNKS = 5
 FRAMES = CHUNK * CHUNKS
@@ -133,7 +134,10 @@ def test_sparse_memory(run, latents, config, backend):
 @torch.no_grad()
 def test_every_rule_of_retention(run, latents, name):
     config = MemoryConfig(tile=(2, 3, 4), density=0.4, window_frames=6, persistent_blocks=4, retention=name)
-    memory = RecordingMemory(config, run.make(config).geometry, backend="reference")
+    learned = selectors(config, 16)
+    memory = RecordingMemory(
+        config, run.make(config, selectors=learned).geometry, backend="reference", selectors=learned
+    )
     flows = cached_flows(run, memory, *latents)
     expected = parallel_flow(run, RecordedMask(memory), *latents)
     torch.testing.assert_close(flows, expected, rtol=1e-9, atol=1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,12 +13,15 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
 from sparse_forcing.memory.retention import RULES, BlockView
 from sparse_forcing.memory.retention.diversity import cosines, eliminate
+from sparse_forcing.memory.retention.learned import RetentionTeacher
 from sparse_forcing.memory.retention.oracle import AttentionRecorder, OracleRule
+from sparse_forcing.model.selector import BlockSelector
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 from .conftest import CHUNK, LAYERS
 from .retention_references import REFERENCES, Block, Moment
 
-EVEN, RAGGED, THIN = (3, 2, 3), (2, 3, 4), (1, 2, 3)
+EVEN, RAGGED, THIN = (3, 2, 3), (2, 3, 4), (1, 2, 6)
 NAMES = sorted(RULES)
 every_rule = pytest.mark.parametrize("name", NAMES)
 
@@ -26,6 +30,19 @@ def config(name: str, tile: tuple[int, int, int] = EVEN, **knobs) -> MemoryConfi
     return MemoryConfig(
         **{"tile": tile, "window_frames": 6, "density": 0.5, "persistent_blocks": 3, "retention": name} | knobs
     )
+
+
+def selectors(settings: MemoryConfig, head_dim: int) -> list[BlockSelector] | None:
+    """What a rule that learns needs of a model: selectors whose retention heads say something."""
+    if not RULES[settings.retention].learned:
+        return None
+    torch.manual_seed(3)
+    made = [
+        BlockSelector(2, math.prod(settings.tile), head_dim, learned_retention=True).double() for _ in range(LAYERS)
+    ]
+    for selector in made:
+        torch.nn.init.normal_(selector.retention.out)
+    return made
 
 
 def kept(memory: SparseMemory) -> Tensor:
@@ -45,6 +62,7 @@ class Feed:
         geometry = MemoryGeometry(
             rows=self.rows, cols=self.cols, num_layers=LAYERS, chunk_frames=CHUNK, horizon_frames=12
         )
+        kwargs = {"selectors": selectors(settings, self.dim)} | kwargs
         self.memory = SparseMemory(settings, geometry, backend="reference", **kwargs)
         self.batch, self.dtype = batch, dtype
         self.seen: list[tuple[Tensor, ...]] = []
@@ -113,9 +131,10 @@ def test_training_keeps_the_blocks_of_inference(
     run, name: str, cache_gradient: str, tile: tuple[int, int, int]
 ) -> None:
     settings = config(name, tile, positions="relative")
-    expected = run(settings, 6, horizon=9)
+    learned = selectors(settings, 16)
+    expected = run(settings, 6, horizon=9, selectors=learned)
     blocks = kept(run.memory)
-    found = run(settings, 6, horizon=9, cache_gradient=cache_gradient)
+    found = run(settings, 6, horizon=9, selectors=learned, cache_gradient=cache_gradient)
     assert torch.equal(kept(run.memory), blocks)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
 
@@ -129,7 +148,7 @@ def test_checkpointed_gradients_see_the_blocks_of_their_pass(run, name: str) -> 
     for checkpointing in (False, True):
         run.model.gradient_checkpointing = checkpointing
         try:
-            memory = run.make(config(name), cache_gradient="detached", horizon=9)
+            memory = run.make(config(name), cache_gradient="detached", horizon=9, selectors=selectors(config(name), 16))
             found.append(gradients(run, memory, 5, keep_pool_at_last=False))
         finally:
             run.model.gradient_checkpointing = False
@@ -137,29 +156,23 @@ def test_checkpointed_gradients_see_the_blocks_of_their_pass(run, name: str) -> 
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
-def moment_of(feed: Feed, layer: int, sample: int, head: int, moved: dict[int, Block]) -> Moment:
-    memory = feed.memory
-    state = memory.layers[layer]
-    layout = memory.layout
-    query, key, value = (layout.to_blocks(x)[sample, head].double() for x in feed.seen[-1])
-    sizes = layout.sizes.tolist()
-    first = len(feed.seen) * layout.num_blocks - layout.num_blocks
+def moment_of(feed: Feed, layer: int, sample: int, head: int, known: dict[int, Block]) -> Moment:
+    """After the last chunk; its blocks join those `known`."""
+    memory, n = feed.memory, feed.memory.layout.num_blocks
+    state, layout, selection = memory.layers[layer], memory.layout, memory.selection
+    query, key, value = (layout.to_blocks(x)[sample, head] for x in feed.seen[-1])
+    sizes, first = layout.sizes.tolist(), (len(feed.seen) - 1) * n
     for i, size in enumerate(sizes):
-        moved[first + i] = Block(first + i, key[i, :size], value[i, :size])
+        frame = memory.chunk_position + int(layout.first_frame[i])
+        known[first + i] = Block(first + i, frame, key[i, :size], value[i, :size])
     numbers = state.origin.gather(2, state.slots)[sample, head].tolist()
-    index = memory.selection.lists(
-        layer, state, memory.selection.pool(layout, layer, layout.to_blocks(feed.seen[-1][0]), "query")
-    )
-    lists = [
-        set(row)
-        for row in state.origin[:, :, None]
-        .expand(-1, -1, len(sizes), -1)
-        .gather(3, index.long())[sample, head]
-        .tolist()
-    ]
+    pooled = selection.pool(layout, layer, layout.to_blocks(feed.seen[-1][0]), "query")
+    slots = selection.lists(layer, state, pooled)[sample, head].long()
+    lists = [set(row) for row in state.origin[sample, head][slots].tolist()]
+    made = selection.selectors
     return Moment(
-        [query[i, :size] for i, size in enumerate(sizes)], [moved[number] for number in numbers],
-        state.persistent.shape[2], memory.plan.frame_blocks, lists, layer, head,
+        [query[i, :size] for i, size in enumerate(sizes)], [known[number] for number in numbers],
+        state.persistent.shape[2], memory.plan.frame_blocks, lists, layer, head, made and made[layer].retention,
     )  # fmt: skip
 
 
@@ -333,3 +346,58 @@ def test_the_oracle_keeps_what_a_full_cache_attends_to_later() -> None:
     candidates = torch.cat([feed.record[3][1], torch.arange(2 * n, 3 * n).expand(2, Feed.heads, n)], 2)
     best = candidates.gather(2, worth.gather(2, candidates).topk(3).indices).sort(-1).values
     assert torch.equal(chosen, best)
+
+
+def test_a_head_learns_from_a_memory_of_everything_what_will_be_attended_to() -> None:
+    """Every fourth block has keys that all queries look for; only old attention and its key tell which."""
+    everything = config("learned", density=1.0, persistent_blocks=200)
+    made = selectors(everything, Feed.dim)
+    assert made is not None
+    teacher = RetentionTeacher(everything)
+    Wanted(everything, rule=teacher, selectors=made)(7).memory.begin_chunk(CHUNK)
+    heads = torch.nn.ModuleList(selector.retention for selector in made)
+    optimizer = torch.optim.Adam(heads.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        optimizer.zero_grad()
+        losses.append(teacher.loss(made))
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[-1] < 0.5 * losses[0]
+
+    def caught(name: str) -> float:
+        """Later mass of what a memory of two blocks keeps in the fourth chunk, of that of all that had left."""
+        settings = config(name, persistent_blocks=2)
+        numbers = kept(Wanted(settings, selectors=made)(5).memory)
+        later = torch.stack([teacher.later(layer, 3)[..., : 3 * 4] for layer in range(LAYERS)])
+        return float(later.gather(3, numbers).sum() / later.sum())
+
+    assert caught("learned") > 1.2 * max(caught("first"), caught("random"))
+
+
+class Wanted(Feed):
+    def tokens(self, frames: int, chunk: int) -> tuple[Tensor, ...]:
+        query, key, value = super().tokens(frames, chunk)
+        layout = self.memory.layout
+        blocks = layout.to_blocks(key).clone()
+        direction = torch.zeros(self.dim).index_fill_(0, torch.tensor([self.dim - 1]), 3.0)  # turns slowly in time
+        blocks[:, :, chunk % 4] += direction
+        return query + direction, layout.from_blocks(blocks), value
+
+
+def test_the_learned_rule_needs_a_model_with_heads() -> None:
+    with pytest.raises(ConfigError, match="needs a model with a trained retention head"):
+        Feed(config("learned"), selectors=None)
+    with pytest.raises(ConfigError, match="learned_retention: is part of a block selector"):
+        CausalWanTransformer3DModel(num_layers=1, learned_retention=True)
+
+
+def test_a_model_gets_heads_only_if_its_config_says_so() -> None:
+    sizes = {
+        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8,
+        "freq_dim": 16, "ffn_dim": 48, "num_layers": 1, "selector_tokens": 6,
+    }  # fmt: skip
+    old, new = CausalWanTransformer3DModel(**sizes), CausalWanTransformer3DModel(**sizes, learned_retention=True)
+    added = set(new.state_dict()) - set(old.state_dict())
+    assert added == {"blocks.0.selector.retention.hidden", "blocks.0.selector.retention.out"}
+    assert not set(old.state_dict()) - set(new.state_dict())

@@ -85,17 +85,24 @@ class BlockView:
         """[B, H, N, T, D] values."""
         return self.suppliers["values"]()
 
+    @cached_property
+    def head(self) -> Tensor:
+        """Weights of the layer's retention head (`RetentionHead.packed`), for a rule that says it is `learned`."""
+        return self.suppliers["head"]()
+
 
 class RetentionRule(ABC):
     """Says which blocks stay when there are more than the persistent set holds.
 
     Class attributes:
-        reads: what the clean pass must leave behind for it: "attention", "mass", or neither.
+        reads: what the clean pass must leave behind for it: "attention", "mass", both or neither.
+        learned: whether it needs the retention head of the model's selectors.
         state_size: numbers it remembers of each block (R); 0 for a rule without memory, whose `observe` is not called.
         fresh: their value for a block that has just been written.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
+    learned: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     fresh: ClassVar[float] = 0.0
 

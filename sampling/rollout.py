@@ -54,6 +54,20 @@ class SeededNoise:
     fresh = chunk
 
 
+class GivenNoise:
+    """Noise of the whole video given by the caller, [B, F, C, H, W]; re-noising still draws."""
+
+    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
+        self.latents, self.seeded, self.used = latents, seeded, 0
+
+    def chunk(self, frames: int) -> Tensor:
+        self.used += frames
+        return self.latents[:, self.used - frames : self.used]
+
+    def fresh(self, frames: int) -> Tensor:
+        return self.seeded.fresh(frames)
+
+
 @dataclass(frozen=True)
 class RolloutChunk:
     """A finished chunk.
@@ -120,7 +134,9 @@ def rollout(
             network.clean(given, 0.0)
             start += given.shape[1]
     for index, frames in enumerate(chunks):
-        changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
+        changed = (
+            text_at(index) if index and text_at is not None else None
+        )  # before the clock starts: a person may be typing
         began = time.perf_counter()
         if changed is not None:
             network.read(changed)

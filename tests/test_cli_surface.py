@@ -32,6 +32,7 @@ SURFACE = {
     "convert": "SOURCE TARGET --part --head-dim --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
+    "playground": "--model --device --text-encoder-device --dtype --host --port --cache-gigabytes",
     "doctor": "--kernels --config --stage --processes --json",
 }
 WITHOUT_TORCH = """
@@ -56,7 +57,7 @@ def flags(command: str) -> list[str]:
 
 
 def test_commands_are_frozen() -> None:
-    assert list(COMMANDS) == ["generate", "train", "evaluate", "bench", "convert", "data", "doctor"]
+    assert list(COMMANDS) == ["generate", "train", "evaluate", "bench", "convert", "data", "playground", "doctor"]
 
 
 @pytest.mark.parametrize("command", SURFACE)

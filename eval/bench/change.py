@@ -20,7 +20,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.judging import ACCURACIES, Record, RolloutSettings, judge, share_of, stream
 from sparse_forcing.eval.bench.options import ChangeBenchConfig
 from sparse_forcing.eval.bench.rollout import compare_memories, percent
-from sparse_forcing.eval.metrics.caption import ATTRIBUTES
+from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
 from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline

@@ -16,8 +16,8 @@ import torch
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.measuring.statistics import LEVEL, summarize
-from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
-from sparse_forcing.eval.metrics.picture import NAMES, picture_statistics
+from sparse_forcing.eval.metrics.offline.picture import NAMES, picture_statistics
+from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.arguments import PromptChanges
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline, VideoChunk

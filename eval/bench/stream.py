@@ -78,12 +78,9 @@ class Stream:
     def rollout(self, memory: MemoryConfig, chunks: int) -> Iterator[RolloutChunk]:
         """A rollout from noise; the same noise for every memory."""
         geometry = self.architecture.geometry
-        rows, cols = geometry.token_size(*self.latent_size)
         frames = chunks * geometry.chunk_frames
-        sizes = MemoryGeometry(
-            rows=rows, cols=cols, num_layers=self.model.config.num_layers, chunk_frames=geometry.chunk_frames,
-            horizon_frames=self.model.config.horizon_frames, capacity_frames=frames,
-        )  # fmt: skip
+        tokens = geometry.token_size(*self.latent_size)
+        sizes = MemoryGeometry.of(self.model.config, *tokens, capacity_frames=frames)
         shape = (self.architecture.channels, *self.latent_size)
         noise = SeededNoise([torch.Generator().manual_seed(self.seed)], shape, self.device, self.text.dtype)
         state = make_memory(memory, sizes, selectors=self.model.selectors)
@@ -154,13 +151,10 @@ def find_architecture(name: str, published: Mapping[str, dict[str, Any]]) -> Arc
     with torch.device("meta"):
         sizes = CausalWanTransformer3DModel(**transformer).config
         vae = _autoencoder(defaults.vae, vae_config)
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=tuple(sizes.patch_size),
-        first_frame_alone=vae.first_frame_alone, chunk_frames=sizes.chunk_frames,
-    )  # fmt: skip
     return Architecture(
-        transformer=transformer, defaults=defaults, geometry=geometry, text_len=text_len, channels=sizes.in_channels
-    )
+        transformer=transformer, defaults=defaults, geometry=VideoGeometry.of(vae, sizes), text_len=text_len,
+        channels=sizes.in_channels,
+    )  # fmt: skip
 
 
 def _settings(folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from sparse_forcing.files import (
 )
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
+    check_inputs,
     check_sidecar,
     is_finished,
     output_folders,
@@ -36,9 +37,12 @@ from sparse_forcing.sampling.generation.outputs import (
     remove_old,
 )
 from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
 class Progress:
@@ -58,6 +62,8 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
     """
     progress = progress or Progress()
     folders = output_folders(config, jobs)
+    waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+    check_inputs(config, waiting)
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
@@ -65,6 +71,7 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
             for folder in folders:
                 sweep_temporaries(folder)
             waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+            check_inputs(config, waiting)  # another run may have moved files meanwhile
             for job in waiting:
                 check_sidecar(job)
             if len(waiting) < len(jobs):
@@ -87,7 +94,7 @@ def _generate_all(
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
-    start = read_start(config)
+    start = read_start(config, progress.note)
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -98,14 +105,15 @@ def _generate_all(
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
     given = start_arguments(config, settings, start, pipe)
-    for number, job in enumerate(jobs, 1):
-        progress.begin(job, number, len(jobs))
-        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
-        progress.end()
-        yield record
+    with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
+        for number, job in enumerate(jobs, 1):
+            progress.begin(job, number, len(jobs))
+            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            progress.end()
+            yield record
 
 
-def load_pipeline(config: GenerateConfig) -> Any:
+def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
@@ -121,12 +129,12 @@ def load_pipeline(config: GenerateConfig) -> Any:
 
 
 def generate_video(
-    pipe: Any,
+    pipe: SparseForcingPipeline,
     config: GenerateConfig,
     settings: Settings,
     job: Job,
     progress: Progress,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     *,
     model_load_seconds: float,
 ) -> dict[str, Any]:

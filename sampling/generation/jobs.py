@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
+from sparse_forcing.media.listing import VIDEO_SUFFIXES
 from sparse_forcing.sampling.generation.prompts import check_prompt, check_prompts, read_prompts
 
 MAX_FRAMES = 1_000_000
@@ -24,9 +25,11 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE),
 }  # fmt: skip
-_OTHER_SUFFIXES = {
-    ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg", ".m4v", ".mp3", ".wav", ".png", ".jpg", ".jpeg", ".webp", ".json",
-}  # fmt: skip
+_OTHER_SUFFIXES = frozenset(
+    ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
+    ".m2v .m4a .mjpeg .mp3 .mp4v .mpe .mts .mxf .ogg .ogv .png .qt .rm .swf .tif .tiff .txt .vob .wav .webp .wmv .y4m "
+    ".yuv".split()
+).union(VIDEO_SUFFIXES) - {".mp4"}
 # Which memory kinds each knob means something to.
 MEMORY_KNOBS = {
     "window_frames": ("window", "sink", "sparse", "heavy_hitter"),
@@ -43,7 +46,7 @@ MEMORY_KNOBS = {
 class GenerateConfig:
     """What to generate and where to; the command line has one flag for each. None: the model's own default.
 
-    prompts, prompt_file: one of the two; a file holds one prompt a line.
+    prompts, prompt_file: one of the two; see `read_prompts`.
     model: `tiny`, or a local diffusers folder.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.

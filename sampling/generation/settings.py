@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, GenerateConfig, flag
 
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
-_TOO_LARGE = ("out of memory", "can't allocate memory", "Storage size calculation overflowed")  # of torch
 ROUNDING = 1e-6  # frames: 17.6 s are 440.00000000000006 frames at 25 a second
 WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
 
@@ -33,7 +35,7 @@ class Settings:
     prompt_changes: dict[int, str]
 
 
-def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
+def resolve_settings(config: GenerateConfig, pipe: SparseForcingPipeline) -> Settings:
     """The settings of every video of the run. Raises ConfigError for what this model cannot take."""
     defaults = pipe.config
     height, width = config.height or defaults.height, config.width or defaults.width
@@ -50,7 +52,7 @@ def resolve_settings(config: GenerateConfig, pipe: Any) -> Settings:
     )
 
 
-def _num_frames(config: GenerateConfig, pipe: Any) -> int:
+def _num_frames(config: GenerateConfig, pipe: SparseForcingPipeline) -> int:
     if config.seconds is None:
         return config.num_frames or pipe.config.num_frames
     wanted = max(1.0, config.seconds * pipe.fps)
@@ -59,28 +61,17 @@ def _num_frames(config: GenerateConfig, pipe: Any) -> int:
     return round(wanted)
 
 
-def _prompt_changes(config: GenerateConfig, pipe: Any, num_frames: int) -> dict[int, str]:
+def _prompt_changes(config: GenerateConfig, pipe: SparseForcingPipeline, num_frames: int) -> dict[int, str]:
     """The prompts of --then by the frame that the next chunk begins with. Raises ConfigError where none does."""
     if not config.then:
         return {}
+    from sparse_forcing.sampling.arguments import changed_chunks
+
     continued = config.image is not None or config.video is not None
     chunks = pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames, continued=continued))
     starts = pipe.geometry.chunk_starts(chunks, continued=continued)
-    changes: dict[int, str] = {}
-    for seconds, prompt in config.then:
-        frame = next((start for start in starts if start >= seconds * pipe.fps - ROUNDING), None)
-        if frame is None:
-            raise ConfigError(
-                f"--then {seconds:g}: the last chunk begins at {starts[-1] / pipe.fps:g} s; make the video longer with "
-                "--seconds"
-            )
-        if frame in changes:
-            raise ConfigError(
-                f"--then {seconds:g}: the chunk at {frame / pipe.fps:g} s has a prompt already; a chunk takes "
-                f"{pipe.geometry.chunk_frames * pipe.geometry.temporal_stride / pipe.fps:g} s"
-            )
-        changes[frame] = prompt.strip()
-    return changes
+    wanted = [(math.ceil(seconds * pipe.fps - ROUNDING), prompt.strip()) for seconds, prompt in config.then]
+    return {starts[number]: prompt for number, prompt in changed_chunks(wanted, starts, "--then", pipe.fps).items()}
 
 
 def picture_scale(scale: int | None, height: int, width: int) -> int:
@@ -124,7 +115,7 @@ def explained_out_of_memory(settings: Settings) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError) or any(words in str(error) for words in _TOO_LARGE)):
+        if not is_out_of_memory(error):
             raise
         kind = settings.memory.kind
         grows = ("persistent_blocks", "window_frames", "tile")

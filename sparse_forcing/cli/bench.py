@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, fields
 
-from sparse_forcing.cli.flags import add_config_flags, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.options import (
     AttentionBenchConfig,
@@ -14,6 +14,7 @@ from sparse_forcing.eval.bench.options import (
     RolloutBenchConfig,
     StreamBenchConfig,
 )
+from sparse_forcing.inputs import check_targets, model_folders
 
 CONFIGS: dict[str, type] = {
     "attention": AttentionBenchConfig,
@@ -59,7 +60,7 @@ STREAM_FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)
@@ -78,6 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
     config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | RecallBenchConfig | StreamBenchConfig
     config = read_config(cls, arguments)
+    if config.output is not None:
+        check_targets([], [], sealed=model_folders([getattr(config, "model", "")]), added_to=[config.output])
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval.bench import rollout as bench_rollout
 

@@ -5,9 +5,18 @@ from __future__ import annotations
 import argparse
 import json
 
+from sparse_forcing.cli import say
 from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError, OutputError, WeightsError
-from sparse_forcing.files import check_writable, is_file, is_folder, output_lock
+from sparse_forcing.files import (
+    check_writable,
+    holds_nothing,
+    is_file,
+    is_folder,
+    output_lock,
+    without_empty_folders,
+)
+from sparse_forcing.inputs import check_targets
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,17 +38,19 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--head-dim must be at least 1, got {arguments.head_dim}")
     if not (is_file(source, WeightsError) or is_folder(source, WeightsError)):
         raise WeightsError(f"{source}: no such weight file or folder")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    if target.exists() and (not target.is_dir() or not holds_nothing(target)):
         raise OutputError(f"{target} exists already; name a new folder")
-    check_writable(target, folder=True)
-    from sparse_forcing.model_folder.convert import convert_checkpoint
-    from sparse_forcing.weights.manifest import write_manifest
+    check_targets([], [], sealed=[source], added_to=[target])
+    with without_empty_folders([target]):
+        check_writable(target, folder=True)
+        from sparse_forcing.model_folder.convert import convert_checkpoint
+        from sparse_forcing.weights.manifest import write_manifest
 
-    with output_lock(target):
-        convert_checkpoint(source, target, which=arguments.part, head_dim=arguments.head_dim)
-        hashes = write_manifest(target)
+        with output_lock(target):
+            convert_checkpoint(source, target, which=arguments.part, head_dim=arguments.head_dim)
+            hashes = write_manifest(target)
     if arguments.json:
-        print(json.dumps({"target": str(target), "sha256": hashes}))
+        say(json.dumps({"target": str(target), "sha256": hashes}))
     else:
-        print(f"{target}: {len(hashes)} files")
+        say(f"{target}: {len(hashes)} files")
     return 0

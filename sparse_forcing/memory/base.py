@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ class MemoryGeometry:
     chunk_frames: int
     horizon_frames: int
     capacity_frames: int | None = None
+
+    @classmethod
+    def of(
+        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None
+    ) -> MemoryGeometry:
+        """Of a transformer's config and the tokens of its latent frames."""
+        names = ("num_layers", "chunk_frames", "horizon_frames")
+        return cls(rows=rows, cols=cols, capacity_frames=capacity_frames, **{name: transformer[name] for name in names})
 
     @property
     def tokens_per_frame(self) -> int:

@@ -43,11 +43,5 @@ def make_model_memory(
 ) -> RolloutMemory:
     """An empty memory of `model` for latents [B, F, C, H, W]; rule: see `make_memory`."""
     _, ph, pw = model.config.patch_size
-    geometry = MemoryGeometry(
-        rows=latents.shape[3] // ph,
-        cols=latents.shape[4] // pw,
-        num_layers=model.config.num_layers,
-        chunk_frames=model.config.chunk_frames,
-        horizon_frames=model.config.horizon_frames,
-    )
+    geometry = MemoryGeometry.of(model.config, latents.shape[3] // ph, latents.shape[4] // pw)
     return make_memory(config, geometry, cache_gradient=cache_gradient, selectors=model.selectors, rule=rule)

@@ -6,14 +6,19 @@ Legend: F latent frames, R x C token rows and columns of a latent frame, N = R *
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparse_forcing.model.vae import VideoAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,17 @@ class VideoGeometry:
             raise ConfigError(
                 f"geometry.patch_size: only one latent frame per token is supported, got {self.patch_size}"
             )
+
+    @classmethod
+    def of(cls, vae: VideoAutoencoder, transformer: Mapping[str, Any]) -> VideoGeometry:
+        """Of a model: its autoencoder and its transformer's config."""
+        return cls(
+            temporal_stride=vae.temporal_stride,
+            spatial_stride=vae.spatial_stride,
+            first_frame_alone=vae.first_frame_alone,
+            patch_size=tuple(transformer["patch_size"]),
+            chunk_frames=transformer["chunk_frames"],
+        )
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` decode to."""

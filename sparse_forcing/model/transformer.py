@@ -179,7 +179,7 @@ class Attention(nn.Module):
 class CausalWanBlock(nn.Module):
     def __init__(
         self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None,
-        learned_retention: bool,
+        learned_retention: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.eps = eps

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import PathLike
-from sparse_forcing.weights.safe_load import check_state_dict, load_weights
+from sparse_forcing.weights.parts import explained
+from sparse_forcing.weights.safe_load import check_state_dict, load_weights, not_finite
 
 TOP_LEVEL = {
     "patch_embedding": "patch_embedding",
@@ -163,7 +164,7 @@ def infer_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM, sourc
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{source}: does not fit the model; missing or misshapen: {error}") from error
     if dim % head_dim:
-        raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give head_dim")
+        raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give --head-dim")
     return config
 
 
@@ -172,7 +173,7 @@ def load_transformer(source: PathLike, which: str | None = None, *, head_dim: in
 
     Args:
         which: part of the checkpoint (`generator_ema`, `generator`, `critic`); chosen as in `select_state` when None.
-        head_dim: of one attention head; weights do not tell it (128 in every released Wan).
+        head_dim: numbers in an attention head, which weights do not tell (128 in every released Wan).
 
     Raises:
         WeightsError: damaged or hostile file, or tensors that do not fit, the first few named.
@@ -188,9 +189,11 @@ def load_transformer(source: PathLike, which: str | None = None, *, head_dim: in
             )
         state.update(part)
     config = infer_config(state, head_dim=head_dim, source=str(source))
-    with torch.device("meta"):
+    with torch.device("meta"), explained(source, f"makes no model with head dimension {head_dim}"):
         model = CausalWanTransformer3DModel(**config)
     check_state_dict(model.state_dict(), state, source=str(source))
+    if bad := not_finite(state):
+        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint is of no use")
     model.load_state_dict(state, assign=True)
     return model
 

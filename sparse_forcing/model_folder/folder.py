@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part
+from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
 PIPELINE_FILE = "pipeline.json"
@@ -74,7 +76,11 @@ def find_model(model: str) -> Path:
 def read_defaults(folder: Path) -> PipelineConfig:
     """The folder's defaults; a diffusers folder has none and gets Wan's."""
     path = folder / PIPELINE_FILE
-    config = build_config(PipelineConfig, read_json(path), source=str(path)) if path.is_file() else PipelineConfig()
+    config = (
+        build_config(PipelineConfig, read_json(path, max_bytes=MAX_CONFIG_BYTES), source=str(path))
+        if path.is_file()
+        else PipelineConfig()
+    )
     if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
         raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
     return config
@@ -111,6 +117,26 @@ def write_pipeline(
         shutil.copytree(part, folder / part.name, copy_function=_link_or_copy, dirs_exist_ok=True)
     atomic_write_json(folder / PIPELINE_FILE, asdict(config))
     write_manifest(folder)
+
+
+def write_autoencoder(folder: Path, vae: PatchAutoencoder | TokenAutoencoder, config: PipelineConfig) -> None:
+    """Write a model folder that holds an autoencoder alone, for models that are still to be trained."""
+    save_part(vae, folder / "vae")
+    atomic_write_json(folder / PIPELINE_FILE, asdict(replace(config, vae=kind_of(vae))))
+    write_manifest(folder)
+
+
+def save_part(part: Any, folder: Path) -> None:
+    """Write one embedded part of a model."""
+    part.save_pretrained(folder)
+    settings = read_json(folder / "config.json")
+    settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
+    atomic_write_json(folder / "config.json", settings)
+
+
+def kind_of(vae: VideoAutoencoder) -> str:
+    """What a model folder calls an embedded autoencoder."""
+    return next(name for name, kind in EMBEDDED_AUTOENCODERS.items() if isinstance(vae, kind))
 
 
 def _link_or_copy(source: str, target: str) -> str:

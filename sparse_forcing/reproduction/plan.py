@@ -229,21 +229,13 @@ class _Planner:
 
 def horizon_frames(model: Path) -> int:
     """Latent frames of a model's default clip."""
-    vae, config = load_autoencoder(model), _transformer_config(model)
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, first_frame_alone=vae.first_frame_alone,
-        patch_size=tuple(config["patch_size"]), chunk_frames=config["chunk_frames"],
-    )  # fmt: skip
+    geometry = VideoGeometry.of(load_autoencoder(model), _transformer_config(model))
     return geometry.latent_frames(read_defaults(model).num_frames)
 
 
 def check_memory(model: Path, memory: MemoryConfig) -> None:
     """Raise ConfigError when a memory does not fit a model's chunks."""
-    config = _transformer_config(model)
-    geometry = MemoryGeometry(
-        rows=1, cols=1, num_layers=config["num_layers"], chunk_frames=config["chunk_frames"],
-        horizon_frames=config["horizon_frames"],
-    )  # fmt: skip
+    geometry = MemoryGeometry.of(_transformer_config(model), 1, 1)
     make_memory(memory, geometry).begin_chunk(geometry.chunk_frames)
 
 

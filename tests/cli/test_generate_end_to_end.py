@@ -127,7 +127,10 @@ def test_prompts_follow_each_other(model: Path, tmp_path: Path, capsys: pytest.C
     ]
     assert [entry.text for entry in load_entries(tmp_path)] == [None, "a ball"]
     capsys.readouterr()
-    for times, message in ((["1.1"], "the last chunk begins at 1 s"), (["0.1", "0.2"], "has a prompt already")):
+    for times, message in (
+        (["1.1"], "the last one begins at 1 s"),
+        (["0.1", "0.2"], "begins at 0.5 s has two prompts"),
+    ):
         late = [word for time in times for word in ("--then", time, "a red ball")]
         arguments = ["generate", "a ball", "--model", str(model), "--output", str(tmp_path / "none" / "late.mp4")]
         assert main([*arguments, "--num-frames", "24", *late]) == 2

@@ -67,10 +67,10 @@ def test_other_tensors_than_the_models_are_named(
     [
         ("transformer", {"num_layers": 1}, "unexpected: blocks.1"),
         ("transformer", {"num_layers": 3}, "missing: blocks.2"),
-        ("transformer", {"num_layers": "x"}, "cannot be loaded"),
+        ("transformer", {"num_layers": "x"}, "num_layers must be a whole number"),
         ("transformer", {"patch_size": [1]}, "cannot be loaded"),
-        ("transformer", {"num_attention_heads": 0}, "cannot be loaded"),
-        ("transformer", {"chunk_frames": "x"}, "do not fit together"),
+        ("transformer", {"num_attention_heads": 0}, "must be a whole number from 1"),
+        ("transformer", {"chunk_frames": "x"}, "config.json: chunk_frames must be a whole number"),
         ("text_encoder", {"words": 5}, "cannot be loaded"),
     ],
 )

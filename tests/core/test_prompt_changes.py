@@ -130,7 +130,7 @@ def test_times_become_the_frames_that_chunks_begin_with():
     starts = {9 + 12 * n: f"number {n}" for n in range(40)}
     assert any(start / 25 * 25 > start for start in starts)
     assert changes([(start / 25, prompt) for start, prompt in starts.items()], 480, 25) == starts
-    with pytest.raises(ConfigError, match="the last chunk begins at 0 s"):
+    with pytest.raises(ConfigError, match="the last one begins at 0 s"):
         changes([(0.75, BLUE)], 12, 16, image=Path("a.png"))
 
 
@@ -146,7 +146,7 @@ def test_chunks_begin_where_the_pixels_of_the_one_before_end():
     [
         ({0: BLUE}, "no chunk begins at frame 0"),
         ({-8: BLUE}, "no chunk begins at frame -8"),
-        ({25: BLUE}, "the last one begins at 24"),
+        ({25: BLUE}, "the last one begins at frame 24"),
         ({9: BLUE, 16: RED}, "frame 16 has two prompts"),
         ({"8": BLUE}, "expected a whole number"),
         ({8: 5}, "expected text"),

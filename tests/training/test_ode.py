@@ -13,7 +13,7 @@ from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.data.pairs import PairsConfig, kept_steps, make_pairs
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.ode import OdeConfig, train
 from tests.training.conftest import CHANNELS, HORIZON
 

@@ -115,7 +115,7 @@ def test_non_finite_loss_on_one_process_stops_both(
     assert code != 0
     assert "step 3" in output
     assert "flow loss = nan" in output
-    assert all(f"[rank{rank}]: FloatingPointError" in output for rank in range(2))
+    assert all(f"[rank{rank}]: sparse_forcing.errors.NotFiniteError" in output for rank in range(2))
     assert "resuming goes on from step 2" in output
     assert newest(out).name == "step-00000002"
     assert is_complete(newest(out))

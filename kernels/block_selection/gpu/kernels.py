@@ -12,19 +12,21 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_forcing.kernels.triton_runtime import program_head
+
 
 @triton.jit(do_not_specialize=["blocks"])
 def pool_kernel(
     x, sizes, weights, pooled, sxb, sxh, sxn, sxt, sxd, heads, blocks,
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of block program_id(0).
+    """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of one block.
 
     x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, block = program_head(MANY_HEADS), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     tokens, dims = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     size = tl.load(sizes + head * blocks + block) if RAGGED else T
@@ -42,10 +44,11 @@ def pool_kernel(
 
 @triton.jit
 def _ordered(scores):
-    """float32 -> uint32 with the same order; -0 equals 0. The smallest real number maps above 0."""
+    """float32 -> uint32 with the same order; -0 equals 0, NaN is above all, whatever its sign. The smallest real number
+    maps above 0."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return signed.to(tl.uint32, bitcast=True) ^ 0x80000000
+    return tl.where(scores == scores, signed, 0x7FFFFFFF).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
@@ -76,6 +79,7 @@ def choose_kernel(
     query_blocks_ptr, key_blocks_ptr, own, persistent_slots, window_slots, chosen, scale, query_blocks, window, kept,
     persistent, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     OWN: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """chosen [B*H, Nq, persistent + kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only,
     [ROWS, BLOCK_N].
@@ -86,7 +90,7 @@ def choose_kernel(
     query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
     memory holds a slice of all key blocks instead of all of them.
     """
-    head = tl.program_id(1).to(tl.int64)
+    head = program_head(MANY_HEADS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
@@ -122,9 +126,10 @@ def choose_kernel(
 def select_kernel(
     scores_ptr, own, selected, query_blocks, window, kept,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """`choose_kernel` from stored scores [B*H, Nq, Nk] float32."""
-    head = tl.program_id(1).to(tl.int64)
+    head = program_head(MANY_HEADS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
     inside = rows < query_blocks
@@ -140,9 +145,11 @@ def select_kernel(
 
 
 @triton.jit(do_not_specialize=["candidates"])
-def update_kernel(slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr):
+def update_kernel(
+    slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr, MANY_HEADS: tl.constexpr
+):
     """Top-C of one head's candidates: kept_slots [B*H, C] and freed_slots [B*H, Nc - C], both in candidate order."""
-    head = tl.program_id(0).to(tl.int64)
+    head = program_head(MANY_HEADS)
     columns = tl.arange(0, BLOCK_N)[None, :]
     listed = columns < candidates
     score = tl.load(importance + head * candidates + columns, mask=listed, other=0.0)

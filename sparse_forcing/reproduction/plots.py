@@ -1,4 +1,4 @@
-"""Plots of the miniature (accuracy, drift and cache over the horizon) and a sheet of frames for the eye."""
+"""Plots of the reproduction (accuracy, drift and cache over the horizon) and a sheet of frames for the eye."""
 
 from __future__ import annotations
 

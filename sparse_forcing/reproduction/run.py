@@ -16,9 +16,9 @@ from sparse_forcing.eval.bench.judging import chunks_until
 from sparse_forcing.eval.bench.selector import measure_recall
 from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.reproduction.claims import FULL_CACHE
-from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, plan_trainings
-from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts, digest
-from sparse_forcing.reproduction.tables import write_miniature, write_selector
+from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, hash_settings, plan_trainings
+from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts
+from sparse_forcing.reproduction.tables import write_results, write_selector
 from sparse_forcing.reproduction.tasks import Task, run_tasks
 from sparse_forcing.scenes.held_out import held_out_prompts
 
@@ -74,7 +74,7 @@ class Reproduction:
         student = Student(
             model=training.model,
             weights=training.folder.name,
-            memory=VARIANTS[name].memory_of(self.config.training.memory),
+            memory=VARIANTS[name].adapt_memory(self.config.training.memory),
         )
         prompts = self.prompts[: settings.prompts if name in MAIN else settings.ablation_prompts]
         return StudentRollouts(name=name, student=student, prompts=prompts, config=settings, out=self.folder)
@@ -131,7 +131,7 @@ class Reproduction:
             "recall": read_json(self.recall.path)["recall"] if self.recall else None,
         }
         shown = self.prompts[: self.config.evaluation.sheet_prompts]
-        write_miniature(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
+        write_results(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
         if self.recall:
             write_selector(read_json(self.recall.path), selector_results)
         print((results / "miniature.md").read_text(), end="")
@@ -149,7 +149,7 @@ class SelectorRecall:
 
     @cached_property
     def path(self) -> Path:
-        return self.out / f"recall-{digest(self.student.described(), self.prompts, self.seed)}.json"
+        return self.out / f"recall-{hash_settings([self.student.describe(), self.prompts, self.seed])}.json"
 
     def measure(self) -> int:
         pipe = self.student.load(self.device)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.model_folder.folder import load_transformer
-from sparse_forcing.training.engine.parallel import leaving_group, shard
+from sparse_forcing.training.engine.parallel import leave_group, shard
 from tests.training.conftest import CHANNELS
 from tests.training.helpers import (
     differences,
@@ -94,7 +94,7 @@ def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model
 def test_sharding_in_bfloat16_leaves_timesteps_and_positions_in_float32(tmp_path: Path, model_folder: Path) -> None:
     """In bfloat16 a timestep of 937.5 is 936."""
     seen = {}
-    with leaving_group():
+    with leave_group():
         dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
         model = shard(load_transformer(model_folder), param_dtype=torch.bfloat16)
         model.condition_embedder.register_forward_pre_hook(lambda _, inputs: seen.update(timestep=inputs[0]))

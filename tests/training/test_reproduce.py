@@ -14,7 +14,7 @@ import pytest
 
 from sparse_forcing.cli import run_module
 from sparse_forcing.errors import VideoError
-from sparse_forcing.reproduction import plan as miniature
+from sparse_forcing.reproduction import plan
 from sparse_forcing.reproduction import students as evaluation
 from sparse_forcing.reproduction.plan import CONFIGS, STUDENTS, VARIANTS
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -193,7 +193,7 @@ def test_a_stopped_training_is_reported_and_goes_on(
 ) -> None:
     config = settings(model_folder)
     config["variants"] = ["training-free"]
-    monkeypatch.setattr(miniature.Training, "run", lambda training: STOPPED)
+    monkeypatch.setattr(plan.Training, "run", lambda training: STOPPED)
     assert reproduce(tmp_path, config) == STOPPED
     assert not (tmp_path / "results/miniature/miniature.md").exists()
     monkeypatch.undo()

@@ -166,7 +166,7 @@ class Context:
     policy: ParallelAttention
 
 
-def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
+def make_context(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
     """What a causal teacher sees beside the noisy clip, within `window` latent frames; None: a bidirectional one."""
     if window is None:
         return None
@@ -174,7 +174,7 @@ def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context |
     return Context(clip.detach(), ParallelAttention.teacher_forcing(chunks, window=window))
 
 
-def score_of(
+def make_score(
     network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor, context: Context | None = None
 ) -> Score:
     """A transformer as a score of one micro-batch's prompts; without a context all frames see each other."""

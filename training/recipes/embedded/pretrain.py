@@ -56,7 +56,7 @@ from sparse_forcing.training.recipes.embedded.pretrain_model import (
 )
 from sparse_forcing.training.recipes.embedded.scene_targets import course_targets, pose_targets
 from sparse_forcing.training.recipes.embedded.tiny import TINY
-from sparse_forcing.training.recipes.validation import averaged, evaluated, write_samples
+from sparse_forcing.training.recipes.validation import swap_in_average, switch_to_eval, write_samples
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -238,11 +238,15 @@ class PretrainRecipe(Recipe):
         return SparseForcingPipeline(self.model.transformer, self.model.text_encoder, self.vae, defaults)
 
     def validate(self, step: int, folder: Path) -> None:
-        with averaged(self.model, self.ema), evaluated(self.model), torch.compiler.set_stance("force_eager"):
+        with (
+            swap_in_average(self.model, self.ema),
+            switch_to_eval(self.model),
+            torch.compiler.set_stance("force_eager"),
+        ):
             write_samples(self.pipeline(), step, folder, memory=TINY.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
-        with averaged(self.model, self.ema):
+        with swap_in_average(self.model, self.ema):
             self.pipeline().save_pretrained(folder)
 
 

@@ -101,9 +101,14 @@ def answer(
 ) -> list[Answer]:
     """One answer a task, in the tasks' order."""
     batches = answer_tasks(
-        pipe, memory, tasks, seed=config.seed, batch_size=config.batch_size,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-    )  # fmt: skip
+        pipe,
+        memory,
+        tasks,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
     return sorted((one for batch in batches for one in batch), key=lambda one: one.task.number)
 
 

@@ -109,9 +109,13 @@ def _paired_interval(result: Result, horizon: str, measure: str, other: str) -> 
 
 
 def _paired(
-    result: Result, horizon: str, measure: str, other: str, text: str,
+    result: Result,
+    horizon: str,
+    measure: str,
+    other: str,
+    text: str,
     shows: Callable[[float, float], bool] = lambda low, high: low > 0,
-) -> Claim:  # fmt: skip
+) -> Claim:
     text = f"{horizon}x: {text}"
     if not _measured(result, "sparse", other):
         return _missing(text, ["sparse", other])

@@ -194,9 +194,15 @@ class _Planner:
             yield self.training(f"long-{name}", "distill", plan.long, last, teacher=teacher, **settings)
 
     def training(
-        self, name: str, stage: str, settings: StageSettings, model: Path | Training, *,
-        teacher: Path | Training | None = None, **changes: Any,
-    ) -> Training:  # fmt: skip
+        self,
+        name: str,
+        stage: str,
+        settings: StageSettings,
+        model: Path | Training,
+        *,
+        teacher: Path | Training | None = None,
+        **changes: Any,
+    ) -> Training:
         path = CONFIGS / settings.config
         try:
             config, function = load_stage(stage, path, [*settings.set, f"loop.steps={settings.steps}"])

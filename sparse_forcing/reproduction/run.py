@@ -63,9 +63,11 @@ class Reproduction:
         self.rollouts = {name: self._rollouts(name) for name in config.variants}
         timed = {name: rollouts.student for name, rollouts in self.rollouts.items() if name in TIMED}
         self.times = DecodingTimes(
-            students=timed, prompts=self.prompts[: config.evaluation.timing_prompts], config=config.evaluation,
+            students=timed,
+            prompts=self.prompts[: config.evaluation.timing_prompts],
+            config=config.evaluation,
             out=self.folder,
-        )  # fmt: skip
+        )
         self.recall = self._recall() if "sparse" in self.rollouts else None
 
     def _rollouts(self, name: str) -> StudentRollouts:
@@ -104,9 +106,11 @@ class Reproduction:
             for first in rollouts.batches:
                 path = rollouts.path(first)
                 yield Task(
-                    name=f"{rollouts.folder.name}-{path.stem}", done=path.is_file, ready=trained,
+                    name=f"{rollouts.folder.name}-{path.stem}",
+                    done=path.is_file,
+                    ready=trained,
                     run=partial(rollouts.judge, first),
-                )  # fmt: skip
+                )
         if len(self.times.students) > 1:
             yield Task(name="timing", done=self.times.path.is_file, ready=self.trained, run=self.times.measure)
         if self.recall is not None:

@@ -66,8 +66,9 @@ class EvaluationConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} is more than prompts, {self.prompts}")
         self.rollouts()  # checks the horizons
         if min(self.horizons) != 1:
-            raise ConfigError(f"horizons: 1 (the training horizon) is what the others are compared with, got "
-                              f"{list(self.horizons)}")  # fmt: skip
+            raise ConfigError(
+                f"horizons: 1 (the training horizon) is what the others are compared with, got {list(self.horizons)}"
+            )
 
     def rollouts(self) -> RolloutSettings:
         return RolloutSettings(horizons=self.horizons, seed=self.seed)

@@ -58,11 +58,21 @@ def _rollout_table(result: Mapping[str, Any]) -> Iterator[str]:
     for name, row in result["variants"].items():
         for horizon, cell in row["horizons"].items():
             accuracy = cell["accuracy"]
-            yield "| " + " | ".join([
-                name, f"{horizon}x", str(row["prompts"]), *(_percent(accuracy[a]["mean"]) for a in single),
-                *(_with_interval(accuracy[a]) for a in ROLLOUT_COLUMNS), _with_interval(cell["drift"]["mean"], 2),
-                f"{cell['cache_bytes_peak'] / 1024:.0f}",
-            ]) + " |"  # fmt: skip
+            yield (
+                "| "
+                + " | ".join(
+                    [
+                        name,
+                        f"{horizon}x",
+                        str(row["prompts"]),
+                        *(_percent(accuracy[a]["mean"]) for a in single),
+                        *(_with_interval(accuracy[a]) for a in ROLLOUT_COLUMNS),
+                        _with_interval(cell["drift"]["mean"], 2),
+                        f"{cell['cache_bytes_peak'] / 1024:.0f}",
+                    ]
+                )
+                + " |"
+            )
 
 
 def _speed_lines(result: Mapping[str, Any]) -> Iterator[str]:

@@ -79,9 +79,14 @@ def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model
     """Weights are gathered in bfloat16, where replicated ones are rounded as they are used: nearly the same."""
     for processes, name in ((1, "replicate"), (2, "fsdp")):
         config = small_config(
-            model_folder, "distill", steps=2, parallel=name, dtype="bfloat16", validate_every=2,
+            model_folder,
+            "distill",
+            steps=2,
+            parallel=name,
+            dtype="bfloat16",
+            validate_every=2,
             gradient_checkpointing=True,
-        )  # fmt: skip
+        )
         code, output = run(tmp_path, config, tmp_path / name, stage="distill", processes=processes)
         assert code == 0, output
         assert len(list((tmp_path / name / "samples").glob("*.mp4"))) == 2

@@ -304,11 +304,15 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path) -> Non
     command = [sys.executable, "-m", "sparse_forcing.cli.reproduce", "--config", path, "--output", tmp_path / "run"]
     both = [
         subprocess.Popen(
-            [*command, "--results", tmp_path / f"results-{who}" / "miniature"], cwd=ROOT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [*command, "--results", tmp_path / f"results-{who}" / "miniature"],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         for who in "ab"
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     trainings = [line for text in said for line in text.splitlines() if line.startswith("training ")]

@@ -126,9 +126,14 @@ def _run(build: Callable[[Accelerator], Recipe], loop: RunConfig, config: Any, o
             stopping = stop.requested()
             if stopping or step == recipe.steps or step % loop.checkpoint_every == 0:
                 save_checkpoint(
-                    out, step, recipe.parts, to_plain(config), keep=loop.keep_checkpoints, random_state=True,
+                    out,
+                    step,
+                    recipe.parts,
+                    to_plain(config),
+                    keep=loop.keep_checkpoints,
+                    random_state=True,
                     window=log.window,
-                )  # fmt: skip
+                )
                 saved = step
             if stopping and step < recipe.steps:
                 log.note(f"stopped at step {step}; run the same command to go on")

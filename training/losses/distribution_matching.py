@@ -86,9 +86,14 @@ def surrogate_loss(latents: Tensor, gradient: Tensor, mask: Tensor | None = None
 
 
 def dmd_loss(
-    at: Compared, real: Score, fake: Score, *, real_guidance: float = 3.0, fake_guidance: float = 0.0,
+    at: Compared,
+    real: Score,
+    fake: Score,
+    *,
+    real_guidance: float = 3.0,
+    fake_guidance: float = 0.0,
     mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """DMD loss of generated latents; gradients reach these only. mask: as in `surrogate_loss`."""
     with torch.no_grad():
         x_t = at.x_t

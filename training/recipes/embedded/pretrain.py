@@ -184,19 +184,32 @@ def train_step(
     finite."""
     part = part_at(config, step)
     clips = procedural_batch(
-        config.loop.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
-        size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if part.continuation else 0.0, motion_weights=part.motion_weights,
-        shape_weights=part.shape_weights, device=model.transformer.device,
-    )  # fmt: skip
+        config.loop.seed + 1,
+        step,
+        batch_size=part.batch_size,
+        num_frames=part.latent_frames * vae.temporal_stride,
+        size=part.sizes[0],
+        two_object_fraction=config.two_object_fraction,
+        caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if part.continuation else 0.0,
+        motion_weights=part.motion_weights,
+        shape_weights=part.shape_weights,
+        device=model.transformer.device,
+    )
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.course_weight * losses.course
     total = total + config.attribute_weight * losses.attribute
     total.backward()
     apply_gradients(
-        model, optimizers, step, name="model", loss=total.item(), rate=learning_rate(*stage_at(config, step)),
-        max_grad_norm=config.loop.max_grad_norm, ema=ema,
-    )  # fmt: skip
+        model,
+        optimizers,
+        step,
+        name="model",
+        loss=total.item(),
+        rate=learning_rate(*stage_at(config, step)),
+        max_grad_norm=config.loop.max_grad_norm,
+        ema=ema,
+    )
     name = "continuation_loss" if part.continuation else "loss"
     name += f"_{part.sizes[0]}" if part.sizes[0] != model.sizes[0] else ""
     others = {"pose_loss": losses.pose, "course_loss": losses.course, "attribute_loss": losses.attribute}

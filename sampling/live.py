@@ -167,11 +167,17 @@ class LiveVideo:
         self._followed = prompt
         settings = self.settings
         yield from self.pipe.stream(
-            prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            memory=settings.memory, generator=torch.Generator("cpu").manual_seed(self.seed),
-            prompt_changes=self._next_prompt, reserve_cache=False,
-        )  # fmt: skip
+            prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            memory=settings.memory,
+            generator=torch.Generator("cpu").manual_seed(self.seed),
+            prompt_changes=self._next_prompt,
+            reserve_cache=False,
+        )
 
     def _next_prompt(self, frame: int) -> str | None:
         """What the pipeline asks before every chunk but the first."""

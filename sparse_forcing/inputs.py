@@ -20,9 +20,12 @@ _MODEL_FILES = ("pipeline.json", "model_index.json", "config.json", "manifest.js
 
 
 def check_targets(
-    targets: Iterable[PathLike], inputs: Iterable[PathLike], *, sealed: Iterable[PathLike] = (),
+    targets: Iterable[PathLike],
+    inputs: Iterable[PathLike],
+    *,
+    sealed: Iterable[PathLike] = (),
     added_to: Iterable[PathLike] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Refuse targets that would replace what the run reads.
 
     Args:

@@ -152,9 +152,12 @@ def find_architecture(name: str, published: Mapping[str, dict[str, Any]]) -> Arc
         sizes = CausalWanTransformer3DModel(**transformer).config
         vae = _autoencoder(defaults.vae, vae_config)
     return Architecture(
-        transformer=transformer, defaults=defaults, geometry=VideoGeometry.of(vae, sizes), text_len=text_len,
+        transformer=transformer,
+        defaults=defaults,
+        geometry=VideoGeometry.of(vae, sizes),
+        text_len=text_len,
         channels=sizes.in_channels,
-    )  # fmt: skip
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -171,9 +174,12 @@ def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
 
 
 def build(
-    architecture: Architecture, latent_size: tuple[int, int], config: StreamBenchConfig, device: torch.device,
+    architecture: Architecture,
+    latent_size: tuple[int, int],
+    config: StreamBenchConfig,
+    device: torch.device,
     dtype: torch.dtype,
-) -> Stream:  # fmt: skip
+) -> Stream:
     """Random weights and a random prompt, made on the device in the type they are used in."""
     torch.manual_seed(config.seed)
     with torch.device(device), default_dtype(dtype):

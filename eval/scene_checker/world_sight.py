@@ -55,9 +55,7 @@ def see_return(clip: Tensor, world: World, entry: Return, *, start: int = 0) -> 
     rmse = float((rgb - truth).square().mean().sqrt())
     track = _track(rgb, ground, _near(world, entry, frames, side))
     colour, shape, size = (None, None, None) if track is None else _names(track)
-    return Sighting(
-        colour=colour, shape=shape, size=size, rmse=rmse, psnr=20 * log10(255 / rmse) if rmse > 0 else inf
-    )  # fmt: skip
+    return Sighting(colour=colour, shape=shape, size=size, rmse=rmse, psnr=20 * log10(255 / rmse) if rmse > 0 else inf)
 
 
 def _frames(entry: Return, start: int, length: int) -> list[int]:
@@ -134,10 +132,12 @@ def _drift(offset: Tensor) -> Tensor:
 
 def _median(rgb: Tensor, mask: Tensor) -> Tensor:
     """Median colour of the marked pixels, frame by frame, [F, 3]; of all of them where a frame has none."""
-    return torch.stack([
-        picture[:, own if bool(own.any()) else torch.ones_like(own)].median(1).values
-        for picture, own in zip(rgb, mask, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            picture[:, own if bool(own.any()) else torch.ones_like(own)].median(1).values
+            for picture, own in zip(rgb, mask, strict=True)
+        ]
+    )
 
 
 def _names(track: Track) -> tuple[str | None, str | None, str | None]:

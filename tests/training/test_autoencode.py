@@ -153,9 +153,17 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     run_folder: Path, tmp_path: Path
 ) -> None:
     config = replace(
-        CONFIG, init_from=str(run_folder / "pipeline" / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0,
-        loop=AutoencoderLoop(steps=150), noise=0.1, warmup_steps=10, learning_rate=3e-3, shape_weights={"star": 3.0},
-    )  # fmt: skip
+        CONFIG,
+        init_from=str(run_folder / "pipeline" / "vae"),
+        extra_channels=4,
+        anchor=1.0,
+        object_weight=4.0,
+        loop=AutoencoderLoop(steps=150),
+        noise=0.1,
+        warmup_steps=10,
+        learning_rate=3e-3,
+        shape_weights={"star": 3.0},
+    )
     old = TokenAutoencoder.from_pretrained(run_folder / "pipeline" / "vae").eval()
     pixels, channels = clips(), CONFIG.latent_channels
     begun = autoencode.start(config)[0].eval()

@@ -128,10 +128,15 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     written = write_shards(
-        out, samples.count, shard, per_shard=config.per_shard, about=_about(config, folder, samples.listing()),
+        out,
+        samples.count,
+        shard,
+        per_shard=config.per_shard,
+        about=_about(config, folder, samples.listing()),
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
-        sources=samples.digests, progress=say,
-    )  # fmt: skip
+        sources=samples.digests,
+        progress=say,
+    )
     bad, budget = len(set(refused_samples(out))), config.data.max_bad_samples
     if bad > budget:  # found by several processes at the same time, each of which was within the budget
         raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")

@@ -131,10 +131,7 @@ def make_source(config: DataConfig, seed: int, vae: VideoAutoencoder, own: Video
 
 def pixel_frames(vae: VideoAutoencoder, latent_frames: int) -> int:
     """Pixel frames of a clip."""
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=(1, 1, 1), chunk_frames=1,
-        first_frame_alone=vae.first_frame_alone,
-    )  # fmt: skip
+    geometry = VideoGeometry.of(vae, {"patch_size": (1, 1, 1), "chunk_frames": 1})  # of which pixels do not depend
     return geometry.pixel_frames(latent_frames)
 
 

@@ -111,9 +111,15 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(
-    out: Path, step: int, parts: dict[str, Stateful], config: dict, *, keep: int = 2, random_state: bool = False,
+    out: Path,
+    step: int,
+    parts: dict[str, Stateful],
+    config: dict,
+    *,
+    keep: int = 2,
+    random_state: bool = False,
     window: Sequence[dict[str, float]] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """Write every part's state under `out/step-N`; older checkpoints go only after the new one is complete.
 
     Every process must call it; when one fails, all raise and the checkpoints before are untouched.
@@ -225,9 +231,13 @@ def newest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(
-    folder: Path, parts: dict[str, Stateful], *, manifest: dict[str, Any] | None = None, random_state: bool = False,
+    folder: Path,
+    parts: dict[str, Stateful],
+    *,
+    manifest: dict[str, Any] | None = None,
+    random_state: bool = False,
     allow_missing_random: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """Load every part; returns the step. Every process must call it; when one fails, all raise.
 
     The first process alone compares the files with their hashes.
@@ -252,9 +262,13 @@ def load_checkpoint(
 
 
 def _load(
-    folder: Path, manifest: dict[str, Any], parts: dict[str, Stateful], *, random_state: bool,
+    folder: Path,
+    manifest: dict[str, Any],
+    parts: dict[str, Stateful],
+    *,
+    random_state: bool,
     allow_missing_random: bool,
-) -> None:  # fmt: skip
+) -> None:
     for name, part in parts.items():
         path = folder / f"{name}.pt"
         if path.name not in manifest["files"] and getattr(part, "waivable", False):

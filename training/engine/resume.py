@@ -16,11 +16,21 @@ from sparse_forcing.training.engine.parallel import from_first, rank
 
 FREE = frozenset(
     {
-        "compile", "loop.steps", "loop.device", "loop.micro_batch", "loop.processes", "loop.parallel",
-        "loop.gradient_checkpointing", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every",
-        "loop.validate_every", "loop.trackers", "loop.allow_missing_random",
+        "compile",
+        "loop.steps",
+        "loop.device",
+        "loop.micro_batch",
+        "loop.processes",
+        "loop.parallel",
+        "loop.gradient_checkpointing",
+        "loop.checkpoint_every",
+        "loop.keep_checkpoints",
+        "loop.log_every",
+        "loop.validate_every",
+        "loop.trackers",
+        "loop.allow_missing_random",
     }
-)  # fmt: skip
+)
 """Settings that say how long and on which machine a run trains and what it tells, not what it learns."""
 
 

@@ -86,9 +86,14 @@ def surrogate_loss(latents: Tensor, gradient: Tensor, mask: Tensor | None = None
 
 
 def dmd_loss(
-    at: Compared, real: Score, fake: Score, *, real_guidance: float = 3.0, fake_guidance: float = 0.0,
+    at: Compared,
+    real: Score,
+    fake: Score,
+    *,
+    real_guidance: float = 3.0,
+    fake_guidance: float = 0.0,
     mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """DMD loss of generated latents; gradients reach these only. mask: as in `surrogate_loss`."""
     with torch.no_grad():
         x_t = at.x_t
@@ -166,7 +171,7 @@ class Context:
     policy: ParallelAttention
 
 
-def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
+def make_context(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
     """What a causal teacher sees beside the noisy clip, within `window` latent frames; None: a bidirectional one."""
     if window is None:
         return None
@@ -174,7 +179,7 @@ def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context |
     return Context(clip.detach(), ParallelAttention.teacher_forcing(chunks, window=window))
 
 
-def score_of(
+def make_score(
     network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor, context: Context | None = None
 ) -> Score:
     """A transformer as a score of one micro-batch's prompts; without a context all frames see each other."""

@@ -48,10 +48,10 @@ from sparse_forcing.training.losses.distribution_matching import (
     Compared,
     Score,
     ScoreConfig,
-    context_of,
     critic_loss,
     dmd_loss,
-    score_of,
+    make_context,
+    make_score,
     score_timestep,
     sid_loss,
 )
@@ -63,13 +63,13 @@ from sparse_forcing.training.recipes.shared import (
     export_pipeline,
     generators,
     load_pipeline,
+    make_own_source,
     noise_like,
     optimizer_step,
     prepare,
-    source_of,
     trained_part,
 )
-from sparse_forcing.training.recipes.validation import averaged, write_samples
+from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 from sparse_forcing.weights.manifest import model_hash
 
 LOSSES = ("dmd", "sid")
@@ -176,7 +176,7 @@ class DistillRecipe(Recipe):
             "critic": make_optimizer(self.fake, config.critic),
         }
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.source = source_of(config.data, loop.seed + 1, self.pipe)
+        self.source = make_own_source(config.data, loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
@@ -302,9 +302,10 @@ class DistillRecipe(Recipe):
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
             losses = memory.selector_losses
-            context = context_of(clip, self.model.config.chunk_frames, config.score.causal_window)
+            context = make_context(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
-                name: score_of(net, text, negative, context) for name, net in (("real", self.real), ("fake", self.fake))
+                name: make_score(net, text, negative, context)
+                for name, net in (("real", self.real), ("fake", self.fake))
             }
             yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
             losses.clear()
@@ -330,7 +331,7 @@ class DistillRecipe(Recipe):
             replace(self.pipe.config, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
         # Sharded weights arrive in the type of the computation.
-        with self._autocast(), averaged(self.model, self.ema):
+        with self._autocast(), swap_in_average(self.model, self.ema):
             write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:

@@ -40,7 +40,7 @@ from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig, bounded
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.tiny import TINY
-from sparse_forcing.training.recipes.validation import evaluated, sample_path
+from sparse_forcing.training.recipes.validation import sample_path, switch_to_eval
 
 FIT_SIZE = 64  # pixels to the side of the clips on which patches are fitted
 LARGEST_SIZE = 4096  # pixels
@@ -322,7 +322,7 @@ class AutoencoderRecipe(Recipe):
             self.config.loop.seed, 0, batch_size=SAMPLES, num_frames=CLIP_FRAMES, size=self.config.sizes[0],
             two_object_fraction=self.config.two_object_fraction, caption_dropout=0.0, device=self.vae.device,
         ).pixels  # fmt: skip
-        with evaluated(self.vae):
+        with switch_to_eval(self.vae):
             drawn = self.vae.decode(self.vae.encode(pixels))
         folder.mkdir(parents=True, exist_ok=True)
         pairs = torch.cat([pixels, drawn], -1).clamp(-1, 1).add(1).div(2)

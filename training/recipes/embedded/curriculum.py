@@ -1,4 +1,4 @@
-"""What pretraining learns, and when: its settings, the stages of its curriculum, their parts and learning rates."""
+"""What pretraining learns, and when: its settings, the stages of its curriculum, what each step of them draws."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
 
 
 def part_at(config: PretrainConfig, step: int) -> StageConfig:
-    """What a global step learns: one size of its stage, and one of the two parts of a stage with continuations."""
+    """What a global step learns: one size of its stage; where that has continuations, first chunks or those after."""
     stage, _ = stage_at(config, step)
     size = random.Random(step_seed(config.loop.seed, step, stream=4)).choice(stage.sizes)
     pixels = (size / stage.sizes[0]) ** 2

@@ -104,14 +104,17 @@ class SparseForcingPipeline:
 
     @property
     def fps(self) -> float:
+        """Frames per second of the model's videos."""
         return self.config.fps
 
     @property
     def default_memory(self) -> MemoryConfig:
+        """The memory that a prompt alone means."""
         return self.config.memory
 
     @property
     def device(self) -> torch.device:
+        """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
     def pass_operations(self, height: int, width: int) -> float:
@@ -125,6 +128,7 @@ class SparseForcingPipeline:
 
     @property
     def dtype(self) -> torch.dtype:
+        """Number format of the transformer's weights."""
         return next(self.transformer.parameters()).dtype
 
     def to(

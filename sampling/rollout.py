@@ -48,6 +48,7 @@ class SeededNoise:
         self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
 
     def chunk(self, frames: int) -> Tensor:
+        """[B, frames, C, H, W] the next draw of every sample's generator."""
         draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
         return torch.stack(draws).to(self.device, self.dtype)
 

@@ -142,6 +142,7 @@ class GenerateConfig:
 
     @property
     def to_file(self) -> bool:
+        """True when `output` names the one video itself, not a folder."""
         return self.output.suffix.lower() == ".mp4" and not is_folder(self.output, OutputError)
 
 

@@ -55,6 +55,7 @@ class MemoryGeometry:
 
     @property
     def tokens_per_frame(self) -> int:
+        """Tokens of a latent frame."""
         return self.rows * self.cols
 
 
@@ -73,6 +74,11 @@ class MemoryPass:
         self._choices: dict[int, Tensor] | None = {} if keeps_history else None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of the chunk, frame by frame, at the positions the memory gives it.
+
+        Raises:
+            ConfigError: the grid of tokens is not the one the memory was made for.
+        """
         geometry = self.memory.geometry
         if (rows, cols) != (geometry.rows, geometry.cols):
             raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
@@ -81,6 +87,7 @@ class MemoryPass:
         return rotary_table(frames, rows, cols, head_dim, dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D]."""
         memory = self.memory
         if self._before is not None:
             memory = self._before if layer in self._written else memory
@@ -160,9 +167,11 @@ class RolloutMemory(ABC):
         self.chunk_position, self.chunk_frames = start, frames
 
     def denoising_pass(self) -> MemoryPass:
+        """The attention policy of a pass over the unfinished chunk."""
         return MemoryPass(self, clean=False)
 
     def clean_pass(self) -> MemoryPass:
+        """The attention policy of the pass that leaves the finished chunk in the memory."""
         return MemoryPass(self, clean=True)
 
     def snapshot(self) -> RolloutMemory:

@@ -111,7 +111,8 @@ class SparseLayer:
     persistent: [B, H, P] and window: [B, H, W] slots, in the order of time.
     queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
     retained: [B, H, S, R] float32 that the rule of retention remembers of each slot's block; often R is 0.
-    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only.
+    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only;
+        retention_head: weights of its retention head, for a learned rule only.
     history: what the pool was made of, where autograd is to keep that in its place (gradients that stop at the cache).
     """
 
@@ -129,6 +130,7 @@ class SparseLayer:
     mass: Tensor | None = None
     value_representatives: Tensor | None = None
     key_projection: Tensor | None = None
+    retention_head: Tensor | None = None
     history: BlockHistory | None = None
 
     @classmethod

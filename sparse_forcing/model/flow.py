@@ -83,6 +83,7 @@ class FlowSchedule:
         return self.sigmas.to(timestep.device)[self.index_of(timestep)]
 
     def training_weight_at(self, timestep: Tensor) -> Tensor:
+        """Self-Forcing's weight of a training loss at these timesteps, of the same shape."""
         return self.training_weights.to(timestep.device)[self.index_of(timestep)]
 
     def warp(self, steps: list[int] | Tensor) -> Tensor:

@@ -147,10 +147,12 @@ class TileLayout:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the chunk."""
         return self.frames * self.rows * self.cols
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the chunk, short ones included."""
         return math.prod(math.ceil(n / t) for n, t in zip((self.frames, self.rows, self.cols), self.tile))
 
     @property

@@ -34,6 +34,8 @@ _SPECIAL = ("<pad>", "<unknown>", "<empty>")
 
 
 class TextEncoder(Protocol):
+    """What the pipeline and the recipes need of a text encoder; `text_len` is the length of what it gives."""
+
     text_len: int
 
     @property

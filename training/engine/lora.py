@@ -48,6 +48,7 @@ class LoraConfig:
         return {n: m for n, m in linear.items() if any(_answers(n, target) for target in self.targets)}
 
     def parameter_count(self, model: nn.Module) -> int:
+        """Numbers that the adapters add to `model`."""
         return sum(self.rank * (x.in_features + x.out_features) for x in self.adapted(model).values())
 
 

@@ -23,6 +23,7 @@ from sparse_forcing.devices import memory_explained
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.memory.whole import WholeVideo
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.text import TextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
@@ -95,7 +96,11 @@ class SparseForcingPipeline:
     ) -> None:
         self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
         self.config, self.weights_sha256 = config, weights_sha256
-        self.geometry = VideoGeometry.of(vae, transformer.config)
+        self.geometry = config.fitted(VideoGeometry.of(vae, transformer.config))
+
+    def with_defaults(self, config: PipelineConfig) -> SparseForcingPipeline:
+        """The same parts with other defaults."""
+        return type(self)(self.transformer, self.text_encoder, self.vae, config, self.weights_sha256)
 
     @property
     def fps(self) -> float:
@@ -231,6 +236,11 @@ class SparseForcingPipeline:
         )
         if negative_prompt and sampler.guidance_scale == 1.0:
             warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=2)
+        if self.geometry.whole_video and (image is not None or video is not None):
+            raise ConfigError(
+                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
+                "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            )
         start = start_frames(image, video, self.geometry, size)
         frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
         chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
@@ -256,6 +266,7 @@ class SparseForcingPipeline:
             text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
+            context_timestep=config.context_timestep,
             callback=callback_on_step_end,
         )
         single = isinstance(prompt, str) and repeats == 1
@@ -272,8 +283,11 @@ class SparseForcingPipeline:
                 "which this model's selector was trained"
             )
         geometry = MemoryGeometry.of(
-            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames
-        )
+            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames,
+            chunk_frames=self.geometry.chunk_frames,
+        )  # fmt: skip
+        if self.geometry.whole_video:
+            return WholeVideo(geometry)
         return make_memory(config, geometry, selectors=self.transformer.selectors)
 
     @torch.no_grad()

@@ -146,11 +146,12 @@ def rollout(
         exit_step = training.exit_steps[index] if training else None
         latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         network.report(latents)
-        context = latents.detach()
-        if training and training.context_noise:
-            sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
-            context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
-        network.clean(context, context_timestep)
+        if memory.remembers:
+            context = latents.detach()
+            if training and training.context_noise:
+                sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
+                context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
+            network.clean(context, context_timestep)
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
         yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)

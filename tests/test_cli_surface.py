@@ -19,7 +19,8 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
-    "--seconds --height --width --num-inference-steps --guidance-scale --memory --window-frames "
+    "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
+    "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
     "--dtype --scale --overlay --grid --skip-existing --suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
@@ -29,7 +30,7 @@ SURFACE = {
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
     "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --frames-around "
     "--split --positions --model-size --height --width --chunks --dtype --output",
-    "convert": "SOURCE TARGET --part --head-dim --json",
+    "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
     "playground": "--model --device --text-encoder-device --dtype --host --port --cache-gigabytes",

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -44,11 +44,14 @@ class MemoryGeometry:
 
     @classmethod
     def of(
-        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None
-    ) -> MemoryGeometry:
-        """Of a transformer's config and the tokens of its latent frames."""
-        names = ("num_layers", "chunk_frames", "horizon_frames")
-        return cls(rows=rows, cols=cols, capacity_frames=capacity_frames, **{name: transformer[name] for name in names})
+        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None,
+        chunk_frames: int | None = None,
+    ) -> MemoryGeometry:  # fmt: skip
+        """Of a transformer's config and the tokens of its latent frames; `chunk_frames` in place of the config's."""
+        return cls(
+            rows=rows, cols=cols, capacity_frames=capacity_frames, num_layers=transformer["num_layers"],
+            chunk_frames=chunk_frames or transformer["chunk_frames"], horizon_frames=transformer["horizon_frames"],
+        )  # fmt: skip
 
     @property
     def tokens_per_frame(self) -> int:
@@ -126,6 +129,9 @@ class RolloutMemory(ABC):
         selector_losses: what passes with gradients have appended since `distil_selectors` was called; who takes them
             clears the list. Memories that choose no blocks leave it empty.
     """
+
+    remembers: ClassVar[bool] = True
+    """Whether a finished chunk leaves anything behind, for which a clean pass is worth its time."""
 
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
         if cache_gradient not in CACHE_GRADIENTS:

@@ -32,6 +32,7 @@ class VideoGeometry:
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
         first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
+        whole_video: True when all latent frames of a video are one chunk (Wan's bidirectional weights).
     """
 
     temporal_stride: int
@@ -40,6 +41,7 @@ class VideoGeometry:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     chunk_frames: int = 3
     first_chunk_frames: int | None = None
+    whole_video: bool = False
 
     def __post_init__(self) -> None:
         if min(self.temporal_stride, self.spatial_stride, self.chunk_frames, *self.patch_size) < 1:
@@ -85,6 +87,8 @@ class VideoGeometry:
 
     def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
         """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
+        if self.whole_video:
+            return [latent_frames] if latent_frames > 0 else []
         sizes: list[int] = []
         if start == 0 and self.first_chunk_frames and latent_frames > 0:
             sizes.append(self.first_chunk_frames)

@@ -70,6 +70,8 @@ def model_sizes(name: str) -> ModelSizes:
     try:
         return _of_folder(find_model(name), [])
     except WeightsError:
+        if (Path(name) / "transformer").is_dir():
+            raise
         parts = Path(name).as_posix().lower()
         if known := next((size for size in WAN if f"wan-{size}" in parts), None):
             return _of_wan(known, [f"{name} is not here: counted as Wan 2.1 {known.upper()}"])

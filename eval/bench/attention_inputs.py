@@ -35,7 +35,7 @@ class Shape:
         return (self.persistent + self.keys) / (self.persistent + density * self.keys)
 
     def flops(self, backward: bool) -> float:
-        """Of dense attention; its backward is 2.5 times its forward (five matrix products instead of two)."""
+        """FLOPs of dense attention; its backward is 2.5 times its forward (five matrix products instead of two)."""
         return 4 * self.heads * self.queries * (self.persistent + self.keys) * self.head_dim * (3.5 if backward else 1)
 
 

@@ -48,9 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns 1 when something that must work is broken."""
     if arguments.processes is not None and (arguments.config is None or arguments.processes < 1):
-        raise ConfigError("--processes: a number of at least 1, together with --config")
+        raise ConfigError("--processes: must be at least 1 and needs --config")
     if arguments.stage is not None and arguments.config is None:
-        raise ConfigError("--stage: says what the file of --config trains")
+        raise ConfigError("--stage: says what the file of --config trains; give --config, too")
     if arguments.config is not None:
         return _memory_report(arguments.config, arguments.stage, arguments.processes, as_json=arguments.json)
     if arguments.kernels:

@@ -45,7 +45,7 @@ def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_p
     [
         (["--model-size", "wan-9b"], "--model-size: unknown 'wan-9b'; known are wan-1.3b, wan-14b, tiny, tiny-base"),
         (["--memories", "full", "elephant"], "--memories: unknown elephant"),
-        (["--chunks", "0"], "--chunks: at least 1"),
+        (["--chunks", "0"], "--chunks: must be at least 1"),
         (["--height", "63"], "height: 63 pixels is not a positive multiple of 8"),
         (["--num-inference-steps", "0"], "num_inference_steps: expected 1 to 1000"),
         (["--device", "nowhere"], "--device nowhere: not usable"),

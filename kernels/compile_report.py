@@ -117,19 +117,14 @@ def examples(
     name: str, tokens: int = 64, head_dim: int = 128, dtype: torch.dtype = torch.bfloat16
 ) -> list[tuple[str, Any]]:
     """(label, Launch) of every kernel the launch table of architecture `name` can pick, on typical tensors."""
-    from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, plan_backward, plan_forward
+    from sparse_forcing.kernels.block_sparse_attention.gpu.launch import plan_backward, plan_forward
+    from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
     B, H, Nq, S, M = 1, 12, 4, 16, 8
     q, k, v = (torch.empty(B, H, n, tokens, head_dim, dtype=dtype) for n in (Nq, S, S))
     index = torch.arange(M, dtype=torch.int32).expand(B, H, Nq, M).contiguous()
     sizes = torch.full((B, H, S), tokens, dtype=torch.int32)
     rows = torch.full((Nq,), tokens, dtype=torch.int32)
-
-    def problem(query_sizes: Any = None, key_sizes: Any = None) -> Problem:
-        return Problem(
-            query=q, key_pool=k, value_pool=v, block_index=index, query_sizes=query_sizes, key_sizes=key_sizes,
-            scale=head_dim**-0.5, arch=name,
-        )  # fmt: skip
 
     found: list[tuple[str, Any]] = []
 
@@ -140,16 +135,17 @@ def examples(
             if launch.name + suffix not in seen:
                 found.append((launch.name + suffix, launch))
 
-    even, ragged = problem(), problem(rows, sizes)
-    plain = plan_forward(even)
+    even = Problem(q, k, v, index, None, None, head_dim**-0.5, 0)
+    ragged = even._replace(query_sizes=rows, key_sizes=sizes)
+    plain = plan_forward(even, name)
     add("", plain.launches)
-    add("", plan_backward(even, q, plain.lse, plain.out, plain.out_rest, plain.lse).launches)
-    add("mass", plan_forward(even, return_mass=True).launches)
+    add("", plan_backward(even, name, q, plain.lse, plain.out, plain.out_rest, plain.lse).launches)
+    add("mass", plan_forward(even, name, return_mass=True).launches)
     if dtype != torch.float32:
-        add("rest", plan_forward(even, keep_rest=True).launches)
+        add("rest", plan_forward(even, name, keep_rest=True).launches)
     add("", selection_examples(name, tokens, head_dim, dtype))
-    add("ragged", plan_forward(ragged).launches)
-    add("ragged", plan_backward(ragged, q, None, plain.out, plain.out_rest, plain.lse).launches)
+    add("ragged", plan_forward(ragged, name).launches)
+    add("ragged", plan_backward(ragged, name, q, None, plain.out, plain.out_rest, plain.lse).launches)
     return found
 
 

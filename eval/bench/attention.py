@@ -41,7 +41,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_path, check_writable
 from sparse_forcing.kernels.block_selection import build_block_index, choose_blocks, pool_blocks, select_blocks
-from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, checked_values
 from sparse_forcing.kernels.block_sparse_attention.interface import resolve_backend
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value blocks -> output blocks
@@ -159,7 +159,8 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
     backend = resolve_backend("auto", torch.empty(0, 0, device=where))
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {where}, backend {backend}, "
           f"{torch.get_num_threads()} thread(s)")  # fmt: skip
-    errors = check_correctness(where, backend, dtypes)
+    with checked_values():
+        errors = check_correctness(where, backend, dtypes)
     for line, worst, allowed in errors:
         print(f"  {line}: relative error {worst:.1e}, allowed {allowed:.0e}")
     report: dict = {"device": str(where), "backend": backend, "torch": torch.__version__, "ok": True,

@@ -5,9 +5,10 @@ One chunk of a rollout uses them in this order (Sparse Forcing, arXiv 2604.21221
     pool_blocks -> choose_lists (= block_scores + select_blocks + build_block_index) -> block_sparse_attention
     after the clean pass: block_scores or the exact block mass -> block_importance -> update_persistent
 
-`pool_blocks` and `block_scores` are differentiable; the choice is not. Nothing synchronises with the host. A faster
-backend is the module `gpu/backend.py` with `why_unavailable(tensor) -> str | None` and functions named
-and shaped as in `reference`; "auto" uses it on a GPU when it can run.
+`pool_blocks` and `block_scores` are differentiable; the choice is not. A score that is NaN counts as the highest.
+Nothing synchronises with the host: what slots and positions name is checked on a CPU, and on a GPU inside
+`checked_values()` (kernels/values.py). A faster backend is the module `gpu/backend.py` with `why_unavailable(tensor) ->
+str | None` and functions named and shaped as in `reference`; "auto" uses it on a GPU when it can run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,29 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.kernels.block_selection import reference
+from sparse_forcing.kernels.block_selection.checks import (
+    check_choice,
+    check_devices,
+    check_lists,
+    check_pooling,
+    check_slots,
+    checked_scale,
+)
+from sparse_forcing.kernels.values import checked_values, require_integers
 
+__all__ = [
+    "BACKENDS",
+    "block_importance",
+    "block_scores",
+    "build_block_index",
+    "checked_values",
+    "choose_blocks",
+    "choose_lists",
+    "pool_blocks",
+    "select_blocks",
+    "update_persistent",
+    "why_unavailable",
+]
 BACKENDS = ("auto", "triton", "reference")
 
 
@@ -39,15 +62,7 @@ def pool_blocks(
             is the mean.
         projection: [H, D, D] linear map applied per head as `c @ projection[h]`; None is the identity.
     """
-    if x.dim() != 5:
-        raise SparseForcingError(f"pool_blocks: x is {list(x.shape)}, need [B, H, N, T, D]")
-    _, H, N, T, D = x.shape
-    if sizes is not None and sizes.shape not in ((N,), x.shape[:3]):
-        raise SparseForcingError(f"pool_blocks: sizes is {list(sizes.shape)}, need [{N}] or {list(x.shape[:3])}")
-    if weights is not None and weights.shape != (H, T):
-        raise SparseForcingError(f"pool_blocks: weights is {list(weights.shape)}, need [{H}, {T}]")
-    if projection is not None and projection.shape != (H, D, D):
-        raise SparseForcingError(f"pool_blocks: projection is {list(projection.shape)}, need [{H}, {D}, {D}]")
+    check_pooling(x, sizes, weights, projection)
     return _backend(backend, x).pool_blocks(x, sizes, weights, projection)
 
 
@@ -56,11 +71,9 @@ def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float | None =
 
     scale None means 1 / sqrt(D). The scores feed the top-K, the coarse branch and the distillation loss.
     """
-    if query_blocks.dim() != 4 or key_blocks.dim() != 4 or query_blocks.shape[-1] != key_blocks.shape[-1]:
-        raise SparseForcingError(
-            f"block_scores: {list(query_blocks.shape)} x {list(key_blocks.shape)}, need [B, H, Nq, D] x [B, H, Nk, D]"
-        )
-    return reference.block_scores(query_blocks, key_blocks, _scale(scale, query_blocks))
+    return reference.block_scores(
+        query_blocks, key_blocks, checked_scale("block_scores", scale, query_blocks, key_blocks)
+    )
 
 
 def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -68,7 +81,11 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, back
 
     Ties go to the lower position. own [Nq]: window position of each query block itself, always kept (-1: none).
     """
-    _check_selection("select_blocks", top_k, own, scores.shape[-2])
+    if scores.dim() != 4 or not scores.is_floating_point():
+        raise SparseForcingError(
+            f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nk]"
+        )
+    check_choice("select_blocks", top_k, own, scores)
     return _backend(backend, scores).select_blocks(scores, top_k, own)
 
 
@@ -82,9 +99,9 @@ def choose_blocks(
     backend: str = "auto",
 ) -> Tensor:
     """select_blocks(block_scores(...)) in one call; a fused backend never stores the whole score matrix."""
-    _check_selection("choose_blocks", top_k, own, query_blocks.shape[-2])
+    scale = checked_scale("choose_blocks", scale, query_blocks, key_blocks)
+    check_choice("choose_blocks", top_k, own, query_blocks)
     module = _backend(backend, query_blocks)
-    scale = _scale(scale, query_blocks)
     if hasattr(module, "choose_blocks"):
         return module.choose_blocks(query_blocks, key_blocks, top_k, own, scale)
     return module.select_blocks(reference.block_scores(query_blocks, key_blocks, scale), top_k, own)
@@ -101,13 +118,17 @@ def choose_lists(
     backend: str = "auto",
 ) -> Tensor:
     """build_block_index(..., choose_blocks(...)) in one call; a fused backend does it in one launch."""
-    _check_selection("choose_lists", top_k, own, query_blocks.shape[-2])
+    scale = checked_scale("choose_lists", None, query_blocks, key_blocks)
+    check_choice("choose_lists", top_k, own, query_blocks)
+    B, H, _, _ = query_blocks.shape
+    check_slots("choose_lists", "persistent_slots", persistent_slots, (B, H), None)
+    check_slots("choose_lists", "window_slots", window_slots, (B, H), key_blocks.shape[2])
+    check_devices("choose_lists", query_blocks, key_blocks, persistent_slots, window_slots, own)
     module = _backend(backend, query_blocks)
     if hasattr(module, "choose_lists"):
-        scale = _scale(None, query_blocks)
         return module.choose_lists(query_blocks, key_blocks, persistent_slots, window_slots, top_k, own, scale)
-    selected = choose_blocks(query_blocks, key_blocks, top_k=top_k, own=own, backend=backend)
-    return build_block_index(persistent_slots, window_slots, selected)
+    selected = module.select_blocks(reference.block_scores(query_blocks, key_blocks, scale), top_k, own)
+    return reference.build_block_index(persistent_slots, window_slots, selected)
 
 
 def build_block_index(persistent_slots: Tensor, window_slots: Tensor, selected: Tensor) -> Tensor:
@@ -116,6 +137,7 @@ def build_block_index(persistent_slots: Tensor, window_slots: Tensor, selected: 
     persistent_slots [B, H, P] and window_slots [B, H, Nk] name pool slots; selected [B, H, Nq, K] are positions in
     window_slots, so an ascending selection over a chronological window stays chronological.
     """
+    check_lists(persistent_slots, window_slots, selected)
     return reference.build_block_index(persistent_slots, window_slots, selected)
 
 
@@ -125,7 +147,16 @@ def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None 
     query_sizes [Nq] weighs each query block by its real rows, which turns block attention into an estimate of the
     attention mass per token row; None gives every query block weight 1.
     """
-    return reference.block_importance(scores_over_candidates, query_sizes)
+    scores = scores_over_candidates
+    if scores.dim() != 4 or not scores.is_floating_point():
+        raise SparseForcingError(
+            f"block_importance: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nc]"
+        )
+    if query_sizes is not None and query_sizes.shape != (scores.shape[2],):
+        raise SparseForcingError(
+            f"block_importance: query_sizes is {list(query_sizes.shape)}, need [{scores.shape[2]}]"
+        )
+    return reference.block_importance(scores, query_sizes)
 
 
 def update_persistent(
@@ -135,11 +166,13 @@ def update_persistent(
 
     Both keep the candidates' order (chronological when the candidates are); the earlier candidate wins a tie.
     """
-    if capacity < 0 or importance.shape != candidate_slots.shape:
+    if capacity < 0 or importance.shape != candidate_slots.shape or candidate_slots.dim() != 3:
         raise SparseForcingError(
             f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
-            f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes"
+            f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes [B, H, Nc]"
         )
+    require_integers("update_persistent", "candidate_slots", candidate_slots)
+    check_devices("update_persistent", importance, candidate_slots)
     return _backend(backend, importance).update_persistent(candidate_slots, importance, capacity)
 
 
@@ -167,14 +200,3 @@ def _backend(backend: str, tensor: Tensor) -> ModuleType:
     if reason is not None:
         raise ConfigError(f"block selection: backend {backend!r} cannot run here: {reason}")
     return _triton() if backend == "triton" else reference
-
-
-def _check_selection(name: str, top_k: int, own: Tensor | None, query_blocks: int) -> None:
-    if top_k < 1:
-        raise SparseForcingError(f"{name}: top_k is {top_k}, need at least 1")
-    if own is not None and own.shape != (query_blocks,):
-        raise SparseForcingError(f"{name}: own is {list(own.shape)}, need one window position per query block")
-
-
-def _scale(scale: float | None, query_blocks: Tensor) -> float:
-    return query_blocks.shape[-1] ** -0.5 if scale is None else float(scale)

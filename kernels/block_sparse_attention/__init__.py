@@ -6,7 +6,8 @@ from sparse_forcing.kernels.block_sparse_attention.interface import (
     BACKENDS,
     BlockSparseOutput,
     block_sparse_attention,
+    checked_values,
     why_unavailable,
 )
 
-__all__ = ["BACKENDS", "BlockSparseOutput", "block_sparse_attention", "why_unavailable"]
+__all__ = ["BACKENDS", "BlockSparseOutput", "block_sparse_attention", "checked_values", "why_unavailable"]

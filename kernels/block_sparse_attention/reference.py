@@ -2,14 +2,17 @@
 
 Slow and memory hungry on purpose: every faster path is tested against it. Autograd differentiates it as it stands.
 
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries per query block, P persistent entries.
+Shape legend: problem.py.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 
 def why_unavailable(query: Tensor) -> str | None:
@@ -24,26 +27,15 @@ def valid_tokens(sizes: Tensor | None, tokens: int) -> Tensor | None:
     return torch.arange(tokens, device=sizes.device) < sizes.unsqueeze(-1)
 
 
-def forward(
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_index: Tensor,
-    query_sizes: Tensor | None,
-    key_sizes: Tensor | None,
-    scale: float,
-    num_persistent: int,
-    return_mass: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward(problem: Problem, return_mass: bool = False) -> tuple[Tensor, Tensor, Tensor]:
     """out [B,H,Nq,Tq,D], lse [B,H,Nq,Tq] (natural log), mass [B,H,Nq,M] (M = 0 unless `return_mass`).
 
     softmax of scale * <q, k> over the tokens t < key_sizes[b, h, s] of the slots s in block_index[b, h, i], computed
     in float32 (float64 for float64 input). Padding is zeroed first: NaN * 0 is NaN, so masked scores are not enough.
     """
-    B, H, Nq, Tq, _ = query.shape
+    query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, _ = problem
+    B, H, _, Tq, _ = query.shape
     M, T = block_index.shape[-1], key_pool.shape[3]
-    if M == 0:
-        block_index = block_index.new_full((B, H, Nq, 1), -1)
     dtype = torch.promote_types(query.dtype, torch.float32)
     batch = torch.arange(B, device=query.device).view(-1, 1, 1, 1)
     head = torch.arange(H, device=query.device).view(-1, 1, 1)
@@ -72,3 +64,50 @@ def forward(
     lse = (total.log() + highest).masked_fill(empty, float("-inf")).squeeze(-1)
     mass = probs.detach().unflatten(-1, (-1, T)).sum(dim=(3, 5))[..., : M if return_mass else 0]
     return out.to(query.dtype), lse, mass.contiguous()
+
+
+def gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key_pool and value_pool by autograd; differentiable again where autograd is recording."""
+    recording = torch.is_grad_enabled()
+    with torch.enable_grad():
+        query, key_pool, value_pool = (_connected(x) for x in problem.inputs)
+        problem = problem._replace(query=query, key_pool=key_pool, value_pool=value_pool)
+        out, lse, _ = forward(problem)
+        outputs, upstream = ([out], [grad_out]) if grad_lse is None else ([out, lse], [grad_out, grad_lse])
+        dq, dk, dv = torch.autograd.grad(
+            outputs, problem.inputs, upstream, create_graph=recording, materialize_grads=True
+        )
+        return dq, dk, dv
+
+
+def second_gradients(
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, upstream: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of grad_out, grad_lse, query, key_pool and value_pool through `gradients`, whose results have the
+    gradients `upstream`."""
+    recording = torch.is_grad_enabled()
+    given = (grad_out, grad_lse, *problem.inputs)
+    if problem.empty:
+        return [None if x is None else torch.zeros_like(x) for x in given]
+    with torch.enable_grad():
+        sources = [None if x is None else _connected(x) for x in given]
+        query, key_pool, value_pool = sources[2:]
+        first = gradients(
+            problem._replace(query=query, key_pool=key_pool, value_pool=value_pool), sources[0], sources[1]
+        )
+        pairs = [(x, grad) for x, grad in zip(first, upstream) if grad is not None and x.requires_grad]
+        if not pairs:
+            return [None] * len(given)
+        wanted = [x for x in sources if x is not None]
+        found = iter(
+            torch.autograd.grad(
+                [x for x, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=recording,
+                materialize_grads=True,
+            )
+        )  # fmt: skip
+    return [None if x is None else next(found) for x in sources]
+
+
+def _connected(x: Tensor) -> Tensor:
+    """x as a tensor of its own to differentiate by, in the graph of x where it has one."""
+    return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, reference
+from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, checked_values, reference
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm GPU")
 
@@ -30,7 +31,7 @@ def test_output_mass_and_gradients(tokens, head_dim, dtype, persistent):
     result = block_sparse_attention(*leaves, index, num_persistent=persistent, backend="triton")
     mass = block_sparse_attention(*leaves, index, return_mass=True, backend="triton").mass
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    out, lse, wanted_mass = reference.forward(*doubles, index, None, None, head_dim**-0.5, 0, True)
+    out, lse, wanted_mass = reference.forward(Problem(*doubles, index, None, None, head_dim**-0.5, 0), True)
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     found = torch.autograd.grad(result.out, leaves, grad)
     wanted = torch.autograd.grad(out, doubles, grad.double())
@@ -48,7 +49,7 @@ def test_gradients_at_large_logits(head_dim, dtype):
     scale = 30 * head_dim**-0.5
     out = block_sparse_attention(*leaves, index, scale=scale, backend="triton").out
     doubles = [x.detach().double().requires_grad_() for x in leaves]
-    wanted_out = reference.forward(*doubles, index, None, None, scale, 0, False)[0]
+    wanted_out = reference.forward(Problem(*doubles, index, None, None, scale, 0))[0]
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to("cuda", dtype)
     found = (out, *torch.autograd.grad(out, leaves, grad))
     wanted = (wanted_out, *torch.autograd.grad(wanted_out, doubles, grad.double()))
@@ -111,3 +112,26 @@ def test_forward_can_be_captured_in_a_cuda_graph():
     graph.replay()
     torch.cuda.synchronize()
     assert torch.equal(found, wanted)
+
+
+def test_a_call_never_waits_for_the_gpu_unless_values_are_to_be_checked():
+    leaves, index = _inputs(64, 128, torch.bfloat16)
+    block_sparse_attention(*leaves, index, backend="triton").out.float().sum().backward()  # compiles
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with checked_values(False):
+            block_sparse_attention(*leaves, index, backend="triton").out.float().sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+    with checked_values(), pytest.raises(ValueError, match="slot 12 of a pool of 12"):
+        block_sparse_attention(*leaves, index.clamp(min=0) + 1, backend="triton")
+
+
+def test_more_heads_than_a_second_grid_axis_holds():
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (torch.randn(2, 33000, n, 16, 16, device="cuda", generator=generator) for n in (1, 2, 2))
+    index = torch.tensor([1], device="cuda", dtype=torch.int32).expand(2, 33000, 1, 1)
+    found = block_sparse_attention(q, k, v, index, backend="triton").out
+    wanted = torch.nn.functional.scaled_dot_product_attention(q[:, :, 0], k[:, :, 1], v[:, :, 1])
+    torch.testing.assert_close(found[:, :, 0], wanted)

@@ -50,6 +50,10 @@ def test_kernels_match_float64():
     run_job("interpreted", "not slow", interpret=True)
 
 
+def test_kernels_take_and_refuse_what_the_reference_does():
+    run_job("../test_faulty_problems", "not slow", interpret=True)
+
+
 @pytest.mark.slow
 def test_kernels_match_float64_at_length():
     run_job("interpreted", "slow", interpret=True)

@@ -15,24 +15,19 @@ from torch import Tensor
 
 from sparse_forcing.kernels.block_selection import reference
 from sparse_forcing.kernels.block_selection.gpu.launch import plan_choose, plan_pool, plan_select, plan_update
-from sparse_forcing.kernels.block_sparse_attention.gpu import backend as attention
-from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Launch
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
+from sparse_forcing.kernels.triton_runtime import Launch, active, why_unfit
 
 MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_why_unfit = functools.lru_cache(why_unfit)  # a rollout asks three times in every layer of every pass
 
 
 def why_unavailable(tensor: Tensor) -> str | None:
     """Reason why the kernels cannot run on this tensor, or None."""
     if tensor.dtype not in _DTYPES:
         return f"no kernel for {tensor.dtype}"
-    return _unfit_device(tensor.device)
-
-
-@functools.lru_cache
-def _unfit_device(device: torch.device) -> str | None:
-    return attention.why_unavailable(torch.empty(1, 1, dtype=torch.float32, device=device))
+    return _why_unfit(tensor.device)
 
 
 def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> Tensor:
@@ -71,7 +66,7 @@ def choose_lists(
 
 def _fuses(query_blocks: Tensor, key_blocks: Tensor) -> bool:
     fits = 0 < key_blocks.shape[-2] <= MAX_WINDOW and key_blocks.shape[:2] == query_blocks.shape[:2]
-    return fits and query_blocks.numel() > 0
+    return fits and key_blocks.dtype == query_blocks.dtype and query_blocks.numel() > 0
 
 
 def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +79,7 @@ def update_persistent(candidate_slots: Tensor, importance: Tensor, capacity: int
 
 
 def _run(launch: Launch, device: torch.device) -> None:
-    with attention.active(device):
+    with active(device):
         launch.run()
 
 

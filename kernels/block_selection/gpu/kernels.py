@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparse_forcing.kernels.triton_runtime import program_head
+
 
 @triton.jit(do_not_specialize=["blocks"])
 def pool_kernel(
@@ -19,12 +21,11 @@ def pool_kernel(
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of block program_id(0).
+    """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of one block.
 
     x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     tokens, dims = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     size = tl.load(sizes + head * blocks + block) if RAGGED else T
@@ -42,10 +43,11 @@ def pool_kernel(
 
 @triton.jit
 def _ordered(scores):
-    """float32 -> uint32 with the same order; -0 equals 0. The smallest real number maps above 0."""
+    """float32 -> uint32 with the same order; -0 equals 0, NaN is above all, whatever its sign. The smallest real number
+    maps above 0."""
     bits = (scores + 0.0).to(tl.int32, bitcast=True)
     signed = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return signed.to(tl.uint32, bitcast=True) ^ 0x80000000
+    return tl.where(scores == scores, signed, 0x7FFFFFFF).to(tl.uint32, bitcast=True) ^ 0x80000000
 
 
 @triton.jit
@@ -86,7 +88,7 @@ def choose_kernel(
     query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
     memory holds a slice of all key blocks instead of all of them.
     """
-    head = tl.program_id(1).to(tl.int64)
+    head = program_head()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
@@ -124,7 +126,7 @@ def select_kernel(
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
 ):  # fmt: skip
     """`choose_kernel` from stored scores [B*H, Nq, Nk] float32."""
-    head = tl.program_id(1).to(tl.int64)
+    head = program_head()
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
     inside = rows < query_blocks
@@ -142,7 +144,7 @@ def select_kernel(
 @triton.jit(do_not_specialize=["candidates"])
 def update_kernel(slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr):
     """Top-C of one head's candidates: kept_slots [B*H, C] and freed_slots [B*H, Nc - C], both in candidate order."""
-    head = tl.program_id(0).to(tl.int64)
+    head = program_head()
     columns = tl.arange(0, BLOCK_N)[None, :]
     listed = columns < candidates
     score = tl.load(importance + head * candidates + columns, mask=listed, other=0.0)

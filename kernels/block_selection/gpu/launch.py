@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.gpu import kernels
-from sparse_forcing.kernels.block_sparse_attention.gpu import backend as attention
-from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Launch, power_of_two
+from sparse_forcing.kernels.triton_runtime import Launch, power_of_two, prepare, target
 
-
-def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], num_warps: int) -> Launch:
-    return Launch(
-        kernel=kernel, grid=grid, args=args, options={"num_warps": num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    )
+_ONE_STAGE = {"num_stages": 1}
 
 
 def plan_pool(
@@ -31,7 +24,7 @@ def plan_pool(
         "BLOCK_T": power_of_two(T), "BLOCK_D": power_of_two(D),
         **{f"sx{axis}": stride for axis, stride in zip("bhntd", x.stride())},
     }  # fmt: skip
-    return _launch(kernels.pool_kernel, (N, B * H), args, 4), pooled
+    return prepare(kernels.pool_kernel, N, B * H, args, num_warps=4, **_ONE_STAGE), pooled
 
 
 def _rows_and_warps(window: int) -> tuple[int, int, int]:
@@ -51,7 +44,7 @@ def plan_choose(
     kept = min(top_k, window)
     persistent = 0 if persistent_slots is None else persistent_slots.shape[-1]
     chosen = torch.empty((B, H, Nq, persistent + kept), dtype=torch.int32, device=q.device)
-    amd = (arch or attention.target(q.device)).startswith("gfx")  # knows no tf32x3; without it NVIDIA's code spills
+    amd = (arch or target(q.device)).startswith("gfx")  # knows no tf32x3; without it NVIDIA's code spills
     args = {
         "query_blocks_ptr": q.contiguous(), "key_blocks_ptr": k.to(q.dtype).contiguous(), "own": own,
         "persistent_slots": None if persistent_slots is None else persistent_slots.contiguous(),
@@ -60,7 +53,7 @@ def plan_choose(
         "BLOCK_N": padded, "BLOCK_P": 64, "OWN": own is not None, "SLOTS": window_slots is not None,
         "PRECISION": "tf32" if q.dtype != torch.float32 else "ieee" if amd else "tf32x3",
     }  # fmt: skip
-    return _launch(kernels.choose_kernel, (-(-Nq // rows), B * H), args, warps), chosen
+    return prepare(kernels.choose_kernel, -(-Nq // rows), B * H, args, num_warps=warps, **_ONE_STAGE), chosen
 
 
 def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch, Tensor]:
@@ -73,7 +66,7 @@ def plan_select(scores: Tensor, top_k: int, own: Tensor | None) -> tuple[Launch,
         "scores_ptr": scores, "own": own, "selected": selected, "query_blocks": Nq, "window": window, "kept": kept,
         "ROWS": 4, "BLOCK_N": padded, "OWN": own is not None,
     }  # fmt: skip
-    return _launch(kernels.select_kernel, (-(-Nq // 4), B * H), args, warps), selected
+    return prepare(kernels.select_kernel, -(-Nq // 4), B * H, args, num_warps=warps, **_ONE_STAGE), selected
 
 
 def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, Tensor, Tensor]:
@@ -83,6 +76,7 @@ def plan_update(slots: Tensor, importance: Tensor, kept: int) -> tuple[Launch, T
     losers = torch.empty((B, H, candidates - kept), dtype=slots.dtype, device=slots.device)
     args = {
         "slots": slots.contiguous(), "importance": importance.detach().float().contiguous(), "kept_slots": winners,
-        "freed_slots": losers, "candidates": candidates, "capacity": kept, "BLOCK_N":
-        power_of_two(candidates), }  # fmt: skip
-    return _launch(kernels.update_kernel, (B * H, 1), args, 4), winners, losers
+        "freed_slots": losers, "candidates": candidates, "capacity": kept,
+        "BLOCK_N": power_of_two(candidates),
+    }  # fmt: skip
+    return prepare(kernels.update_kernel, 1, B * H, args, num_warps=4, **_ONE_STAGE), winners, losers

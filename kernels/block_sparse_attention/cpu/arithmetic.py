@@ -1,8 +1,4 @@
-"""What forward and backward of the CPU backend share: types, products, rows in scratch, sizes of pieces.
-
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
-"""
+"""What forward and backward of the CPU backend share: types, products, rows in scratch, sizes of pieces."""
 
 from __future__ import annotations
 

@@ -14,9 +14,6 @@ Softmax works in base 2: exp2 costs a third of exp here. The products of the sco
 used as they are. bfloat16 and float16 are computed in float32; only the factors of P V, P dO, dS K and dS Q are rounded
 to bfloat16, for bfloat16 input, where oneDNN multiplies it fast. Where the CPU has matrix units, fused.py serves
 what it can.
-
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
 """
 
 from __future__ import annotations
@@ -26,11 +23,11 @@ from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention.cpu import forward as cpu_forward
 from sparse_forcing.kernels.block_sparse_attention.cpu import fused as cpu_fused
-from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import work_dtype
 from sparse_forcing.kernels.block_sparse_attention.cpu.backward import backward
 from sparse_forcing.kernels.block_sparse_attention.cpu.fused import has_matrix_units
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import Lists
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 __all__ = ["backward", "forward", "why_unavailable"]
 
@@ -44,36 +41,15 @@ def why_unavailable(query: Tensor) -> str | None:
     return None
 
 
-def forward(
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_index: Tensor,
-    query_sizes: Tensor | None,
-    key_sizes: Tensor | None,
-    scale: float,
-    num_persistent: int,
-    return_mass: bool,
-    keep_rest: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def forward(problem: Problem, return_mass: bool, keep_rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ops.py."""
-    B, H, Nq, _, _ = query.shape
-    T, M = key_pool.shape[3], block_index.shape[-1]
-    if not block_index.numel():
-        return *_nothing_listed(query, M if return_mass else 0), query.new_zeros(rest_shape(query, keep_rest))
-    padding, lists = _padded_rows(query_sizes, query), Lists(block_index, key_sizes, T)
+    query, block_index = problem.query, problem.block_index
+    padding = _padded_rows(problem.query_sizes, query)
+    lists = Lists(block_index, problem.key_sizes, problem.key_pool.shape[3])
     if _fused(query, lists) and not (return_mass or keep_rest):
-        out, lse = cpu_fused.forward(query, key_pool, value_pool, lists, padding, scale, num_persistent)
-        return out, lse, lse.new_zeros((B, H, Nq, 0)), query.new_zeros(rest_shape(query, False))
-    return cpu_forward.forward(
-        query, key_pool, value_pool, lists, padding, scale, num_persistent, return_mass, keep_rest
-    )
-
-
-def _nothing_listed(query: Tensor, mass_entries: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, lse and mass of empty lists."""
-    lse = torch.full(query.shape[:-1], float("-inf"), dtype=work_dtype(query))
-    return torch.zeros(query.shape, dtype=query.dtype), lse, lse.new_zeros((*query.shape[:3], mass_entries))
+        out, lse = cpu_fused.forward(problem, lists, padding)
+        return out, lse, lse.new_zeros((*block_index.shape[:3], 0)), query.new_zeros(rest_shape(query, False))
+    return cpu_forward.forward(problem, lists, padding, return_mass, keep_rest)
 
 
 def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:

@@ -1,8 +1,4 @@
-"""The backward of the CPU backend: probabilities again, piece by piece, and the three gradients from them.
-
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
-"""
+"""The backward of the CPU backend: probabilities again, piece by piece, and the three gradients from them."""
 
 from __future__ import annotations
 
@@ -24,55 +20,35 @@ from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import (
 )
 from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import BlockTable, Cut, Lists
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 GROUP_BYTES = 4 << 20  # float32 sums of the gradients of a group of heads, for types narrower than that
 
 
 def backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_index: Tensor,
-    query_sizes: Tensor | None,
-    key_sizes: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    out_rest: Tensor,
-    scale: float,
-    num_persistent: int,
+    problem: Problem, grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor, out_rest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See ops.py. Where sums are wider than the gradients, heads go in groups: fresh pages cost more than the GEMMs."""
+    query, scale = problem.query, problem.scale
 
     def of(group: tuple[slice, slice]) -> tuple[Tensor, Tensor, Tensor]:
-        pools = query[group], key_pool[group], value_pool[group]
-        sizes = None if key_sizes is None else key_sizes[group]
         dlse = None if grad_lse is None else grad_lse[group]
         rest = out_rest[group] if out_rest.numel() else None
         rows = _BackwardRows(grad_out[group], dlse, query[group], out[group], rest, lse[group], scale)
-        return _backward_heads(rows, *pools, block_index[group], sizes, scale, num_persistent)
+        return _backward_heads(rows, problem.of_heads(group))
 
-    if block_index.numel() and query.dtype == work_dtype(query):
+    if query.dtype == work_dtype(query):
         return of((slice(None), slice(None)))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in (query, key_pool, value_pool))
-    for group in _head_groups(key_pool) if block_index.numel() else ():
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype) for x in problem.inputs)
+    for group in _head_groups(problem.key_pool):
         dq[group], dk[group], dv[group] = of(group)
     return dq, dk, dv
 
 
-def _backward_heads(
-    rows: _BackwardRows,
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    block_index: Tensor,
-    key_sizes: Tensor | None,
-    scale: float,
-    num_persistent: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_heads(rows: _BackwardRows, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in the working type: p = exp(s - lse) again, piece by piece; ds = p (dp - delta),
     delta = <dout, out> - dlse."""
+    query, key_pool, value_pool, block_index, _, key_sizes, scale, num_persistent = problem
     B, H, S, T, D = key_pool.shape
     lists = Lists(block_index, key_sizes, T)
     keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)

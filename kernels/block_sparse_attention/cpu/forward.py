@@ -1,8 +1,4 @@
-"""The forward of the CPU backend: base-2 softmax over pieces, with running maxima only where they are needed.
-
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys.
-"""
+"""The forward of the CPU backend: base-2 softmax over pieces, with running maxima only where they are needed."""
 
 from __future__ import annotations
 
@@ -26,27 +22,21 @@ from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import (
 from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import BlockTable, Cut, Lists
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 SAFE_SUM = 2.0**60  # float32 and bfloat16 end at 2^127: room for values up to 1e19, and 66 binary digits below the sum
 LOWEST = -1e30  # running maximum of an empty row: finite, so that -inf - LOWEST stays -inf instead of NaN
 
 
 def forward(
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    lists: Lists,
-    padding: Tensor | None,
-    scale: float,
-    num_persistent: int,
-    return_mass: bool,
-    keep_rest: bool,
+    problem: Problem, lists: Lists, padding: Tensor | None, return_mass: bool, keep_rest: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(out, lse, mass, out_rest) as in ops.py; padding [B * H * Nq, Tq] marks padded rows."""
+    query, scale = problem.query, problem.scale
     entries = lists.slots.shape[1]
     rows = _ForwardRows(flat_rows(query, padding, query.dtype, "cleared queries"), entries if return_mass else 0)
-    cuts = cut_pieces(query, lists.tokens, entries, num_persistent, buffers=1)
-    tables = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
+    cuts = cut_pieces(query, lists.tokens, entries, problem.num_persistent, buffers=1)
+    tables = BlockTable(problem.key_pool, lists), BlockTable(problem.value_pool, lists)
     if not _accumulate(rows, cuts, *tables, lists, scale):
         rows.subtract_peaks()
         _accumulate(rows, cuts, *tables, lists, scale)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import BlockTable, Lists, cut_lists
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 PIECE_BYTES = 2 << 20  # gathered keys and values of a piece, per thread
 WHOLE_ROWS = 1 << 30  # every row of a head visits the persistent blocks in one piece: more rows are faster
@@ -25,19 +26,12 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def forward(
-    query: Tensor,
-    key_pool: Tensor,
-    value_pool: Tensor,
-    lists: Lists,
-    padding: Tensor | None,
-    scale: float,
-    num_persistent: int,
-) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, lists: Lists, padding: Tensor | None) -> tuple[Tensor, Tensor]:
     """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32) of lists without padded keys; padding [B * H * Nq, Tq]
     marks padded rows."""
+    query, scale = problem.query, problem.scale
     B, H, Nq, Tq, D = query.shape
-    entries = (num_persistent, lists.slots.shape[1])
+    entries = (problem.num_persistent, lists.slots.shape[1])
     cuts = cut_lists(
         (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
         budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
@@ -46,7 +40,7 @@ def forward(
     q = query.flatten(0, 2)
     out = torch.empty(q.shape, dtype=torch.float32 if merged else query.dtype)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32)
-    keys, values = BlockTable(key_pool, lists), BlockTable(value_pool, lists)
+    keys, values = BlockTable(problem.key_pool, lists), BlockTable(problem.value_pool, lists)
     k_buffer, v_buffer = (Buffer.of(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
     for cut in cuts:
         rows, tables = (cut.rows(x) for x in (q, out, lse)), (cut.flat_lists(x.rows) for x in (keys, values))

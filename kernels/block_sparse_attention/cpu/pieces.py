@@ -1,9 +1,4 @@
-"""How the CPU backend cuts its work into cache-sized pieces and gathers the blocks of a piece.
-
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S pool slots, T tokens per slot, D head dim,
-M list entries; in a piece: n items, R rows each, m entries each, L = m * T keys. Per-row tensors are stored
-[B * H * Nq, Tq, ...], lists [B * H * Nq, M].
-"""
+"""How the CPU backend cuts its work into cache-sized pieces and gathers the blocks of a piece."""
 
 from __future__ import annotations
 

@@ -30,6 +30,7 @@ from sparse_forcing.kernels.block_sparse_attention.gpu.tiles import (
     tile_mask,
     tile_offsets,
 )
+from sparse_forcing.kernels.triton_runtime import program_head
 
 CHANGING = ["query_blocks", "slots", "list_length", "visits"]
 
@@ -45,9 +46,9 @@ def backward_rows(
     grad_out, out, out_rest [B*H, Nq, Tq, D], contiguous. REST: out + out_rest is the output before it was rounded.
     """
     PARTS: tl.constexpr = ROWS // BLOCK_Q
-    block = tl.program_id(0) // PARTS
-    which = tl.program_id(1).to(tl.int64) * query_blocks + block
-    rows, dims = (tl.program_id(0) % PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    head, block, part = program_head(), tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    which = head * query_blocks + block
+    rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
     real = tile_mask(rows, query_size, dims, D, Tq, BLOCK_D, RAGGED_Q)
     place = which * Tq * D + tile_offsets(rows, dims, D, 1)
@@ -56,7 +57,7 @@ def backward_rows(
         o += tl.load(out_rest + place, mask=real, other=0.0).to(tl.float32)
     do = tl.load(grad_out + place, mask=real, other=0.0).to(tl.float32)
     row_lse = tl.load(lse + which * Tq + rows, mask=rows < tl.minimum(query_size, Tq), other=float("-inf"))
-    seen = row_lse > float("-inf")
+    seen = row_lse != float("-inf")  # NaN, where a row saw it, goes on
     delta = tl.sum(o * do, 1)
     if LSE_GRADIENT:
         delta -= tl.load(grad_lse + which * Tq + rows, mask=seen, other=0.0)
@@ -118,16 +119,15 @@ def backward_dq_pointer(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """grad_query of BLOCK_Q rows of a query block, number program_id(0), head program_id(1), over the forward list.
+    """grad_query of BLOCK_Q rows of a query block over the forward list.
 
     share_rows [B*H, Nq, ROWS] (EXACT only) receives 1 / the row sum of what `_probability` gives.
     """
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    block = tl.program_id(0) // Q_PARTS
-    head = tl.program_id(1).to(tl.int64)
+    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
-    rows, dims = (tl.program_id(0) % Q_PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     which = head * query_blocks + block
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
     real = tile_mask(rows, query_size, dims, D, Tq, BLOCK_D, RAGGED_Q)
@@ -179,8 +179,7 @@ def backward_dq_tma(
     Padded query rows may hold anything here: they meet p = 0 and an `lse` of +inf, and are cleared before the store.
     """
     tl.static_assert(not RAGGED_K and not EXACT)
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     which = head * query_blocks + block
@@ -204,7 +203,7 @@ def backward_dq_tma(
         dq, _ = _dq_step(
             q, k, v, do, lse, delta, dq, 0, scale_log2, columns, T, T != BLOCK_K, PRECISION, False
         )  # fmt: skip
-    dq = tl.where((lse < float("inf"))[:, None], dq * scale, 0.0)
+    dq = tl.where((lse != float("inf"))[:, None], dq * scale, 0.0)
     store_block(dq_blocks, block, dq.to(grad_query.dtype.element_ty), Tq, BLOCK_Q, BLOCK_D)
 
 
@@ -218,13 +217,12 @@ def backward_dkdv_pointer(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """grad_key, grad_value of BLOCK_K tokens of a slot, number program_id(0), head program_id(1), over its visitors."""
+    """grad_key, grad_value of BLOCK_K tokens of a slot over its visitors."""
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    slot = tl.program_id(0) // K_PARTS
-    head = tl.program_id(1).to(tl.int64)
+    head, slot, part = program_head(), tl.program_id(0) // K_PARTS, tl.program_id(0) % K_PARTS
     batch, of_batch = head // heads, head % heads
-    columns, dims = (tl.program_id(0) % K_PARTS) * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
+    columns, dims = part * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     size = tl.load(key_sizes + head * slots + slot) if RAGGED_K else T
     token = tile_mask(columns, size, dims, D, T, BLOCK_D, RAGGED_K)
     far = slot.to(tl.int64)
@@ -273,8 +271,7 @@ def backward_dkdv_tma(
     Ragged keys are fine: whatever a padded key holds stays in its own rows, which are cleared before the store.
     """
     tl.static_assert(not RAGGED_Q and not EXACT)
-    slot = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, slot = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

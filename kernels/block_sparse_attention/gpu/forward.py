@@ -26,6 +26,7 @@ from sparse_forcing.kernels.block_sparse_attention.gpu.tiles import (
     tile_mask,
     tile_offsets,
 )
+from sparse_forcing.kernels.triton_runtime import program_head
 
 CHANGING = ["query_blocks", "slots", "list_length"]  # integers that change from chunk to chunk: one compilation for all
 
@@ -40,7 +41,7 @@ def forward_pointer(
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, MASS: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
     HALVES: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q rows of a query block, number `program_id(0)`, of head `program_id(1)` against its list.
+    """One program: BLOCK_Q rows of a query block against its list.
 
     Blocks larger than a tile are visited in parts, query rows by as many programs, keys by as many iterations.
     Padding is masked at the load, so it may hold anything, NaN included. row_mass [B*H, Nq, M * parts, 2, ROWS] (MASS
@@ -54,10 +55,9 @@ def forward_pointer(
     WIDTH: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    block = tl.program_id(0) // Q_PARTS
-    head = tl.program_id(1).to(tl.int64)
+    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
-    rows, dims = (tl.program_id(0) % Q_PARTS) * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
+    rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     left = tl.arange(0, WIDTH)
     right = WIDTH + left
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
@@ -132,8 +132,7 @@ def forward_tma(
     the softmax costs 8 more.
     """
     tl.static_assert(not RAGGED_K)
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, block = program_head(), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

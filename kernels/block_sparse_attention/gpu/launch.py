@@ -5,13 +5,11 @@ architecture.
 runs them; the compile report compiles exactly the same list for a named architecture without a GPU. Nothing here is
 tuned on the number of blocks or the length of a list, so a rollout compiles once.
 
-Shape legend: B batch, H heads, Nq query blocks, Tq rows per query block, S slots, T tokens per slot, D head dim, M
-entries.
+Shape legend: ../problem.py.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,6 +21,8 @@ from sparse_forcing.kernels.block_sparse_attention.gpu import backward as bwd
 from sparse_forcing.kernels.block_sparse_attention.gpu import forward as fwd
 from sparse_forcing.kernels.block_sparse_attention.gpu.lists import block_mass, inverse_lists, list_counts
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
+from sparse_forcing.kernels.triton_runtime import Launch, power_of_two, prepare
 
 MAX_BLOCK = 128  # rows or tokens per block; 64 is what the kernels are tuned for
 MAX_HEAD_DIM = 256
@@ -119,97 +119,63 @@ def architecture(name: str) -> Architecture:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Launch:
-    """One kernel call, complete: `run()` launches it, `compile()` only compiles it (any tensors, no GPU needed)."""
+class Layout:
+    """How a problem lies before the kernels of one architecture: padded sizes, alignment, arguments and tiles."""
 
-    kernel: Any
-    grid: tuple[int, int]
-    args: dict[str, Any]
-    options: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        return self.kernel.fn.__name__
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.options)
-
-    def compile(self) -> Any:
-        return self.kernel.warmup(grid=self.grid, **self.args, **self.options)
-
-
-def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], **options: Any) -> Launch:
-    # Triton 3.10 turns the fusion of a multiply and an add off by default; it is 13 % of the loop here.
-    return Launch(kernel=kernel, grid=grid, args=args, options={"enable_fp_fusion": True, **options})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Problem:
-    """The inputs every attention kernel shares, with what the plans derive from their shapes."""
-
-    query: Tensor
-    key_pool: Tensor
-    value_pool: Tensor
-    block_index: Tensor
-    query_sizes: Tensor | None
-    key_sizes: Tensor | None
-    scale: float
+    problem: Problem
     arch: str
 
     def __post_init__(self) -> None:
-        Tq, D = self.query.shape[-2:]
-        T = self.key_pool.shape[3]
+        Tq, D = self.problem.query.shape[-2:]
+        T = self.problem.key_pool.shape[3]
         if max(Tq, T) > MAX_BLOCK or D > MAX_HEAD_DIM:
             raise SparseForcingError(
                 f"block_sparse_attention (triton): blocks of {max(Tq, T)} tokens and head dim {D}; "
                 f"at most {MAX_BLOCK} and {MAX_HEAD_DIM}: use smaller tiles or backend='reference'"
             )
-        if not self.scale > 0:
-            raise SparseForcingError(f"block_sparse_attention (triton): scale is {self.scale}, need a positive number")
 
-    @functools.cached_property
-    def sizes(self) -> tuple[int, int, int, int]:
-        """(query blocks, slots, padded rows, padded tokens)."""
-        (_, _, Nq, Tq, _), (_, _, S, T, _) = self.query.shape, self.key_pool.shape
-        return Nq, S, _padded(Tq), _padded(T)
+    @property
+    def heads(self) -> int:
+        """Over all samples."""
+        return self.problem.query.shape[0] * self.problem.query.shape[1]
+
+    @property
+    def rows(self) -> int:
+        """Of a query block, padded."""
+        return _padded(self.problem.query.shape[3])
 
     def aligned(self) -> bool:
         """Whether TMA can read these tensors: 64-row boxes, unit inner stride, all else a multiple of 16 bytes."""
-        _, _, rows, tokens = self.sizes
-        return rows == tokens == 64 and all(map(_aligned, (self.query, self.key_pool, self.value_pool)))
+        return self.rows == _padded(self.problem.key_pool.shape[3]) == 64 and all(map(_aligned, self.problem.inputs))
 
     def common(self) -> dict[str, Any]:
         """Arguments with the same name in every attention kernel."""
-        sqb, sqh, sqn, sqt, sqd = self.query.stride()
-        skb, skh, sks, skt, skd = self.key_pool.stride()
-        svb, svh, svs, svt, svd = self.value_pool.stride()
-        Nq, S, rows, _ = self.sizes
-        _, H, _, Tq, D = self.query.shape
-        precision = "ieee" if self.query.dtype == torch.float32 else "tf32"  # the latter means nothing for 16 bits
+        query, key_pool, value_pool, _, query_sizes, key_sizes, scale, _ = self.problem
+        sqb, sqh, sqn, sqt, sqd = query.stride()
+        skb, skh, sks, skt, skd = key_pool.stride()
+        svb, svh, svs, svt, svd = value_pool.stride()
+        _, H, Nq, Tq, D = query.shape
+        precision = "ieee" if query.dtype == torch.float32 else "tf32"  # the latter means nothing for 16 bits
         return {
-            "query": self.query, "key_pool": self.key_pool, "value_pool": self.value_pool,
-            "query_sizes": self.query_sizes, "key_sizes": self.key_sizes,
+            "query": query, "key_pool": key_pool, "value_pool": value_pool,
+            "query_sizes": query_sizes, "key_sizes": key_sizes,
             "sqb": sqb, "sqh": sqh, "sqn": sqn, "sqt": sqt, "sqd": sqd,
             "skb": skb, "skh": skh, "sks": sks, "skt": skt, "skd": skd,
             "svb": svb, "svh": svh, "svs": svs, "svt": svt, "svd": svd,
-            "scale_log2": self.scale * LOG2E, "heads": H, "query_blocks": Nq, "slots": S,
-            "Tq": Tq, "T": self.key_pool.shape[3], "D": D, "ROWS": rows, "BLOCK_D": _padded(D),
-            "RAGGED_Q": self.query_sizes is not None, "RAGGED_K": self.key_sizes is not None, "PRECISION": precision,
+            "scale_log2": scale * LOG2E, "heads": H, "query_blocks": Nq, "slots": key_pool.shape[2],
+            "Tq": Tq, "T": key_pool.shape[3], "D": D, "ROWS": self.rows, "BLOCK_D": _padded(D),
+            "RAGGED_Q": query_sizes is not None, "RAGGED_K": key_sizes is not None, "PRECISION": precision,
         }  # fmt: skip
 
     def tiled(self, kernel: str) -> tuple[dict[str, int], dict[str, int], tuple[int, int]]:
         """(tile arguments, launch options, (parts of a query block, parts of a slot)) of an attention kernel."""
-        arch, D = architecture(self.arch), _padded(self.query.shape[-1])
-        queries, keys, warps, stages = arch.tile(kernel, D, self.query.element_size())
-        _, _, rows, tokens = self.sizes
-        tile = {"BLOCK_Q": min(queries, rows), "BLOCK_K": min(keys, tokens)}
-        parts = -(-self.query.shape[3] // tile["BLOCK_Q"]), -(-self.key_pool.shape[3] // tile["BLOCK_K"])
+        query, tokens = self.problem.query, self.problem.key_pool.shape[3]
+        queries, keys, warps, stages = architecture(self.arch).tile(
+            kernel, _padded(query.shape[-1]), query.element_size()
+        )
+        tile = {"BLOCK_Q": min(queries, self.rows), "BLOCK_K": min(keys, _padded(tokens))}
+        parts = -(-query.shape[3] // tile["BLOCK_Q"]), -(-tokens // tile["BLOCK_K"])
         return tile, {"num_warps": warps, "num_stages": stages}, parts
-
-
-def power_of_two(n: int) -> int:
-    """The smallest that is at least n. (Triton's own can be called in kernels, too, and takes 8 microseconds.)"""
-    return 1 << (n - 1).bit_length()
 
 
 def _padded(n: int) -> int:
@@ -243,56 +209,58 @@ class ForwardPlan:
     mass: Tensor
 
 
-def choose_forward(problem: Problem) -> str:
+def choose_forward(layout: Layout) -> str:
     """ "tma", or "pointer" where TMA cannot read the tensors or must not: ragged keys may hold NaN in their padding,
     which only masked loads leave out.
     """
-    usable = architecture(problem.arch).tma and problem.key_sizes is None and problem.aligned()
+    usable = architecture(layout.arch).tma and layout.problem.key_sizes is None and layout.aligned()
     return "tma" if usable else "pointer"
 
 
 def plan_forward(
     problem: Problem,
+    arch: str,
     *,
     return_mass: bool = False,
     keep_rest: bool = False,
     variant: str | None = None,
 ) -> ForwardPlan:
-    """Launches of one forward pass. variant overrides the choice (tests, report)."""
+    """Launches of one forward pass on architecture `arch`. variant overrides the choice (tests, report)."""
+    layout = Layout(problem=problem, arch=arch)
     query, index = problem.query, problem.block_index
     B, H, Nq, M = index.shape
-    variant = variant or choose_forward(problem)
+    variant = variant or choose_forward(layout)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     lse = torch.empty(query.shape[:-1], dtype=torch.float32, device=query.device)
     mass = torch.empty((B, H, Nq, M if return_mass else 0), dtype=torch.float32, device=query.device)
     rest = torch.empty(rest_shape(query, keep_rest), dtype=query.dtype, device=query.device)
     keep_rest = rest.numel() > 0
-    _, _, rows, _ = problem.sizes
     counts = list_counts(index)
     name = f"forward_{variant}"
-    tile, options, (query_parts, key_parts) = problem.tiled(name)
-    shape = (B, H, Nq, M * key_parts, 2, rows)
+    tile, options, (query_parts, key_parts) = layout.tiled(name)
+    shape = (B, H, Nq, M * key_parts, 2, layout.rows)
     row_mass = torch.empty(shape, dtype=torch.float32, device=query.device) if return_mass else None
-    args = problem.common() | tile | {
+    args = layout.common() | tile | {
         "out": out, "out_rest": rest if keep_rest else None, "lse": lse, "row_mass": row_mass, "block_index": index,
         "counts": counts, "list_length": M, "MASS": return_mass, "REST": keep_rest,
     }  # fmt: skip
     if variant == "pointer":
-        args["HALVES"] = architecture(problem.arch).halves and args["BLOCK_D"] >= 128 and not return_mass
-    launches = [_launch(getattr(fwd, name), (Nq * query_parts, B * H), args, **options)]
+        args["HALVES"] = architecture(arch).halves and args["BLOCK_D"] >= 128 and not return_mass
+    launches = [prepare(getattr(fwd, name), Nq * query_parts, B * H, args, **options)]
     if row_mass is not None:
-        launches.append(_plan_mass(problem, row_mass, lse, counts, mass))
+        launches.append(_plan_mass(layout, row_mass, lse, counts, mass))
     return ForwardPlan(launches=launches, out=out, out_rest=rest, lse=lse, mass=mass)
 
 
-def _plan_mass(problem: Problem, row_mass: Tensor, lse: Tensor, counts: Tensor, mass: Tensor) -> Launch:
-    B, H, Nq, M = problem.block_index.shape
+def _plan_mass(layout: Layout, row_mass: Tensor, lse: Tensor, counts: Tensor, mass: Tensor) -> Launch:
+    query, (_, _, Nq, M) = layout.problem.query, layout.problem.block_index.shape
+    query_sizes = layout.problem.query_sizes
     args = {
-        "row_mass": row_mass, "lse": lse, "counts": counts, "query_sizes": problem.query_sizes, "mass": mass,
-        "query_blocks": Nq, "list_length": M, "Tq": problem.query.shape[3], "ROWS": problem.sizes[2], "BLOCK_M": 32,
-        "PARTS": row_mass.shape[3] // M, "RAGGED_Q": problem.query_sizes is not None,
+        "row_mass": row_mass, "lse": lse, "counts": counts, "query_sizes": query_sizes, "mass": mass,
+        "query_blocks": Nq, "list_length": M, "Tq": query.shape[3], "ROWS": layout.rows, "BLOCK_M": 32,
+        "PARTS": row_mass.shape[3] // M, "RAGGED_Q": query_sizes is not None,
     }  # fmt: skip
-    return _launch(block_mass, (Nq, B * H), args, num_warps=4)
+    return prepare(block_mass, Nq, layout.heads, args, num_warps=4)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -307,6 +275,7 @@ class BackwardPlan:
 
 def plan_backward(
     problem: Problem,
+    arch: str,
     grad_out: Tensor,
     grad_lse: Tensor | None,
     out: Tensor,
@@ -316,29 +285,26 @@ def plan_backward(
     variant: str | None = None,
 ) -> BackwardPlan:
     """Launches of one backward pass: row preparation, dq over the lists, dk and dv over their inverse."""
-    index = problem.block_index
+    layout = Layout(problem=problem, arch=arch)
+    index, slots = problem.block_index, problem.key_pool.shape[2]
     B, H, Nq, M = index.shape
-    _, S, rows, _ = problem.sizes
     grad_out = grad_out.contiguous()
-    grads = [
-        torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for x in (problem.query, problem.key_pool, problem.key_pool)
-    ]
-    lse_rows, delta_rows = torch.empty((2, B, H, Nq, rows), dtype=torch.float32, device=out.device).unbind()
-    start, visitors = inverse_lists(index, S)
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in problem.inputs]
+    lse_rows, delta_rows = torch.empty((2, B, H, Nq, layout.rows), dtype=torch.float32, device=out.device).unbind()
+    start, visitors = inverse_lists(index, slots)
 
     # Beyond 128 columns the two sums of dk and dv fill the register file: only smaller tiles do not spill.
-    tma = architecture(problem.arch).tma and problem.query.shape[-1] <= 128
-    tma = tma and problem.aligned() and all(map(_aligned, (grad_out, *grads)))
-    dq_variant = variant or ("tma" if tma and problem.key_sizes is None else "pointer")
-    dkdv_variant = variant or ("tma" if tma and problem.query_sizes is None else "pointer")
+    tma = architecture(arch).tma and problem.query.shape[-1] <= 128
+    tma = tma and layout.aligned() and all(map(_aligned, (grad_out, *grads)))
+    dq_name = f"backward_dq_{variant or ('tma' if tma and problem.key_sizes is None else 'pointer')}"
+    dkdv_name = f"backward_dkdv_{variant or ('tma' if tma and problem.query_sizes is None else 'pointer')}"
 
     exact, keep_rest = problem.query.dtype == torch.float32, out_rest.numel() > 0
-    common = problem.common()
+    common = layout.common()
     rows_args = {
         name: common[name] for name in ("query_sizes", "query_blocks", "Tq", "D", "ROWS", "BLOCK_D", "RAGGED_Q")
     }
-    row_tile = min(rows, 16)
+    row_tile = min(layout.rows, 16)
     rows_args |= {
         "grad_out": grad_out, "out": out, "out_rest": out_rest if keep_rest else None, "REST": keep_rest, "lse": lse,
         "lse_rows": lse_rows, "delta_rows": delta_rows, "scale": problem.scale, "BLOCK_Q": row_tile, "EXACT": exact,
@@ -352,12 +318,11 @@ def plan_backward(
     dkdv_args = shared | {
         "grad_key": grads[1], "grad_value": grads[2], "start": start, "visitors": visitors, "visits": Nq * M
     }  # fmt: skip
-    dq_name, dkdv_name = f"backward_dq_{dq_variant}", f"backward_dkdv_{dkdv_variant}"
-    dq_tile, dq_options, (query_parts, _) = problem.tiled(dq_name)
-    dkdv_tile, dkdv_options, (_, key_parts) = problem.tiled(dkdv_name)
+    dq_tile, dq_options, (query_parts, _) = layout.tiled(dq_name)
+    dkdv_tile, dkdv_options, (_, key_parts) = layout.tiled(dkdv_name)
     launches = [
-        _launch(bwd.backward_rows, (Nq * rows // row_tile, B * H), rows_args, num_warps=4),
-        _launch(getattr(bwd, dq_name), (Nq * query_parts, B * H), dq_args | dq_tile, **dq_options),
-        _launch(getattr(bwd, dkdv_name), (S * key_parts, B * H), dkdv_args | dkdv_tile, **dkdv_options),
+        prepare(bwd.backward_rows, Nq * layout.rows // row_tile, B * H, rows_args, num_warps=4),
+        prepare(getattr(bwd, dq_name), Nq * query_parts, B * H, dq_args | dq_tile, **dq_options),
+        prepare(getattr(bwd, dkdv_name), slots * key_parts, B * H, dkdv_args | dkdv_tile, **dkdv_options),
     ]
     return BackwardPlan(launches=launches, grad_query=grads[0], grad_key=grads[1], grad_value=grads[2])

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparse_forcing.kernels.triton_runtime import program_head
+
 
 def list_counts(block_index: Tensor) -> Tensor:
     """[B, H, Nq, M] -> [B, H, Nq] int32 entries that are not -1 padding."""
@@ -43,8 +45,7 @@ def block_mass(
     row_mass holds the running maximum m and the row sums `total` of each visited block (see `forward_pointer`). m is at
     most lse_2, so nothing overflows. One program per query block; entries past the list give 0.
     """
-    block = tl.program_id(0)
-    head = tl.program_id(1).to(tl.int64)
+    head, block = program_head(), tl.program_id(0)
     rows, entries = tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     which = head * query_blocks + block
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq

@@ -95,8 +95,8 @@ def add_values(acc, p, shrink, v, PRECISION: tl.constexpr):
 
 @triton.jit
 def finish_softmax(m, total, acc, valid):
-    """(out rows, natural log-sum-exp): an empty or padded row gives 0 and -inf."""
-    seen = (total > 0) & valid
+    """(out rows, natural log-sum-exp): an empty or padded row gives 0 and -inf, one that saw NaN gives NaN."""
+    seen = (total != 0) & valid
     total = tl.where(seen, total, 1.0)
     out = tl.where(seen[:, None], acc / total[:, None], 0.0)
     return out, tl.where(seen, (m + tl.math.log2(total)) * LN2, float("-inf"))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention import reference
 from sparse_forcing.kernels.block_sparse_attention.gpu.backend import run
-from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, plan_backward, plan_forward
+from sparse_forcing.kernels.block_sparse_attention.gpu.launch import plan_backward, plan_forward
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 5e-3}
 MARGIN = 64  # elements of canary on either side of every output
@@ -43,7 +43,7 @@ def problem(
         query_sizes=query_sizes,
         key_sizes=key_sizes,
         scale=D**-0.5 if scale is None else scale,
-        arch="interpreter",
+        num_persistent=0,
     )
 
 
@@ -57,7 +57,7 @@ def gradients_in(p: Problem, through_lse: bool = True) -> tuple[Tensor, Tensor]:
 def answer(p: Problem, through_lse: bool = True) -> dict[str, Tensor]:
     """Everything in float64 from the reference and autograd; rows without keys have no lse gradient."""
     q, k, v = (x.double().requires_grad_() for x in (p.query, p.key_pool, p.value_pool))
-    out, lse, mass = reference.forward(q, k, v, p.block_index, p.query_sizes, p.key_sizes, p.scale, 0, True)
+    out, lse, mass = reference.forward(p._replace(query=q, key_pool=k, value_pool=v), True)
     grad_out, grad_lse = gradients_in(p, through_lse)
     finite = lse.masked_fill(lse == float("-inf"), 0)
     dq, dk, dv = torch.autograd.grad((out * grad_out).sum() + (finite * grad_lse).sum(), (q, k, v))
@@ -88,18 +88,18 @@ def guarded() -> Iterator[None]:
 
 def measured(
     p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, through_lse: bool = True,
-    keep_rest: bool = True,
+    keep_rest: bool = True, arch: str = "interpreter",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Run the kernels on guarded memory; names as in `answer`. Forward None and backward "auto": the table chooses."""
     grad_out, grad_lse = gradients_in(p, through_lse)
     with guarded():
         keep_rest = keep_rest and backward is not None
-        plan = plan_forward(p, return_mass=mass, keep_rest=keep_rest, variant=forward)
+        plan = plan_forward(p, arch, return_mass=mass, keep_rest=keep_rest, variant=forward)
         run(plan.launches, p.query.device)
         found = {"out": plan.out, "lse": plan.lse} | ({"mass": plan.mass} if mass else {})
         if backward is not None:
             chosen = None if backward == "auto" else backward
-            back = plan_backward(p, grad_out, grad_lse, plan.out, plan.out_rest, plan.lse, variant=chosen)
+            back = plan_backward(p, arch, grad_out, grad_lse, plan.out, plan.out_rest, plan.lse, variant=chosen)
             run(back.launches, p.query.device)
             found |= {"dq": back.grad_query, "dk": back.grad_key, "dv": back.grad_value}
     return found
@@ -163,4 +163,4 @@ def strided(p: Problem) -> Problem:
         view.copy_(x)
         return view
 
-    return replace(p, query=spread(p.query), key_pool=spread(p.key_pool), value_pool=spread(p.value_pool))
+    return p._replace(query=spread(p.query), key_pool=spread(p.key_pool), value_pool=spread(p.value_pool))

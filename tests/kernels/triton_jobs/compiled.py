@@ -12,11 +12,17 @@ import pytest
 import torch
 import triton
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.kernels import compile_report as report
 from sparse_forcing.kernels.block_selection.gpu import launch as plans
-from sparse_forcing.kernels.block_sparse_attention.gpu.backend import active
-from sparse_forcing.kernels.block_sparse_attention.gpu.launch import Problem, choose_forward, power_of_two
+from sparse_forcing.kernels.block_sparse_attention.gpu.launch import (
+    Layout,
+    choose_forward,
+    plan_backward,
+    plan_forward,
+)
+from sparse_forcing.kernels.block_sparse_attention.problem import Problem
+from sparse_forcing.kernels.triton_runtime import active, power_of_two, prepare
 
 RECORDED = json.loads(report.RECORDED.read_text())
 SAME_COMPILER = triton.__version__ == RECORDED["triton"]
@@ -122,26 +128,36 @@ def test_sixty_token_blocks_cost_little_more():
     assert rows["forward_tma"]["slots"] <= 357 + 10
 
 
-def _problem(
+def _layout(
     *, key_sizes: bool = False, dtype: torch.dtype = torch.bfloat16, D: int = 128, shift: int = 0, arch: str = "sm_90"
-) -> Problem:
+) -> Layout:
     q = torch.empty(4 * 64 * D + 8, dtype=dtype)[shift : shift + 4 * 64 * D].view(1, 1, 4, 64, D)
     pool = torch.empty(1, 1, 9, 64, D, dtype=dtype)
-    return Problem(
-        query=q, key_pool=pool, value_pool=pool, block_index=torch.zeros(1, 1, 4, 8, dtype=torch.int32),
-        key_sizes=torch.ones(1, 1, 9, dtype=torch.int32) if key_sizes else None, query_sizes=None, scale=1.0,
-        arch=arch,
-    )  # fmt: skip
+    index, sizes = torch.zeros(1, 1, 4, 8, dtype=torch.int32), torch.ones(1, 1, 9, dtype=torch.int32)
+    return Layout(problem=Problem(q, pool, pool, index, None, sizes if key_sizes else None, 1.0, 0), arch=arch)
 
 
 def test_launch_table_chooses_tma_where_it_is_correct():
-    assert choose_forward(_problem()) == "tma"
-    assert choose_forward(_problem(arch="sm_80")) == "pointer"
-    assert choose_forward(_problem(key_sizes=True)) == "pointer"
-    assert choose_forward(_problem(dtype=torch.float32)) == "pointer"
-    assert choose_forward(_problem(shift=1)) == "pointer"  # not 16-byte aligned
-    assert choose_forward(_problem(D=72)) == "tma"
-    assert choose_forward(_problem(D=68)) == "pointer"
+    assert choose_forward(_layout()) == "tma"
+    assert choose_forward(_layout(arch="sm_80")) == "pointer"
+    assert choose_forward(_layout(key_sizes=True)) == "pointer"
+    assert choose_forward(_layout(dtype=torch.float32)) == "pointer"
+    assert choose_forward(_layout(shift=1)) == "pointer"  # not 16-byte aligned
+    assert choose_forward(_layout(D=72)) == "tma"
+    assert choose_forward(_layout(D=68)) == "pointer"
+
+
+def test_more_samples_and_heads_than_an_axis_of_the_grid_holds():
+    B, H = 2, 40000
+    q, pool = torch.empty(1, 1, 1, 1, 16).expand(B, H, 1, 1, 16), torch.empty(1, 1, 2, 1, 16).expand(B, H, 2, 1, 16)
+    p = Problem(q, pool, pool, torch.zeros(1, 1, 1, 1, dtype=torch.int32).expand(B, H, 1, 1), None, None, 1.0, 0)
+    forward = plan_forward(p, "sm_80", return_mass=True)
+    backward = plan_backward(p, "sm_80", q, None, forward.out, forward.out_rest, forward.lse)
+    assert [launch.grid for launch in forward.launches] == [(1, 40000, 2)] * 2
+    assert [launch.grid for launch in backward.launches] == [(1, 40000, 2), (1, 40000, 2), (2, 40000, 2)]
+    assert prepare(forward.launches[0].kernel, 7, 24, {}).grid == (7, 24, 1)
+    with pytest.raises(SparseForcingError, match="batch x heads is 65537, which is no product of two numbers"):
+        prepare(forward.launches[0].kernel, 1, 65537, {})  # a prime
 
 
 def test_padding_is_to_the_power_of_two_that_triton_takes():

@@ -1,1 +1,0 @@
-"""Help for testing kernels without a GPU."""

@@ -1,0 +1,71 @@
+"""Checks that have to read tensors: where they run, and how a value that cannot be used is named.
+
+Shapes and types are always checked. Values cost nothing to read on a CPU beside an attention (microseconds, see
+README.md), so there they are checked, too. On a GPU reading a value waits for everything that was launched before it:
+there values are checked inside `checked_values()` only, which the tests and the benchmarks use. Nothing is read while
+torch traces, captures a CUDA graph, or works on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+
+from sparse_forcing.errors import SparseForcingError
+
+INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+_asked: ContextVar[bool | None] = ContextVar("checked_values", default=None)
+
+
+@contextmanager
+def checked_values(on: bool = True) -> Iterator[None]:
+    """Check the values of lists and sizes on every device in here; with on=False on none, the CPU included."""
+    before = _asked.set(on)
+    try:
+        yield
+    finally:
+        _asked.reset(before)
+
+
+def reads_values(x: Tensor) -> bool:
+    """Whether the values of x are to be checked here."""
+    if torch.compiler.is_compiling() or type(x) is not Tensor or x.device.type == "meta":
+        return False
+    asked, on_cpu = _asked.get(), x.device.type == "cpu"
+    if asked is None:
+        return on_cpu
+    return asked and (on_cpu or not torch.cuda.is_current_stream_capturing())
+
+
+def require_integers(operation: str, name: str, x: Tensor) -> None:
+    """Refuse a tensor that is not of whole numbers: a mask or a score is easily taken for a list of slots."""
+    if x.dtype not in INTEGERS:
+        raise SparseForcingError(
+            f"{operation}: {name} is {list(x.shape)} {x.dtype}, need whole numbers, such as torch.int32"
+        )
+
+
+def require_range(operation: str, name: str, x: Tensor, least: int, most: int, meaning: str) -> None:
+    """Refuse values of x outside least..most, where values are read."""
+    if not reads_values(x) or not x.numel():
+        return
+    low, high = (int(value) for value in x.aminmax())
+    if low < least or high > most:
+        raise SparseForcingError(
+            f"{operation}: {name} holds {high if high > most else low}, need {least} to {most}: {meaning}"
+        )
+
+
+def require_scale(operation: str, scale: float | None, head_dim: int) -> float:
+    """The factor on the scores: 1 / sqrt(head_dim) where None, else positive and finite."""
+    if scale is None:
+        return head_dim**-0.5
+    scale = float(scale)
+    if not 0 < scale < math.inf:
+        raise SparseForcingError(f"{operation}: scale is {scale}, need a positive, finite number or None")
+    return scale

@@ -99,10 +99,12 @@ def check_noise(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
 
 
 def start_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> np.ndarray | None:
-    """float32 [F, H, W, 3] in [0, 1] that a video starts from, in whole chunks; an image is held for one chunk.
+    """float32 [B, F, H, W, 3] in [0, 1] that videos start from, in whole chunks; an image is held for one chunk. B is 1
+    where all start alike.
 
     Args:
-        image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1]; at most one of them.
+        image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1]; at most one of them. A video may have a
+            batch dimension in front: one for each prompt.
         size: height and width they must have.
     """
     if image is not None and video is not None:
@@ -111,16 +113,20 @@ def start_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[in
         return None
     name, given, dims = ("image", image, "HW3") if video is None else ("video", video, "FHW3")
     frames = _unit_range(name, given)
-    if frames.ndim != len(dims) or frames.shape[-1] != 3:
+    batched = video is not None and frames.ndim == len(dims) + 1
+    if not (batched or frames.ndim == len(dims)) or frames.shape[-1] != 3:
         raise ConfigError(f"{name}: expected [{', '.join(dims)}], got {list(frames.shape)}")
     least = geometry.chunk_pixel_frames
     if video is None:
         frames = np.repeat(frames[None], least, 0)
-    whole = geometry.whole_chunk_frames(len(frames))
-    if not whole or whole != len(frames):
-        raise ConfigError(f"{name}: {len(frames)} frames are not whole chunks; give {whole or least}, for example")
-    if frames.shape[1:3] != size:
-        height, width = frames.shape[1:3]
+    if not batched:
+        frames = frames[None]
+    given = frames.shape[1]
+    whole = geometry.whole_chunk_frames(given)
+    if not whole or whole != given:
+        raise ConfigError(f"{name}: {given} frames are not whole chunks; give {whole or least}, for example")
+    if frames.shape[2:4] != size:
+        height, width = frames.shape[2:4]
         raise ConfigError(
             f"{name}: {width}x{height} pixels for a video of {size[1]}x{size[0]}; scale it, or set the size"
         )

@@ -208,7 +208,7 @@ class SparseForcingPipeline:
             prompt_changes: {pixel frame: prompt}, each from the first chunk on that begins there or later; or a
                 function of a chunk's first pixel frame that returns a new prompt or None, asked when it is wanted.
             image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
-                chunks (an image is held for one chunk).
+                chunks (an image is held for one chunk). [B, F, H, W, 3]: a video for each prompt.
             memory: kind of memory; the model's default when None.
 
         Raises:
@@ -354,10 +354,12 @@ class SparseForcingPipeline:
 
     @torch.no_grad()
     def _initial_latents(self, frames: np.ndarray, batch: int) -> Tensor:
-        """Frames [F, H, W, 3] in [0, 1] as the latents [B, F, C, h, w] that every video starts with."""
-        pixels = torch.from_numpy(frames).permute(3, 0, 1, 2)[None] * 2 - 1
-        latents = self.vae.encode(pixels.to(self.device))
-        return latents.transpose(1, 2).to(self.dtype).expand(batch, -1, -1, -1, -1)
+        """Frames [B or 1, F, H, W, 3] in [0, 1] as the latents [B, F, C, h, w] that the videos start with."""
+        if len(frames) != 1 and batch % len(frames):
+            raise ConfigError(f"video: {len(frames)} videos for {batch} that are to go on from them")
+        pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
+        latents = self.vae.encode(pixels.to(self.device)).transpose(1, 2).to(self.dtype)
+        return latents.repeat_interleave(batch // len(latents), 0)
 
     def __call__(
         self, prompt: str | list[str] | None = None, *, output_type: str = "np", **kwargs: Any

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +70,43 @@ class RolloutBenchConfig(JudgedBenchConfig):
             raise ConfigError(f"objects: 1 or 2, got {self.objects}")
         if min(1, *self.horizons, self.size or 1) < 1:
             raise ConfigError("horizons and size must be positive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecallBenchConfig:
+    """Options of `bench recall`.
+
+    worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
+    a cell of its own. count: worlds in a cell. frames_around: pixel frames of a world beside the gap. split: of the
+    looks that return. memories: in words (sparse_forcing.memory.parse). positions: of all of them.
+    """
+
+    model: str = "tiny-worlds"
+    device: str = "auto"
+    worlds: tuple[str, ...] = ("revisit", "reappear")
+    gaps: tuple[float, ...] = (0.5, 1.0, 2.0)
+    grounds: tuple[str, ...] = ("smooth", "striped", "textured")
+    by_ground: bool = False
+    count: int = 200
+    frames_around: int = 32
+    split: str = "train"
+    memories: tuple[str, ...] = ("full", "window", "sparse")
+    positions: Literal["absolute", "relative"] | None = None
+    batch_size: int = 16
+    seed: int = 0
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    output: Path | None = None
+
+    def __post_init__(self) -> None:
+        if min(self.count, self.batch_size, self.frames_around) < 1:
+            raise ConfigError("--count, --batch-size and --frames-around must be positive")
+        if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
+            raise ConfigError(f"--gaps: windows above 0, got {self.gaps}")
+        WorldConfig(grounds=self.grounds, split=self.split)
+        unknown = [kind for kind in self.worlds if kind not in KINDS]
+        if unknown or not self.worlds:
+            raise ConfigError(f"--worlds: choose from {', '.join(KINDS)}, got {' '.join(self.worlds)!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,144 +1,145 @@
-"""How much true attention a block selector keeps, on rollouts of prompts it was not trained on.
+"""What comes back, by memory: colour, shape and size at an object's return, against the gap, the bytes and the ground.
 
-Recall is the share of dense attention mass inside the chosen window blocks. Three selectors look at the same queries
-and keys: mean pooling, the model's learned selector, and an oracle that knows the mass.
+The truth of a world is given until shortly before the return (see `returns`). All memories see the same worlds, the
+same noise and the same weights. `chance` is measured: every answer judged by the returns of all other worlds.
 
-    python -m sparse_forcing.eval.bench.recall MODEL [--prompts N or FILE] [--chunks N] [--seed N]
+    sparse-forcing bench recall --model MODEL --gaps 1 2 4 --memories full window:8 sparse:4,1,16,paper \
+        --output docs/results/recall
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
-from collections import defaultdict
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
-from sparse_forcing.memory import MemoryConfig, make_model_memory
-from sparse_forcing.memory.base import WindowPass
-from sparse_forcing.model.selector import BlockSelector, recall
+from sparse_forcing.eval.bench.judging import share_of
+from sparse_forcing.eval.bench.options import RecallBenchConfig
+from sparse_forcing.eval.bench.recall_figures import draw_curves, draw_sheet
+from sparse_forcing.eval.bench.returns import Answer, Task, answer_tasks, plan_tasks
+from sparse_forcing.eval.world_judge import ASPECTS, chance_level
+from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.memory.parse import parse_memory
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import SeededNoise, rollout
-from sparse_forcing.scenes.held_out import held_out_prompts
+from sparse_forcing.scenes.worlds.config import WorldConfig
 
-SHARES = (0.0625, 0.125, 0.25)
-
-
-class RecallMeter:
-    """Collects recall [samples, H] per (selector, share, layer)."""
-
-    def __init__(self, selectors: list[BlockSelector] | None) -> None:
-        self.selectors = selectors
-        self.found: dict[tuple[str, float, int], list[Tensor]] = defaultdict(list)
-
-    def __call__(self, seen: WindowPass) -> None:
-        if not seen.full:
-            return
-        query, key, sizes, mass = seen.queries, seen.keys, seen.key_sizes, seen.mass
-        scores = {"mean": block_scores(pool_blocks(query), pool_blocks(key, sizes)), "oracle": mass}
-        if self.selectors is not None:
-            s = self.selectors[seen.layer]
-            scores["learned"] = block_scores(
-                pool_blocks(query, None, s.query_weights, s.query_projection),
-                pool_blocks(key, sizes, s.key_weights, s.key_projection),
-            )
-        for share in SHARES:
-            top_k = max(1, math.ceil(share * mass.shape[-1]))
-            for name, value in scores.items():
-                self.found[name, share, seen.layer].append(recall(value, mass, top_k))
-
-    def means(self) -> dict[tuple[str, float], Tensor]:
-        """[samples, layers, H] recall of each (selector, share), averaged over passes."""
-        layers: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
-        for (name, share, _), passes in sorted(self.found.items()):
-            layers[name, share].append(torch.stack(passes).mean(0))
-        return {key: torch.stack(value, 1) for key, value in layers.items()}
+SHARES = (*ASPECTS, "all")
+SHEET_WORLDS = 6
 
 
-def recall_table(means: dict[tuple[str, float], Tensor]) -> list[dict[str, Any]]:
-    """Per share, for each selector: `mean` and `spread` (standard deviation) over layers and heads, `layers` [L][H],
-    `prompts` [N]; and with a learned one `gap_closed`, its share of the way from the mean to the oracle."""
-    rows = []
-    for share in SHARES:
-        row: dict[str, Any] = {"share": share}
-        for name in sorted(name for name, s in means if s == share):
-            value = means[name, share]
-            heads = value.mean(0)
-            row[name] = {
-                "mean": heads.mean().item(), "spread": heads.std().item(), "layers": heads.tolist(),
-                "prompts": value.mean((1, 2)).tolist(),
-            }  # fmt: skip
-        if "learned" in row:
-            gap = row["oracle"]["mean"] - row["mean"]["mean"]
-            row["gap_closed"] = (row["learned"]["mean"] - row["mean"]["mean"]) / gap if gap else None
-        rows.append(row)
-    return rows
+def run(config: RecallBenchConfig) -> int:
+    """Every memory over the same worlds; writes recall.json, recall.md, recall.png and sheet.png, prints JSON last."""
+    out = check_writable(config.output, folder=True) if config.output else None
+    pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
+    default = replace(pipe.default_memory, positions=config.positions or pipe.default_memory.positions)
+    memories = {name: parse_memory(name, default) for name in config.memories}
+    cells = {name: plan_cell(pipe, config, *cell) for name, cell in cells_of(config).items()}
+    result: dict[str, Any] = {
+        "model": config.model,
+        "weights_sha256": pipe.weights_sha256,
+        "settings": {k: v for k, v in asdict(config).items() if k != "output"},
+        "memories": {name: {"memory": asdict(memory), "cells": {}} for name, memory in memories.items()},
+    }
+    sheets: dict[str, dict[str, list[Answer]]] = {}
+    for cell, tasks in cells.items():
+        for name, memory in memories.items():
+            began = time.perf_counter()
+            answers = answer(pipe, memory, tasks, config)
+            row = summarize(answers)
+            result["memories"][name]["cells"][cell] = row
+            sheets.setdefault(cell, {})[name] = answers[:SHEET_WORLDS]
+            right, kib = 100 * row["all"]["mean"], row["cache_bytes"] / 1024
+            seconds = time.perf_counter() - began
+            print(f"{cell}: {name}: {right:.0f} % all right, {kib:.0f} KiB, {seconds:.0f} s", flush=True)
+            if out is not None:
+                atomic_write_json(out / "recall.json", result)
+    print(table(result), flush=True)
+    if out is not None:
+        atomic_write_text(out / "recall.md", table(result))
+        draw_curves(result, out / "recall.png")
+        for number, (cell, answers_by_memory) in enumerate(sheets.items()):
+            if number == len(sheets) - 1:
+                draw_sheet(answers_by_memory, cell, out / "sheet.png")
+    print(json.dumps({k: v for k, v in result.items() if k != "memories"} | {"table": table(result)}))
+    return 0
 
 
-@torch.no_grad()
-def measure_recall(
-    pipe: SparseForcingPipeline, prompts: list[str], *, chunks: int, seed: int = 0, memory: MemoryConfig | None = None,
-    batch_size: int = 8,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Roll out `chunks` chunks per prompt through the sparse memory and compare selectors on what its layers see.
-
-    Raises:
-        ConfigError: the memory is not sparse, or its window never fills.
-    """
-    memory = memory or pipe.default_memory
-    if memory.kind != "sparse":
-        raise ConfigError(f"memory.kind: recall is measured on a sparse memory, got {memory.kind!r}")
-    if chunks * pipe.geometry.chunk_frames < memory.window_frames:
-        raise ConfigError(f"chunks: {chunks} do not fill a window of {memory.window_frames} latent frames")
-    parts: dict[tuple[str, float], list[Tensor]] = defaultdict(list)
-    for first in range(0, len(prompts), batch_size):
-        batch = prompts[first : first + batch_size]
-        for key, value in _observe(pipe, batch, memory, chunks, seed + first).items():
-            parts[key].append(value)
-    return recall_table({key: torch.cat(value) for key, value in parts.items()})
+def cells_of(config: RecallBenchConfig) -> dict[str, tuple[str, float, tuple[str, ...]]]:
+    """Kind of world, gap in windows and grounds of every cell, by its name."""
+    grounds = [(ground,) for ground in config.grounds] if config.by_ground else [config.grounds]
+    return {
+        f"{kind}, gap {gap:g}" + (f", {ground[0]}" if config.by_ground else ""): (kind, gap, ground)
+        for kind in config.worlds
+        for ground in grounds
+        for gap in config.gaps
+    }
 
 
-def _observe(
-    pipe: SparseForcingPipeline, prompts: list[str], memory: MemoryConfig, chunks: int, seed: int
-) -> dict[tuple[str, float], Tensor]:
-    """Recall on the rollouts of one batch; guidance's second half of a doubled batch does not count."""
-    height, width = pipe.geometry.latent_size(pipe.config.height, pipe.config.width)
-    shape = (pipe.vae.latent_channels, height, width)
-    text = pipe.encode_prompt(prompts)
-    state = make_model_memory(pipe.transformer, memory, torch.zeros(len(text), 0, *shape))
-    meter = RecallMeter(pipe.transformer.selectors)
-    state.observe_window(meter)
-    noise = SeededNoise(
-        [torch.Generator().manual_seed(seed + i) for i in range(len(text))], shape, pipe.device, pipe.dtype
+def plan_cell(
+    pipe: SparseForcingPipeline, config: RecallBenchConfig, kind: str, gap: float, grounds: tuple[str, ...]
+) -> list[Task]:
+    """Tasks whose object is out of sight for about `gap` windows of the model's default memory."""
+    window = pipe.geometry.temporal_stride * pipe.default_memory.window_frames
+    frames = round(gap * window)
+    if frames < 1:
+        raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are not a frame")
+    worlds = WorldConfig(
+        frames=frames + config.frames_around, gap=(frames, frames + 3), grounds=grounds, split=config.split
     )
-    sampler, unconditional = pipe.config.sampler, None
-    if sampler.guidance_scale != 1:
-        unconditional = pipe.text_encoder.encode([pipe.config.negative_prompt] * len(text))
-    sizes = [pipe.geometry.chunk_frames] * chunks
-    for _ in rollout(pipe.transformer, text, sizes, state, noise, sampler, unconditional_text=unconditional):
-        pass
-    return {key: value[: len(prompts)] for key, value in meter.means().items()}
+    return plan_tasks(pipe, kind, worlds, config.count, config.seed)
 
 
-def main() -> None:
-    from sparse_forcing.sampling.generation.prompts import read_prompts
-
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("model")
-    parser.add_argument("--prompts", default="32", help="how many held-out scenes, or a file")
-    parser.add_argument("--chunks", type=int, default=10)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    number = args.prompts.isdigit()
-    prompts = held_out_prompts(int(args.prompts), seed=args.seed) if number else read_prompts(args.prompts)
-    pipe = SparseForcingPipeline.from_pretrained(args.model)
-    print(json.dumps(measure_recall(pipe, prompts, chunks=args.chunks, seed=args.seed)))
+def answer(
+    pipe: SparseForcingPipeline, memory: MemoryConfig, tasks: Sequence[Task], config: RecallBenchConfig
+) -> list[Answer]:
+    """One answer a task, in the tasks' order."""
+    batches = answer_tasks(
+        pipe, memory, tasks, seed=config.seed, batch_size=config.batch_size,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+    )  # fmt: skip
+    return sorted((one for batch in batches for one in batch), key=lambda one: one.task.number)
 
 
-if __name__ == "__main__":
-    main()
+def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Shares that are right with their intervals, chance, the error of the picture, bytes; and verdicts by world."""
+    verdicts = {name: [float(getattr(one.verdict, name)) for one in answers] for name in SHARES}
+    return {
+        **{name: share_of(found) for name, found in verdicts.items()},
+        "chance": chance_level([one.sighting for one in answers], [one.task.entry for one in answers]),
+        "rmse": float(np.mean([one.sighting.rmse for one in answers])),
+        "cache_bytes": max(one.cache_bytes for one in answers),
+        "latent_frames_given": sorted({one.task.given for one in answers}),
+        "worlds": [one.task.number for one in answers],
+        "verdicts": verdicts,
+    }
+
+
+def table(result: dict[str, Any]) -> str:
+    """Markdown: colour, shape, size and all right in percent with the interval of the last, one table a cell."""
+    rows = result["memories"]
+    cells = list(next(iter(rows.values()))["cells"])
+    lines = []
+    for cell in cells:
+        count = len(next(iter(rows.values()))["cells"][cell]["worlds"])
+        lines += [
+            f"**{cell} windows**, {count} worlds, percent right at the return\n",
+            "| memory | KiB | colour | shape | size | all (95 %) | chance, all | error of the view |",
+            "|" + "---|" * 8,
+        ]
+        for name, row in rows.items():
+            found = row["cells"][cell]
+            low, high = found["all"]["interval"] or (found["all"]["mean"],) * 2
+            shares = " | ".join(f"{100 * found[aspect]['mean']:.0f}" for aspect in ASPECTS)
+            lines.append(
+                f"| {name} | {found['cache_bytes'] / 1024:.0f} | {shares} | {100 * found['all']['mean']:.0f} "
+                f"({100 * low:.0f}-{100 * high:.0f}) | {100 * found['chance']['all']:.0f} | {found['rmse']:.1f} |"
+            )
+        lines.append("")
+    return "\n".join(lines)

@@ -10,6 +10,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.options import (
     AttentionBenchConfig,
     ChangeBenchConfig,
+    RecallBenchConfig,
     RolloutBenchConfig,
     StreamBenchConfig,
 )
@@ -18,6 +19,7 @@ CONFIGS: dict[str, type] = {
     "attention": AttentionBenchConfig,
     "rollout": RolloutBenchConfig,
     "change": ChangeBenchConfig,
+    "recall": RecallBenchConfig,
     "stream": StreamBenchConfig,
 }
 ATTENTION_FLAGS = {
@@ -26,16 +28,27 @@ ATTENTION_FLAGS = {
     "device": "torch device (default: the accelerator when there is one)",
 }
 ROLLOUT_FLAGS = {
-    "model": "rollout, change: embedded model or folder (default: tiny)",
+    "model": "rollout, change, recall: embedded model or folder (default: tiny; recall: tiny-worlds)",
     "prompts": "rollout, change: held-out prompts (default: 200)",
     "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
-    "memories": "memories to compare (default: full window sink sparse; stream: full sparse)",
-    "batch_size": "rollout, change: videos generated together (default: 20)",
-    "seed": "rollout, change, stream: of prompts, weights and noise (default: 0)",
+    "memories": "memories to compare (default: full window sink sparse; stream: full sparse; recall: in words, as "
+    "window:8 or sparse:4,1,16,paper)",
+    "batch_size": "rollout, change, recall: videos generated together (default: 20; recall: 16)",
+    "seed": "of prompts, worlds, weights and noise (default: 0)",
     "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
-    "guidance_scale": "rollout, change: guidance (default: the model's)",
+    "guidance_scale": "rollout, change, recall: guidance (default: the model's)",
+}
+RECALL_FLAGS = {
+    "worlds": "recall: kinds of worlds (default: revisit reappear)",
+    "gaps": "recall: how long what returns is out of sight, in windows (default: 0.5 1 2)",
+    "grounds": "recall: kinds of ground (default: smooth striped textured)",
+    "by_ground": "recall: each ground in a cell of its own",
+    "count": "recall: worlds in a cell (default: 200)",
+    "frames_around": "recall: pixel frames of a world beside the gap (default: 32)",
+    "split": "recall: of the looks that return, train or heldout (default: train)",
+    "positions": "recall: absolute or relative (default: the model's)",
 }
 STREAM_FLAGS = {
     "model_size": "stream: wan-1.3b, wan-14b, tiny or tiny-base, with random weights (default: wan-1.3b)",
@@ -50,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)
+    add_config_flags(parser, RecallBenchConfig, RECALL_FLAGS)
     add_config_flags(parser, StreamBenchConfig, STREAM_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, {"output": "folder for tables and plots"})
 
@@ -58,11 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns its exit code. A flag of another benchmark is an error, not ignored."""
     cls = CONFIGS[arguments.target]
     own = {field.name for field in fields(cls)} | {"target", "command"}
-    known = {*ATTENTION_FLAGS, *ROLLOUT_FLAGS, *STREAM_FLAGS}
+    known = {*ATTENTION_FLAGS, *ROLLOUT_FLAGS, *RECALL_FLAGS, *STREAM_FLAGS}
     foreign = [name for name in vars(arguments) if name in known and name not in own]
     if foreign:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
-    config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | StreamBenchConfig
+    config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | RecallBenchConfig | StreamBenchConfig
     config = read_config(cls, arguments)
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval.bench import rollout as bench_rollout
@@ -72,6 +86,10 @@ def run(arguments: argparse.Namespace) -> int:
         from sparse_forcing.eval.bench import change as bench_change
 
         return bench_change.run(config)
+    if isinstance(config, RecallBenchConfig):
+        from sparse_forcing.eval.bench import recall as bench_recall
+
+        return bench_recall.run(config)
     if isinstance(config, StreamBenchConfig):
         from sparse_forcing.eval.bench import stream as bench_stream
         from sparse_forcing.model_folder.sizes import WAN

@@ -13,7 +13,7 @@ from sparse_forcing.config import load_config, to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.judging import chunks_until
-from sparse_forcing.eval.bench.recall import measure_recall
+from sparse_forcing.eval.bench.selector import measure_recall
 from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.reproduction.claims import FULL_CACHE
 from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, plan_trainings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparse_forcing.eval.bench.recall import measure_recall
+from sparse_forcing.eval.bench.selector import measure_recall
 from sparse_forcing.kernels.block_selection.interface import block_scores, pool_blocks
 from sparse_forcing.memory import MemoryGeometry, make_memory
 from sparse_forcing.model.flow import SamplerConfig

@@ -1,0 +1,88 @@
+"""Pictures of `bench recall`: accuracy at return against the gap, and a sheet of frames for the eye."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from sparse_forcing.eval.bench.returns import Answer, world_frames
+from sparse_forcing.eval.report.charts import color
+from sparse_forcing.files import atomic_path
+
+SCALE, MARGIN, LABEL = 2, 4, 170
+
+
+def draw_curves(result: Mapping[str, Any], path: Path) -> None:
+    """Colour and all right against the gap in windows, one curve a memory, one row of panels a kind of world."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    rows = result["memories"]
+    cells = list(next(iter(rows.values()))["cells"])
+    kinds = list(dict.fromkeys(cell.split(",")[0] for cell in cells))
+    figure, axes = plt.subplots(
+        len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained", sharex=True
+    )
+    for kind, panels in zip(kinds, axes):
+        own = [cell for cell in cells if cell.split(",")[0] == kind]
+        labels = [cell.partition("gap ")[2] for cell in own]
+        for ax, aspect in zip(panels, ("colour", "all")):
+            for number, (name, row) in enumerate(rows.items()):
+                found = [row["cells"][cell][aspect] for cell in own]
+                means = 100 * np.array([share["mean"] for share in found])
+                ends = 100 * np.array([share["interval"] or (share["mean"],) * 2 for share in found]).T
+                x = np.arange(len(own)) + 0.03 * (number - len(rows) / 2)
+                kib = row["cells"][own[-1]]["cache_bytes"] / 1024
+                ax.errorbar(
+                    x, means, yerr=np.abs(ends - means), label=f"{name} ({kib:.0f} KiB)", color=color(number),
+                    marker="o", markersize=3, capsize=2, linewidth=1.2,
+                )  # fmt: skip
+            chance = 100 * np.mean([rows[name]["cells"][cell]["chance"][aspect] for name in rows for cell in own])
+            ax.axhline(chance, color="0.6", linestyle=":", linewidth=1)
+            ax.set_xticks(range(len(own)), labels)
+            ax.set(xlabel="gap, windows", ylabel="percent right at return", title=f"{kind}: {aspect}", ylim=(-3, 103))
+            ax.grid(alpha=0.3)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+    plt.close(figure)
+
+
+def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -> None:
+    """For every world a block of rows: first sight, last sight, one frame of the gap and the true return on top, then
+    the return that each memory generated."""
+    names = list(answers)
+    worlds = [one.task for one in answers[names[0]]]
+    side = answers[names[0]][0].frames.shape[1] * SCALE
+    columns = 4 + len(names)
+    width = columns * (side + MARGIN) + MARGIN
+    sheet = Image.new("RGB", (width, len(worlds) * (side + MARGIN) + 40), "white")
+    draw = ImageDraw.Draw(sheet)
+    titles = ["first sight", "last sight", "in the gap", "true return", *names]
+    for column, title in enumerate(titles):
+        draw.text((MARGIN + column * (side + MARGIN), 4), f"{title[:22]}", fill="black")
+    draw.text((MARGIN, 20), cell, fill="gray")
+    for row, task in enumerate(worlds):
+        truth = (world_frames(task.world, side // SCALE).numpy() * 255).round().astype(np.uint8)
+        entry = task.entry
+        at = min(entry.frames[0] + 3, entry.frames[1] - 1)
+        shown = [truth[f] for f in (middle(entry.first_seen), entry.last_seen - 2, entry.last_seen + entry.gap // 2)]
+        shown.append(truth[at])
+        shown += [next(one for one in answers[name] if one.task.number == task.number).frames[at - task.given]
+                  for name in names]  # fmt: skip
+        for column, frame in enumerate(shown):
+            picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(picture, (MARGIN + column * (side + MARGIN), 36 + row * (side + MARGIN)))
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, format="png", optimize=True)
+
+
+def middle(frames: tuple[int, int]) -> int:
+    """The frame in the middle of a range [begin, end)."""
+    return (frames[0] + frames[1] - 1) // 2

@@ -8,7 +8,6 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -48,28 +47,12 @@ from sparse_forcing.sampling.arguments import (
     start_frames,
     whole_number,
 )
-from sparse_forcing.sampling.rollout import NoiseSource, RolloutChunk, SeededNoise, rollout
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.rollout import NoiseSource, SeededNoise, rollout
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
 
 OUTPUT_TYPES = ("np", "pt", "latent")
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """Frames as soon as they exist.
-
-    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
-    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
-    """
-
-    index: int
-    frames: np.ndarray
-    latents: Tensor
-    seconds: float
-    decode_seconds: float
-    cache_bytes: int
-    persistent: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -252,7 +235,9 @@ class SparseForcingPipeline:
             callback=callback_on_step_end,
         )
         single = isinstance(prompt, str) and repeats == 1
-        return self._decode(parts, state, initial, single)
+        return decode_chunks(
+            self.vae, parts, state, count=len(chunks), device=self.device, given=initial, single=single
+        )
 
     def _empty_memory(self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int) -> RolloutMemory:
         """A memory for videos of this size and length."""
@@ -272,43 +257,6 @@ class SparseForcingPipeline:
             capacity_frames=latent_frames,
         )
         return make_memory(config, geometry, selectors=self.transformer.selectors)
-
-    @torch.no_grad()
-    def _decode(
-        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, given: Tensor | None, single: bool
-    ) -> Iterator[VideoChunk]:
-        """Decode chunks as they come, timing model and decoder apart; `given` latents only lead the decoder in."""
-        arrived: list[tuple[RolloutChunk, float]] = []
-
-        def latents() -> Iterator[Tensor]:
-            if given is not None:
-                yield given.transpose(1, 2)
-            for part in parts:
-                arrived.append((part, time.perf_counter()))
-                yield part.latents.transpose(1, 2)
-
-        stream = self.vae.decode_stream(latents())
-        if given is not None:
-            next(stream)
-        for pixels in stream:
-            part, came = arrived.pop()
-            frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
-            decode_seconds = time.perf_counter() - came
-            lit = memory.persistent_map()
-            yield VideoChunk(
-                index=part.index,
-                frames=frames[0] if single else frames,
-                latents=part.latents,
-                seconds=part.seconds,
-                decode_seconds=decode_seconds,
-                cache_bytes=part.cache_bytes,
-                persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
-            )
-
-    @staticmethod
-    def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
-        """[f, rows, cols] -> [F, H, W] by repetition."""
-        return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

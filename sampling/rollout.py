@@ -1,8 +1,8 @@
 """The rollout: one chunk loop for inference and training.
 
-Per chunk: make room in the memory, denoise while attending to it, then one clean pass at timestep 0 that leaves the
-finished chunk's keys and values (Sparse Forcing, arXiv 2604.21221). Training runs the same loop with an exit step
-and gradients.
+Per chunk: make room in the memory, denoise while attending to it, hand the chunk out, then one clean pass at timestep 0
+that leaves its keys and values for the chunks after it (Sparse Forcing, arXiv 2604.21221); none follows the last one.
+Training runs the same loop with an exit step and gradients.
 
 Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline level [B, F, C, H, W].
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
@@ -58,8 +58,10 @@ class SeededNoise:
 class RolloutChunk:
     """A finished chunk.
 
-    latents: [B, f, C, H, W]; start_frame: latent frame it begins at; seconds: wall time of denoising and clean pass;
-    cache_bytes: bytes the memory holds after it.
+    latents: [B, f, C, H, W]; start_frame: latent frame it begins at; seconds: wall time it took to come, the clean pass
+    of the chunk before it included; cache_bytes: bytes the memory holds with it.
+    remember: runs its clean pass, unless it has run. The rollout does so when it is asked for the next chunk, so only
+        who wants it earlier (while a decoder works), or after the last one, has to call it.
     """
 
     index: int
@@ -67,6 +69,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
+    remember: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,9 +122,11 @@ def rollout(
             memory.begin_chunk(given.shape[1])
             network.clean(given, 0.0)
             start += given.shape[1]
+    owed = CleanPass()
     for index, frames in enumerate(chunks):
+        owed.run()
         changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
-        began = time.perf_counter()
+        began = time.perf_counter() - owed.seconds
         if changed is not None:
             network.read(changed)
         memory.begin_chunk(frames)
@@ -130,14 +135,32 @@ def rollout(
         latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
         network.report(latents)
         context = latents.detach()
-        if training and training.context_noise:
+        if training and training.context_noise:  # drawn after the last chunk, too: whoever draws next counts on it
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
             context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
-        network.clean(context, context_timestep)
+        owed = CleanPass(partial(network.clean, context, context_timestep))
+        if training and index < len(chunks) - 1:  # before anybody changes the weights
+            owed.run()
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
-        yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)
+        seconds = time.perf_counter() - began
+        yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run)
         start += frames
+
+
+class CleanPass:
+    """A clean pass that is still to be run, or none: `run` runs it once and `seconds` is what that took."""
+
+    def __init__(self, clean: Callable[[], None] | None = None) -> None:
+        self._clean = clean
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        clean, self._clean = self._clean, None
+        if clean is not None:
+            began = time.perf_counter()
+            clean()
+            self.seconds = time.perf_counter() - began
 
 
 class _Network:

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,6 +34,7 @@ from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import BlockSelection
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
+from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector, map_heads
 
@@ -61,9 +64,11 @@ class SparseMemory(RolloutMemory):
         self.rule = rule or find_rule(config.retention)(config)
         self.backend = backend
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
+        self._all: SparseLayer | None = None  # what `layers` are parts of, where they are written in place
         self._shifted = False
         self._distilled: frozenset[int] = frozenset()
         self._observer: WindowObserver | None = None
+        self._shared_out: Hashable = None
 
     @property
     def layout(self) -> TileLayout:
@@ -75,14 +80,20 @@ class SparseMemory(RolloutMemory):
         """Blocks of the pool of each layer and head."""
         return self.plan.num_slots
 
-    @property
-    def order(self) -> Tensor | None:
-        first = self.layers[0]
-        return self.layout.order if first is None else self.layout.on(first.window.device).order
+    def token_order(self, device: torch.device) -> TokenOrder:
+        layout = self.layout.on(device)
+        return TokenOrder(layout.order, layout.inverse)
 
     @property
     def cache_bytes(self) -> int:
         return sum(state.nbytes for state in filter(None, self.layers))
+
+    @property
+    def shapes(self) -> Hashable:
+        if self._all is None:
+            return None
+        plan = self.plan
+        return plan.layout.frames, plan.num_persistent, self._all.num_window, self._all.keys.data_ptr()
 
     def distil_selectors(self, layers: frozenset[int]) -> None:
         if self.selection.selectors is None:
@@ -102,36 +113,65 @@ class SparseMemory(RolloutMemory):
 
     def begin_chunk(self, frames: int) -> None:
         super().begin_chunk(frames)
-        for state in filter(None, self.layers):
+        for _, state in self._together():
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
+        if self._all is not None:
+            self._share_out(self._all)
 
     def _make_room(self, frames: int) -> None:
         finished = self.plan.chunk
         move = self.plan.begin(frames)
-        if not self.layout.uniform and any(state is not None and state.sizes is None for state in self.layers):
+        if not self.layout.uniform and any(state.sizes is None for _, state in self._together()):
             raise ConfigError(
                 f"memory.tile: {self.config.tile} leaves short blocks in a chunk of {frames} latent frames but not in "
                 "the ones before; choose a tile that divides both or neither"
             )
-        for layer, state in enumerate(self.layers):
-            if state is not None:
-                self._update_layer(layer, state, move, finished)
+        for layer, state in self._together():
+            self._update(layer, state, move, finished)
+
+    def _together(self) -> list[tuple[int, SparseLayer]]:
+        """(number, state) of the layers there are; in place all are one, with number -1."""
+        if self._all is not None:
+            return [(-1, self._all)]
+        return [(layer, state) for layer, state in enumerate(self.layers) if state is not None]
+
+    def _share_out(self, everything: SparseLayer) -> None:
+        """Make `layers` the parts of `everything` again, after a chunk has begun."""
+        layers = len(self.layers)
+        everything.number_rows(self.layout, layers)
+        if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
+            b, h, _, d = everything.queries.shape
+            everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
+        shapes = self.shapes
+        if shapes != self._shared_out:
+            self.layers = [everything.layer(number, layers) for number in range(layers)]
+            self._shared_out = shapes
 
     @torch.no_grad()
-    def _update_layer(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:
+    def _update(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:
         """P_t = TopC(P_{t-1} u E_t) by the rule's scores; the new chunk takes the losers' slots, and unused ones while
         there are any."""
         if self.rule.state_size:
             slots = state.slots
-            news = self.rule.observe(self._view(layer, state, slots, chunk))
-            state.retained = state.retained.scatter(2, slot_index(slots, news), news)
+            news = self._ask(self.rule.observe, layer, state, slots, chunk)
+            state.scatter("retained", slot_index(slots, news), news)
         candidates = torch.cat([state.persistent, state.window[:, :, : move.leaving]], 2)
         if 0 < move.kept < candidates.shape[2]:
-            scores = self.rule.scores(self._view(layer, state, candidates, chunk), move.kept)
+            scores = self._ask(partial(self.rule.scores, capacity=move.kept), layer, state, candidates, chunk)
         else:  # all stay, or none
             scores = torch.zeros(candidates.shape, device=candidates.device)
         kept, freed = update_persistent(candidates, scores, self.config.persistent_blocks)
         state.take_slots(move, kept, freed)
+
+    def _ask(
+        self, question: Callable[[BlockView], Tensor], layer: int, state: SparseLayer, slots: Tensor, chunk: int
+    ) -> Tensor:
+        """The rule's answer about the blocks in `slots` [B, H, N], layer by layer unless it takes all at once."""
+        if state is not self._all or self.rule.layers_at_once:
+            return question(self._view(layer, state, slots, chunk))
+        layers = len(self.layers)
+        parts = zip(range(layers), slots.chunk(layers))
+        return torch.cat([question(self._view(i, state.layer(i, layers), part, chunk)) for i, part in parts])
 
     def _view(self, layer: int, state: SparseLayer, slots: Tensor, chunk: int) -> BlockView:
         """What the rule sees of the blocks in `slots` [B, H, N], after the clean pass of `chunk`."""
@@ -140,8 +180,11 @@ class SparseMemory(RolloutMemory):
         def attention() -> Tensor:
             assert state.queries is not None, "blocks are ranked after a clean pass"
             keys = gather_slots(state.representatives, slots)
-            if state.key_projection is not None:
-                keys = map_heads(keys, state.key_projection)
+            projection = state.key_projection
+            if projection is not None and projection.dim() == 4:  # of all layers
+                keys = map_heads(keys.unflatten(0, (len(projection), -1)), projection[:, None]).flatten(0, 1)
+            elif projection is not None:
+                keys = map_heads(keys, projection)
             return block_importance(block_scores(state.queries, keys))
 
         def mass() -> Tensor:
@@ -169,7 +212,7 @@ class SparseMemory(RolloutMemory):
 
     def _move_positions(self, frames: int) -> None:
         self._shifted = True
-        for state in filter(None, self.layers):
+        for _, state in self._together():
             state.move_positions(frames)
 
     # In a pass.
@@ -228,7 +271,7 @@ class SparseMemory(RolloutMemory):
         )
         if result.mass is not None:
             mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
-            state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
+            state.store("mass", mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2)))
         return self.layout.from_blocks(result.out)
 
     def _measure(self, layer: int, state: SparseLayer, queries: Tensor, clean: bool) -> None:
@@ -267,9 +310,9 @@ class SparseMemory(RolloutMemory):
         """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
-            state.key_projection = self.selection.selectors[layer].key_projection.detach().clone()
+            state.store("key_projection", self.selection.selectors[layer].key_projection.detach().clone())
         if "attention" in self.rule.reads:
-            state.queries = self.selection.project(layer, pooled_queries, "query").detach()
+            state.store("queries", self.selection.project(layer, pooled_queries, "query").detach())
         if self.cache_gradient == "straight_through":
             own = state.own_slots(self.layout)
             with self.history():
@@ -291,12 +334,19 @@ class SparseMemory(RolloutMemory):
         """The layer's state, made on its first use."""
         state = self.layers[layer]
         if state is None:
+            in_place = self.cache_gradient == "none"
             state = SparseLayer.empty(
-                self.plan, keys, self.rule, selector=self.selection.selectors is not None,
-                history=self.cache_gradient == "detached",
+                self.plan, keys, self.rule, layers=len(self.layers) if in_place else None,
+                selector=self.selection.selectors is not None, history=self.cache_gradient == "detached",
             )  # fmt: skip
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
-            self.layers[layer] = state
+            if in_place:
+                self._all = state
+                self._share_out(state)
+                state = self.layers[layer]
+                assert state is not None
+            else:
+                self.layers[layer] = state
         elif self.cache_gradient != "none":
             state = self.layers[layer] = replace(state)  # a snapshot may hold the old one
         if not state.keys.numel():

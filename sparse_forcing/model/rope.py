@@ -7,12 +7,15 @@ frequencies theta^(-2i/d). Angles are computed in float64, as the reference does
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import repeat
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 THETA = 10_000.0
+SHIFT_AT_ONCE = 1 << 24
+"""Numbers of a key cache that are moved in time at once: what that takes beside them stays small."""
 
 
 class Rotary(NamedTuple):
@@ -71,10 +74,25 @@ def shift_time(keys: Tensor, frames: Tensor) -> Tensor:
         keys: [..., D] after `apply_rotary`.
         frames: broadcastable to keys.shape[:-1]; latent frames to move by.
     """
+    moved = _time_moved(keys, frames)
+    return torch.cat([moved, keys[..., moved.shape[-1] :]], -1)
+
+
+@torch.no_grad()
+def shift_time_(keys: Tensor, frames: Tensor) -> None:
+    """`shift_time` in place, a part of the first dimension at a time."""
+    at_once = max(1, SHIFT_AT_ONCE // max(keys[:1].numel(), 1))
+    own = frames.dim() == keys.dim() - 1 and len(frames) == len(keys)
+    for part, by in zip(keys.split(at_once), frames.split(at_once) if own else repeat(frames)):
+        moved = _time_moved(part, by)
+        part[..., : moved.shape[-1]] = moved
+
+
+def _time_moved(keys: Tensor, frames: Tensor) -> Tensor:
+    """[..., dimensions given to time] of `shift_time`."""
     time_dim = axis_dims(keys.shape[-1])[0]
     angles = frames.double()[..., None] * _frequencies(time_dim, keys.device)
     compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
     cos, sin = angles.cos().to(compute), angles.sin().to(compute)
     even, odd = keys[..., :time_dim].to(compute).unflatten(-1, (-1, 2)).unbind(-1)
-    moved = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(keys.dtype)
-    return torch.cat([moved, keys[..., time_dim:]], -1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(keys.dtype)

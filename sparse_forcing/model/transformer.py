@@ -379,18 +379,17 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
     ) -> Tensor:
         """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
-        order = attention.order
+        order = attention.token_order(tokens.device)
         if order is not None:
             if modulation.shape[1] > 1:
                 raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
-            order = order.to(tokens.device)
-            tokens, rotary = tokens[:, order], rotary.permute(order)
+            tokens = tokens[:, order.order]
         for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
                 tokens = block(tokens, modulation, text, rotary, attention, layer)
-        return tokens if order is None else tokens[:, order.argsort()]
+        return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
     def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:

@@ -48,6 +48,7 @@ from sparse_forcing.sampling.arguments import (
     whole_number,
 )
 from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
 from sparse_forcing.sampling.rollout import NoiseSource, SeededNoise, rollout
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
@@ -182,6 +183,7 @@ class SparseForcingPipeline:
         video: np.ndarray | None = None,
         memory: MemoryConfig | None = None,
         callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+        cuda_graphs: bool | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
@@ -193,12 +195,15 @@ class SparseForcingPipeline:
             image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
                 chunks (an image is held for one chunk). [B, F, H, W, 3]: a video for each prompt.
             memory: kind of memory; the model's default when None.
+            cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
+                device and nothing rules it out.
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
                 function in `prompt_changes` returns: with its chunk).
         """
         config = self.config
+        graphs = check_cuda_graphs(self.device, cuda_graphs)
         sampler = _replace(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
@@ -217,6 +222,8 @@ class SparseForcingPipeline:
         initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given)
+        if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
+            warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=2)
         unconditional = None
         if sampler.guidance_scale != 1.0:
             with torch.no_grad():
@@ -233,6 +240,7 @@ class SparseForcingPipeline:
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             callback=callback_on_step_end,
+            record=cuda_recorder() if graphs else None,
         )
         single = isinstance(prompt, str) and repeats == 1
         return decode_chunks(

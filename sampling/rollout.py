@@ -20,7 +20,8 @@ from torch import Tensor
 
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
-from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
+from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
 from sparse_forcing.sampling.samplers import guided, sample_chunk
 
 StepCallback = Callable[[int, int, Tensor], None]
@@ -49,7 +50,10 @@ class SeededNoise:
 
     def chunk(self, frames: int) -> Tensor:
         draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
-        return torch.stack(draws).to(self.device, self.dtype)
+        noise = torch.stack(draws).to(self.dtype)
+        if self.device.type == "cuda" and noise.device.type == "cpu":  # from pinned memory, so that nothing waits
+            return noise.pin_memory().to(self.device, non_blocking=True)
+        return noise.to(self.device)
 
     fresh = chunk
 
@@ -103,6 +107,7 @@ def rollout(
     context_timestep: float = 0.0,
     training: TrainingRollout | None = None,
     callback: StepCallback | None = None,
+    record: Recorder | None = None,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
 
@@ -113,8 +118,11 @@ def rollout(
         chunks: latent frames of each chunk to generate.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
+        record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
+    if record is not None and why_not_recorded(model, memory, training is not None) is None:
+        network.passes = RecordedPasses(memory, record)
     network.read(text)
     start = 0
     if initial_latents is not None:
@@ -179,6 +187,9 @@ class _Network:
         self.unconditional_text = unconditional_text
         self.index, self.start, self.step = 0, 0, 0
         self.callback: StepCallback | None = None
+        self.passes: RecordedPasses | None = None
+        self.text: Tensor | None = None
+        self.text_keys_values: TextKeysValues | None = None
 
     @torch.no_grad()
     def read(self, text: Tensor) -> None:
@@ -186,7 +197,13 @@ class _Network:
         if self.guidance_scale is not None:
             assert self.unconditional_text is not None, "guidance needs the unconditional text"
             text = torch.cat([text, self.unconditional_text])
-        self.text, self.text_keys_values = text, self.model.encode_text(text)
+        keys_values = self.model.encode_text(text)
+        if self.passes is not None:  # recorded passes read the text where it was
+            text, keys_values = (
+                kept_in_place(self.text, text.clone() if self.text is None else text),
+                kept_in_place(self.text_keys_values, keys_values),
+            )
+        self.text, self.text_keys_values = text, keys_values
 
     def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
         self.index, self.start, self.callback = index, start, callback
@@ -204,7 +221,7 @@ class _Network:
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
-            return self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
+            return self._run(x, timestep, False, None if gradient else self.text_keys_values)
 
     def report(self, x: Tensor) -> None:
         """Tell the callback what the last step led to: a copy, so that writing into it leaves the video alone."""
@@ -214,13 +231,18 @@ class _Network:
     @torch.no_grad()
     def clean(self, x0: Tensor, timestep: float) -> None:
         """Leave the finished chunk's keys and values in the memory."""
-        t = torch.tensor(timestep, dtype=torch.float32, device=x0.device)
-        self._run(x0, t, self.memory.clean_pass(), self.text_keys_values)
+        t = torch.full((), timestep, dtype=torch.float32, device=x0.device)
+        self._run(x0, t, True, self.text_keys_values)
 
-    def _run(self, x: Tensor, timestep: Tensor, policy, text_keys_values) -> Tensor:
+    def _run(self, x: Tensor, timestep: Tensor, clean: bool, text_keys_values: TextKeysValues | None) -> Tensor:
         doubled = torch.cat([x, x]) if self.guidance_scale is not None else x
         t = timestep.to(x.device).expand(len(doubled))
-        flow = self.model(
-            doubled.transpose(1, 2), t, self.text, policy=policy, text_keys_values=text_keys_values
-        ).transpose(1, 2)
+
+        def run(latents: Tensor, t: Tensor) -> Tensor:
+            policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
+            return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
+
+        latents = doubled.transpose(1, 2)
+        found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
+        flow = found.transpose(1, 2)
         return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)

@@ -133,7 +133,7 @@ class RolloutMemory(ABC):
     @property
     def shapes(self) -> Hashable:
         """What a pass over the current chunk takes from Python: sizes, counts and where its state lies. While it stays
-        as it is, the same calls on the same tensors are the next chunk's passes. None while that is not known."""
+        as it is, the same calls on the same tensors are the next chunk's passes. None where that cannot be said."""
         return None
 
     def begin_chunk(self, frames: int) -> None:

@@ -13,7 +13,6 @@ from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 from sparse_forcing.model.rope import shift_time, shift_time_
 
-
 DROP_AT_ONCE = 1 << 26
 """Numbers that are moved at once when frames are forgotten: a copy of so many lies beside the cache."""
 

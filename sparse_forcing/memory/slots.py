@@ -22,9 +22,7 @@ def slot_index(slots: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put_slots_(
-    pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor], rows: Tensor | None = None
-) -> None:
+def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor], rows: Tensor | None = None) -> None:
     """Copy blocks [B, H, N, ...] into contiguous pools [B, H, S, ...] at slots [B, H, N], in place.
 
     Args:

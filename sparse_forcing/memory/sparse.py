@@ -27,12 +27,13 @@ from sparse_forcing.kernels.block_selection.interface import (
     update_persistent,
 )
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
+from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import BlockSelection
+from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
@@ -60,7 +61,8 @@ class SparseMemory(RolloutMemory):
     ) -> None:
         super().__init__(config, geometry, cache_gradient)
         self.plan = SlotPlan(config, geometry)
-        self.selection = BlockSelection(selectors, max(1, math.ceil(config.density * self.plan.window_capacity)))
+        top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
+        self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
         self.rule = rule or find_rule(config.retention)(config)
         self.backend = backend
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
@@ -90,7 +92,7 @@ class SparseMemory(RolloutMemory):
 
     @property
     def shapes(self) -> Hashable:
-        if self._all is None:
+        if self._all is None or self._observer is not None:
             return None
         plan = self.plan
         return plan.layout.frames, plan.num_persistent, self._all.num_window, self._all.keys.data_ptr()
@@ -221,39 +223,58 @@ class SparseMemory(RolloutMemory):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
         choices: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
+        if torch.compiler.is_compiling():  # which checks no values
+            return self._attend(layer, query, key, value, clean, choices)
+        with trusted_values():
+            return self._attend(layer, query, key, value, clean, choices)
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
+    ) -> Tensor:
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
-        rebuilt = state.history is not None and torch.is_grad_enabled() and not clean
+        trains = torch.is_grad_enabled()
+        rebuilt = state.history is not None and trains and not clean
         again = rebuilt and selection.selectors is not None
-        pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
-        new = {"keys": keys, "values": values, "representatives": pooled_keys}
-        if selection.selectors is not None:
-            new["value_representatives"] = selection.pool(layout, layer, values, "value")
-        self._write(state, new)
+        new: dict[str, Tensor] = {}
+        if state.in_place:
+            selection.store(layout, layer, state, keys, values)
+        else:
+            pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
+            new = {"keys": keys, "values": values, "representatives": pooled_keys}
+            if selection.selectors is not None:
+                new["value_representatives"] = selection.pool(layout, layer, values, "value")
+            self._write(state, new)
 
         pooled = selection.pool_chunk(layout, layer, query, queries, "query", again=again)
-        index = self._choose(layer, state, pooled, choices)
+        compared = selection.compare(layer, state, pooled)
+        index = self._choose(layer, state, compared, choices)
         if rebuilt:
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
             out = self._attend_to_pool(state, queries, index, measure=clean and "mass" in self.rule.reads)
-        if selection.selectors is not None:
-            coarse = selection.coarse(layer, state, pooled, again=rebuilt)
-            out = out + layout.from_blocks(coarse.expand(-1, -1, -1, layout.block_tokens, -1))
+        if selection.selectors is not None and trains:
+            out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
+        elif selection.selectors is not None:
+            assert state.value_representatives is not None
+            pooled_values = gather_slots(state.value_representatives, state.slots)
+            out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
-            self._finish(layer, state, pooled, new)
+            self._finish(layer, state, compared, new)
         if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
             state.keys = state.values = keys.new_empty(0)
         return out
 
-    def _choose(self, layer: int, state: SparseLayer, pooled: Tensor, choices: dict[int, Tensor] | None) -> Tensor:
+    def _choose(
+        self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
+    ) -> Tensor:
         if choices is None:
-            return self.selection.lists(layer, state, pooled)
+            return self.selection.lists(state, compared)
         if layer not in choices:
-            choices[layer] = self.selection.lists(layer, state, pooled)
+            choices[layer] = self.selection.lists(state, compared)
         return choices[layer]
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
@@ -306,13 +327,13 @@ class SparseMemory(RolloutMemory):
             backend=self.backend,
         )
 
-    def _finish(self, layer: int, state: SparseLayer, pooled_queries: Tensor, new: dict[str, Tensor]) -> None:
+    def _finish(self, layer: int, state: SparseLayer, compared: QueriesAndKeys, new: dict[str, Tensor]) -> None:
         """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
             state.store("key_projection", self.selection.selectors[layer].key_projection.detach().clone())
         if "attention" in self.rule.reads:
-            state.store("queries", self.selection.project(layer, pooled_queries, "query").detach())
+            state.store("queries", compared.queries)
         if self.cache_gradient == "straight_through":
             own = state.own_slots(self.layout)
             with self.history():
@@ -325,8 +346,7 @@ class SparseMemory(RolloutMemory):
 
     def _write(self, state: SparseLayer, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""
-        constant = () if state.history is None else ("keys", "values")
-        in_place = tuple(blocks) if self.cache_gradient == "none" else constant
+        in_place = () if state.history is None else ("keys", "values")
         with self.history():
             state.write(state.own_slots(self.layout), blocks, in_place=in_place)
 

@@ -286,7 +286,7 @@ class SparseLayer:
         where they are, the others into a copy, because autograd holds the pool."""
         here = [name for name in blocks if name in in_place]
         if here:
-            put_slots_([getattr(self, name) for name in here], slots, [blocks[name] for name in here], self.own_rows)
+            put_slots_([getattr(self, name) for name in here], slots, [blocks[name] for name in here])
         for name in [name for name in blocks if name not in in_place]:
             pool = getattr(self, name)
             new = blocks[name].to(pool.dtype)

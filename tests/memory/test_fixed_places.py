@@ -1,4 +1,4 @@
-"""A memory that is written in place stays where it is: passes of steady chunks are the same calls on the same tensors."""
+"""A memory that is written in place stays where it is: passes of steady chunks are one series of calls on its tensors."""
 
 from __future__ import annotations
 
@@ -79,7 +79,8 @@ def test_no_tensor_of_a_steady_memory_moves(run: Rollout, name: str) -> None:
         shapes.append(memory.shapes)
     assert len(places[-1]) >= 4 * run.model.config.num_layers / 2
     assert all(place == places[STEADY - 1] for place in places[STEADY - 1 :])
-    assert all(shape == shapes[STEADY - 1] for shape in shapes[STEADY - 1 :]) and shapes[-1] is not None
+    assert all(shape == shapes[STEADY - 1] for shape in shapes[STEADY - 1 :])
+    assert shapes[-1] is not None
     assert shapes[0] != shapes[-1], "the first chunk has no past"
 
 

@@ -31,7 +31,8 @@ class BlockView:
     """What a rule sees of N blocks of one layer, in the order of time; nothing in it may be written to.
 
     Args:
-        layer: number of the layer, -1 where the samples are those of all layers (`RetentionRule.layers_at_once`); chunk: number of the chunk that was finished last.
+        layer: number of the layer, -1 where the samples are those of all layers (`RetentionRule.layers_at_once`).
+        chunk: number of the chunk that was finished last.
         frame_blocks: blocks that lie beside each other in time: block i + frame_blocks follows block i at its place,
             as long as both are in the window.
         num_persistent: how many of the N, the first ones, have left the window before.

@@ -12,6 +12,9 @@ over the one before it.
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -60,6 +63,18 @@ def check_cuda_graphs(device: torch.device, wanted: bool | None) -> bool:
             f"cuda_graphs (--cuda-graphs): the model is on {device}, which has no CUDA graphs; leave it out"
         )
     return device.type == "cuda" if wanted is None else wanted
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises ConfigError where torch.compile has nothing to compile with on this device."""
+    compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(map(shutil.which, compiler)):
+        raise ConfigError(
+            f"compile (--compile): there is no C++ compiler ({', '.join(compiler)}) to compile for {device}; install one, "
+            "name it in CXX, or leave it out"
+        )
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        raise ConfigError(f"compile (--compile): triton is not installed, which compiles for {device}; leave it out")
 
 
 @dataclass(frozen=True)

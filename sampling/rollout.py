@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -240,9 +241,16 @@ class _Network:
 
         def run(latents: Tensor, t: Tensor) -> Tensor:
             policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
-            return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
+            with self._first_passes_as_they_are():
+                return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
 
         latents = doubled.transpose(1, 2)
         found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
         flow = found.transpose(1, 2)
         return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
+
+    def _first_passes_as_they_are(self) -> AbstractContextManager[object]:
+        """A compiled model is not compiled before the memory has made its state."""
+        if getattr(self.model, "_compiled_call_impl", None) is None or self.memory.shapes is not None:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")

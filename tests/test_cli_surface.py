@@ -21,7 +21,7 @@ SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --grid --skip-existing --suite --shard --check --json",
+    "--dtype --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile --suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
     "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "

@@ -109,14 +109,20 @@ def load_pipeline(config: GenerateConfig) -> Any:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
+    from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
     text_encoder_device = resolve_device(
         config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
     )
+    check_cuda_graphs(torch.device(device), config.cuda_graphs)
+    if config.compile:
+        check_compiler(torch.device(device))
     dtype = getattr(torch, config.dtype) if config.dtype else None
     pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
+    if config.compile:
+        pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
@@ -143,6 +149,7 @@ def generate_video(
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
+            **({} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}),
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,11 +12,13 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.values import checked_values
 from sparse_forcing.memory import MemoryConfig, RolloutMemory
 from sparse_forcing.model.flow import SamplerConfig
-from sparse_forcing.sampling.graphs import check_cuda_graphs, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, rollout
 from tests.memory.conftest import CHANNELS, CHUNK, COLS, ROWS, Rollout
 from tests.memory.test_fixed_places import tensors
@@ -110,3 +114,22 @@ def test_texts_are_kept_in_place_while_they_fit() -> None:
     assert new[0][0] is old[0][0]
     assert new[0][1] is not old[0][1]
     assert new[0][0].tolist() == [1, 1]
+
+
+def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ConfigError, match="--compile.*no-such-compiler"):
+        check_compiler(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("flag", "said"), [("--cuda-graphs", "no CUDA graphs"), ("--compile", "no C[+][+] compiler")])
+def test_what_cannot_be_is_refused_before_any_work(
+    flag: str, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr(SparseForcingPipeline, "from_pretrained", lambda *_, **__: pytest.fail("a model was loaded"))
+    code = main(["generate", "a red circle", "--device", "cpu", "--output", str(tmp_path / "out"), flag])
+    message = capsys.readouterr().err
+    assert code == 2
+    assert re.search(said, message)
+    assert message.count("\n") == 1

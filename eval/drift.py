@@ -15,21 +15,24 @@ and for the whole video: similarity to the opening, coherence at frame lags, lat
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from sparse_forcing.eval.measuring.failures import Failure, attempt
 from sparse_forcing.eval.measuring.features import unit
 from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
-from sparse_forcing.eval.metrics.appearance import descriptors
+from sparse_forcing.eval.metrics.offline.appearance import descriptors
 
 RATIOS = ("saturation", "contrast", "detail", "brightness")
 REPEATS_BELOW = 0.25
 _WORKING_SIDE = 32
+_ROWS_AT_ONCE = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +126,11 @@ def opening_similarity(view: View, settings: DriftSettings) -> dict[str, Any]:
     rows = unit(descriptors(view))
     parts = windows(view, settings.window)
     means = unit(np.stack([rows[part.start - view.start : part.stop - view.start].mean(axis=0) for part in parts]))
-    lags = {str(lag): float((rows[lag:] * rows[:-lag]).sum(axis=1).mean()) for lag in settings.lags if lag < len(rows)}
+    lags = {
+        str(lag): float(np.einsum("nd,nd->n", rows[lag:], rows[:-lag]).mean())
+        for lag in settings.lags
+        if lag < len(rows)
+    }
     return {"times": [center(part) for part in parts], "curve": (means @ means[0]).tolist(), "lags": lags}
 
 
@@ -135,7 +142,8 @@ def late_early_ratios(view: View, settings: DriftSettings, metrics: Sequence[Met
         if metric.name in RATIOS:
             first = measure(metric, view.part(0, ends), resources)
             last = measure(metric, view.part(len(view) - ends, len(view)), resources)
-            ratios[metric.name] = last / first if first and last is not None else None
+            ratio = last / first if first and last is not None else math.nan
+            ratios[metric.name] = ratio if math.isfinite(ratio) else None
     return ratios
 
 
@@ -147,38 +155,67 @@ def repetition(view: View, *, min_seconds: float = 2.0) -> dict[str, Any]:
     exact loop, about 1 for none. `repeats` below 0.25. Values are None for a still or too short video.
     """
     least = max(1, round(min_seconds * view.fps))
-    rows = _thumbnails(view)
+    rows = _shrink_frames(view)
     if len(rows) < 2 * least:
         return {"ratio": None, "repeats": None}
-    distance = np.linalg.norm(rows[least : len(rows) - least + 1] - rows[0], axis=1)
+    distance = _measure_distances(rows[least : len(rows) - least + 1], rows[:1])
     restart = least + int(distance.argmin())
     length = min(restart, len(rows) - restart)
-    repeated = np.linalg.norm(rows[restart : restart + length] - rows[:length], axis=1).mean()
-    typical = np.median(np.linalg.norm(rows[least:] - rows[:-least], axis=1))
+    repeated = _measure_distances(rows[restart : restart + length], rows[:length]).mean()
+    typical = np.median(_measure_distances(rows[least:], rows[:-least]))
     if typical < 1.0:
         return {"ratio": None, "repeats": None}
     ratio = float(repeated / typical)
     return {"ratio": ratio, "repeats": ratio < REPEATS_BELOW, "restart_seconds": restart / view.fps}
 
 
-def _thumbnails(view: View) -> np.ndarray:
+def _measure_distances(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Euclidean distances [N] of thumbnails [N, D] (or [1, D]), in grey levels per pixel, about."""
+    pieces = []
+    for at in range(0, len(first), _ROWS_AT_ONCE):
+        here = first[at : at + _ROWS_AT_ONCE].astype(np.float32)
+        there = second if len(second) == 1 else second[at : at + _ROWS_AT_ONCE]
+        pieces.append(np.linalg.norm((here - there) / _WORKING_SIDE, axis=1))
+    return np.concatenate(pieces)
+
+
+def _shrink_frames(view: View) -> np.ndarray:
+    """Frames shrunk to uint8 [F, 32 * 32 * 3]."""
     import cv2
 
     def shrink(frames: np.ndarray) -> np.ndarray:
         side = (_WORKING_SIDE, _WORKING_SIDE)
-        small = [cv2.resize(frame, side, interpolation=cv2.INTER_AREA).ravel() for frame in frames]
-        return np.stack(small).astype(np.float32) / _WORKING_SIDE  # distances in grey levels per pixel, about
+        return np.stack([cv2.resize(frame, side, interpolation=cv2.INTER_AREA).ravel() for frame in frames])
 
     return view.per_frame("thumbnails", shrink)
 
 
-def analyse(view: View, metrics: Sequence[Metric], resources: Resources, settings: DriftSettings) -> dict[str, Any]:
-    """All drift numbers of one video."""
+def analyse(
+    view: View, metrics: Sequence[Metric], resources: Resources, settings: DriftSettings
+) -> tuple[dict[str, Any], bool]:
+    """All drift numbers of one video, and whether what failed would fail every time.
+
+    A part that fails is None (a metric's curve: absent) and named in `failures` with the reason.
+    """
     usable = [metric for metric in metrics if not (metric.needs_text and view.text is None)]
-    curves = {metric.name: metric_drift(metric, view, resources, settings) for metric in usable}
-    return {
-        "metrics": {name: numbers for name, numbers in curves.items() if numbers is not None},
-        "opening": opening_similarity(view, settings),
-        "ratios": late_early_ratios(view, settings, usable, resources),
-        "repetition": repetition(view),
+    failures: dict[str, str] = {}
+    lasting = True
+
+    def guard(name: str, call: Callable[[], Any]) -> Any:
+        nonlocal lasting
+        outcome = attempt(call)
+        if isinstance(outcome, Failure):
+            failures[name], lasting = outcome.reason, lasting and outcome.lasting
+            return None
+        return outcome
+
+    curves = {
+        metric.name: guard(metric.name, partial(metric_drift, metric, view, resources, settings)) for metric in usable
     }
+    numbers = {
+        "metrics": {name: found for name, found in curves.items() if found is not None},
+        "opening": guard("opening", lambda: opening_similarity(view, settings)),
+        "ratios": guard("ratios", lambda: late_early_ratios(view, settings, usable, resources)) or {},
+        "repetition": guard("repetition", lambda: repetition(view)),
+    }
+    return numbers | ({"failures": failures} if failures else {}), lasting

@@ -21,14 +21,14 @@ def evaluate(config: EvaluateConfig) -> int:
     """
     if config.aggregate is not None:
         totals = aggregate(*read_scores(config.aggregate))
-        print(json.dumps(totals.as_json()) if config.json else _totals_line(totals))
+        print(json.dumps(totals.as_json()) if config.json else _format_totals(totals))
         if totals.refused:
             print(f"{config.aggregate}: {totals.refused}", file=sys.stderr)
         return 2 if totals.refused else 0
     return _measure(config)
 
 
-def _totals_line(totals: Totals) -> str:
+def _format_totals(totals: Totals) -> str:
     numbers = {"quality": totals.quality, "semantic": totals.semantic, "total": totals.total}
     return "  ".join(f"{name} {'-' if value is None else f'{value:.2f} %'}" for name, value in numbers.items())
 
@@ -43,7 +43,8 @@ def _measure(config: EvaluateConfig) -> int:
 
     assert config.target is not None
     entries = load_entries(config.target)
-    others = [_saved_or_entries(path) for path in config.compare]
+    others = [_load_compared(path) for path in config.compare]
+    _check_targets(config, entries)
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with output_lock(folder):
@@ -51,20 +52,47 @@ def _measure(config: EvaluateConfig) -> int:
         for name, reason in runner.skipped.items():
             if config.suite.startswith("vbench") or config.metrics:
                 print(f"{name}: not measured, {reason}", file=sys.stderr)
-        results = result_files.build_results(runner, _with_progress(runner, entries))
+        results = result_files.build_results(runner, _measure_with_progress(runner, entries))
         atomic_write_text(folder / "results.json", result_files.to_json(results))
         atomic_write_text(folder / "videos.csv", result_files.to_csv(results))
-        compared = [_measured(runner, path, other) for path, other in zip(config.compare, others)]
+        compared = [_measure_compared(runner, path, other) for path, other in zip(config.compare, others)]
         if config.report:
             write_report(folder / "report.html", [results, *compared], embed_videos=config.embed_videos)
     for note in results["notes"]:
         print(note, file=sys.stderr)
-    print(json.dumps(_digest(results, str(folder))) if config.json else _table(results, str(folder)))
-    failed = len(results["failures"])
-    return 1 if failed == len(entries) or (failed and config.strict_exit) else 0
+    print(json.dumps(_leave_out_videos(results, str(folder))) if config.json else _format_table(results, str(folder)))
+    return _choose_exit_code(results, config.strict_exit)
 
 
-def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:
+def _choose_exit_code(results: dict[str, Any], strict: bool) -> int:
+    """1 when nothing could be measured, or with `strict` when anything could not; else 0."""
+    failed = sum(
+        "error" in record or (bool(record["metrics"]) and all("error" in row for row in record["metrics"].values()))
+        for record in results["videos"]
+    )
+    incomplete = bool(results["failures"] or results["missing_values"])
+    return 1 if failed == len(results["videos"]) or (strict and incomplete) else 0
+
+
+def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
+    """Refuse an output that would replace the videos, their manifest or sidecars, results to compare with, weights."""
+    from sparse_forcing.inputs import check_targets
+
+    folder, cache = config.output_folder, config.cache_folder
+    targets = [
+        *(folder / name for name in ("results.json", "videos.csv", "report.html")),
+        cache / "records",
+        cache / "features",
+    ]
+    assert config.target is not None
+    inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
+    inputs += [*config.official_results, *(entry.video for entry in entries)]
+    inputs += [entry.video.with_suffix(".json") for entry in entries if entry.video.parent == folder]
+    models = [Path(option.partition("=")[2]) for option in config.stand_ins]
+    check_targets(targets, inputs, sealed=models if config.weights is None else [*models, config.weights])
+
+
+def _load_compared(path: Path) -> dict[str, Any] | list[Any]:
     """What `--compare` names: results of an earlier run, or videos that are still to be measured."""
     from sparse_forcing.eval.measuring.manifest import load_entries
     from sparse_forcing.eval.results import load_results
@@ -73,15 +101,15 @@ def _saved_or_entries(path: Path) -> dict[str, Any] | list[Any]:
     return load_results(path) if saved else load_entries(path)
 
 
-def _measured(runner: Any, path: Path, other: dict[str, Any] | list[Any]) -> dict[str, Any]:
+def _measure_compared(runner: Any, path: Path, other: dict[str, Any] | list[Any]) -> dict[str, Any]:
     from sparse_forcing.eval.results import build_results
 
     if isinstance(other, dict):
         return other
-    return build_results(runner, _with_progress(runner, other)) | {"target": str(path)}
+    return build_results(runner, _measure_with_progress(runner, other)) | {"target": str(path)}
 
 
-def _with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:
+def _measure_with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -101,12 +129,12 @@ def _with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:
         return measure_all(runner, entries, report)
 
 
-def _digest(results: dict[str, Any], folder: str) -> dict[str, Any]:
+def _leave_out_videos(results: dict[str, Any], folder: str) -> dict[str, Any]:
     """What `--json` prints: the results without the videos."""
     return {key: value for key, value in results.items() if key != "videos"} | {"output": folder}
 
 
-def _table(results: dict[str, Any], folder: str) -> str:
+def _format_table(results: dict[str, Any], folder: str) -> str:
     lines = [f"{'metric':26} {'score':>8}  {'95 % interval':19} {'videos':>6}  aggregation"]
     for name, entry in results["metrics"].items():
         interval = entry["interval"]
@@ -115,7 +143,9 @@ def _table(results: dict[str, Any], folder: str) -> str:
         score = f"{entry['score']:8.4f}"
         lines.append(f"{name:26} {score}  {shown:19} {entry['videos']:6}  {entry['aggregation']}{mark}")
     if "totals" in results:
-        lines.append(_totals_line(Totals(**{key: results["totals"][key] for key in ("quality", "semantic", "total")})))
+        lines.append(
+            _format_totals(Totals(**{key: results["totals"][key] for key in ("quality", "semantic", "total")}))
+        )
         if "refused" in results["totals"]:
             lines.append(results["totals"]["refused"])
     lines.append(f"{results['videos_measured']} videos measured, {len(results['failures'])} failed; see {folder}")

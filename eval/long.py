@@ -2,7 +2,7 @@
 
 Source: Vchitect/VBench `vbench2_beta_long` at 45e79ec. Clips are ranges of frame numbers. Subject and background
 consistency fuse the mean inside clips with the consistency of the clips' first frames (clip to clip), mapped through
-a published table to the scale of the former.
+a published table to the scale of the former. Temporal flickering behind the static filter is judged on static clips.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from sparse_forcing.eval.measuring.features import consistency
 from sparse_forcing.eval.measuring.registry import Measurement, Metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
+from sparse_forcing.eval.metrics.quality.dynamic_degree import is_static
 from sparse_forcing.eval.vbench.suites import DATA, prompt_index
-from sparse_forcing.eval.vbench.transforms import dinov2_input, resize, to_tensor
+from sparse_forcing.eval.vbench.transforms import dinov2_input, dreamsim_input
 
 CUSTOM_SECONDS = 2
 FUSION_WEIGHT = 0.5  # of both parts, as in the official commands (--dev_flag)
@@ -53,7 +54,7 @@ def seconds_for(text: str | None) -> float:
 
 
 @lru_cache(maxsize=2)
-def _map_table(kind: str) -> tuple[list[float], list[float]]:
+def _read_map(kind: str) -> tuple[list[float], list[float]]:
     table = yaml.safe_load((DATA / f"long_{kind}_map.yaml").read_text(encoding="utf-8"))
     points = sorted((float(key), float(value)) for key, value in table.items())
     return [key for key, _ in points], [value for _, value in points]
@@ -61,7 +62,7 @@ def _map_table(kind: str) -> tuple[list[float], list[float]]:
 
 def map_score(kind: str, score: float) -> float:
     """A clip-to-clip score on the scale of in-clip scores: piecewise linear in the published table, ends clamped."""
-    keys, values = _map_table(kind)
+    keys, values = _read_map(kind)
     at = bisect.bisect_left(keys, score)
     if at == 0:
         return values[0]
@@ -83,31 +84,50 @@ def clip_to_clip(name: str, view: View, ranges: list[tuple[int, int]], resources
     kind, network = FUSED[name]
     if len(ranges) < 2 or resources.missing(network):
         return None
-    first = view.frames[[start for start, _ in ranges]]
-    if network == "dinov2":
-        images = dinov2_input(first)
-    else:
-        images = resize(to_tensor(first), (224, 224), "bicubic", antialias=True).clamp(0, 255).round() / 255.0
-    features = resources.features(network, images, lambda encoder, x: encoder(x))
-    value = consistency(features).value
+    prepare = dinov2_input if network == "dinov2" else dreamsim_input
+    rows = []
+    for start, _ in ranges:  # one by one: an hour of video has 1800 clips
+        rows.append(resources.features(network, prepare(view.pick([start])), lambda encoder, x: encoder(x)))
+    value = consistency(np.concatenate(rows)).value
     return None if value is None else map_score(kind, value)
 
 
-def long_measurement(metric: Metric, view: View, resources: Resources) -> Measurement:
+def measure_clips(metric: Metric, view: View, resources: Resources) -> Measurement:
     """A metric over the clips of a long video.
 
     value: mean over its clips; count: the number of clips. So the video mean weighs videos equally (what the official
-    tool means to do) and the pooled mean weighs clips equally (what it does).
+    tool means to do) and the pooled mean weighs clips equally (what it does). details: `frames` is the weight of the
+    whole video in a mean over frames.
     """
     ranges = clip_ranges(len(view), view.fps, seconds_for(view.text))
     clips = [view.part(start, stop) for start, stop in ranges]
-    values = [metric.compute(clip, resources).value for clip in clips if len(clip) >= metric.min_frames]
-    scores = [value for value in values if value is not None]
+    parts = [metric.compute(clip, resources) for clip in clips if len(clip) >= metric.min_frames]
+    scores = [part.value for part in parts if part.value is not None]
     if not scores:
         return Measurement(value=None, details={"clips": 0})
-    details: dict[str, Any] = {"clips": len(scores)}
+    frames = float(sum(part.count for part in parts if part.value is not None))
+    details: dict[str, Any] = {"clips": len(scores), "frames": frames}
     if metric.name in FUSED:
         mapped = clip_to_clip(metric.name, view, ranges, resources)
         details |= {"in_clip": float(np.mean(scores)), "clip_to_clip_mapped": mapped}
         scores = [fuse(score, mapped) for score in scores]
     return Measurement(value=float(np.mean(scores)), count=len(scores), details=details)
+
+
+def measure_static_clips(metric: Metric, view: View, resources: Resources) -> Measurement:
+    """A metric over the clips of a long video that the static filter lets through; value None when there is none.
+
+    details: `static` lists (number of the clip, value), because only a prompt's first static clips are counted.
+    """
+    ranges = clip_ranges(len(view), view.fps, seconds_for(view.text))
+    static: list[tuple[int, float]] = []
+    for number, (start, stop) in enumerate(ranges):
+        clip = view.part(start, stop)
+        if len(clip) >= metric.min_frames and is_static(clip, resources):
+            value = metric.compute(clip, resources).value
+            if value is not None:
+                static.append((number, value))
+    if not static:
+        return Measurement(value=None, details={"clips": len(ranges), "static": [], "reason": "no clip is static"})
+    mean = float(np.mean([value for _, value in static]))
+    return Measurement(value=mean, count=len(static), details={"clips": len(ranges), "static": static})

@@ -32,8 +32,8 @@ class EvaluateConfig:
     cache: folder of resumable per-video results and features. Default: `cache` inside the output folder.
     workers: processes. worker_timeout: seconds without a finished video after which they are given up.
     device: torch device of the networks.
-    max_frames, max_pixels: decoding bounds of one video (pixels over all its frames).
-    strict_exit: exit 1 when any video failed (otherwise only when all did).
+    max_frames, max_pixels: bounds of one video (pixels over all its frames); memory does not depend on its length.
+    strict_exit: exit 1 when any video or any of its values failed (otherwise only when all did).
     report: write the HTML page. embed_videos: put small videos into the page itself.
     resamples: bootstrap resamples of the 95 % intervals.
     """
@@ -56,7 +56,7 @@ class EvaluateConfig:
     worker_timeout: float = 3600.0
     device: str = "cpu"
     max_frames: int = 20_000
-    max_pixels: int = 1 << 30
+    max_pixels: int = 1 << 34
     strict_exit: bool = False
     report: bool = True
     embed_videos: bool = True

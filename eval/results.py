@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,19 @@ from typing import Any
 import numpy as np
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.statistics import percentile_interval, resample_ratio, summarize
+from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.eval.run import Record, Runner
-from sparse_forcing.eval.vbench.aggregate import DIMENSIONS, aggregate
-from sparse_forcing.eval.vbench.suites import vbench_prompts
+from sparse_forcing.eval.scoring import cluster, is_surplus, score_metric
+from sparse_forcing.eval.vbench.aggregate import DIMENSIONS, aggregate, check_score
+from sparse_forcing.eval.vbench.differences import list_differences
+from sparse_forcing.eval.vbench.suites import SAMPLES
 from sparse_forcing.files import read_json
+from sparse_forcing.versions import list_versions
 
 SCHEMA = 1
-STAND_INS = ("detector", "captioner", "actions")  # what these measure is not VBench's
-STATIC_PER_PROMPT = 5
 LONG_SECONDS = 5.0  # from here on VBench-Long applies
-_PACKAGES = ("sparse-forcing", "torch", "numpy", "av", "opencv-python-headless", "transformers", "pyiqa")
+_PACKAGES = ("torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
 DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
 
 
@@ -33,23 +32,27 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
     """Everything `results.json` holds."""
     config = runner.config
     good = [record for record in records if "error" not in record]
-    metrics = {metric.name: summary for metric in runner.metrics if (summary := _summary(runner, metric, good))}
+    scores = {metric.name: score_metric(metric, good, config) for metric in runner.metrics}
+    metrics = {name: score for name, score in scores.items() if score is not None}
+    missing = list_missing(good)
     results: dict[str, Any] = {
         "schema": SCHEMA,
         "suite": config.suite,
         "mode": config.mode,
         "target": str(config.target),
         "videos_measured": len(good),
-        "metrics": metrics | _official(config.official_results, metrics),
+        "metrics": metrics | _import_official(config.official_results, metrics),
         "skipped": runner.skipped,
-        "notes": notes(config.suite, good),
+        "notes": write_notes(config, good, missing),
+        "differences": list_differences(config.suite),
         "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
-        "versions": _versions(),
+        "missing_values": missing,
+        "versions": list_versions(_PACKAGES),
         "networks": runner.fingerprints,
         "settings": {
             "resamples": config.resamples,
             "static_filter": config.static_filter,
-            "decoder": "PyAV, whole video, RGB24",
+            "decoder": "PyAV, in pieces, RGB24",
         },
     }
     if config.suite.startswith("vbench"):
@@ -60,72 +63,46 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
     return results
 
 
-def notes(suite: str, records: list[Record]) -> list[str]:
-    """What a reader of the numbers has to know about how the videos fit the suite."""
+def list_missing(records: list[Record]) -> list[dict[str, str]]:
+    """Values that could not be measured of videos that could: `video`, `metric` and the `error` in one line."""
+    missing = []
+    for record in records:
+        failed = {name: row["error"] for name, row in record["metrics"].items() if "error" in row}
+        failed |= {f"drift of {name}": why for name, why in record.get("drift", {}).get("failures", {}).items()}
+        missing += [{"video": record["video"], "metric": name, "error": why} for name, why in failed.items()]
+    return missing
+
+
+def write_notes(config: EvaluateConfig, records: list[Record], missing: list[dict[str, str]]) -> list[str]:
+    """What a reader of the numbers has to know: how the videos fit the suite, and which values are missing."""
+    found = []
     long = sum(record["frames"] / record["fps"] >= LONG_SECONDS for record in records)
-    if suite == "vbench" and long:
-        return [
+    if config.suite == "vbench" and long:
+        found.append(
             f"{long} videos last {LONG_SECONDS:g} s or longer: VBench judges those with its long suite (vbench-long)"
-        ]
-    if suite == "vbench-long" and long < len(records):
-        return [
+        )
+    if config.suite == "vbench-long" and long < len(records):
+        found.append(
             f"{len(records) - long} videos are shorter than {LONG_SECONDS:g} s: VBench judges those with suite vbench"
-        ]
-    return []
+        )
+    surplus = sum(is_surplus(record) for record in records) if config.suite.startswith("vbench") else 0
+    if surplus:
+        found.append(
+            f"{surplus} videos have a sample number of {SAMPLES} or more: as in VBench, only 0 to {SAMPLES - 1} are "
+            "scored for a prompt, but for flickering behind the static filter"
+        )
+    by_metric: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for entry in missing:
+        by_metric[entry["metric"]].append(entry)
+    for name, entries in by_metric.items():
+        first = entries[0]
+        found.append(
+            f"{name}: no value for {len(entries)} of {len(records)} videos; {first['video']}: {first['error']}"
+        )
+    return found
 
 
-def _summary(runner: Runner, metric: Metric, records: list[Record]) -> dict[str, Any] | None:
-    rows = [(record, record["metrics"][metric.name]) for record in records if metric.name in record["metrics"]]
-    rows = [(record, row) for record, row in rows if row["value"] is not None]
-    if metric.name == "temporal_flickering" and runner.config.static_filter:
-        rows = _first_static(rows)
-    if not rows:
-        return None
-    # VBench-Long's official result weighs clips, its strict reading videos.
-    pooled = runner.config.mode == "vbench-compatible" if runner.config.suite == "vbench-long" else metric.pooled
-    summary = summarize(
-        [row["value"] for _, row in rows],
-        [row["count"] for _, row in rows],
-        [cluster(record) for record, _ in rows],
-        pooled=pooled,
-        resamples=runner.config.resamples,
-    )
-    result: dict[str, Any] = {
-        "score": summary.pooled_mean if pooled else summary.video_mean,
-        "aggregation": "pooled" if pooled else "video mean",
-        "video_mean": summary.video_mean,
-        "pooled_mean": summary.pooled_mean,
-        "interval": summary.interval,
-        "videos": summary.videos,
-        "prompts": summary.prompts,
-        "summary": metric.summary,
-        "higher_is_better": metric.higher_is_better,
-        "stand_in": any(name in STAND_INS for name in metric.needs),
-    }
-    if metric.name in DIMENSIONS and runner.config.suite.startswith("vbench"):
-        result["prompts_expected"] = _prompts_of(metric.name)
-    return result
-
-
-def cluster(record: Record) -> str:
-    """What groups the samples of one prompt."""
-    text = record["original_prompt"] if record["original_prompt"] is not None else record["prompt"]
-    return record["video"] if text is None else text
-
-
-def _prompts_of(dimension: str) -> int:
-    return len({row.prompt for row in vbench_prompts() if dimension in row.dimensions})
-
-
-def _first_static(rows: list[tuple[Record, dict[str, Any]]]) -> list[tuple[Record, dict[str, Any]]]:
-    kept: dict[str, list] = defaultdict(list)
-    for record, row in sorted(rows, key=lambda pair: pair[0]["index"]):
-        if row["details"].get("static") and len(kept[cluster(record)]) < STATIC_PER_PROMPT:
-            kept[cluster(record)].append((record, row))
-    return [pair for pairs in kept.values() for pair in pairs]
-
-
-def _official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
+def _import_official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
     """Dimensions from `*_eval_results.json` files of the official tool, `{dimension: [score, videos]}`."""
     imported: dict[str, Any] = {}
     for path in paths:
@@ -134,15 +111,14 @@ def _official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, An
             raise ConfigError(f"{path}: expected the official tool's {{dimension: [score, videos]}}")
         for name, value in content.items():
             score = value[0] if isinstance(value, list) and value else value
-            if name not in DIMENSIONS or isinstance(score, bool) or not isinstance(score, (int, float)):
-                raise ConfigError(f"{path}: {name!r} is not a VBench dimension with a score")
-            if not 0 <= score <= 1:
-                raise ConfigError(f"{path}: {name} is {score}; expected a fraction between 0 and 1")
+            if name not in DIMENSIONS:
+                raise ConfigError(f"{path}: {name!r} is not a VBench dimension")
+            score = check_score(path, name, score)
             if name in measured or name in imported:
                 raise ConfigError(f"{path}: {name} is measured or imported already")
             videos = value[1] if isinstance(value, list) and len(value) > 1 and isinstance(value[1], list) else []
             imported[name] = {
-                "score": float(score),
+                "score": score,
                 "aggregation": "official tool",
                 "interval": None,
                 "videos": len(videos),
@@ -175,16 +151,17 @@ def summarize_drift(records: list[Record], resamples: int) -> dict[str, Any]:
             by_metric[name].append((cluster(record), numbers))
     summary = {}
     for name, rows in by_metric.items():
-        numbers = {key: _mean_of([(prompt, row[key]) for prompt, row in rows], resamples) for key in DRIFT_NUMBERS}
+        numbers = {key: _average([(prompt, row[key]) for prompt, row in rows], resamples) for key in DRIFT_NUMBERS}
         summary[name] = {**numbers, "curve": mean_curve([(prompt, row["curve"]) for prompt, row in rows], resamples)}
         longest = max(rows, key=lambda pair: len(pair[1]["times"]))[1]["times"]
         summary[name]["times"] = longest
-    opening = mean_curve([(cluster(record), record["drift"]["opening"]["curve"]) for record in records], resamples)
+    openings = [(cluster(record), record["drift"]["opening"]) for record in records]
+    opening = mean_curve([(prompt, found["curve"]) for prompt, found in openings if found], resamples)
     ratios = {
-        name: _mean_of([(cluster(record), record["drift"]["ratios"].get(name)) for record in records], resamples)
+        name: _average([(cluster(record), record["drift"]["ratios"].get(name)) for record in records], resamples)
         for name in ("saturation", "contrast", "detail", "brightness")
     }
-    verdicts = [record["drift"]["repetition"]["repeats"] for record in records]
+    verdicts = [found["repeats"] for record in records if (found := record["drift"]["repetition"])]
     known = [verdict for verdict in verdicts if verdict is not None]
     return {
         "metrics": summary,
@@ -195,7 +172,7 @@ def summarize_drift(records: list[Record], resamples: int) -> dict[str, Any]:
     }
 
 
-def _mean_of(rows: list[tuple[str, float | None]], resamples: int) -> dict[str, Any] | None:
+def _average(rows: list[tuple[str, float | None]], resamples: int) -> dict[str, Any] | None:
     known = [(prompt, value) for prompt, value in rows if value is not None]
     if not known:
         return None
@@ -225,16 +202,6 @@ def mean_curve(rows: list[tuple[str, list[float]]], resamples: int) -> dict[str,
     return {"mean": mean, "low": low, "high": high}
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def load_results(path: Path) -> dict[str, Any]:
     """Results of an earlier run: its results.json or the folder that holds it. Raises ConfigError."""
     file = path / "results.json" if path.is_dir() else path
@@ -245,7 +212,7 @@ def load_results(path: Path) -> dict[str, Any]:
 
 
 def to_csv(results: dict[str, Any]) -> str:
-    """One row a video, one column a metric; failed videos have only their error."""
+    """One row a video, one column a metric; the last column says what failed and why."""
     names = sorted({name for record in results["videos"] for name in record.get("metrics", {})})
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
@@ -253,12 +220,13 @@ def to_csv(results: dict[str, Any]) -> str:
     writer.writerow([*fixed, *names, "error"])
     for record in results["videos"]:
         values = [record.get("metrics", {}).get(name, {}).get("value") for name in names]
-        cells = [record.get(key) for key in fixed] + values + [record.get("error")]
-        writer.writerow(["" if cell is None else _safe_cell(cell) for cell in cells])
+        reasons = [f"{name}: {row['error']}" for name, row in record.get("metrics", {}).items() if "error" in row]
+        cells = [record.get(key) for key in fixed] + values + [record.get("error") or "; ".join(reasons) or None]
+        writer.writerow(["" if cell is None else _quote_formula(cell) for cell in cells])
     return buffer.getvalue()
 
 
-def _safe_cell(cell: object) -> object:
+def _quote_formula(cell: object) -> object:
     """Text that a spreadsheet would run as a formula gets a quote in front."""
     return f"'{cell}" if isinstance(cell, str) and cell[:1] in "=+-@\t\r" and cell else cell
 

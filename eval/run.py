@@ -16,29 +16,16 @@ from typing import Any
 import torch
 
 from sparse_forcing.errors import ConfigError, SparseForcingError, VideoError
-from sparse_forcing.eval.drift import DriftSettings, analyse
-from sparse_forcing.eval.long import long_measurement
+from sparse_forcing.eval.measure import measure_view
+from sparse_forcing.eval.measuring.failures import shorten
 from sparse_forcing.eval.measuring.manifest import Entry
-from sparse_forcing.eval.measuring.registry import Measurement, Metric, suite_metrics
+from sparse_forcing.eval.measuring.registry import Metric, suite_metrics
 from sparse_forcing.eval.measuring.resources import Resources
-from sparse_forcing.eval.measuring.view import FeatureStore, View, open_clip
-from sparse_forcing.eval.metrics.dynamic_degree import is_static
+from sparse_forcing.eval.measuring.view import FeatureStore, open_clip
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.eval.vbench.suites import prompt_index
 from sparse_forcing.files import atomic_write_json, sha256_file
 
-RECORD_VERSION = 1  # raised when the layout of a record changes
-# Prompts outside VBench: the dimensions that need nothing but the video and its text.
-CUSTOM_DIMENSIONS = (
-    "subject_consistency",
-    "background_consistency",
-    "temporal_flickering",
-    "motion_smoothness",
-    "dynamic_degree",
-    "aesthetic_quality",
-    "imaging_quality",
-    "overall_consistency",
-)
+RECORD_VERSION = 2  # raised when the layout of a record changes
 Record = dict[str, Any]
 
 
@@ -51,8 +38,8 @@ class Runner:
             weights=config.weights,
             device=config.device,
             mode=config.mode,
-            plugins=_pairs(config.plugins, "plugin"),
-            stand_ins=_pairs(config.stand_ins, "stand-in"),
+            plugins=_split_pairs(config.plugins, "plugin"),
+            stand_ins=_split_pairs(config.stand_ins, "stand-in"),
         )
         self.metrics: list[Metric] = []
         self.skipped: dict[str, str] = {}
@@ -104,13 +91,13 @@ class Runner:
             "seed": entry.seed,
         }
         try:
-            return {**base, **self._measured(entry)}
+            return {**base, **self._find_record(entry)}
         except SparseForcingError as error:
-            return {**base, "error": _one_line(str(error))}
+            return {**base, "error": shorten(str(error))}
         except Exception as error:  # one strange file must not end a run over thousands
-            return {**base, "error": _one_line(f"{entry.video}: {type(error).__name__}: {error}")}
+            return {**base, "error": shorten(f"{entry.video}: {type(error).__name__}: {error}")}
 
-    def _measured(self, entry: Entry) -> Record:
+    def _find_record(self, entry: Entry) -> Record:
         try:
             path = self.record_path(sha256_file(entry.video), entry)
         except OSError as error:
@@ -120,68 +107,27 @@ class Runner:
                 return {**json.loads(path.read_text(encoding="utf-8")), "from_cache": True}
             except (OSError, ValueError):
                 pass  # a damaged record is measured again
-        record = self._measure(entry)
-        atomic_write_json(path, record)
+        record, keep = self._measure(entry)
+        if keep:
+            atomic_write_json(path, record)
         return {**record, "from_cache": False}
 
-    def _measure(self, entry: Entry) -> Record:
+    def _measure(self, entry: Entry) -> tuple[Record, bool]:
+        """The record of a video, and whether it may be kept."""
         limits = {"max_frames": self.config.max_frames, "max_pixels": self.config.max_pixels}
         clip = open_clip(entry, **limits, store=self.store)
         view = clip.whole()
-        frames, height, width = clip.frames.shape[:3]
-        record: Record = {
-            "sha256": clip.sha256,
-            "frames": frames,
-            "fps": clip.fps,
-            "height": height,
-            "width": width,
-            "metrics": {},
-        }
-        for metric in self.metrics:
-            measurement = self._apply(metric, view)
-            if measurement is not None:
-                record["metrics"][metric.name] = {
-                    "value": measurement.value,
-                    "count": float(measurement.count),
-                    "details": measurement.details,
-                }
-        if self.config.suite == "drift":
-            record["drift"] = analyse(view, self.metrics, self.resources, DriftSettings())
-        return record
-
-    def _apply(self, metric: Metric, view: View) -> Measurement | None:
-        """A metric on a video, None when it is not one of the video's dimensions or needs a prompt there is not."""
-        if self.config.suite.startswith("vbench") and metric.name not in dimensions_of(view.text):
-            return None
-        if (metric.needs_text and view.text is None) or len(view) < metric.min_frames:
-            return None
-        compute = long_measurement if self.config.suite == "vbench-long" else _plain
-        measurement = compute(metric, view, self.resources)
-        if metric.name == "temporal_flickering" and self.config.static_filter:
-            measurement.details["static"] = is_static(view, self.resources)
-        return measurement
+        content, keep = measure_view(view, self.metrics, self.resources, self.config)
+        size = {"frames": len(view), "fps": clip.fps, "height": view.height, "width": view.width}
+        return {"sha256": clip.sha256, **size, **content}, keep
 
 
-def _plain(metric: Metric, view: View, resources: Resources) -> Measurement:
-    return metric.compute(view, resources)
-
-
-def dimensions_of(text: str | None) -> tuple[str, ...]:
-    """VBench dimensions judged on a prompt."""
-    info = prompt_index().get(text or "")
-    return CUSTOM_DIMENSIONS if info is None else info.dimensions
-
-
-def _pairs(options: tuple[str, ...], kind: str) -> Mapping[str, str]:
+def _split_pairs(options: tuple[str, ...], kind: str) -> Mapping[str, str]:
     pairs = [option.partition("=") for option in options]
     for name, separator, value in pairs:
         if not (name and separator and value):
             raise ConfigError(f"{kind} {name!r}: expected NAME=VALUE")
     return {name: value for name, _, value in pairs}
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:400]
 
 
 _runner: Runner | None = None

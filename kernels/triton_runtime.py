@@ -41,18 +41,19 @@ class Launch:
 def prepare(kernel: Any, blocks: int, heads: int, args: dict[str, Any], **options: Any) -> Launch:
     """The launch of a kernel over so many blocks (or parts of them) of each head of each sample, with Triton's options.
 
-    Neighbouring programs work on one head, whose keys stay in the cache.
+    Neighbouring programs work on one head, whose keys stay in the cache. The kernel finds its head by `program_head`.
     """
     # Triton 3.10 turns the fusion of a multiply and an add off by default; it is 13 % of the loop here.
     options = {"enable_fp_fusion": True, **options}
-    return Launch(kernel=kernel, grid=(blocks, *_head_axes(heads)), args=args, options=options)
+    grid = (blocks, *_head_axes(heads))
+    return Launch(kernel=kernel, grid=grid, args=args | {"MANY_HEADS": grid[2] > 1}, options=options)
 
 
 @functools.lru_cache
 def _head_axes(heads: int) -> tuple[int, int]:
     """Two axes of at most AXIS_ENDS whose product is `heads`, over all samples; kernels ask `program_head`."""
     for first in range(min(heads, AXIS_ENDS), 0, -1):
-        if heads % first == 0 and heads // first <= AXIS_ENDS:
+        if heads % first == 0 and heads // first <= AXIS_ENDS and heads < 2**31:
             return first, heads // first
     raise SparseForcingError(
         f"triton: batch x heads is {heads}, which is no product of two numbers up to {AXIS_ENDS}, the axes of a GPU's "
@@ -115,6 +116,12 @@ def power_of_two(n: int) -> int:
 
 
 @triton.jit
-def program_head():
-    """Number of this program's head over all samples, int64: see `_head_axes`."""
-    return tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+def program_head(MANY_HEADS: tl.constexpr):
+    """Number of this program's head over all samples, int64, where `prepare` laid out the grid.
+
+    MANY_HEADS: they fill two axes. Not always, because that costs a kernel of many registers 4 % of its loop.
+    """
+    if MANY_HEADS:
+        return (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)).to(tl.int64)
+    else:
+        return tl.program_id(1).to(tl.int64)

@@ -7,16 +7,22 @@ from __future__ import annotations
 
 import operator
 from bisect import bisect_left
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Real
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.sampling.rollout import GivenNoise, NoiseSource, SeededNoise
 
+T = TypeVar("T")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] | None]
 """New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
 chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
@@ -46,28 +52,54 @@ def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[st
     return [instance_of(name, each, str) for each in prompts]
 
 
-def changed_chunks(changes: Any, starts: Sequence[int]) -> dict[int, str | list[str]]:
-    """`prompt_changes` given as a mapping, by the number of the chunk: the first that begins at the frame or after it.
+def changed_chunks(
+    changes: Iterable[tuple[Any, T]], starts: Sequence[int], name: str = "prompt_changes", fps: float | None = None
+) -> dict[int, T]:
+    """New prompts by the number of the chunk that each holds from: the first that begins at its frame or after it.
 
     Args:
+        changes: pixel frames and prompts.
         starts: pixel frame that each chunk begins with.
+        name, fps: what the caller called them, and the frame rate where they were given in seconds, for messages.
     """
-    chunks: dict[int, str | list[str]] = {}
-    for frame, prompt in instance_of("prompt_changes", changes, Mapping).items():
-        frame = whole_number("prompt_changes", frame, 0)
+
+    def when(frame: int) -> str:
+        return f"frame {frame}" if fps is None else f"{frame / fps:g} s"
+
+    chunks: dict[int, T] = {}
+    for given, prompt in changes:
+        frame = whole_number(name, given, 0)
         if not 0 < frame <= starts[-1]:
             raise ConfigError(
-                f"prompt_changes: no chunk begins at frame {frame} or later; the first one has `prompt`, the last one "
-                f"begins at {starts[-1]}"
+                f"{name}: no chunk begins at {when(frame)} or later; the first one has `prompt`, the last one begins "
+                f"at {when(starts[-1])}"
             )
         number = bisect_left(starts, frame)
         if number in chunks:
-            raise ConfigError(f"prompt_changes: the chunk that begins at frame {starts[number]} has two prompts")
+            raise ConfigError(f"{name}: the chunk that begins at {when(starts[number])} has two prompts")
         chunks[number] = prompt
     return chunks
 
 
-def generator_list(generator: Any) -> list[torch.Generator] | None:
+def dtype_of(value: Any) -> torch.dtype | None:
+    """`torch_dtype`: a type of torch or its name. Raises ConfigError for one that weights cannot have."""
+    dtype = DTYPES.get(value) if isinstance(value, str) else value
+    if value is not None and dtype not in DTYPES.values():
+        raise ConfigError(f"torch_dtype: expected one of {', '.join(DTYPES)}, as text or of torch, got {value!r:.60}")
+    return dtype
+
+
+def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
+    """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
+    in diffusers: the conditional prediction alone."""
+    steps = whole_number("num_inference_steps", steps, sampler.steps)
+    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    steps_given = sampler.step_list if steps == sampler.steps else None
+    changed = replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
+    return replace(changed, guidance_scale=max(1.0, changed.guidance_scale))
+
+
+def _generator_list(generator: Any) -> list[torch.Generator] | None:
     """The generators of a list, or None for a single one or none, which is checked, too."""
     if isinstance(generator, list | tuple):
         return [instance_of("generator", each, torch.Generator) for each in generator]
@@ -76,15 +108,42 @@ def generator_list(generator: Any) -> list[torch.Generator] | None:
     return None
 
 
-def check_embeddings(embeddings: Tensor, text_dim: int) -> Tensor:
-    """`prompt_embeds` [B, T, text_dim], floating point."""
+def noise_source(
+    generator: Any,
+    latents: Tensor | None,
+    shape: tuple[int, int, int, int, int],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> NoiseSource:
+    """Noise of latents `shape` [B, F, C, h, w], drawn chunk by chunk or given."""
+    batch, generators = shape[0], _generator_list(generator)
+    if generators is None:
+        # One stream per sample: a sample's noise must not depend on how many others are generated with it.
+        # One given generator is used as it is for one video, and seeds one of each video's own otherwise.
+        seeds = torch.randint(2**62, (batch,), generator=generator) if generator is None or batch > 1 else None
+        generators = [generator] if seeds is None else [torch.Generator().manual_seed(s) for s in seeds.tolist()]
+    if len(generators) != batch:
+        raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
+    seeded = SeededNoise(generators, shape[2:], device, dtype)
+    return seeded if latents is None else GivenNoise(check_noise(latents, shape).to(device, dtype), seeded)
+
+
+def check_embeddings(embeddings: Tensor, text_len: int, text_dim: int) -> Tensor:
+    """`prompt_embeds` [B, T, text_dim], floating point and finite, with zeros up to `text_len` rows, all of which the
+    model attends to."""
     instance_of("prompt_embeds", embeddings, Tensor)
     if embeddings.ndim != 3 or embeddings.shape[2] != text_dim or not embeddings.is_floating_point():
         raise ConfigError(
             f"prompt_embeds: expected floats of shape [B, T, {text_dim}], got {embeddings.dtype} of shape "
             f"{list(embeddings.shape)}"
         )
-    return embeddings
+    if not (len(embeddings) and 1 <= embeddings.shape[1] <= text_len):
+        raise ConfigError(
+            f"prompt_embeds: expected at least one prompt of 1 to {text_len} tokens, got shape {list(embeddings.shape)}"
+        )
+    if not embeddings.isfinite().all():
+        raise ConfigError("prompt_embeds: holds NaN or infinite numbers")
+    return torch.nn.functional.pad(embeddings, (0, 0, 0, text_len - embeddings.shape[1]))
 
 
 def check_noise(latents: Tensor, expected: tuple[int, ...]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +70,7 @@ def decode_chunks(
     device: torch.device,
     given: Tensor | None,
     single: bool,
+    not_finite: Callable[[int], Exception],
 ) -> Iterator[VideoChunk]:
     """Decode the `count` chunks of a rollout, timing model and decoder apart.
 
@@ -78,7 +79,7 @@ def decode_chunks(
 
     Args:
         memory: of the rollout. given: [B, F, C, h, w] latents that only lead the decoder in. single: leave out the
-            dimension of the batch.
+            dimension of the batch. not_finite: what to raise for a chunk of this number with NaN or infinity in it.
     """
     arrived: list[tuple[RolloutChunk, float]] = []
     side = SideStream(device)
@@ -97,6 +98,7 @@ def decode_chunks(
     try:
         for pixels in stream:
             part, came = arrived.pop()
+            finite = part.latents.isfinite().all() & pixels.isfinite().all()
             shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
             side.leave()
             lit = memory.persistent_map()
@@ -104,6 +106,8 @@ def decode_chunks(
             if device.type == "cuda" and part.index < count - 1:
                 part.remember()
             frames = _on_host(shown, side)
+            if not bool(_on_host(finite, side)):
+                raise not_finite(part.index)
             yield VideoChunk(
                 index=part.index,
                 frames=frames[0] if single else frames,

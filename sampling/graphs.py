@@ -70,8 +70,8 @@ def check_compiler(device: torch.device) -> None:
     compiler = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     if not any(map(shutil.which, compiler)):
         raise ConfigError(
-            f"compile (--compile): there is no C++ compiler ({', '.join(compiler)}) to compile for {device}; install one, "
-            "name it in CXX, or leave it out"
+            f"compile (--compile): there is no C++ compiler ({', '.join(compiler)}) to compile for {device}; install "
+            "one, name it in CXX, or leave it out"
         )
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         raise ConfigError(f"compile (--compile): triton is not installed, which compiles for {device}; leave it out")

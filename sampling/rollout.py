@@ -50,6 +50,7 @@ class SeededNoise:
         self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
 
     def chunk(self, frames: int) -> Tensor:
+        """[B, frames, C, H, W] the next draw of every sample's generator."""
         draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
         noise = torch.stack(draws).to(self.dtype)
         if self.device.type == "cuda" and noise.device.type == "cpu":  # from pinned memory, so that nothing waits
@@ -57,6 +58,20 @@ class SeededNoise:
         return noise.to(self.device)
 
     fresh = chunk
+
+
+class GivenNoise:
+    """Noise of the whole video given by the caller, [B, F, C, H, W]; re-noising still draws."""
+
+    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
+        self.latents, self.seeded, self.used = latents, seeded, 0
+
+    def chunk(self, frames: int) -> Tensor:
+        self.used += frames
+        return self.latents[:, self.used - frames : self.used]
+
+    def fresh(self, frames: int) -> Tensor:
+        return self.seeded.fresh(frames)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ def rollout(
         if training and training.context_noise:  # drawn after the last chunk, too: whoever draws next counts on it
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
             context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
-        owed = CleanPass(partial(network.clean, context, context_timestep))
+        owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
         if latents.device.type != "cpu":

@@ -31,6 +31,9 @@ T = TypeVar("T")
 MAX_CONFIG_BYTES = 1 << 20
 
 
+_CORE = ("null", "bool", "int", "float", "str", "seq", "map")
+
+
 class _Loader(yaml.SafeLoader):
     """Safe YAML with the core schema of YAML 1.2, unique keys and no aliases."""
 
@@ -43,6 +46,8 @@ class _Loader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "expected a group of settings", node.start_mark)
         seen = set()
         for key_node, _ in node.value:
             if not isinstance(key_node, yaml.ScalarNode):
@@ -53,6 +58,19 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key_node.value)
         return super().construct_mapping(node, deep)
+
+    def construct_object(self, node: Any, deep: bool = False) -> Any:
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if kind not in _CORE:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"values of type {kind!r:.60} are not supported", node.start_mark
+            )
+        try:
+            return super().construct_object(node, deep)
+        except (KeyError, ValueError) as error:  # a tag that does not fit, as in `!!bool abc`
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{node.value!r:.40} is not a value of type {kind}", node.start_mark
+            ) from error
 
 
 for _tag, _pattern, _first in (
@@ -120,8 +138,11 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(f"{source}{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise ConfigError(f"{source}: not valid YAML ({error})") from error
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        # What PyYAML's constructors raise for a value that is not of the type its tag names (`!!bool abc`).
+        raise ConfigError(f"{source}: not valid YAML (a value is not what its tag says: {error})") from error
 
 
 def read_settings(path: PathLike) -> dict[str, Any]:

@@ -2,12 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, SparseForcingError
 
 if TYPE_CHECKING:
     import torch
+
+_NO_MEMORY = (
+    "out of memory", "annot allocate memory", "can't allocate memory", "not enough memory", "bad_alloc",
+    "Storage size calculation overflowed",
+)  # fmt: skip
+"""What torch says then, on a GPU, on a CPU, or of a size beyond any memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory, of the machine or of a device, did not suffice."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, (RuntimeError, OSError)) and any(words in str(error) for words in _NO_MEMORY)
+    )
+
+
+@contextmanager
+def memory_explained(while_: str) -> Iterator[None]:
+    """Running out of memory while a model is loaded or reads text becomes a SparseForcingError that says what helps.
+
+    Args:
+        while_: what was going on, as a clause.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise SparseForcingError(
+            f"out of memory while {while_}; --dtype bfloat16 (torch_dtype) halves what float32 weights take, and "
+            "--text-encoder-device cpu leaves a GPU to the rest"
+        ) from error
 
 
 def resolve_device(name: str, setting: str = "--device") -> str:

@@ -19,9 +19,17 @@ class VideoError(SparseForcingError):
     """A video or image cannot be decoded as declared."""
 
 
+class MeasurementError(SparseForcingError):
+    """A metric cannot measure a video: its value is missing, with this reason; other metrics are not touched."""
+
+
 class OutputError(SparseForcingError):
     """An output path cannot be written."""
 
 
 class InUseError(OutputError):
     """Another run is writing to an output path."""
+
+
+class NotFiniteError(SparseForcingError, FloatingPointError):
+    """A training met a loss or gradient that is NaN or infinite, and stopped before it reached the weights."""

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -27,7 +28,8 @@ PathLike = str | os.PathLike[str]
 TEMPORARY_PREFIX = ".sf-tmp-"
 LOCK_NAME = ".sparse-forcing.lock"
 MAX_NAME_BYTES = 255
-_NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS}
+NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS})
+"""What the system says of a disk that takes no more."""
 
 
 def is_file(path: PathLike, error: type[SparseForcingError]) -> bool:
@@ -122,8 +124,8 @@ def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
         try:
             yield temporary
         except OSError as error:
-            # Only what a full or read-only disk says is about our file; anything else the block raised passes through.
-            if error.errno in _NO_ROOM:
+            # What a full or read-only disk says, or a folder that is gone, is about our file; the rest passes through.
+            if error.errno in NO_ROOM or not target.parent.is_dir():
                 raise _cannot_write(target, error, size) from error
             raise
         try:
@@ -256,9 +258,10 @@ def remove_file(path: PathLike) -> None:
 
 
 def check_writable(path: PathLike, *, folder: bool = False) -> Path:
-    """Prove, before any compute, that `path` (a file, or with `folder` a folder) can be written; return it.
+    """Prove, before any work begins, that `path` (a file, or with `folder` a folder) can be written; return it.
 
-    Missing folders are created. A file is probed with a temporary beside it, a folder with a temporary inside it.
+    Missing folders are created. A file is probed with a temporary beside it, a folder with a temporary inside it, into
+    which something is written: a full disk still takes empty files.
 
     Raises:
         OutputError: the path is a folder where a file is meant, or the reverse, or cannot be written.
@@ -270,14 +273,23 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     if "\0" in shown:
         raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
     probe = Path(shown) / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    missing = [folder for folder in (Path(shown), *Path(shown).parents) if not os.path.lexists(folder)]
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
+        with open(probe, "xb") as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())  # some file systems notice only here
         probe.unlink()
-    except FileExistsError as error:
-        raise OutputError(f"cannot write into {shown}: it is a file, not a folder") from error
     except OSError as error:
-        raise OutputError(f"cannot write into {shown}: {error.strerror or error}") from error
+        with suppress(OSError):
+            probe.unlink(missing_ok=True)
+        for created in missing:
+            with suppress(OSError):
+                created.rmdir()
+        kind = isinstance(error, FileExistsError)
+        reason = "it is a file, not a folder" if kind else error.strerror or error
+        raise OutputError(f"cannot write into {shown}: {reason}") from error
     return Path(shown)
 
 
@@ -297,9 +309,12 @@ def without_empty_folders(folders: Iterable[Path]) -> Iterator[None]:
 def output_lock(path: PathLike) -> Iterator[None]:
     """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets InUseError at once.
 
-    A link is followed, so that a file is held under all of its names.
+    A link is followed, so that a file is held under all of its names. What killed runs left in the folder is swept.
     The lock dies with its process, so a killed run never blocks the next one. Not for network file systems without
     working locks.
+
+    Raises:
+        OutputError: the lock cannot be written, on a full disk for example; none is left behind.
     """
     target = Path(os.path.realpath(path))
     lock = (
@@ -307,6 +322,7 @@ def output_lock(path: PathLike) -> Iterator[None]:
     )
     handle = _take_lock(lock, target)
     try:
+        sweep_temporaries(lock.parent)
         yield
     finally:
         # Unlinked while held: whoever opened the old file finds another inode under the name and starts over.
@@ -333,25 +349,41 @@ def _take_lock(lock: Path, target: Path) -> int:
             raise InUseError(
                 f"another run (process {owner}) is writing to {target}; wait for it or choose another output"
             ) from error
-        with suppress(FileNotFoundError):
+        try:
             if os.stat(lock).st_ino == os.fstat(handle).st_ino:
                 os.truncate(handle, 0)
                 os.pwrite(handle, str(os.getpid()).encode(), 0)
                 return handle
-        os.close(handle)
+            os.close(handle)  # whoever held it removed it meanwhile
+        except FileNotFoundError:
+            os.close(handle)
+        except OSError as error:
+            with suppress(OSError):
+                lock.unlink()
+            os.close(handle)
+            raise _cannot_write(lock, error) from error
 
 
 def sweep_temporaries(folder: PathLike) -> list[Path]:
     """Remove temporaries in `folder` whose process no longer runs on this machine; return what was removed."""
     removed = []
     for leftover in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
-        owner = leftover.name[len(TEMPORARY_PREFIX) :].partition("-")[0]
-        if not owner.isdigit() or _alive(int(owner)):
+        if not _is_abandoned(leftover):
             continue
         with suppress(OSError):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() and not leftover.is_symlink() else leftover.unlink()
             removed.append(leftover)
     return removed
+
+
+def holds_nothing(folder: PathLike) -> bool:
+    """Whether a folder is empty but for what killed runs left: locks, and temporaries whose process is gone."""
+    return all(path.name.startswith(LOCK_NAME) or _is_abandoned(path) for path in Path(folder).iterdir())
+
+
+def _is_abandoned(path: Path) -> bool:
+    owner = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0]
+    return path.name.startswith(TEMPORARY_PREFIX) and owner.isdigit() and not _alive(int(owner))
 
 
 def _alive(pid: int) -> bool:

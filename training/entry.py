@@ -10,28 +10,32 @@ from typing import Any
 
 from sparse_forcing.config import load_config, read_settings
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike
+from sparse_forcing.files import PathLike, check_writable
+from sparse_forcing.inputs import check_targets, config_inputs
 
-STAGES: dict[str, tuple[str, str, str]] = {
-    "autoencoder": ("sparse_forcing.training.recipes.embedded.autoencoder", "AutoencoderConfig", "train"),
-    "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig", "pretrain"),
-    "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig", "train"),
-    "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig", "train"),
-    "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig", "train"),
+STAGES: dict[str, tuple[str, str]] = {
+    "autoencoder": ("sparse_forcing.training.recipes.embedded.autoencoder", "AutoencoderConfig"),
+    "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig"),
+    "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig"),
+    "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig"),
+    "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig"),
 }
-"""stage: (module, config class, function of config and output folder)."""
+"""stage: (module, config class). The module has `train(config, output folder, resume)`; a line here adds a stage."""
+
+WRITTEN = ("metrics.jsonl", "resumed-from.txt", "pipeline", "vae", "samples")
+"""What stages write into their output folder, checkpoints apart."""
 
 
 def load_stage(stage: str, config_path: PathLike | None, overrides: Sequence[str] = ()) -> tuple[Any, Any]:
     """(config, function) of a stage. Raises ConfigError for an unknown stage or a bad config."""
     if stage not in STAGES:
         raise ConfigError(f"stage {stage!r}: expected one of {', '.join(STAGES)}")
-    function = getattr(importlib.import_module(STAGES[stage][0]), STAGES[stage][2])
+    function = importlib.import_module(STAGES[stage][0]).train
     return load_config(_config_class(stage), config_path, overrides), function
 
 
 def _config_class(stage: str) -> Any:
-    module_name, config_class, _ = STAGES[stage]
+    module_name, config_class = STAGES[stage]
     return getattr(importlib.import_module(module_name), config_class)
 
 
@@ -68,4 +72,10 @@ def train(stage: str, config_path: PathLike | None, overrides: Sequence[str], ou
     from sparse_forcing.training.engine.resume import Resume
 
     config, function = load_stage(stage, config_path, overrides)
-    return function(config, Path(output), Resume(**resume))
+    out = Path(output)
+    paths, models = config_inputs(config)
+    files = [Path(config_path)] if config_path is not None else []
+    checkpoints = [checkpoint] if (checkpoint := resume.get("checkpoint")) is not None else []
+    written = [out / name for name in WRITTEN]
+    check_targets(written, [*paths, *files], sealed=[*models, *checkpoints], added_to=[out])
+    return function(config, check_writable(out, folder=True), Resume(**resume))

@@ -207,7 +207,7 @@ def check_correctness(
     return found
 
 
-def rivals(inputs: Inputs, index: Tensor) -> dict[str, Attend]:
+def find_rivals(inputs: Inputs, index: Tensor) -> dict[str, Attend]:
     """Dense attention in every form that runs here."""
     if inputs.query.device.type == "cpu":
         return {"dense": inputs.dense(), "masked": inputs.dense(inputs.mask(index))}
@@ -240,7 +240,7 @@ def compare(
     """One row per way of timing and density: milliseconds, speed-up over the fastest rival, share of the ideal."""
     inputs = Inputs.random(shape, dtype, device)
     index = {density: inputs.lists(density) for density in DENSITIES}
-    functions = dict(rivals(inputs, index[DENSITIES[1]]))
+    functions = dict(find_rivals(inputs, index[DENSITIES[1]]))
     functions |= {f"{density}": inputs.sparse(index[density], backend) for density in DENSITIES}
     tensors = [x.requires_grad_(backward) for x in (inputs.query, inputs.key_pool, inputs.value_pool)]
 

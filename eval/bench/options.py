@@ -88,7 +88,7 @@ class RecallBenchConfig:
     grounds: tuple[str, ...] = ("smooth", "striped", "textured")
     by_ground: bool = False
     count: int = 200
-    frames_around: int = 32
+    frames_around: int = 48
     split: str = "train"
     memories: tuple[str, ...] = ("full", "window", "sparse")
     positions: Literal["absolute", "relative"] | None = None

@@ -83,12 +83,9 @@ class Stream:
     def rollout(self, memory: MemoryConfig, chunks: int) -> Iterator[RolloutChunk]:
         """A rollout from noise; the same noise for every memory."""
         geometry = self.architecture.geometry
-        rows, cols = geometry.token_size(*self.latent_size)
         frames = chunks * geometry.chunk_frames
-        sizes = MemoryGeometry(
-            rows=rows, cols=cols, num_layers=self.model.config.num_layers, chunk_frames=geometry.chunk_frames,
-            horizon_frames=self.model.config.horizon_frames, capacity_frames=frames,
-        )  # fmt: skip
+        tokens = geometry.token_size(*self.latent_size)
+        sizes = MemoryGeometry.of(self.model.config, *tokens, capacity_frames=frames)
         shape = (self.architecture.channels, *self.latent_size)
         noise = SeededNoise([torch.Generator().manual_seed(self.seed)], shape, self.device, self.text.dtype)
         state = make_memory(memory, sizes, selectors=self.model.selectors)
@@ -168,14 +165,10 @@ def find_architecture(name: str, published: Mapping[str, dict[str, Any]]) -> Arc
     with torch.device("meta"):
         sizes = CausalWanTransformer3DModel(**transformer).config
         vae = _autoencoder(defaults.vae, vae_config)
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=tuple(sizes.patch_size),
-        first_frame_alone=vae.first_frame_alone, chunk_frames=sizes.chunk_frames,
-    )  # fmt: skip
     return Architecture(
         transformer=transformer,
         defaults=defaults,
-        geometry=geometry,
+        geometry=VideoGeometry.of(vae, sizes),
         text_len=text_len,
         channels=sizes.in_channels,
         vae=vae_config,
@@ -196,9 +189,12 @@ def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
 
 
 def build(
-    architecture: Architecture, latent_size: tuple[int, int], config: StreamBenchConfig, device: torch.device,
+    architecture: Architecture,
+    latent_size: tuple[int, int],
+    config: StreamBenchConfig,
+    device: torch.device,
     dtype: torch.dtype,
-) -> Stream:  # fmt: skip
+) -> Stream:
     """Random weights and a random prompt, made on the device in the type they are used in."""
     torch.manual_seed(config.seed)
     with torch.device(device), default_dtype(dtype):
@@ -210,14 +206,13 @@ def build(
     )
     return Stream(
         architecture=architecture, model=model, text=text, sampler=sampler, latent_size=latent_size, seed=config.seed,
-        graphs=check_cuda_graphs(device, config.cuda_graphs), vae=build_autoencoder(architecture, device, config.decode),
+        graphs=check_cuda_graphs(device, config.cuda_graphs),
+        vae=build_autoencoder(architecture, device) if config.decode else None,
     )  # fmt: skip
 
 
-def build_autoencoder(architecture: Architecture, device: torch.device, decode: bool) -> VideoAutoencoder | None:
+def build_autoencoder(architecture: Architecture, device: torch.device) -> VideoAutoencoder:
     """The model's autoencoder with random weights, in the type it decodes in (float32)."""
-    if not decode:
-        return None
     with torch.device(device):
         return _autoencoder(architecture.defaults.vae, architecture.vae).to(device).eval()
 

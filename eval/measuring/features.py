@@ -1,4 +1,4 @@
-"""Features of frames, computed once for a clip in batches, and what consistency metrics do with them."""
+"""Features of frames, computed once for a clip piece by piece, and what consistency metrics do with them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from sparse_forcing.eval.measuring.registry import Measurement
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
 
-BATCH = 32
 Prepare = Callable[[np.ndarray], torch.Tensor]
 Call = Callable[[Any, torch.Tensor], torch.Tensor]
 
@@ -21,8 +20,7 @@ def network_features(view: View, resources: Resources, name: str, prepare: Prepa
     """Per-frame outputs [F, ...] of a network for this view, kept on disk under the network's fingerprint."""
 
     def compute(frames: np.ndarray) -> np.ndarray:
-        batches = range(0, len(frames), BATCH)
-        return np.concatenate([resources.features(name, prepare(frames[at : at + BATCH]), call) for at in batches])
+        return resources.features(name, prepare(frames), call)
 
     key = f"{name}:{prepare.__name__}:{resources.fingerprint(name)}"
     return view.per_frame(key, compute, keep=True)
@@ -34,10 +32,15 @@ def unit(features: np.ndarray) -> np.ndarray:
     return rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
 
 
+def neighbour_cosines(rows: np.ndarray) -> np.ndarray:
+    """Scalar products [N - 1] of neighbouring rows [N, D], without a second array of that size."""
+    return np.einsum("nd,nd->n", rows[1:], rows[:-1])
+
+
 def consistency_curve(features: np.ndarray) -> np.ndarray:
     """VBench's consistency of features [F, D]: (max(0, cos(f_{i-1}, f_i)) + max(0, cos(f_0, f_i))) / 2 for i >= 1."""
     rows = unit(features)
-    previous = (rows[1:] * rows[:-1]).sum(axis=1)
+    previous = neighbour_cosines(rows)
     return (np.maximum(previous, 0) + np.maximum(rows[1:] @ rows[0], 0)) / 2
 
 

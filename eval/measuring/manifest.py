@@ -1,13 +1,13 @@
 """Manifests: which videos to judge, and what each was meant to show.
 
-A manifest is a JSONL file, one object a line:
+A manifest is a JSONL or CSV file as training reads it, too (sparse_forcing/media/listing.py):
 
     {"video": "clips/a.mp4", "prompt": "a cat", "index": 0, "seed": 1, "original_prompt": null}
 
-`video` is relative to the manifest. `original_prompt` is what metrics compare against when generation used a rewritten
-`prompt`. A folder works too: a `name.json` beside `name.mp4` (written by `generate`) is read, else the name is taken
-as VBench's `{prompt}-{index}.mp4`. With `prompt_changes` (in a manifest: true) the prompt changes on the way, and
-metrics that compare with one leave the video out.
+`original_prompt` is what metrics compare against when generation used a rewritten `prompt`. A folder works too: its
+manifest, or else its videos, each with the `name.json` that `generate` wrote beside `name.mp4`, its caption in
+`name.txt`, or a name as VBench's `{prompt}-{index}.mp4`. With `prompt_changes` (in a manifest: true) the prompt changes
+on the way, and metrics that compare with one leave the video out. Other fields are kept.
 """
 
 from __future__ import annotations
@@ -15,17 +15,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_text, is_file, is_folder, parse_json, read_json
+from sparse_forcing.files import atomic_write_text, is_file, is_folder, read_json
+from sparse_forcing.media.listing import (
+    FIELDS,
+    VIDEO_SUFFIXES,
+    Row,
+    folder_manifest,
+    is_video_name,
+    list_folder,
+    read_caption,
+    read_rows,
+)
+from sparse_forcing.sampling.generation.prompts import MAX_PROMPT_CHARACTERS
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".gif", ".mpg")
-MAX_PROMPT = 100_000  # characters; longer text is a mistake, not a prompt
-_MAX_LINE = 1 << 20
-_FIELDS = ("video", "prompt", "index", "seed", "original_prompt", "prompt_changes")
 _VBENCH_NAME = re.compile(r"^(?P<prompt>.*)-(?P<index>\d{1,9})$", re.DOTALL)
 
 
@@ -34,6 +41,7 @@ class Entry:
     """One video: its path, the prompt it was generated from, sample index and seed, the prompt to judge it by.
 
     prompt_changes: `prompt` tells of several that followed each other, none of which says what the whole video shows.
+    extra: further fields of its row, kept as they are.
     """
 
     video: Path
@@ -42,11 +50,13 @@ class Entry:
     seed: int | None = None
     original_prompt: str | None = None
     prompt_changes: bool = False
+    extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if not self.video.name or "\0" in str(self.video):
             raise ConfigError(f"video path {str(self.video)!r} is not a file name")
-        for text in (self.prompt, self.original_prompt, str(self.video)):
+        one_prompt = None if self.prompt_changes else self.prompt  # several in one line may be longer
+        for text in (one_prompt, self.original_prompt, str(self.video)):
             if text is not None:
                 _check_text(text)
         if self.index < 0:
@@ -64,9 +74,10 @@ def load_entries(target: Path) -> list[Entry]:
     """Entries of a folder, a manifest (.jsonl) or a single video file. Raises ConfigError when there are none."""
     target = Path(target)
     if is_folder(target, ConfigError):
-        entries = import_folder(target)
-    elif target.suffix.lower() in VIDEO_SUFFIXES:
-        entries = [_entry_of(target)]
+        manifest = folder_manifest(target)
+        entries = import_folder(target) if manifest is None else read_manifest(manifest)
+    elif is_video_name(target):
+        entries = [_make_entry(target)]
     elif is_file(target, ConfigError):
         entries = read_manifest(target)
     else:
@@ -77,39 +88,24 @@ def load_entries(target: Path) -> list[Entry]:
 
 
 def read_manifest(path: Path) -> list[Entry]:
-    """Entries of a JSONL manifest, in order. Raises ConfigError naming the line."""
+    """Entries of a manifest, in order. Raises ConfigError naming the line."""
     entries: list[Entry] = []
-    seen: dict[Path, int] = {}
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                entry = _parse_line(line, f"{path} line {number}", Path(path).parent)
-                if entry.video in seen:
-                    raise ConfigError(f"{path} line {number}: repeats the video of line {seen[entry.video]}")
-                seen[entry.video] = number
-                entries.append(entry)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is not UTF-8 text; expected a JSONL manifest") from error
+    seen: dict[Path, str] = {}
+    for row in read_rows(Path(path)):
+        if row.video in seen:
+            raise ConfigError(f"{row.where}: repeats the video of {seen[row.video]}")
+        seen[row.video] = row.where
+        entries.append(_from_row(row))
     return entries
 
 
-def _parse_line(line: str, where: str, base: Path) -> Entry:
-    if len(line) > _MAX_LINE:
-        raise ConfigError(f"{where}: longer than {_MAX_LINE} characters")
-    record = parse_json(line, source=where)
-    if not isinstance(record, dict) or not isinstance(record.get("video"), str) or not record["video"]:
-        raise ConfigError(f'{where}: expected an object with a "video" path')
-    unknown = sorted(set(record) - set(_FIELDS))
-    if unknown:
-        raise ConfigError(f"{where}: unknown field {unknown[0]!r}; known are {', '.join(_FIELDS)}")
+def _from_row(row: Row) -> Entry:
     try:
-        return Entry(**{**_typed(record), "video": base / record["video"]})
+        known = _typed({name: row.fields[name] for name in FIELDS if name in row.fields})
+        extra = {name: value for name, value in row.fields.items() if name not in FIELDS}
+        return Entry(**{**known, "video": row.video, "extra": extra})
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{row.where}: {error}") from error
 
 
 def _typed(record: dict[str, Any]) -> dict[str, Any]:
@@ -124,8 +120,8 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_text(text: str) -> None:
-    if len(text) > MAX_PROMPT:
-        raise ConfigError(f"text of {len(text)} characters; the limit is {MAX_PROMPT}")
+    if len(text) > MAX_PROMPT_CHARACTERS:
+        raise ConfigError(f"text of {len(text)} characters; the limit is {MAX_PROMPT_CHARACTERS}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -134,15 +130,14 @@ def _check_text(text: str) -> None:
 
 def import_folder(folder: Path) -> list[Entry]:
     """Entries of all videos directly inside a folder, by name; see the module for where prompts come from."""
-    videos = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file())
-    return [_entry_of(video) for video in videos if not video.name.startswith(".")]
+    return [_make_entry(video) for video in list_folder(folder)]
 
 
-def _entry_of(video: Path) -> Entry:
+def _make_entry(video: Path) -> Entry:
     sidecar = video.with_suffix(".json")
     if sidecar.is_file():
         record = read_json(sidecar)
-        known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
+        known = {name: record.get(name) for name in FIELDS} if isinstance(record, dict) else {}
         try:
             changes = _later_prompts(record) if known else []
             known = _typed(known | {"prompt_changes": bool(changes)})
@@ -151,6 +146,8 @@ def _entry_of(video: Path) -> Entry:
             return Entry(**{**known, "video": video})
         except ConfigError as error:
             raise ConfigError(f"{sidecar}: {error}") from error
+    if is_file(video.with_suffix(".txt"), ConfigError):
+        return Entry(video=video, prompt=read_caption(video.with_suffix(".txt")).strip())
     try:
         prompt, index = prompt_from_name(video.name)
     except ConfigError as error:
@@ -181,6 +178,7 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     lines = []
     for entry in entries:
         record = {name: value for name, value in asdict(entry).items() if value is not None and value is not False}
+        record |= record.pop("extra")
         base = Path(path).parent.resolve()
         video = entry.video.resolve()
         record["video"] = str(video.relative_to(base) if video.is_relative_to(base) else video)

@@ -1,15 +1,16 @@
-"""The registry of metrics: a new metric is one file in `eval/metrics` with a function under `@metric(...)`."""
+"""The registry of metrics: a new metric is one file below `eval/metrics` with a function under `@metric(...)`."""
 
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, MeasurementError
 from sparse_forcing.eval.measuring.view import View
 
 if TYPE_CHECKING:
@@ -23,11 +24,27 @@ class Measurement:
     value: the score, None when the metric does not apply (skipped in every mean).
     count: over how many frames or pairs it averages: the weight in a pooled mean.
     details: anything else worth recording, as JSON.
+
+    Raises MeasurementError where one of these is NaN or infinite: such a number is no score and no JSON.
     """
 
     value: float | None
     count: float = 1.0
     details: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, content in (("value", self.value), ("count", self.count), *self.details.items()):
+            if not _is_finite(content):
+                raise MeasurementError(f"the {name} is not a finite number: {content!r:.80}")
+
+
+def _is_finite(content: object) -> bool:
+    """Whether every number in JSON-like content is finite."""
+    if isinstance(content, dict):
+        return all(_is_finite(value) for value in content.values())
+    if isinstance(content, (list, tuple)):
+        return all(_is_finite(value) for value in content)
+    return not isinstance(content, float) or math.isfinite(content)
 
 
 MetricFunction = Callable[[View, "Resources"], Measurement]
@@ -76,8 +93,8 @@ def metric(name: str, **options: Any) -> Callable[[MetricFunction], MetricFuncti
 def _discover() -> None:
     package = importlib.import_module("sparse_forcing.eval.metrics")
     try:
-        for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{package.__name__}.{module.name}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            importlib.import_module(module.name)
     except ImportError as error:
         if error.name != "cv2":
             raise

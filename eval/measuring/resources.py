@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.vbench.networks import efficientnet
+from sparse_forcing.errors import ConfigError, MeasurementError
+from sparse_forcing.eval.vbench.networks import efficientnet, tokenizer
 from sparse_forcing.files import sha256_file
 
 WEIGHT_FILES = {
@@ -38,7 +38,7 @@ PLUGINS = {
 
 
 def _builders() -> dict[str, Callable[[Path], Any]]:
-    from sparse_forcing.eval.vbench.networks import aesthetic, clip, dino, musiq, raft, tokenizer, viclip
+    from sparse_forcing.eval.vbench.networks import aesthetic, clip, dino, musiq, raft, viclip
 
     return {
         "dino": dino.load_dino,
@@ -91,6 +91,8 @@ class Resources:
         """Why a network cannot be used, or None."""
         if name == "musiq" and name in self._files and importlib.util.find_spec("pyiqa") is None:
             return "needs the package pyiqa (non-commercial licence)"
+        if name == "tokenizer" and name in self._files and (reason := tokenizer.missing()):
+            return reason
         if name in self.networks or name in self._files or name in self.plugins or name in self.stand_ins:
             return None
         if name in WEIGHT_FILES:
@@ -132,9 +134,15 @@ class Resources:
         return self._fingerprints[name]
 
     def features(self, name: str, images: torch.Tensor, call: Callable[[Any, torch.Tensor], torch.Tensor]) -> Any:
-        """call(network, images on its device) without gradients, as a float32 array on the CPU."""
+        """call(network, images on its device) without gradients, as a float32 array on the CPU.
+
+        Raises MeasurementError when some of it is NaN or infinite: no score may be made of that.
+        """
         with torch.inference_mode():
-            return call(self.network(name), images.to(self.device)).float().cpu().numpy()
+            found = call(self.network(name), images.to(self.device)).float().cpu()
+        if not bool(found.isfinite().all()):
+            raise MeasurementError(f"the network {name} answered with numbers that are not finite")
+        return found.numpy()
 
 
 def _hash_given(network: Any) -> str:

@@ -1,1 +1,1 @@
-"""One metric a file; `sparse_forcing.eval.measuring.registry` finds every module of this package."""
+"""One metric a file, in folders by what they need; `sparse_forcing.eval.measuring.registry` finds every module here"""

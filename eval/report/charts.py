@@ -31,7 +31,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "seconds") -
     """A figure with one line and band for each series; numbers on both axes."""
     points = [value for one in series for value in (*one.low, *one.high, *one.mean)]
     xs = [value for one in series for value in one.x]
-    low, high = _padded(min(points), max(points))
+    low, high = _pad(min(points), max(points))
     start, end = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1.0
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -54,7 +54,7 @@ def line_chart(title: str, series: Sequence[Series], x_label: str = "seconds") -
     )
 
 
-def _padded(low: float, high: float) -> tuple[float, float]:
+def _pad(low: float, high: float) -> tuple[float, float]:
     # A flat curve gets a visible range of its own, so that noise does not fill the picture.
     margin = max((high - low) * 0.08, abs(high) * 0.005, 1e-6)
     return low - margin, high + margin

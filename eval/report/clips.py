@@ -47,7 +47,7 @@ def filmstrip(path: Path, frames: int) -> str | None:
     wanted = {round(at) for at in np.linspace(0, max(0, frames - 1), FRAMES)}
     pictures = []
     try:
-        for number, frame in enumerate(iter_frames(path)):
+        for number, frame in enumerate(iter_frames(path, max_frames=frames)):
             if number in wanted:
                 image = Image.fromarray(frame)
                 width = max(1, round(image.width * HEIGHT / image.height))

@@ -17,6 +17,7 @@ from sparse_forcing.eval.report.style import CSS
 from sparse_forcing.files import atomic_write_text
 
 SHOWN = 4  # clips at each end
+LISTED = 200  # failures that the page names
 Results = dict[str, Any]
 
 
@@ -35,6 +36,7 @@ def build_page(path: Path, runs: list[Results], *, embed_videos: bool) -> str:
         _drift(runs, names),
         _clips(runs[0], VideoTags(path, embed_videos)),
         _failures(runs[0]),
+        _differences(runs[0]),
         _provenance(runs, names),
     ]
     title = html.escape(f"Evaluation: {names[0]}")
@@ -210,10 +212,24 @@ def _clip(score: float, record: dict[str, Any], tags: VideoTags) -> str:
 
 
 def _failures(run: Results) -> str:
-    if not run["failures"]:
+    lines = [failure["error"] for failure in run["failures"]]
+    for entry in run.get("missing_values", []):
+        lines.append(f"{Path(entry['video']).name}, {entry['metric']}: {entry['error']}")
+    if not lines:
         return ""
-    lines = "".join(f"<li>{html.escape(failure['error'])}</li>" for failure in run["failures"])
-    return f"<h2>Not measured</h2><ul>{lines}</ul>"
+    shown = "".join(f"<li>{html.escape(line)}</li>" for line in lines[:LISTED])
+    rest = f"<p class=note>and {len(lines) - LISTED} more, see results.json</p>" if len(lines) > LISTED else ""
+    return f"<h2>Not measured</h2><ul>{shown}</ul>{rest}"
+
+
+def _differences(run: Results) -> str:
+    """What these scores are known to differ in from the official tool's, and by how much."""
+    lines = "".join(
+        f"<li>{html.escape(entry['what'])} <small>{html.escape(', '.join(entry['metrics']))}: "
+        f"up to {entry['size']:g}</small></li>"
+        for entry in run.get("differences", [])
+    )
+    return f"<h2>Differences from VBench</h2><ul>{lines}</ul>" if lines else ""
 
 
 def _provenance(runs: list[Results], names: list[str]) -> str:

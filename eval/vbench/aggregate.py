@@ -29,6 +29,17 @@ class Dimension:
     high: float
     group: str
     weight: float = 1.0
+    cosine: bool = False  # raw scores reach down to -1
+
+    def accepts(self, score: object) -> bool:
+        """Whether a raw score is one that this dimension can have."""
+        number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
+        return number and (-1.0 if self.cosine else 0.0) <= score <= 1.0  # type: ignore[operator]
+
+    @property
+    def span(self) -> str:
+        """The range of raw scores in words."""
+        return "cosines between -1 and 1" if self.cosine else "fractions between 0 and 1"
 
 
 DIMENSIONS: dict[str, Dimension] = {
@@ -45,9 +56,9 @@ DIMENSIONS: dict[str, Dimension] = {
     "color": Dimension(low=0.0, high=1.0, group="semantic"),
     "spatial_relationship": Dimension(low=0.0, high=1.0, group="semantic"),
     "scene": Dimension(low=0.0, high=0.8222, group="semantic"),
-    "appearance_style": Dimension(low=0.0009, high=0.2855, group="semantic"),
-    "temporal_style": Dimension(low=0.0, high=0.364, group="semantic"),
-    "overall_consistency": Dimension(low=0.0, high=0.364, group="semantic"),
+    "appearance_style": Dimension(low=0.0009, high=0.2855, group="semantic", cosine=True),
+    "temporal_style": Dimension(low=0.0, high=0.364, group="semantic", cosine=True),
+    "overall_consistency": Dimension(low=0.0, high=0.364, group="semantic", cosine=True),
 }
 QUALITY_WEIGHT, SEMANTIC_WEIGHT = 4.0, 1.0
 
@@ -123,13 +134,12 @@ def read_scores(path: Path) -> tuple[dict[str, float], set[str]]:
             value = value.get("score")
         elif isinstance(value, list) and value:
             value = value[0]
-        scores[name] = _fraction(path, name, value)
+        scores[name] = check_score(path, name, value)
     return scores, stand_ins
 
 
-def _fraction(path: Path, name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigError(f"{path}: {name} is {value!r}; expected a fraction between 0 and 1")
-    if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{path}: {name} is {value}; scores are fractions between 0 and 1, divide percentages by 100")
-    return float(value)
+def check_score(path: Path, name: str, value: object) -> float:
+    """A raw score of a dimension that a file gives. Raises ConfigError for one that the dimension cannot have."""
+    if not DIMENSIONS[name].accepts(value):
+        raise ConfigError(f"{path}: {name} is {value!r:.40}; its scores are {DIMENSIONS[name].span}, not percentages")
+    return float(value)  # type: ignore[arg-type]

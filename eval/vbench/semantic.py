@@ -6,6 +6,7 @@ stand-in: its numbers carry that name and no total is made from them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, MeasurementError
 
 FRAMES = 16  # judged per video, each in the middle of an equal share
 
@@ -26,6 +27,10 @@ class Detection:
     label: str
     score: float
     box: tuple[float, float, float, float]
+
+    def __post_init__(self) -> None:
+        if not all(math.isfinite(number) for number in (self.score, *self.box)):
+            raise MeasurementError(f"the detector answered with numbers that are not finite for {self.label!r:.60}")
 
 
 class Detector(Protocol):

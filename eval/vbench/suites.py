@@ -11,6 +11,18 @@ from typing import Any
 
 from sparse_forcing.errors import ConfigError
 
+# Prompts outside VBench: the dimensions that need nothing but the video and its text.
+CUSTOM_DIMENSIONS = (
+    "subject_consistency",
+    "background_consistency",
+    "temporal_flickering",
+    "motion_smoothness",
+    "dynamic_degree",
+    "aesthetic_quality",
+    "imaging_quality",
+    "overall_consistency",
+)
+
 DATA = Path(__file__).parent / "data"
 SAMPLES = 5  # videos per prompt in VBench's protocol
 FLICKER_SAMPLES = 25  # its protocol for temporal flickering, before the static filter keeps five
@@ -41,6 +53,12 @@ def vbench_prompts() -> tuple[PromptInfo, ...]:
         )
         for row, longer in zip(rows, extended)
     )
+
+
+def list_dimensions(text: str | None) -> tuple[str, ...]:
+    """VBench dimensions judged on a prompt."""
+    info = prompt_index().get(text or "")
+    return CUSTOM_DIMENSIONS if info is None else info.dimensions
 
 
 @lru_cache(maxsize=1)

@@ -88,10 +88,15 @@ def dino_input(frames: np.ndarray, size: int = 224) -> torch.Tensor:
 
 
 def dinov2_input(frames: np.ndarray, resize_to: int = 256, size: int = 224) -> torch.Tensor:
-    """DINOv2's input through PIL images: antialiased bicubic to 256, centre crop 224, normalise."""
-    height, width = short_side_size(frames.shape[1], frames.shape[2], resize_to)
-    resized = [np.asarray(Image.fromarray(f).resize((width, height), Image.Resampling.BICUBIC)) for f in frames]
-    return normalize(center_crop(to_tensor(np.stack(resized)), size) / 255.0, IMAGENET_MEAN, IMAGENET_STD)
+    """DINOv2's input: antialiased bicubic on floats (no rounding, no clamp) to 256, centre crop 224, normalise."""
+    images = to_tensor(frames)
+    images = resize(images, short_side_size(images.shape[-2], images.shape[-1], resize_to), "bicubic", antialias=True)
+    return normalize(center_crop(images, size) / 255.0, IMAGENET_MEAN, IMAGENET_STD)
+
+
+def dreamsim_input(frames: np.ndarray, size: int = 224) -> torch.Tensor:
+    """DreamSim's input: antialiased bicubic on floats (no rounding, no clamp) to a square, in 0..1."""
+    return resize(to_tensor(frames), (size, size), "bicubic", antialias=True) / 255.0
 
 
 def musiq_input(frames: np.ndarray, longest: int = 512) -> torch.Tensor:

@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.media.images import fit, read_image
-from sparse_forcing.media.video import read_video
+from sparse_forcing.media.video import probe, read_video
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.settings import Settings
+from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults
+
+if TYPE_CHECKING:
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+
+SAME_RATE = 0.01  # relative difference of frame rates that nobody sees
 
 
-def read_start(config: GenerateConfig) -> np.ndarray | None:
-    """uint8 [F, H, W, 3] of `config.image` (one frame) or `config.video`, None for neither. Raises VideoError."""
+def read_start(config: GenerateConfig, note: Callable[[str], None]) -> np.ndarray | None:
+    """uint8 [F, H, W, 3] of `config.image` (one frame) or `config.video`, None for neither.
+
+    A video is read at the model's frames per second, so that what moves goes on at its speed; `note` is told.
+
+    Raises:
+        VideoError, WeightsError: the file cannot be read; there is no such model.
+    """
     if config.image is not None:
         return read_image(config.image)[None]
     if config.video is not None:
-        return read_video(config.video)[0]
+        fps, own = chosen_defaults(config).fps, probe(config.video).fps
+        if abs(own - fps) > SAME_RATE * fps:
+            what = "frames in between are left out" if own > fps else "its frames are shown several times"
+            note(f"{config.video}: {own:g} frames/s, the model makes {fps:g}: {what}")
+        return read_video(config.video, fps=fps)[0]
     return None
 
 
 def start_arguments(
-    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: Any
+    config: GenerateConfig, settings: Settings, start: np.ndarray | None, pipe: SparseForcingPipeline
 ) -> dict[str, np.ndarray]:
     """Arguments of `pipe.stream` for `start`, uint8 and fitted to the size that is generated.
 

@@ -29,16 +29,26 @@ from sparse_forcing.files import (
 )
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
+    check_inputs,
     check_sidecar,
     is_finished,
     output_folders,
     overlay_path,
     remove_old,
 )
-from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import (
+    Settings,
+    chosen_defaults,
+    chunk_remarks,
+    explained_out_of_memory,
+    resolve_settings,
+)
+from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
 class Progress:
@@ -58,6 +68,8 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
     """
     progress = progress or Progress()
     folders = output_folders(config, jobs)
+    waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+    check_inputs(config, waiting)
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
@@ -65,6 +77,7 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
             for folder in folders:
                 sweep_temporaries(folder)
             waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+            check_inputs(config, waiting)  # another run may have moved files meanwhile
             for job in waiting:
                 check_sidecar(job)
             if len(waiting) < len(jobs):
@@ -87,7 +100,9 @@ def _generate_all(
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
-    start = read_start(config)
+    start = read_start(config, progress.note)
+    for remark in chunk_remarks(chosen_defaults(config)):
+        progress.note(f"warning: {remark}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -98,17 +113,19 @@ def _generate_all(
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
     given = start_arguments(config, settings, start, pipe)
-    for number, job in enumerate(jobs, 1):
-        progress.begin(job, number, len(jobs))
-        record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
-        progress.end()
-        yield record
+    with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
+        for number, job in enumerate(jobs, 1):
+            progress.begin(job, number, len(jobs))
+            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            progress.end()
+            yield record
 
 
-def load_pipeline(config: GenerateConfig) -> Any:
+def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
+    from sparse_forcing.model_folder.folder import find_model, usual_dtype
     from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -119,20 +136,21 @@ def load_pipeline(config: GenerateConfig) -> Any:
     check_cuda_graphs(torch.device(device), config.cuda_graphs)
     if config.compile:
         check_compiler(torch.device(device))
-    dtype = getattr(torch, config.dtype) if config.dtype else None
-    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
+    defaults = chosen_defaults(config)
+    dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
+    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
     if config.compile:
         pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
 def generate_video(
-    pipe: Any,
+    pipe: SparseForcingPipeline,
     config: GenerateConfig,
     settings: Settings,
     job: Job,
     progress: Progress,
-    given: Mapping[str, np.ndarray],
+    given: Mapping[str, Any],
     *,
     model_load_seconds: float,
 ) -> dict[str, Any]:
@@ -172,6 +190,11 @@ def generate_video(
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
+            "negative_prompt": pipe.config.negative_prompt,
+            "preset": pipe.config.preset,
+            "sampler": pipe.config.sampler.kind,
+            "shift": pipe.config.sampler.shift,
+            "chunk_frames": None if pipe.geometry.whole_video else pipe.geometry.chunk_frames,
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),

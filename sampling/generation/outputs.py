@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import check_target, is_file, read_json, remove_file
+from sparse_forcing.inputs import check_targets, model_folders
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 
 OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
@@ -30,11 +31,20 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
     if config.overlay:
         paths += map(overlay_path, jobs)
     if config.grid is not None:
-        for start in (config.image, config.video):
-            if start is not None and check_target(config.grid) == check_target(start):
-                raise OutputError(f"--grid {config.grid} would replace {start}; choose another name")
         paths.append(config.grid)
     return list(dict.fromkeys(check_target(path).parent for path in paths))
+
+
+def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
+    """Refuse jobs that would replace what the run reads: the picture or video it starts from, with that video's own
+    sidecar and overlay, the prompts, the model. Raises OutputError."""
+    targets = [path for job in jobs for path in (job.video, job.sidecar, overlay_path(job))]
+    inputs = [path for path in (config.image, config.video, config.prompt_file) if path is not None]
+    if config.video is not None:
+        inputs += [config.video.with_suffix(".json"), config.video.parent / OVERLAY_FOLDER / config.video.name]
+    if config.grid is not None:
+        targets.append(config.grid)
+    check_targets(targets, inputs, sealed=model_folders([config.model]))
 
 
 def is_finished(job: Job) -> bool:

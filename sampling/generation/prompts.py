@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike
+from sparse_forcing.files import PathLike, parse_json
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20
@@ -43,7 +44,8 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
 
 
 def read_prompts(path: PathLike) -> list[str]:
-    """Prompts of a UTF-8 text file, one a line; blank lines are skipped.
+    """Prompts of a UTF-8 text file, one a line; blank lines and lines that begin with # are skipped. Each line of a
+    .jsonl file is an object with a `prompt`.
 
     Raises:
         ConfigError: the file cannot be read, is not UTF-8, is huge, holds no prompt, or a line is not a prompt.
@@ -62,7 +64,22 @@ def read_prompts(path: PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         line = len(_LINE_END.split(data[: error.start].decode("utf-8", "replace")))
         raise ConfigError(f"{path} line {line}: not UTF-8 text") from error
-    prompts = [check_prompt(line, f"{path} line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    as_json = os.fsdecode(path).lower().endswith(".jsonl")
+    prompts = [
+        check_prompt(_prompt_of(line, where) if as_json else line, where)
+        for line, where in ((line.strip(), f"{path} line {number}") for number, line in enumerate(lines, 1))
+        if line and not line.startswith("#")
+    ]
     if not prompts:
         raise ConfigError(f"{path}: contains no prompts; write one a line")
+    if not as_json and prompts[0].startswith("{") and prompts[0].endswith("}"):
+        raise ConfigError(f"{path}: its lines look like JSON; give the file a name that ends in .jsonl")
     return prompts
+
+
+def _prompt_of(line: str, where: str) -> str:
+    """The prompt of one line of a JSONL file."""
+    row = parse_json(line, source=where)
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise ConfigError(f'{where}: expected an object with a prompt, as in {{"prompt": "a red ball"}}')
+    return row["prompt"]

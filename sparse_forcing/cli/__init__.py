@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,6 +18,8 @@ from typing import Any
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
 from sparse_forcing.errors import OutputError, SparseForcingError
+from sparse_forcing.files import NO_ROOM
+from sparse_forcing.threads import own_process
 
 PROGRAM = "sparse-forcing"
 COMMANDS = {
@@ -26,8 +29,11 @@ COMMANDS = {
     "bench": "measure attention on this machine, after checking it",
     "convert": "turn Wan or Self-Forcing weights into a diffusers folder",
     "data": "make data to train on",
+    "playground": "a page in the browser: watch a video while it is made",
     "doctor": "say what works on this machine, and why not the rest",
 }
+
+MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,26 +46,43 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_module(module: str, arguments: Sequence[str], *, name: str | None = None) -> int:
     """Run a command's module; `name` is what its messages call it (default: `python -m` and the module)."""
+    if module.rpartition(".")[2] not in MACHINE_TO_THEMSELVES:
+        own_process()
     name = name or f"python -m {module}"
     return _guarded(name, lambda: _command(name, module, list(arguments)))
 
 
 def say(text: str) -> None:
-    """Print a line of results at once. Raises OutputError when standard output takes nothing more."""
-    with _explained_output():
-        print(text, flush=True)
+    """Print a line of results at once. A reader that is gone (`| head`) does not end the work, which writes files, too.
+
+    Raises:
+        OutputError: standard output takes nothing more, on a full disk for example.
+    """
+    try:
+        with _explained_output():
+            print(text, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def note(text: str) -> None:
+    """Print a line about the work on standard error, if anybody still reads that."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except BrokenPipeError:
+        _discard(sys.stderr)
 
 
 def _guarded(name: str, work: Callable[[], int]) -> int:
     previous = {number: signal.signal(number, _terminated) for number in _stopping_signals()}
+    format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
     try:
         try:
             return work()
         finally:
-            with _explained_output():
-                sys.stdout.flush()  # here, where a reader that is gone can still be handled
+            _flush()  # here, where a reader that is gone can still be handled
     except SparseForcingError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -67,9 +90,18 @@ def _guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        _discard_output()
+        for stream in (sys.stdout, sys.stderr):
+            _discard(stream)
         return 1
+    except OSError as error:
+        if error.filename is None and error.errno not in NO_ROOM:
+            raise
+        # The disk is full, or a folder was removed or made read-only while a library wrote there: nothing to trace.
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
+        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
     finally:
+        warnings.formatwarning = format_before
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -122,13 +154,26 @@ def _explained_output() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as error:
-        _discard_output()
+        _discard(sys.stdout)
         raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
-def _discard_output() -> None:
+def _one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """How a warning is printed: what is meant for users without the place in the code that it comes from."""
+    return f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
+
+
+def _flush() -> None:
+    try:
+        with _explained_output():
+            sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+
+
+def _discard(stream: Any) -> None:
     # Without this, Python complains at exit that it cannot flush.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _printable(stream: Any) -> None:

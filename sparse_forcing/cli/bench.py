@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, fields
 
-from sparse_forcing.cli.flags import add_config_flags, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.options import (
     AttentionBenchConfig,
@@ -14,6 +14,7 @@ from sparse_forcing.eval.bench.options import (
     RolloutBenchConfig,
     StreamBenchConfig,
 )
+from sparse_forcing.inputs import check_targets, model_folders
 
 CONFIGS: dict[str, type] = {
     "attention": AttentionBenchConfig,
@@ -33,8 +34,8 @@ ROLLOUT_FLAGS = {
     "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
-    "memories": "memories to compare (default: full window sink sparse; stream: full sparse); recall, stream: in words, "
-    "as window:8 or sparse:4,1,16,paper",
+    "memories": "memories to compare (default: full window sink sparse; stream: full sparse); recall, stream: in "
+    "words, as window:8 or sparse:4,1,16,paper",
     "batch_size": "rollout, change, recall: videos generated together (default: 20; recall: 16)",
     "seed": "of prompts, worlds, weights and noise (default: 0)",
     "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
@@ -46,7 +47,7 @@ RECALL_FLAGS = {
     "grounds": "recall: kinds of ground (default: smooth striped textured)",
     "by_ground": "recall: each ground in a cell of its own",
     "count": "recall: worlds in a cell (default: 200)",
-    "frames_around": "recall: pixel frames of a world beside the gap (default: 32)",
+    "frames_around": "recall: pixel frames of a world beside the gap (default: 48)",
     "split": "recall: of the looks that return, train or heldout (default: train)",
     "positions": "recall: absolute or relative (default: the model's)",
 }
@@ -61,7 +62,7 @@ STREAM_FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)
@@ -80,6 +81,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")
     config: AttentionBenchConfig | RolloutBenchConfig | ChangeBenchConfig | RecallBenchConfig | StreamBenchConfig
     config = read_config(cls, arguments)
+    if config.output is not None:
+        check_targets([], [], sealed=model_folders([getattr(config, "model", "")]), added_to=[config.output])
     if isinstance(config, RolloutBenchConfig):
         from sparse_forcing.eval.bench import rollout as bench_rollout
 

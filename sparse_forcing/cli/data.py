@@ -21,6 +21,7 @@ from typing import Any
 from sparse_forcing.cli.flags import number, path, whole_number
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_text, check_writable, output_lock
+from sparse_forcing.inputs import check_targets, config_inputs
 from sparse_forcing.scenes.worlds.config import GROUNDS, SPLITS
 from sparse_forcing.scenes.worlds.config import KINDS as WORLDS
 
@@ -83,12 +84,16 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
     """Write shards by a config; the first process of a launch answers for all."""
     from sparse_forcing.config import load_config
     from sparse_forcing.training.data.launch import data_launch
-    from sparse_forcing.training.data.shards import Shards, refused_samples
+    from sparse_forcing.training.data.shards import Shards, refused_samples, shard_files
     from sparse_forcing.training.engine.parallel import rank
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
     config = load_config(getattr(module, config_class), arguments.config, arguments.set or [])
+    paths, models = config_inputs(config)
+    if arguments.config is not None:
+        paths.append(arguments.config)
+    check_targets(shard_files(arguments.output), paths, sealed=models, added_to=[arguments.output])
     output: Path = check_writable(arguments.output, folder=True)
     with data_launch(output) as device:
         written = getattr(module, function)(config, output, device)
@@ -153,9 +158,12 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     from sparse_forcing.scenes.worlds.record import write_record
 
     config = WorldConfig(
-        frames=arguments.num_frames, gap=arguments.gap, split=arguments.split, frame_noise=arguments.frame_noise or 0.0,
+        frames=arguments.num_frames,
+        gap=arguments.gap,
+        split=arguments.split,
+        frame_noise=arguments.frame_noise or 0.0,
         grounds=(arguments.ground,) if arguments.ground else GROUNDS,
-    )  # fmt: skip
+    )
     world = draw_world(arguments.world, arguments.seed, number, config)
     pixels = render_world(world, arguments.size).permute(0, 2, 3, 1)
     name = f"{number:06d}.mp4"

@@ -17,7 +17,6 @@ from sparse_forcing import __version__
 from sparse_forcing.cli.flags import path, whole_number
 from sparse_forcing.errors import ConfigError
 
-EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
 OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")
 
@@ -118,9 +117,10 @@ def _backends() -> Iterator[Finding]:
 
 
 def _embedded_models() -> Iterator[Finding]:
+    from sparse_forcing.model_folder.folder import EMBEDDED_MODELS, PIPELINE_FILE
     from sparse_forcing.weights.manifest import folder_hash, verify_manifest
 
-    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob("*/pipeline.json"))
+    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     if not folders:
         yield Finding("models", "broken", f"{EMBEDDED_MODELS}: no embedded model; reinstall the package")
     for folder in folders:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_forcing.cli.flags import add_config_flags, path, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, path, read_config
 from sparse_forcing.eval.options import EvaluateConfig
 
 FLAGS = {
@@ -26,14 +26,14 @@ FLAGS = {
     "device": "torch device of the networks (default: cpu)",
     "max_frames": "refuse videos with more frames",
     "max_pixels": "refuse videos with more pixels over all frames",
-    "strict_exit": "exit with 1 when any video failed, not only when all did",
+    "strict_exit": "exit with 1 when any video or value failed, not only when all did",
     "report": "write the HTML page",
     "embed_videos": "put small videos into the page itself",
     "resamples": "bootstrap resamples of the 95 %% intervals",
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", nargs="?", type=path, help="folder, manifest or video")
     add_config_flags(parser, EvaluateConfig, FLAGS)
 

@@ -15,6 +15,14 @@ from typing import Any, NoReturn, TypeVar
 from sparse_forcing.errors import ConfigError
 
 T = TypeVar("T")
+_HABITS = {
+    "--steps": ("--num-inference-steps",), "--inference-steps": ("--num-inference-steps",),
+    "--size": ("--height", "--width"), "--resolution": ("--height", "--width"), "--frames": ("--num-frames",),
+    "--length": ("--seconds",), "--duration": ("--seconds",), "--cfg": ("--guidance-scale",),
+    "--cfg-scale": ("--guidance-scale",), "--guidance": ("--guidance-scale",), "--out": ("--output",),
+    "--prompts": ("--prompt-file",), "--samples": ("--num-samples",), "--checkpoint": ("--model",),
+}  # fmt: skip
+"""Flags of other programs, and what they are called where these are flags."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,20 +36,34 @@ class Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message} (see {self.prog} --help)")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As in argparse, flags and positional arguments in any order; an unknown flag names the closest known one."""
+        """As in argparse, flags and positional arguments in any order; an unknown flag names the closest known one.
+        After `--` everything is positional, so that a flag there is a mistake."""
         args = sys.argv[1:] if args is None else list(args)
-        # The intermixed form loses the `--` after which everything is positional.
-        parse = self.parse_known_args if "--" in args else self.parse_known_intermixed_args
-        parsed, unknown = parse(args, namespace)
+        end = args.index("--") if "--" in args else len(args)
+        for word in args[end + 1 :]:
+            if (flag := word.partition("=")[0]) in self._option_string_actions:
+                self.error(f"{flag} stands after --, where nothing is a flag; move it before")
+        # The intermixed form loses the `--`, so what follows is added to the list that takes any number of words.
+        rest = next((action for action in self._positionals._group_actions if action.nargs == "*"), None)
+        if end == len(args) or rest is not None:
+            parsed, unknown = self.parse_known_intermixed_args(args[:end], namespace)
+            if more := args[end + 1 :]:
+                setattr(parsed, rest.dest, [*getattr(parsed, rest.dest, []), *more])  # type: ignore[union-attr]
+        else:
+            parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             flag = unknown[0].partition("=")[0]
             if flag in self.renamed:
                 self.error(f"{flag} is called {self.renamed[flag]} now")
-            known = [name for action in self._actions for name in action.option_strings]
-            close = difflib.get_close_matches(flag, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            self.error(f"unrecognized argument {unknown[0]!r}{hint}")
+            self.error(f"unrecognized argument {unknown[0]!r}{self._hint(flag)}")
         return parsed
+
+    def _hint(self, flag: str) -> str:
+        known = [name for action in self._actions for name in action.option_strings]
+        meant = _HABITS.get(flag, ())
+        if not meant or not set(meant) <= set(known):
+            meant = tuple(difflib.get_close_matches(flag, known, 1))
+        return f"; did you mean {' and '.join(meant)}?" if meant else ""
 
 
 def whole_number(text: str) -> int:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from sparse_forcing.cli import say
-from sparse_forcing.cli.flags import add_config_flags, number, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, plan
 from sparse_forcing.sampling.generation.outputs import is_finished
 
 SUITES = ("vbench",)
+_FIRST_WITHOUT_SPACES = "\u2e80"  # Unicode's first block of East Asian characters
 FLAGS = {
-    "prompt_file": "read prompts from a text file, one a line",
+    "prompt_file": "read prompts from a file: one a line, # begins a comment, or JSONL with a `prompt` in each line",
     "model": "`tiny` (embedded, the default), or a local diffusers folder",
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
@@ -27,7 +30,13 @@ FLAGS = {
     "height": "pixels",
     "width": "pixels",
     "num_inference_steps": "denoising steps of a chunk",
-    "guidance_scale": "classifier-free guidance; 1 is none",
+    "guidance_scale": "classifier-free guidance; 1 or less is none",
+    "negative_prompt": "what guidance leads away from (default: the model's)",
+    "preset": "how published weights are sampled (default: what the folder says of itself)",
+    "sampler": "few_step (Self-Forcing), euler, unipc (diffusers' grid) or wan_unipc (Wan's own)",
+    "shift": "of the noise levels towards noise",
+    "chunk_frames": "latent frames generated at a time; plain Wan weights make all at once",
+    "fps": "frames per second of the video (default: the model's)",
     "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, the window's "
     "best blocks and a persistent set, or a window and the tokens attended to most (default: the model's)",
     "window_frames": "latent frames in the window, the current chunk included",
@@ -50,7 +59,7 @@ FLAGS = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
     parser.add_argument(
         "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=argparse.SUPPRESS,
@@ -67,6 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate; returns 0, or 1 when `--check` finds a video unlike its caption. Checks come before heavy imports."""
     if "then" in arguments:
         arguments.then = [(_seconds(text), prompt) for text, prompt in arguments.then]
+    _check_quoting(getattr(arguments, "prompts", []))
     config = read_config(GenerateConfig, arguments)
     if config.then and (arguments.check or arguments.suite):
         other = "--check" if arguments.check else f"--suite {arguments.suite}"
@@ -98,6 +108,18 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.json and (complete or records):  # what was made before a failure, too
             say(json.dumps(records))
     return int(any(not record["caption_check"]["all"] for record in records if arguments.check))
+
+
+def _check_quoting(prompts: Sequence[str]) -> None:
+    """Refuse prompts that look like one prompt without its quotes: single words in a row, each of which would become a
+    video. Scripts that write no spaces (Chinese, Japanese) are left alone."""
+    words = [len(prompt.split()) == 1 and max(prompt) < _FIRST_WITHOUT_SPACES for prompt in prompts]
+    if any(one and two for one, two in pairwise(words)):
+        whole = " ".join(prompts)
+        raise ConfigError(
+            f'{len(prompts)} prompts would make {len(prompts)} videos; put one prompt in quotes: "{whole:.60}" '
+            "(prompts of a single word go into a --prompt-file)"
+        )
 
 
 def _seconds(text: str) -> float:
@@ -149,7 +171,7 @@ def _check_caption(record: dict[str, Any]) -> dict[str, bool | None]:
     """What the caption checker says of the written file, at the size it was generated in; None: not in the caption."""
     import torch
 
-    from sparse_forcing.eval.metrics.caption import ATTRIBUTES, check_clip
+    from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
     from sparse_forcing.media.video import read_video
 
     frames, scale = read_video(record["path"])[0], record["scale"]

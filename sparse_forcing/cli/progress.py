@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any
 
+from sparse_forcing.cli import note
 from sparse_forcing.sampling.generation.generate import Progress
 from sparse_forcing.sampling.generation.jobs import Job
 
@@ -30,7 +31,7 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message, file=sys.stderr, flush=True)
+            note(message)
 
     def begin(self, job: Job, number: int, total: int) -> None:
         self._text = text = f"{number}/{total} {' '.join(job.prompt.split())[:50]}"

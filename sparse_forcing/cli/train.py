@@ -6,7 +6,7 @@ import argparse
 
 from sparse_forcing.cli.flags import path
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import check_writable, is_file
+from sparse_forcing.files import is_file
 from sparse_forcing.training.entry import STAGES, train
 
 
@@ -25,8 +25,11 @@ def run(arguments: argparse.Namespace) -> int:
     """Train; returns 0 when the stage is complete, 143 when it stopped early to be resumed."""
     if arguments.config is not None and not is_file(arguments.config, ConfigError):
         raise ConfigError(f"--config {arguments.config}: no such file")
-    check_writable(arguments.output, folder=True)
     return train(
-        arguments.stage, arguments.config, arguments.set, arguments.output, checkpoint=arguments.resume_from,
+        arguments.stage,
+        arguments.config,
+        arguments.set,
+        arguments.output,
+        checkpoint=arguments.resume_from,
         allow_changes=arguments.allow_changes,
-    )  # fmt: skip
+    )

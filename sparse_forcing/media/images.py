@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 import warnings
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -25,19 +26,39 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     if not is_file(path, VideoError):
         raise VideoError(f"{path}: no such image file")
     try:
-        with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            # Pillow warns of sizes that it does not yet refuse; the bound here is ours.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = stack.enter_context(Image.open(path, formats=FORMATS))
-            if image.width * image.height > max_pixels:
-                raise VideoError(f"{path}: {image.width}x{image.height} pixels exceed the bound of {max_pixels}")
-            image.load()
+        # Twice, onto different grounds: a file without its last rows leaves them as they were, and nothing is said.
+        with _decoded(path, max_pixels, ground=255) as image:
+            other = image.tobytes()
+        with _decoded(path, max_pixels, ground=0) as image:
+            if image.tobytes() != other:
+                raise VideoError(f"{path}: rows of the picture are missing; the file is cut or damaged")
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
     except (Image.DecompressionBombError, OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         if isinstance(error, VideoError):
             raise
         raise VideoError(f"{path}: not a readable image ({' '.join(str(error).split())[:120]})") from error
+
+
+@contextmanager
+def _decoded(path: PathLike, max_pixels: int, *, ground: int) -> Iterator[Image.Image]:
+    """The picture as it is stored; `ground` is the value of every band where the file says nothing."""
+    with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # Pillow warns of sizes that it does not yet refuse; the bound here is ours.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        image = stack.enter_context(Image.open(path, formats=FORMATS))
+        if image.width * image.height > max_pixels:
+            raise VideoError(f"{path}: {image.width}x{image.height} pixels exceed the bound of {max_pixels}")
+        prepare = image.load_prepare
+
+        def prepare_ground() -> None:
+            prepare()
+            bands = image.im.bands
+            image.im.paste(ground if bands == 1 else (ground,) * bands, (0, 0, *image.im.size))
+
+        image.load_prepare = prepare_ground  # type: ignore[method-assign]
+        image.load()
+        yield image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

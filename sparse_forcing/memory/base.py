@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -43,8 +43,20 @@ class MemoryGeometry:
     horizon_frames: int
     capacity_frames: int | None = None
 
+    @classmethod
+    def of(
+        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None,
+        chunk_frames: int | None = None,
+    ) -> MemoryGeometry:  # fmt: skip
+        """Of a transformer's config and the tokens of its latent frames; `chunk_frames` in place of the config's."""
+        return cls(
+            rows=rows, cols=cols, capacity_frames=capacity_frames, num_layers=transformer["num_layers"],
+            chunk_frames=chunk_frames or transformer["chunk_frames"], horizon_frames=transformer["horizon_frames"],
+        )  # fmt: skip
+
     @property
     def tokens_per_frame(self) -> int:
+        """Tokens of a latent frame."""
         return self.rows * self.cols
 
 
@@ -65,12 +77,18 @@ class MemoryPass:
         return self.memory.token_order(device)
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of the chunk, frame by frame, at the positions the memory gives it.
+
+        Raises:
+            ConfigError: the grid of tokens is not the one the memory was made for.
+        """
         geometry = self.memory.geometry
         if (rows, cols) != (geometry.rows, geometry.cols):
             raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
         return self.memory.rotary(head_dim, dtype, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D]."""
         memory = self.memory
         if self._before is not None:
             memory = self._before if layer in self._written else memory
@@ -112,6 +130,9 @@ class RolloutMemory(ABC):
         selector_losses: what passes with gradients have appended since `distil_selectors` was called; who takes them
             clears the list. Memories that choose no blocks leave it empty.
     """
+
+    remembers: ClassVar[bool] = True
+    """Whether a finished chunk leaves anything behind, for which a clean pass is worth its time."""
 
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
         if cache_gradient not in CACHE_GRADIENTS:
@@ -173,9 +194,11 @@ class RolloutMemory(ABC):
         return self._rotary
 
     def denoising_pass(self) -> MemoryPass:
+        """The attention policy of a pass over the unfinished chunk."""
         return MemoryPass(self, clean=False)
 
     def clean_pass(self) -> MemoryPass:
+        """The attention policy of the pass that leaves the finished chunk in the memory."""
         return MemoryPass(self, clean=True)
 
     def snapshot(self) -> RolloutMemory:

@@ -64,6 +64,10 @@ class SparseMemory(RolloutMemory):
         top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
         self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
         self.rule = rule or find_rule(config.retention)(config)
+        if self.rule.learned and not (selectors and selectors[0].retention):
+            raise ConfigError(
+                f"memory.retention: {config.retention} needs a model with a trained retention head (learned_retention)"
+            )
         self.backend = backend
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
         self._all: SparseLayer | None = None  # what `layers` are parts of, where they are written in place
@@ -193,6 +197,10 @@ class SparseMemory(RolloutMemory):
             assert state.mass is not None, "blocks are ranked after a clean pass"
             return gather_slots(state.mass, slots)
 
+        def head() -> Tensor:
+            assert state.retention_head is not None, "blocks are ranked after a clean pass"
+            return state.retention_head
+
         return BlockView(
             layer=layer,
             chunk=chunk,
@@ -205,6 +213,7 @@ class SparseMemory(RolloutMemory):
             suppliers={
                 "attention": attention,
                 "mass": mass,
+                "head": head,
                 "pooled_keys": lambda: gather_slots(state.representatives, slots),
                 "pooled_values": lambda: pool_blocks(state.read("values", slots), sizes),
                 "keys": lambda: state.read("keys", slots),
@@ -331,7 +340,11 @@ class SparseMemory(RolloutMemory):
         """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
-            state.store("key_projection", self.selection.selectors[layer].key_projection.detach().clone())
+            selector = self.selection.selectors[layer]
+            state.store("key_projection", selector.key_projection.detach().clone())
+            if self.rule.learned:
+                assert selector.retention is not None
+                state.store("retention_head", selector.retention.packed())
         if "attention" in self.rule.reads:
             state.store("queries", compared.queries)
         if self.cache_gradient == "straight_through":

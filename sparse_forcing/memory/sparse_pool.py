@@ -21,6 +21,7 @@ from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index
 from sparse_forcing.memory.sparse_training import BlockHistory
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.rope import shift_time, shift_time_
+from sparse_forcing.model.selector import HIDDEN
 
 
 class Move(NamedTuple):
@@ -114,8 +115,9 @@ class SparseLayer:
         `capacity`, and those of the window follow.
     retained: [B, H, S, R] float32 that the rule of retention remembers of each slot's block; often R is 0.
     queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
-    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D] ([layers, H, D, D]), for a learned
-        selector only.
+    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only;
+        retention_head: weights of its retention head, for a learned rule only. Of all layers these two have one
+        dimension more, [layers, ...].
     own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks (in place only).
     history: what the pool was made of, where autograd is to keep that in its place (gradients that stop at the cache).
     """
@@ -137,6 +139,7 @@ class SparseLayer:
     mass: Tensor | None = None
     value_representatives: Tensor | None = None
     key_projection: Tensor | None = None
+    retention_head: Tensor | None = None
     own_rows: Tensor | None = None
     history: BlockHistory | None = None
 
@@ -181,13 +184,16 @@ class SparseLayer:
             weights = torch.promote_types(keys.dtype, torch.float32)
             state.mass = keys.new_zeros(table.shape, dtype=weights) if "mass" in rule.reads else None
             state.key_projection = keys.new_zeros(layers, h, d, d) if selector else None
+            if rule.learned:
+                state.retention_head = keys.new_zeros(layers, h, 2 * d + 3, HIDDEN)
         return state
 
     def layer(self, number: int, layers: int) -> SparseLayer:
         """One of the `layers` that this is the state of: its tensors are parts of this one's."""
         part = {name: x.chunk(layers)[number] for name, x in vars(self).items() if isinstance(x, Tensor)}
-        if self.key_projection is not None:
-            part["key_projection"] = self.key_projection[number]
+        for name in ("key_projection", "retention_head"):
+            if name in part:
+                part[name] = getattr(self, name)[number]
         return replace(self, **part)
 
     @property

@@ -75,9 +75,11 @@ class ParallelAttention:
         return None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of all tokens, frame by frame."""
         return rotary_table(self.positions.to(device), rows, cols, head_dim, dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention [B, L, H, D] of all frames, each over the frames it may see; every layer sees the same."""
         if self.groups is None:
             return dense_attention(query, key, value)
         # Frames with equal rows attend together without a mask: cheaper than one masked call on every backend.

@@ -6,14 +6,19 @@ Legend: F latent frames, R x C token rows and columns of a latent frame, N = R *
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparse_forcing.model.vae import VideoAutoencoder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,7 @@ class VideoGeometry:
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
         first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
+        whole_video: True when all latent frames of a video are one chunk (Wan's bidirectional weights).
     """
 
     temporal_stride: int
@@ -35,6 +41,7 @@ class VideoGeometry:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     chunk_frames: int = 3
     first_chunk_frames: int | None = None
+    whole_video: bool = False
 
     def __post_init__(self) -> None:
         if min(self.temporal_stride, self.spatial_stride, self.chunk_frames, *self.patch_size) < 1:
@@ -43,6 +50,17 @@ class VideoGeometry:
             raise ConfigError(
                 f"geometry.patch_size: only one latent frame per token is supported, got {self.patch_size}"
             )
+
+    @classmethod
+    def of(cls, vae: VideoAutoencoder, transformer: Mapping[str, Any]) -> VideoGeometry:
+        """Of a model: its autoencoder and its transformer's config."""
+        return cls(
+            temporal_stride=vae.temporal_stride,
+            spatial_stride=vae.spatial_stride,
+            first_frame_alone=vae.first_frame_alone,
+            patch_size=tuple(transformer["patch_size"]),
+            chunk_frames=transformer["chunk_frames"],
+        )
 
     def pixel_frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` decode to."""
@@ -69,6 +87,8 @@ class VideoGeometry:
 
     def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
         """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
+        if self.whole_video:
+            return [latent_frames] if latent_frames > 0 else []
         sizes: list[int] = []
         if start == 0 and self.first_chunk_frames and latent_frames > 0:
             sizes.append(self.first_chunk_frames)
@@ -127,10 +147,12 @@ class TileLayout:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the chunk."""
         return self.frames * self.rows * self.cols
 
     @property
     def num_blocks(self) -> int:
+        """Blocks of the chunk, short ones included."""
         frames, rows, cols = self.tile  # spelled out: torch.compile cannot look into a generator
         return -(-self.frames // frames) * -(-self.rows // rows) * -(-self.cols // cols)
 

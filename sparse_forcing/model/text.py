@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import html
 import re
+import warnings
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -18,7 +20,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.weights.parts import explained
+from sparse_forcing.scenes.captions import vocabulary_words
+from sparse_forcing.scenes.roles import role_remarks
+from sparse_forcing.weights.parts import explained, require_part
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -30,10 +34,21 @@ _SPECIAL = ("<pad>", "<unknown>", "<empty>")
 
 
 class TextEncoder(Protocol):
+    """What the pipeline and the recipes need of a text encoder; `text_len` is the length of what it gives."""
+
     text_len: int
 
+    @property
+    def dim(self) -> int:
+        """Width of the embeddings."""
+        ...
+
     def encode(self, prompts: list[str]) -> Tensor:
-        """[B, text_len, dim], zero beyond each prompt's tokens."""
+        """[B, text_len, dim], zero beyond each prompt's tokens. Warns with `remarks`."""
+        ...
+
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """What to tell whoever wrote the prompts: what of them has no effect, or not the one that is meant."""
         ...
 
 
@@ -91,6 +106,8 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         super().__init__()
         if not words or len(set(words)) != len(words):
             raise ConfigError("text encoder: the vocabulary must be a non-empty list of distinct words")
+        if dim % num_heads:
+            raise ConfigError(f"text encoder: {dim} numbers a word are not a multiple of its {num_heads} heads")
         self.tokenizer = WordTokenizer(list(words), text_len)
         self.text_len = text_len
         self.token_embedding = nn.Embedding(len(self.tokenizer), dim)
@@ -115,8 +132,37 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
             x = layer(x, src_key_padding_mask=~used)
         return self.norm(x) * used[..., None]
 
+    @property
+    def dim(self) -> int:
+        return self.token_embedding.embedding_dim
+
     def encode(self, prompts: list[str]) -> Tensor:
+        _warn(self.remarks(prompts))
         return self(self.tokenizer(prompts).to(self.token_embedding.weight.device))
+
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """Words the model never learned, words in roles it never learned, and prompts longer than it reads."""
+        tokenizer = self.tokenizer
+        unknown = sorted({word for prompt in prompts for word in tokenizer.unknown_words(prompt)})
+        remarks = [f"this model does not know: {', '.join(unknown[:8])}"] if unknown else []
+        for prompt in prompts:
+            if prompt.strip() and not tokenizer.knows(prompt):
+                remarks.append(f"no word of {prompt[:50]!r} is known: the video will show anything")
+        if self._knows_scenes:
+            remarks += dict.fromkeys(remark for prompt in prompts for remark in role_remarks(prompt))
+        if any(len(tokenizer.words(prompt)) > tokenizer.text_len for prompt in prompts):
+            remarks.append(f"prompt cut to its first {tokenizer.text_len} words")
+        return remarks
+
+    @cached_property
+    def _knows_scenes(self) -> bool:
+        """Whether the words are those of the procedural scenes, and so learned in the roles that they have there."""
+        return self.tokenizer.ids.keys() >= set(vocabulary_words())
+
+
+def _warn(remarks: list[str]) -> None:
+    for remark in remarks:
+        warnings.warn(remark, stacklevel=3)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -151,6 +197,7 @@ class UMT5TextEncoder(nn.Module):
         from transformers import AutoTokenizer, UMT5EncoderModel
 
         folder = Path(folder)
+        require_part(folder / "text_encoder")
         with explained(folder, "no readable umT5 encoder"):
             encoder, info = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder",
@@ -163,20 +210,48 @@ class UMT5TextEncoder(nn.Module):
                 raise WeightsError(
                     f"{folder / 'text_encoder'}: does not fit the model; missing: {', '.join(missing[:5])}"
                 )
+            require_part(folder / "tokenizer")
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        if len(tokenizer) > encoder.config.vocab_size:
+            raise WeightsError(
+                f"{folder}: tokenizer has {len(tokenizer)} tokens, text_encoder only {encoder.config.vocab_size}; they "
+                "are of different models"
+            )
         return cls(encoder, tokenizer, text_len)
+
+    @property
+    def dim(self) -> int:
+        return self.encoder.config.d_model
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Tensor:
-        """[B, text_len, dim]; longer prompts are cut."""
-        batch = self.tokenizer(
+        """[B, text_len, dim]; longer prompts are cut, with a warning."""
+        batch = self._tokens(prompts, self.text_len)
+        ids, used = (batch[name].to(self.encoder.device) for name in ("input_ids", "attention_mask"))
+        _warn(self._cut([prompt for prompt, full in zip(prompts, used[:, -1].tolist(), strict=True) if full]))
+        return self.encoder(ids, used).last_hidden_state * used[..., None]
+
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """Prompts of more tokens than the encoder reads."""
+        return self._cut(prompts)
+
+    def _cut(self, prompts: list[str]) -> list[str]:
+        if not prompts:
+            return []
+        beyond = self._tokens(prompts, self.text_len + 1)["attention_mask"][:, -1].tolist()
+        return [
+            f"prompt cut to its first {self.text_len} tokens, which is what the text encoder reads: {prompt[:50]!r}..."
+            for prompt, more in dict(zip(prompts, beyond, strict=True)).items()
+            if more
+        ]
+
+    def _tokens(self, prompts: list[str], length: int) -> Any:
+        return self.tokenizer(
             [clean_prompt(prompt) for prompt in prompts],
             padding="max_length",
-            max_length=self.text_len,
+            max_length=length,
             truncation=True,
             add_special_tokens=True,
             return_attention_mask=True,
             return_tensors="pt",
         )
-        ids, used = (batch[name].to(self.encoder.device) for name in ("input_ids", "attention_mask"))
-        return self.encoder(ids, used).last_hidden_state * used[..., None]

@@ -188,11 +188,14 @@ class Attention(nn.Module):
 
 class CausalWanBlock(nn.Module):
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None
-    ) -> None:
+        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None,
+        learned_retention: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.eps = eps
-        self.selector = BlockSelector(heads, selector_tokens, dim // heads) if selector_tokens else None
+        self.selector = None
+        if selector_tokens:
+            self.selector = BlockSelector(heads, selector_tokens, dim // heads, learned_retention=learned_retention)
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps)
         self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
@@ -243,6 +246,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             it is; 0 for none (Wan). Rotary positions are relative: a small model hardly finds edges by them alone.
         selector_tokens: tokens of a block of the sparse memory, to give every layer a learned block selector; None
             selects by mean pooling.
+        learned_retention: whether these selectors have a head for the `learned` rule of retention.
     """
 
     _supports_gradient_checkpointing = True
@@ -273,8 +277,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         latent_std: list[float] | None = None,
         position_harmonics: int = 0,
         selector_tokens: int | None = None,
+        learned_retention: bool = False,
     ) -> None:
         super().__init__()
+        if learned_retention and not selector_tokens:
+            raise ConfigError("learned_retention: is part of a block selector; set selector_tokens")
         if qk_norm != "rms_norm_across_heads" or image_dim or added_kv_proj_dim or pos_embed_seq_len:
             raise ConfigError(
                 "transformer config: only text-to-video Wan is supported (qk_norm='rms_norm_across_heads', no "
@@ -292,7 +299,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         self.position_embedder = nn.Linear(4 * position_harmonics, dim) if position_harmonics else None
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
-            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens)
+            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens, learned_retention)
             for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))

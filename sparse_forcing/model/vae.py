@@ -32,9 +32,13 @@ class VideoAutoencoder(Protocol):
     first_frame_alone: bool
     latent_channels: int
 
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, f, h, w] of pixels [B, 3, F, H, W] in [-1, 1]."""
+        ...
 
-    def decode(self, latents: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of latents [B, C, f, h, w]."""
+        ...
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode latent chunks as they come; the concatenation equals `decode` of the whole video."""

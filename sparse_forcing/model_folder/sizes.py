@@ -37,8 +37,8 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: of the parts beside
-    it; notes: what was assumed."""
+    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: sizes of the
+    parts beside it; notes: what was assumed."""
 
     transformer: dict[str, Any]
     rows: int
@@ -70,6 +70,8 @@ def model_sizes(name: str) -> ModelSizes:
     try:
         return _of_folder(find_model(name), [])
     except WeightsError:
+        if (Path(name) / "transformer").is_dir():
+            raise
         parts = Path(name).as_posix().lower()
         if known := next((size for size in WAN if f"wan-{size}" in parts), None):
             return _of_wan(known, [f"{name} is not here: counted as Wan 2.1 {known.upper()}"])
@@ -114,11 +116,7 @@ def _sizes(
     transformer: dict[str, Any], defaults: PipelineConfig, text: torch.nn.Module, text_len: int, vae: Any,
     notes: list[str],
 ) -> ModelSizes:  # fmt: skip
-    sizes = on_meta(transformer).config
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=tuple(sizes.patch_size),
-        first_frame_alone=vae.first_frame_alone, chunk_frames=sizes.chunk_frames,
-    )  # fmt: skip
+    geometry = VideoGeometry.of(vae, on_meta(transformer).config)
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
         transformer=transformer, rows=rows, cols=cols, text_len=text_len, text_bytes=_bytes(text),

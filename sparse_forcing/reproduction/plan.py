@@ -67,7 +67,7 @@ class Variant:
     student: str
     memory: dict[str, Any] = field(default_factory=dict)
 
-    def memory_of(self, sparse: MemoryConfig) -> MemoryConfig:
+    def adapt_memory(self, sparse: MemoryConfig) -> MemoryConfig:
         return replace(sparse, **{**STUDENTS[self.student].memory, **self.memory})
 
 
@@ -149,6 +149,11 @@ class Training:
         return self.function(self.config, self.folder)
 
 
+def hash_settings(settings: Any) -> str:
+    """Eight hex digits for a file's name that change with any of the settings (plain data)."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def plan_trainings(plan: TrainingPlan, students: Sequence[str], out: Path) -> dict[str, list[Training]]:
     """The runs that lead to each student, in order. Nothing is trained here.
 
@@ -171,7 +176,7 @@ class _Planner:
         self.base_hash = model_hash(base)
         self.horizon = horizon_frames(base)
         for variant in VARIANTS.values():
-            check_memory(base, variant.memory_of(plan.memory))
+            check_memory(base, variant.adapt_memory(plan.memory))
 
     def student(self, name: str, teacher: Path | Training) -> Iterator[Training]:
         """Causal start, distillation and long tuning of one student."""
@@ -189,9 +194,15 @@ class _Planner:
             yield self.training(f"long-{name}", "distill", plan.long, last, teacher=teacher, **settings)
 
     def training(
-        self, name: str, stage: str, settings: StageSettings, model: Path | Training, *,
-        teacher: Path | Training | None = None, **changes: Any,
-    ) -> Training:  # fmt: skip
+        self,
+        name: str,
+        stage: str,
+        settings: StageSettings,
+        model: Path | Training,
+        *,
+        teacher: Path | Training | None = None,
+        **changes: Any,
+    ) -> Training:
         path = CONFIGS / settings.config
         try:
             config, function = load_stage(stage, path, [*settings.set, f"loop.steps={settings.steps}"])
@@ -203,8 +214,7 @@ class _Planner:
         paths = {key: str(parent.model if isinstance(parent, Training) else parent) for key, parent in parents.items()}
         config = replace(config, **paths, **changes, loop=replace(config.loop, seed=self.plan.seed))
         names = {key: p.folder.name if isinstance(p, Training) else self.base_hash for key, p in parents.items()}
-        key = json.dumps({**to_plain(config), **names}, sort_keys=True)
-        folder = self.out / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        folder = self.out / f"{name}-{hash_settings({**to_plain(config), **names})}"
         trained = tuple(parent for parent in parents.values() if isinstance(parent, Training))
         return Training(folder=folder, parents=trained, config=config, function=function)
 
@@ -229,21 +239,13 @@ class _Planner:
 
 def horizon_frames(model: Path) -> int:
     """Latent frames of a model's default clip."""
-    vae, config = load_autoencoder(model), _transformer_config(model)
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, first_frame_alone=vae.first_frame_alone,
-        patch_size=tuple(config["patch_size"]), chunk_frames=config["chunk_frames"],
-    )  # fmt: skip
+    geometry = VideoGeometry.of(load_autoencoder(model), _transformer_config(model))
     return geometry.latent_frames(read_defaults(model).num_frames)
 
 
 def check_memory(model: Path, memory: MemoryConfig) -> None:
     """Raise ConfigError when a memory does not fit a model's chunks."""
-    config = _transformer_config(model)
-    geometry = MemoryGeometry(
-        rows=1, cols=1, num_layers=config["num_layers"], chunk_frames=config["chunk_frames"],
-        horizon_frames=config["horizon_frames"],
-    )  # fmt: skip
+    geometry = MemoryGeometry.of(_transformer_config(model), 1, 1)
     make_memory(memory, geometry).begin_chunk(geometry.chunk_frames)
 
 

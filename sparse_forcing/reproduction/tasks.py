@@ -1,4 +1,4 @@
-"""Work in resumable pieces that several processes share: each takes what is ready and nobody is at."""
+"""Work in resumable pieces that several processes share: each takes the next that is ready and not taken."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """SHA-256 manifests of model folders: weight formats do not notice a flipped bit, so every file is hashed.
 
-`manifest.json` holds {"files": {relative path: hex digest}} for every file of the folder, Markdown aside.
+`manifest.json` holds {"files": {relative path: hex digest}} for every file of the folder, Markdown aside. Parts that
+are put beside those it lists (a text encoder copied to a converted transformer) are not its business.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import PathLike, atomic_write_json, read_json, sha256_file
 
 MANIFEST = "manifest.json"
+MAX_BYTES = 4 << 20  # of a manifest
 
 
 def write_manifest(folder: PathLike) -> dict[str, str]:
@@ -26,13 +28,14 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
     """Check every file below `folder` against its manifest.json; return {relative path: SHA-256}, None without one.
 
     Raises:
-        WeightsError: a file is missing, was added, or differs by as little as one bit; the message names it.
+        WeightsError: a file is missing, was added to one of the folders listed, or differs by as little as one bit; the
+            message names it.
     """
     root = Path(folder)
     if not (root / MANIFEST).is_file():
         return None
     try:
-        manifest = read_json(root / MANIFEST)
+        manifest = read_json(root / MANIFEST, max_bytes=MAX_BYTES)
     except ConfigError as error:
         raise WeightsError(f"{error}; the manifest is damaged") from error
     hashes = manifest.get("files") if isinstance(manifest, dict) else None
@@ -45,7 +48,8 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
             raise WeightsError(f"{root / name}: listed in {MANIFEST} but missing; download or convert the model again")
         if sha256_file(root / name) != expected:
             raise WeightsError(f"{root / name}: SHA-256 differs from {MANIFEST}; the file is damaged or was changed")
-    if extra := sorted(set(_content(root)) - set(hashes)):
+    covered = {name.rpartition("/")[0] for name in hashes}
+    if extra := sorted(name for name in set(_content(root)) - set(hashes) if name.rpartition("/")[0] in covered):
         raise WeightsError(f"{root / extra[0]}: not listed in {MANIFEST}; remove it or write the manifest again")
     return dict(hashes)
 

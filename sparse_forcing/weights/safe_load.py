@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MAX_HEADER_BYTES = 4 << 20  # of tens of thousands of tensors; parsing takes thirty times as much memory
+MAX_CONFIG_BYTES = 1 << 20  # of a JSON file that describes a model
 _BITS = {
     "F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64,
     "I64": 64, "I32": 32, "I16": 16, "I8": 8, "U64": 64, "U32": 32, "U16": 16, "U8": 8, "BOOL": 8,
@@ -165,3 +166,11 @@ def check_state_dict(
             problems.append(f"{label}: {', '.join(names[:show])}{more}")
     if problems:
         raise WeightsError(f"{source}: does not fit the model; {'; '.join(problems)}")
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """Name of the first floating-point tensor that holds NaN or infinite numbers, None when there is none."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            return name
+    return None

@@ -66,8 +66,11 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
         (["data", "clips", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
-        (["train", "pretrain", "--output", "OUT", "--set", "sede=1"], "sede: unknown setting; did you mean seed?"),
-        (["train", "pretrain", "--output", "OUT", "--set", "seed=x"], "seed: expected a whole number"),
+        (
+            ["train", "pretrain", "--output", "OUT", "--set", "loop.sede=1"],
+            "loop.sede: unknown setting; did you mean loop.seed?",
+        ),
+        (["train", "pretrain", "--output", "OUT", "--set", "loop.seed=x"], "loop.seed: expected a whole number"),
         (["convert", "/none.pt", "OUT"], "/none.pt: no such"),
         (["convert", __file__, "/etc"], "/etc exists already"),
         (["evaluate", "OUT", "--aggregate", "x.json"], "error"),
@@ -89,15 +92,15 @@ def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest
     from sparse_forcing.training.recipes.embedded import pretrain
 
     seen = []
-    monkeypatch.setattr(pretrain, "pretrain", lambda config, output, resume: seen.append((config.seed, output)) or 0)
-    (tmp_path / "c.yaml").write_text("seed: 3\nema_decay: 9e-1\n")
+    monkeypatch.setattr(pretrain, "train", lambda config, output, resume: seen.append((config.loop.seed, output)) or 0)
+    (tmp_path / "c.yaml").write_text("loop: {seed: 3}\nema_decay: 9e-1\n")
     arguments = [
         "train",
         "pretrain",
         "--config",
         str(tmp_path / "c.yaml"),
         "--set",
-        "seed=4",
+        "loop.seed=4",
         "--output",
         str(tmp_path),
     ]
@@ -109,7 +112,12 @@ def test_convert_refuses_a_folder_in_use_and_writes_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = types.ModuleType("sparse_forcing.model_folder.convert")
-    fake.convert_checkpoint = lambda source, target, **options: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
+
+    def convert(source: Path, target: Path, options: dict) -> types.SimpleNamespace:
+        (target / "config.json").write_text("{}")
+        return types.SimpleNamespace(tensors=1, preset=None, remarks=[])
+
+    fake.convert, fake.ConvertOptions = convert, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparse_forcing.model_folder.convert", fake)
     (tmp_path / "w.pt").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), "--json"]) == 0
@@ -187,6 +195,37 @@ def test_closed_pipe_is_quiet() -> None:
     assert done.stderr == ""
 
 
+def test_a_reader_that_is_gone_does_not_end_the_work(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from sparse_forcing.cli import doctor, main, note, say\n"
+        "def run(_):\n"
+        "    for number in range(3): say(number); note(number); time.sleep(0.2)\n"
+        f"    open({str(tmp_path / 'done')!r}, 'w').close()\n"
+        "    return 0\n"
+        "doctor.run = run; sys.exit(main(['doctor']))"
+    )
+    (tmp_path / "p.py").write_text(program)
+    root = Path(__file__).resolve().parents[2]
+    command = f"{{ {sys.executable} {tmp_path / 'p.py'} 2>&1; echo $? >{tmp_path / 'code'}; }} | true"
+    done = subprocess.run(["sh", "-c", command], env={"PYTHONPATH": str(root)}, capture_output=True, text=True)
+    assert done.stderr == ""
+    assert (tmp_path / "done").exists()
+    assert (tmp_path / "code").read_text() == "0\n"
+
+
+def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    import warnings
+
+    shown: list[str] = []
+    monkeypatch.setattr(
+        doctor, "run", lambda _: shown.append(warnings.formatwarning("prompt cut", UserWarning, "a.py", 1)) or 0
+    )
+    before = warnings.formatwarning
+    assert main(["doctor"]) == 0
+    assert shown == ["warning: prompt cut\n"]
+    assert warnings.formatwarning is before
+
+
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), (">&-", 0), (">&- 2>&-", 0)])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
 def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int) -> None:
@@ -199,9 +238,27 @@ def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int)
     assert done.stderr == (message if code else "")
 
 
-def test_other_system_errors_are_not_blamed_on_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (OSError(28, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(2, "No such file or directory", "out/a"), "out/a: No such file or directory"),
+    ],
+)
+def test_a_disk_that_fails_in_some_library_is_one_line_and_not_blamed_on_the_output(
+    error: OSError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(arguments: object) -> int:
-        raise OSError(28, "elsewhere")
+        raise error
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"sparse-forcing doctor: error: {message}\n"
+
+
+def test_other_system_errors_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        raise ConnectionError(104, "elsewhere")
 
     monkeypatch.setattr(doctor, "run", run)
     with pytest.raises(OSError, match="elsewhere"):

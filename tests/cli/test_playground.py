@@ -17,16 +17,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sparse_forcing.cli import run_module
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.cli import main
+from sparse_forcing.cli.playground.pictures import curve_html, picture_html, plain
+from sparse_forcing.cli.playground.visitors import Room, View, Visitors, read_form
+from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.media.video import read_video
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.sampling.live import LiveVideo
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model_folder.defaults import PipelineConfig
+from sparse_forcing.sampling import live as live_module
+from sparse_forcing.sampling.live import LivePicture, LiveVideo, Stall
 
 ROOT = Path(__file__).resolve().parents[2]
 FPS, CHUNK = 8.0, 4
 SETTINGS: Any = SimpleNamespace(
     height=8, width=16, num_frames=14, num_inference_steps=3, guidance_scale=2.0, memory=MemoryConfig()
 )
+SIZES = {"scale": 1, "prompt_changes": {}}
 
 
 class Clock:
@@ -42,7 +49,8 @@ class StubPipeline:
     """Four chunks of equal frames, numbered by their brightness; remembers what it was told."""
 
     fps = FPS
-    config = SimpleNamespace(height=8, width=8, num_frames=14, sampler=SimpleNamespace(steps=1, guidance_scale=1.0))
+    config = PipelineConfig(height=8, width=8, num_frames=14, sampler=SamplerConfig(steps=1))
+    geometry = SimpleNamespace(whole_video=False)
     default_memory = MemoryConfig()
 
     def __init__(self, on_chunk: Callable[[int], Any] = lambda index: None) -> None:
@@ -107,7 +115,7 @@ def test_a_late_picture_delays_those_after_it_instead_of_hurrying_them() -> None
 def test_the_pipeline_gets_every_setting() -> None:
     pipe = StubPipeline()
     assert len(list(live(pipe, seed=7).pictures())) == 14
-    assert pipe.told == vars(SETTINGS) | {"seed": 7}
+    assert pipe.told == vars(SETTINGS) | {"seed": 7, "reserve_cache": False}
 
 
 def test_a_prompt_is_followed_from_the_next_chunk_that_is_begun() -> None:
@@ -205,19 +213,204 @@ def test_bad_settings_and_a_missing_gradio_are_one_line_before_any_model_is_load
             (["--port", "x"], "invalid whole number"),
             (["--port", port], f"--port {port}: cannot listen on 127.0.0.1 ("),
             (["--host", "nowhere.invalid"], "cannot listen on nowhere.invalid"),
+            (["--host", "a" * 70], "cannot listen on aaa"),
+            (["--cache-gigabytes", "0"], "--cache-gigabytes must be above 0"),
         ]
         for arguments, message in refused:
-            assert run_module("sparse_forcing.cli.playground", arguments) == 2
+            assert main(["playground", *arguments]) == 2
             captured = capsys.readouterr()
             assert captured.err.count("\n") == 1
             assert message in captured.err
-    assert run_module("sparse_forcing.cli.playground", ["--port", port]) == 2
+    assert main(["playground", "--port", port]) == 2
     assert 'pip install "sparse-forcing[ui]"' in capsys.readouterr().err
+
+
+def test_a_video_that_nobody_reads_ends_and_frees_its_room() -> None:
+    left = threading.Event()
+    video = live(patience=0.2, on_end=left.set)
+    events = video.watch()
+    next(events)
+    assert left.wait(10)
+    assert all_makers_end()
+    assert video.ended == "unread"
+    assert len(list(events)) < 13  # what was made is shown; then it is over
+
+
+def test_a_watcher_who_waits_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(live_module, "STALL", 0.15)
+    told = threading.Event()
+    events = []
+    for event in live(StubPipeline(lambda index: index == 2 and told.wait(10))).watch():
+        events.append(event)
+        if isinstance(event, Stall):
+            told.set()
+    assert any(isinstance(event, Stall) and event.seconds >= 0.15 for event in events)
+    assert sum(isinstance(event, LivePicture) for event in events) == 14
+
+
+def test_the_video_can_be_saved_also_when_it_was_stopped(tmp_path: Path) -> None:
+    settings = SimpleNamespace(**vars(SETTINGS) | SIZES)
+    whole = LiveVideo(StubPipeline(), "a", settings, sleep=lambda seconds: None, save_to=tmp_path / "whole.mp4")  # type: ignore[arg-type]
+    assert len(list(whole.pictures())) == 14
+    assert all_makers_end()
+    assert whole.ended == "finished"
+    assert read_video(tmp_path / "whole.mp4")[0].shape == (14, 8, 8, 3)
+    part = LiveVideo(StubPipeline(), "a", settings, sleep=lambda seconds: None, save_to=tmp_path / "part.mp4")  # type: ignore[arg-type]
+    next(pictures := part.pictures())
+    pictures.close()  # type: ignore[attr-defined]
+    assert all_makers_end()
+    assert part.ended == "stopped"
+    assert 4 <= len(read_video(tmp_path / "part.mp4")[0]) < 14
+
+
+def test_room_is_given_in_order_and_never_exceeded() -> None:
+    room = Room(10)
+    places = [room.ask(size) for size in (6, 5, 4, 3)]
+    assert [place.number for place in places] == [0, 1, 2, 3]  # 4 would fit, but came later
+    places[1].leave()
+    assert [place.number for place in places[2:]] == [0, 1]
+    assert room.used == 10
+    places[0].leave()
+    places[0].leave()
+    assert places[3].number == 0
+    assert room.used == 7
+    with pytest.raises(ConfigError, match="of cache, of"):
+        room.ask(11)
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ((float("nan"), "0", "full", False), "minutes: expected a number above 0, at most 10"),
+        ((None, "0", "full", False), "minutes"),
+        (("2", "0", "full", False), "minutes"),
+        ((11, "0", "full", False), "minutes"),
+        ((True, "0", "full", False), "minutes"),
+        ((1, "x", "full", False), "seed: expected a whole number"),
+        ((1, "-1", "full", False), "seed: expected a whole number"),
+        ((1, "1e3", "full", False), "seed"),
+        ((1, "9" * 30, "full", False), "--seed must be between 0"),
+        ((1, {"a": 1}, "full", False), "seed"),
+        ((1, "0", "fulll", False), "memory: expected one of full, window"),
+        ((1, "0", ["full"], False), "memory"),
+    ],
+)
+def test_a_form_that_cannot_be_used_is_one_line(form: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_form(*form)
+
+
+def test_seeds_are_those_of_the_command_line() -> None:
+    assert read_form(1, str(2**62), "sparse", True).seed == 2**62
+    assert [read_form(1, text, "window", True).seed for text in ("", None, " 7 ", 7)] == [0, 0, 7, 7]
+    assert not read_form(1, "0", "window", True).overlay
+
+
+@pytest.fixture
+def visitors() -> Iterator[Visitors]:
+    with Visitors(StubPipeline(), Room(10), size_of=lambda settings: 6, sleep=lambda seconds: None) as visitors:  # type: ignore[arg-type]
+        yield visitors
+    assert all_makers_end()
+
+
+def start(visitors: Visitors, session: str, prompt: str = "a ball", minutes: float = 0.02) -> Iterator[View]:
+    return visitors.start(session, prompt, minutes, "0", "window", False)
+
+
+def test_a_visitor_sees_a_curve_and_how_it_ended_and_can_save(visitors: Visitors) -> None:
+    views = list(start(visitors, "one"))
+    assert [view.picture is not None for view in views] == [True] * 10 + [False]
+    assert views[9].points == ((0.0, 1000, 10.0), (0.5, 1001, 10.0), (1.0, 1002, 10.0))
+    assert views[-1].line == "Finished after 1.2 s."
+    assert views[-1].file is not None
+    assert len(read_video(views[-1].file)[0]) == 10
+    stopped = start(visitors, "one")
+    next(stopped)
+    assert not views[-1].file.exists()  # one file a visitor
+    visitors.stop("one")
+    *_, last = stopped
+    assert last.line.startswith("Stopped after 0.")
+    assert visitors.room.used == 0
+
+
+def test_who_finds_no_room_is_shown_the_place_in_line(visitors: Visitors) -> None:
+    first, second, third = (start(visitors, name) for name in ("one", "two", "three"))
+    next(first)
+    assert next(second).line == "Waiting for room: number 1 in line."
+    assert next(third).line == "Waiting for room: number 2 in line."
+    visitors.stop("two")
+    assert [view.line for view in second] == ["Stopped."]
+    assert next(third).line == "Waiting for room: number 1 in line."
+    visitors.bye("one")
+    list(first)
+    assert all_makers_end()
+    *_, last = third
+    assert last.line == "Finished after 1.2 s."
+    assert visitors.room.used == 0
+
+
+def test_another_video_takes_the_screen_without_a_word_of_the_first(visitors: Visitors) -> None:
+    first = start(visitors, "one")
+    next(first)
+    second = start(visitors, "one", "a cube")
+    taken = threading.Thread(target=lambda: lines.extend(view.line for view in second))
+    lines: list[str] = []
+    taken.start()
+    assert all(view.picture is not None for view in first)
+    taken.join(20)
+    assert lines[-1] == "Finished after 1.2 s."
+
+
+def test_a_page_that_was_closed_without_a_word_is_noticed(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sparse_forcing.cli.playground import visitors as module
+
+    visitors.seen("one")
+    monkeypatch.setattr(module, "GONE", -1.0)
+    assert len(list(start(visitors, "one", minutes=10))) < 12
+    assert visitors.room.used == 0
+
+
+@pytest.mark.parametrize("prompt", ["", None, 5, "a\0b", "refused"])
+def test_a_prompt_that_cannot_be_used_leaves_the_room(visitors: Visitors, prompt: Any) -> None:
+    with pytest.raises(ConfigError, match="prompt"):
+        list(start(visitors, "one", prompt))
+    assert all_makers_end()
+    assert visitors.room.used == 0
+    with pytest.raises(ConfigError, match="No video is running"):
+        visitors.say("one", "a cube")
+
+
+def test_out_of_memory_is_one_line_for_the_visitor(visitors: Visitors) -> None:
+    def fail(index: int) -> None:
+        raise MemoryError
+
+    visitors.pipe.on_chunk = fail  # type: ignore[attr-defined]
+    with pytest.raises(SparseForcingError, match="out of memory at size 8x8"):
+        list(start(visitors, "one"))
+    assert all_makers_end()
+    assert visitors.room.used == 0
+
+
+def test_pictures_are_kept_exactly_while_they_are_small() -> None:
+    assert "image/png" in picture_html(np.zeros((8, 256, 3), np.uint8))
+    assert "image/jpeg" in picture_html(np.zeros((8, 257, 3), np.uint8))
+
+
+def test_the_curve_shows_what_was_and_what_is() -> None:
+    assert "cache" in curve_html([])
+    html = curve_html([(0.0, 2_000_000, 5.0), (2.0, 1_000_000, 10.0)])
+    assert "cache: 1.0 MB, at most 2.0" in html
+    assert "made: 10.0 frames/s, at most 10.0" in html
+    assert "0.0,0.0 400.0,45.0 400.0,45.0" in html
+
+
+def test_prompts_are_shown_as_they_were_typed() -> None:
+    assert plain("a *red*\n   <b>") == "a \\*red\\* \\<b\\>"
 
 
 @pytest.fixture
 def page() -> Any:
-    return pytest.importorskip("sparse_forcing.cli.playground_page", exc_type=ImportError)
+    return pytest.importorskip("sparse_forcing.cli.playground.page", exc_type=ImportError)
 
 
 @pytest.fixture
@@ -226,75 +419,87 @@ def served(page: Any) -> Iterator[tuple[StubPipeline, Any]]:
     from gradio_client import Client
 
     pipe = StubPipeline()
-    blocks = page.Playground(pipe).page()
-    blocks.launch(prevent_thread_lock=True, quiet=True, show_error=True)
-    try:
-        yield pipe, Client(blocks.local_url, verbose=False)
-    finally:
-        blocks.close()
+    with Visitors(pipe, Room(10), size_of=lambda settings: 6) as visitors:  # type: ignore[arg-type]
+        blocks = page.make_page(visitors)
+        blocks.launch(prevent_thread_lock=True, quiet=True, show_error=True)
+        try:
+            yield pipe, Client(blocks.local_url, verbose=False)
+        finally:
+            blocks.close()
 
 
-def test_the_page_streams_pictures_and_takes_prompts(served: tuple[StubPipeline, Any]) -> None:
+def test_the_page_streams_pictures_and_takes_prompts(
+    served: tuple[StubPipeline, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     from gradio_client.exceptions import AppError
 
     pipe, client = served
-    job = client.submit("a ball", 0.2, 5, "window", False, api_name="/start")
+    said = threading.Event()
+    pipe.on_chunk = lambda index: index == 2 and said.wait(10)
+    job = client.submit("a ball", 0.03, "5", "window", False, api_name="/start")
     while not job.outputs():
         time.sleep(0.01)
     client.predict("a *cube*\n    <b>", api_name="/say")
+    said.set()
     job.result(timeout=20)
-    screens, lines = zip(*job.outputs())
-    assert all(screen.startswith("<img") and "image/png" in screen for screen in screens)
+    screens, lines, curves, _ = zip(*job.outputs())
+    assert "image/png" in screens[0]
     assert lines[0].endswith("a ball")
-    assert lines[-1].endswith(r"a \*cube\* \<b\>")
-    assert pipe.told["num_frames"] == 0.2 * 60 * FPS
+    assert lines[-2].endswith(r"a \*cube\* \<b\>")
+    assert lines[-1] == "Finished after 1.8 s."
+    assert "polyline" in curves[-1]
+    assert pipe.told["num_frames"] == 14
     assert (pipe.told["seed"], pipe.told["memory"].kind) == (5, "window")
-    with pytest.raises(AppError, match="No video is running"):  # it ended
-        client.predict("a ball", api_name="/say")
-    job = client.submit("a ball", 0.2, None, "sparse", True, api_name="/start")
+    refused = [
+        (("/say", "a ball"), "No video is running"),
+        (("/start", "a ball", 99, "0", "window", False), "minutes"),
+        (("/start", "a ball", 1, "x", "window", False), "seed"),
+        (("/start", "a ball", 1, "0", "nonsense", False), "memory"),
+        (("/start", None, 1, "0", "window", False), "prompt"),
+    ]
+    for (name, *values), message in refused:
+        with pytest.raises(AppError, match=message):
+            client.predict(*values, api_name=name)
+    job = client.submit("a ball", 0.03, "", "sparse", True, api_name="/start")
     while not job.outputs():
         time.sleep(0.01)
     with pytest.raises(AppError, match="prompt is empty"):
         client.predict(" ", api_name="/say")
     client.predict(api_name="/stop")
     job.result(timeout=20)
-    assert len(job.outputs()) < 14
+    assert job.outputs()[-1][1].startswith("Stopped after")
     assert all_makers_end()
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_second_start_replaces_the_first_and_errors_are_shown(served: tuple[StubPipeline, Any]) -> None:
     from gradio_client.exceptions import AppError
 
     pipe, client = served
-    first = client.submit("a ball", 0.2, 0, "sparse", False, api_name="/start")
+    first = client.submit("a ball", 0.03, "0", "sparse", False, api_name="/start")
     while not first.outputs():
         time.sleep(0.01)
-    second = client.submit("a cube", 0.2, 0, "sparse", False, api_name="/start")
+    second = client.submit("a cube", 0.03, "0", "sparse", False, api_name="/start")
     second.result(timeout=20)
     assert first.done()
     assert len(first.outputs()) < 14 <= len(second.outputs())
 
     def fail(index: int) -> None:
-        raise RuntimeError("out of memory")
+        raise RuntimeError("out of luck")
 
     pipe.on_chunk = fail
-    with pytest.raises(AppError, match="out of memory"):
-        client.predict("a ball", 0.2, 0, "sparse", False, api_name="/start")
+    with pytest.raises(AppError, match="out of luck"):
+        client.predict("a ball", 0.03, "0", "sparse", False, api_name="/start")
 
 
 def test_enter_changes_the_prompt_and_leaving_the_page_stops_the_video(page: Any) -> None:
-    blocks = page.Playground(StubPipeline()).page()
-    events = [(event, block) for f in blocks.fns.values() for block, event in f.targets if f.name in ("say", "stop")]
-    assert sorted(event for event, _ in events) == ["click", "click", "submit", "unload"]
-
-
-def test_pictures_are_kept_exactly_while_they_are_small(page: Any) -> None:
-    assert "image/png" in page.picture_html(np.zeros((8, 256, 3), np.uint8))
-    assert "image/jpeg" in page.picture_html(np.zeros((8, 257, 3), np.uint8))
-
-
-def test_the_line_below_the_picture_shows_a_prompt_as_it_was_typed(page: Any) -> None:
-    picture: Any = SimpleNamespace(second=1.5, frames_per_second=20, cache_bytes=4.5e6, prompt="a *red* <b>")
-    line = page.status(picture, 8.0, ["this model does not know: <b>"])
-    assert line.startswith("1.5 s of video at 8 frames/s, made at 20.0 frames/s, cache 4.5 MB\n\n")
-    assert line.endswith("a \\*red\\* \\<b\\>\n\nthis model does not know\\: \\<b\\>")
+    blocks = page.make_page(Visitors(StubPipeline(), Room(1)))  # type: ignore[arg-type]
+    names = ("say", "stop", "bye", "seen")
+    events = [(event, f.name) for f in blocks.fns.values() for _, event in f.targets if f.name in names]
+    assert sorted(events) == [
+        ("click", "say"),
+        ("click", "stop"),
+        ("submit", "say"),
+        ("tick", "seen"),
+        ("unload", "bye"),
+    ]

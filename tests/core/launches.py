@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, counted without one: every call on tensors without data, by the place that made it."""
+"""What a GPU would be asked to do, counted without one: every call on empty tensors, by the place that made it."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ def test_texts_are_kept_in_place_while_they_fit() -> None:
 
 def test_compile_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(ConfigError, match="--compile.*no-such-compiler"):
+    with pytest.raises(ConfigError, match=r"--compile.*no-such-compiler"):
         check_compiler(torch.device("cpu"))
 
 

@@ -77,16 +77,14 @@ def test_cut_file_is_refused(tmp_path: Path, name: str, share: float) -> None:
         read_image(tmp_path / f"cut-{name}")
 
 
-def png(width: int, height: int) -> bytes:
-    """A PNG whose header declares a size that its data does not have."""
+def png(width: int, height: int, *, colour: int = 2, depth: int = 8, data: bytes = b"\0" * 99) -> bytes:
+    """A PNG whose header declares a size that its data need not have."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("size", [(60_000, 60_000), (12_000, 12_000), (2**31 - 1, 2**31 - 1), (0, 5)])
@@ -94,6 +92,19 @@ def test_absurd_header_is_refused_before_decoding(tmp_path: Path, size: tuple[in
     (tmp_path / "bomb.png").write_bytes(png(*size))
     with pytest.raises(VideoError, match=r"bomb\.png"):
         read_image(tmp_path / "bomb.png")
+
+
+@pytest.mark.parametrize("rows", [0, 1, 15])
+@pytest.mark.parametrize(
+    ("colour", "bands", "depth"), [(0, 1, 8), (2, 3, 8), (4, 2, 8), (6, 4, 8), (2, 3, 16), (0, 1, 16)]
+)
+def test_a_png_without_its_last_rows_is_refused(tmp_path: Path, rows: int, colour: int, bands: int, depth: int) -> None:
+    row = b"\0" + b"\x80" * (16 * bands * depth // 8)
+    for count in (rows, 16):
+        (tmp_path / f"{count}.png").write_bytes(png(16, 16, colour=colour, depth=depth, data=row * count))
+    assert read_image(tmp_path / "16.png").shape == (16, 16, 3)
+    with pytest.raises(VideoError, match=rf"{rows}\.png"):
+        read_image(tmp_path / f"{rows}.png")
 
 
 def test_bound_is_obeyed_and_other_files_are_refused(tmp_path: Path) -> None:

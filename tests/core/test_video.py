@@ -204,6 +204,19 @@ def test_no_frame_rate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 SCENE = random.Random("5/0").getrandbits(62)  # a scene whose files did differ
 
 
+@pytest.mark.parametrize(("height", "width"), [(192, 336), (256, 144), (200, 200)])
+def test_equal_frames_make_equal_files_at_larger_sizes(tmp_path: Path, height: int, width: int) -> None:
+    """With x264's macroblock tree there were 2 to 8 different files."""
+    generator = np.random.default_rng(0)
+    blocks = generator.integers(0, 255, (8, height // 8, width // 8, 3), dtype=np.uint8)
+    frames = np.kron(blocks, np.ones((1, 8, 8, 1), np.uint8))
+    written = set()
+    for number in range(16):
+        write_video(tmp_path / f"{number}.mp4", frames, 8)
+        written.add(digest(tmp_path / f"{number}.mp4"))
+    assert len(written) == 1
+
+
 @pytest.mark.parametrize("size", [32, 64])
 def test_equal_frames_make_equal_files(tmp_path: Path, size: int) -> None:
     """x264's macroblock tree is random on small pictures: about one in four of these files would differ."""

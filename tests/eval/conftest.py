@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from sparse_forcing.eval.measuring.frames import ArraySource
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import all_metrics
 from sparse_forcing.eval.measuring.resources import Resources
@@ -39,7 +40,7 @@ def moving_disc(
 
 def clip_of(frames: np.ndarray, prompt: str | None = None, fps: float = FPS) -> Clip:
     """A clip in memory."""
-    return Clip(frames=frames, fps=fps, entry=Entry(video=Path("clip.mp4"), prompt=prompt))
+    return Clip(source=ArraySource(frames), fps=fps, entry=Entry(video=Path("clip.mp4"), prompt=prompt))
 
 
 def score(name: str, frames: np.ndarray, resources: Resources | None = None, prompt: str | None = None) -> float:

@@ -81,6 +81,17 @@ def test_files_that_are_not_fractions_are_one_clear_error(tmp_path: Path, conten
     assert "\n" not in str(caught.value)
 
 
+def test_negative_cosines_are_scores(tmp_path: Path) -> None:
+    cosines = ("appearance_style", "temporal_style", "overall_consistency")
+    content = {**HALF, **dict.fromkeys(cosines, -0.02)}
+    scores, _ = read_scores(write(tmp_path, content))
+    assert scores == content
+    assert aggregate(scores).semantic < aggregate({**HALF, **dict.fromkeys(cosines, 0.0)}).semantic
+    for name, value in (("overall_consistency", -1.1), ("scene", -0.01), ("appearance_style", 28.5)):
+        with pytest.raises(ConfigError, match=name):
+            read_scores(write(tmp_path, {**HALF, name: value}))
+
+
 def test_the_command_prints_json_and_exits_by_whether_there_is_a_total(tmp_path: Path, capsys) -> None:
     assert evaluate(EvaluateConfig(aggregate=write(tmp_path, HALF), json=True)) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError, VideoError
-from sparse_forcing.eval.metrics.caption import (
+from sparse_forcing.eval.scene_checker.caption import (
     ATTRIBUTES,
     CaptionResult,
     accuracy,

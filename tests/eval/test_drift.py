@@ -27,7 +27,9 @@ LONG = moving_disc(12 * 16)
 
 
 def analysed(frames: np.ndarray) -> dict:
-    return analyse(clip_of(frames).whole(), METRICS, Resources(), DriftSettings())
+    numbers, complete = analyse(clip_of(frames).whole(), METRICS, Resources(), DriftSettings())
+    assert complete
+    return numbers
 
 
 def test_slope_is_least_squares_per_minute() -> None:
@@ -113,5 +115,5 @@ def test_a_clip_shorter_than_a_window_has_a_curve_of_one_point() -> None:
 def test_windows_share_the_work_of_the_whole_clip() -> None:
     clip = clip_of(LONG[:96])
     analyse(clip.whole(), METRICS, Resources(), DriftSettings())
-    pairs = [key for key in clip.memo if key.startswith("dis motion")]
+    pairs = [key for key, _ in clip.groups if key == "dis motion"]
     assert len(pairs) == 95

@@ -288,3 +288,114 @@ def test_long_and_drift_suites_run(tmp_path: Path) -> None:
     brightness = results_of(drift)["drift"]["metrics"]["brightness"]
     assert len(brightness["curve"]["mean"]) == len(brightness["times"]) == 3
     assert brightness["change"]["videos"] == 2
+
+
+def broken(device: str):
+    """A plugin: an interpolator that answers with NaN."""
+    return lambda first, second: first * float("nan")
+
+
+def raising(device: str):
+    """A plugin: an interpolator that fails in a way of its own."""
+
+    def call(first, second):
+        raise RuntimeError("out of\nmemory")
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("plugin", "reason", "cached"), [("broken", "not finite", True), ("raising", "out of memory", False)]
+)
+def test_a_metric_that_fails_costs_its_own_value(
+    videos: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, plugin: str, reason: str, cached: bool
+) -> None:
+    metrics = ("motion_smoothness", "temporal_flickering")
+    options = {"suite": "vbench", "metrics": metrics, "plugins": (f"interpolator={__name__}:{plugin}",)}
+    given = config(videos, report=True, **options)
+    decoded = count_decodes(monkeypatch)
+    assert evaluate(given) == 0
+    results = results_of(given)
+    assert results["metrics"]["temporal_flickering"]["videos"] == 4
+    assert "motion_smoothness" not in results["metrics"]
+    assert results["failures"] == []
+    assert [entry["metric"] for entry in results["missing_values"]] == ["motion_smoothness"] * 4
+    entry = results["videos"][0]["metrics"]["motion_smoothness"]
+    assert entry["value"] is None
+    assert reason in entry["error"]
+    assert any("motion_smoothness: no value for 4 of 4 videos" in note and reason in note for note in results["notes"])
+    assert reason in capsys.readouterr().err
+    assert reason in (given.output_folder / "report.html").read_text(encoding="utf-8")
+    rows = list(csv.DictReader((given.output_folder / "videos.csv").open(encoding="utf-8")))
+    assert all(row["motion_smoothness"] == "" and reason in row["error"] for row in rows)
+    # What fails every time is kept; what may succeed another time is tried again.
+    assert evaluate(config(videos, strict_exit=True, **options)) == 1
+    assert len(decoded) == (4 if cached else 8)
+    alone = config(videos, **{**options, "metrics": ("motion_smoothness",)})
+    assert evaluate(alone) == 1
+
+
+def test_a_failing_metric_leaves_the_other_drift_curves(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from dataclasses import replace
+
+    from sparse_forcing.eval.measuring import registry
+
+    def fails_on_windows(view, resources):
+        return registry.Measurement(value=1.0 if view.start == 0 and len(view) == 12 else float("inf"))
+
+    known = registry.all_metrics()["detail"]
+    monkeypatch.setitem(registry._METRICS, "detail", replace(known, compute=fails_on_windows))
+    given = config(videos, suite="drift", metrics=("brightness", "detail"))
+    assert evaluate(given) == 0
+    drift = results_of(given)["videos"][0]["drift"]
+    assert "brightness" in drift["metrics"]
+    assert "detail" not in drift["metrics"]
+    assert "not a finite number" in drift["failures"]["detail"]
+    assert any("drift of detail" in note for note in results_of(given)["notes"])
+
+
+def test_differences_that_stay_are_said_with_their_size(videos: Path) -> None:
+    short = config(videos, suite="vbench", metrics=("temporal_flickering",), output=videos / "s")
+    long = config(videos, suite="vbench-long", metrics=("temporal_flickering",), output=videos / "l", report=True)
+    plain = config(videos, output=videos / "o")
+    for given in (short, long, plain):
+        evaluate(given)
+    sizes = {
+        name: {entry["size"] for entry in results_of(given)["differences"]}
+        for name, given in (("short", short), ("long", long), ("plain", plain))
+    }
+    assert sizes == {"short": {1e-3, 8e-5}, "long": {1e-3, 8e-5, 5e-3, 8e-3}, "plain": set()}
+    page = (long.output_folder / "report.html").read_text(encoding="utf-8")
+    assert "Differences from VBench" in page
+    assert "0.008" in page
+
+
+def test_negative_cosines_of_official_results_are_taken_over(videos: Path, tmp_path: Path) -> None:
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"overall_consistency": [-0.01, []]}), encoding="utf-8")
+    given = config(videos, suite="vbench", metrics=("temporal_flickering",), official_results=(file,))
+    assert evaluate(given) == 0
+    assert results_of(given)["metrics"]["overall_consistency"]["score"] == -0.01
+
+
+@pytest.mark.parametrize("suite", ["vbench", "vbench-long"])
+def test_a_video_that_raft_cannot_see_is_not_static_and_keeps_its_other_values(tmp_path: Path, suite: str) -> None:
+    import torch
+
+    from sparse_forcing.eval.vbench.networks.raft import Raft
+
+    (tmp_path / "weights").mkdir()
+    torch.save(Raft().state_dict(), tmp_path / "weights" / "raft-things.pth")
+    frames = moving_disc(6).repeat(2, axis=1).repeat(3, axis=2)[:, :120, :160]
+    write_video(tmp_path / "v" / "a disc-0.mp4", frames, 16)
+    metrics = ("temporal_flickering", "dynamic_degree", "motion_smoothness")
+    plugins = (f"interpolator={__name__}:still",)
+    options = {"suite": suite, "weights": tmp_path / "weights", "plugins": plugins, "static_filter": True}
+    given = config(tmp_path / "v", metrics=metrics, **options)
+    assert evaluate(given) == 0
+    results = results_of(given)
+    assert set(results["metrics"]) == {"motion_smoothness"}
+    (video,) = results["videos"]
+    for name in ("temporal_flickering", "dynamic_degree"):
+        assert video["metrics"][name]["value"] is None
+        assert "at least 121 pixels a side, not 160x120" in video["metrics"][name]["error"]

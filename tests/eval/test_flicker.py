@@ -11,7 +11,7 @@ import pytest
 
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.view import open_clip
-from sparse_forcing.eval.metrics.flicker import flicker_score
+from sparse_forcing.eval.metrics.quality.flicker import flicker_score
 from sparse_forcing.media.video import write_video
 from tests.eval.conftest import moving_disc, score
 

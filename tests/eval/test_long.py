@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_forcing.eval.long import clip_ranges, fuse, long_measurement, map_score, seconds_for
+from sparse_forcing.eval.long import clip_ranges, fuse, map_score, measure_clips, seconds_for
 from sparse_forcing.eval.measuring.registry import all_metrics
 from sparse_forcing.eval.measuring.resources import Resources
 from tests.eval.conftest import clip_of, moving_disc
@@ -51,18 +51,20 @@ def test_subject_consistency_fuses_clips_and_their_first_frames() -> None:
     frames[40:] = 255 - frames[40:]
     metric = all_metrics()["subject_consistency"]
     view = clip_of(frames).whole()
-    alone = long_measurement(metric, view, Resources(networks={"dino": Colors()}))
-    parts = [metric.compute(view.part(a, b), Resources(networks={"dino": Colors()})).value for a, b in
-             clip_ranges(80, 16.0, 2)]  # fmt: skip
+    alone = measure_clips(metric, view, Resources(networks={"dino": Colors()}))
+    parts = [
+        metric.compute(view.part(a, b), Resources(networks={"dino": Colors()})).value
+        for a, b in clip_ranges(80, 16.0, 2)
+    ]
     assert alone.count == 3
     assert alone.value == pytest.approx(np.mean(parts))
-    both = long_measurement(metric, view, Resources(networks={"dino": Colors(), "dinov2": Colors()}))
+    both = measure_clips(metric, view, Resources(networks={"dino": Colors(), "dinov2": Colors()}))
     mapped = both.details["clip_to_clip_mapped"]
     assert both.value == pytest.approx(0.5 * np.mean(parts) + 0.5 * mapped)
 
 
 def test_counts_make_the_pooled_mean_weigh_clips_and_the_video_mean_videos() -> None:
     metric = all_metrics()["temporal_flickering"]
-    short = long_measurement(metric, clip_of(moving_disc(32)).whole(), Resources())
-    long = long_measurement(metric, clip_of(moving_disc(96)).whole(), Resources())
+    short = measure_clips(metric, clip_of(moving_disc(32)).whole(), Resources())
+    long = measure_clips(metric, clip_of(moving_disc(96)).whole(), Resources())
     assert (short.count, long.count) == (1, 3)

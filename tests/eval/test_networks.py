@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
+from ftfy import fix_text
 
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.vbench.networks import clip, dino, raft, viclip
 from sparse_forcing.eval.vbench.networks.loading import read_state_dict
 from sparse_forcing.eval.vbench.networks.tokenizer import ClipTokenizer, byte_alphabet
+from sparse_forcing.eval.vbench.suites import vbench_prompts
 from tests.eval import plain_networks as plain
 
 
@@ -173,6 +177,29 @@ def test_tokenizer_equals_the_tokenizers_library(tmp_path: Path) -> None:
     )
     for text in ("The cat's DOG, 42!", "a façade in Ukiyo-e", "cacacat babab", "日本 🙂", "  spaces\n and\ttabs "):
         assert ours.encode(text) == theirs.encode(text).ids, text
+
+
+def test_tokenizer_repairs_text_before_it_is_lower_cased(tmp_path: Path) -> None:
+    tokenizer = ClipTokenizer(vocabulary(tmp_path))
+    for broken, repaired in (
+        ("the cat’s “dog”", 'the cat\'s "dog"'),
+        ("faÃ§ade", "façade"),
+        ("ﬁre", "fire"),
+        ("DoÃ‘a", "doña"),  # lower-cased first, the damage could not be recognised any more
+        ("&lt;cat&gt;", "<cat>"),
+    ):
+        assert tokenizer.encode(broken) == tokenizer.encode(repaired), broken
+    changed = [row.extended for row in vbench_prompts() if fix_text(row.extended) != row.extended]
+    assert len(changed) == 45
+
+
+def test_without_ftfy_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = vocabulary(tmp_path)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "sparse-forcing[eval]" in (Resources(weights=tmp_path).missing("tokenizer") or "")
+    with pytest.raises(ConfigError, match=r"ftfy.*sparse-forcing\[eval\]") as caught:
+        ClipTokenizer(path)
+    assert "\n" not in str(caught.value)
 
 
 def test_tokenizer_pads_cuts_and_refuses(tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def test_a_network_metric_reacts_through_its_network(name: str, networks: dict, 
 def test_flow_magnitude_and_dynamic_degree_follow_the_flow() -> None:
     """A network that answers with a flow of known size: the magnitude is that size, the verdict turns at its bar."""
     magnitudes, verdicts = [], []
-    large = FRAMES.repeat(2, axis=1).repeat(2, axis=2)  # RAFT needs 113 pixels
+    large = FRAMES.repeat(2, axis=1).repeat(2, axis=2)  # RAFT needs 121 pixels
     for size in (0.5, 2.0, 4.0, 9.0):
         flow = lambda first, second, iterations, size=size: torch.full((1, 2, *first.shape[2:]), size / 2**0.5)  # noqa: E731
         resources = Resources(networks={"raft": flow})

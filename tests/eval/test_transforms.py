@@ -97,3 +97,23 @@ def test_musiq_input_only_shrinks() -> None:
 )
 def test_middle_frames(total: int, count: int, expected: list[int]) -> None:
     assert T.middle_frames(total, count) == expected
+
+
+def catmull_rom(x: np.ndarray) -> np.ndarray:
+    """Keys' kernel with a = -0.5, as antialiasing resizers use it."""
+    x = np.abs(x)
+    near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+    return np.where(x <= 1, near, np.where(x < 2, far, 0.0))
+
+
+def test_clip_to_clip_inputs_are_not_rounded_to_bytes() -> None:
+    frames = pictures(40, 60)
+    inner = slice(8, -8)  # at the border weights are renormalised instead of pixels repeated
+    expected = plain_resize(frames[0], 80, 120, catmull_rom, 2)[inner, 28:-28] / 255
+    expected = (expected - np.array(T.IMAGENET_MEAN)) / np.array(T.IMAGENET_STD)
+    given = T.dinov2_input(frames, resize_to=80, size=80)[0].permute(1, 2, 0).numpy()
+    assert given[inner, inner] == pytest.approx(expected, abs=1e-4)
+    expected = plain_resize(frames[0], 80, 80, catmull_rom, 2)[inner, inner] / 255
+    given = T.dreamsim_input(frames, 80)[0].permute(1, 2, 0).numpy()
+    assert given[inner, inner] == pytest.approx(expected, abs=1e-5)
+    assert given.max() > 1.01  # overshoot is kept as well

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from sparse_forcing.errors import VideoError
-from sparse_forcing.eval.measuring.registry import all_metrics
+from sparse_forcing.errors import MeasurementError
+from sparse_forcing.eval.measuring.registry import Measurement, all_metrics
 from sparse_forcing.eval.measuring.resources import Resources
-from sparse_forcing.eval.metrics.dynamic_degree import is_dynamic, is_static, top_mean
-from sparse_forcing.eval.metrics.objects import relation_score
+from sparse_forcing.eval.metrics.quality.dynamic_degree import is_dynamic, is_static, top_mean
+from sparse_forcing.eval.metrics.semantic.objects import relation_score
 from sparse_forcing.eval.vbench import transforms as T
 from sparse_forcing.eval.vbench.networks import clip, dino, raft, viclip
 from sparse_forcing.eval.vbench.semantic import Detection
@@ -77,11 +77,13 @@ def test_aesthetic_quality() -> None:
     assert given == pytest.approx(np.mean(ratings), abs=1e-4)
 
 
-def test_appearance_style_uses_the_style_words_and_antialiased_frames() -> None:
+def test_appearance_style_is_the_logit_of_the_style_words_and_uses_the_style_words_and_antialiased_frames() -> None:
     network, state = small_clip()
     prompt = "A beautiful coastal beach in spring, waves lapping on sand, Van Gogh style"
     text = plain.plain_text(Words()("Van Gogh style", 77, truncate=False)[0], state, 1)
     expected = np.mean([cosine(plain.plain_clip_image(i, state, 1), text) for i in T.clip_input_pil(FRAMES)])
+    expected *= float(state["logit_scale"].exp()) / 100  # the logit, as VBench divides it
+    assert abs(expected) > 1e-3
     resources = Resources(networks={"clip_b32": network, "tokenizer": Words()})
     assert score("appearance_style", FRAMES, resources, prompt) == pytest.approx(expected, abs=1e-4)
     other = all_metrics()["appearance_style"].compute(clip_of(FRAMES, "a cat").whole(), resources)
@@ -190,10 +192,41 @@ def test_top_mean_takes_the_truncated_share() -> None:
 
 def test_pictures_too_small_for_the_network_are_not_judged() -> None:
     resources = Resources(networks={"raft": ShiftFlow([])})
-    result = all_metrics()["dynamic_degree"].compute(clip_of(moving_disc(8)).whole(), resources)
-    assert result.value is None
-    with pytest.raises(VideoError, match="113 pixels"):
-        is_static(clip_of(moving_disc(8)).whole(), resources)
+    for side in (64, 113, 120):
+        view = clip_of(np.zeros((3, side, 200, 3), np.uint8)).whole()
+        with pytest.raises(MeasurementError, match="at least 121 pixels"):
+            all_metrics()["dynamic_degree"].compute(view, resources)
+        with pytest.raises(MeasurementError, match="at least 121 pixels"):
+            is_static(view, resources)
+
+
+def test_raft_is_finite_from_its_smallest_picture_on() -> None:
+    network, _ = prepared(raft.Raft())
+    pair = torch.rand(2, 3, 121, 121, generator=torch.Generator().manual_seed(0)) * 255
+    padded = raft.pad_to_stride(pair)
+    assert bool(network(padded[:1], padded[1:], 1).isfinite().all())
+    with pytest.raises(ValueError, match="RAFT needs 128"):
+        network(padded[:1, :, :120], padded[1:, :, :120], 1)
+
+
+def test_numbers_that_are_not_finite_are_no_measurement() -> None:
+    nan = lambda first, second, iterations: torch.full((1, 2, *first.shape[2:]), float("nan"))  # noqa: E731
+    resources = Resources(networks={"raft": nan, "musiq": lambda image: image.mean().reshape(1, 1) / 0})
+    view = clip_of(doubled(moving_disc(4))).whole()
+    with pytest.raises(MeasurementError, match="raft answered with numbers that are not finite"):
+        is_static(view, resources)  # a video whose motion is unknown is not a static one
+    for name in ("dynamic_degree", "flow_magnitude", "imaging_quality"):
+        with pytest.raises(MeasurementError, match="not finite"):
+            all_metrics()[name].compute(view, resources)
+    for wrong in (
+        {"value": float("nan")},
+        {"value": 1.0, "count": float("inf")},
+        {"value": 1.0, "details": {"a": [float("nan")]}},
+    ):
+        with pytest.raises(MeasurementError, match="not a finite number"):
+            Measurement(**wrong)
+    with pytest.raises(MeasurementError, match="detector"):
+        Detection(label="a", score=0.5, box=(0.0, float("nan"), 1.0, 1.0))
 
 
 def test_static_filter() -> None:
@@ -209,7 +242,7 @@ def test_static_filter() -> None:
 
 
 def test_dynamic_degree_with_a_real_network_matches_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sparse_forcing.eval.metrics.dynamic_degree.ITERATIONS", 2)
+    monkeypatch.setattr("sparse_forcing.eval.metrics.quality.dynamic_degree.ITERATIONS", 2)
     network, state = prepared(raft.Raft())
     frames = doubled(moving_disc(3, speed=9))
     resources = Resources(networks={"raft": network})
@@ -250,6 +283,24 @@ def test_object_dimensions() -> None:
     assert score("color", frames, colours, "a red bicycle") == pytest.approx(6 / 11)
 
 
+def test_a_colour_counts_when_any_object_has_it() -> None:
+    """Not the object alone that the detector is surest of; what is not asked for does not count as seen."""
+    both = [box("red bicycle", 0, 0, 0.4), box("blue bicycle", 30, 0, 0.9)]
+    frames = [both, [box("blue bicycle", 0, 0)], [box("red car", 0, 0), box("bicycle", 0, 0)]]
+    resources = Resources(networks={"detector": Boxes(frames)})
+    assert score("color", moving_disc(16), resources, "a red bicycle") == pytest.approx(6 / 11)
+
+
+def test_what_a_detector_returns_counts_under_its_label_only() -> None:
+    others = Resources(networks={"detector": Boxes([[box("cat", 0, 0)], [box("cat", 0, 0), box("bird", 30, 0)]])})
+    assert score("object_class", moving_disc(16), others, "a bird") == 0.5
+    prompt = "a bicycle on the left of a car, front view"
+    strangers = Boxes([[box("bicycle", 0, 0), box("dog", 40, 0), box("tree", 80, 0)]])
+    for mode in ("strict", "vbench-compatible"):
+        resources = Resources(networks={"detector": strangers}, mode=mode)
+        assert score("spatial_relationship", moving_disc(16), resources, prompt) == 0.0
+
+
 def test_spatial_relationship_checks_the_side_only_in_strict_mode() -> None:
     frames = moving_disc(16)
     wrong_side = Boxes([[box("bicycle", 40, 0), box("car", 0, 5)]])
@@ -285,6 +336,7 @@ def test_scene_and_human_action() -> None:
 
 
 def test_features_are_kept_on_disk_and_shared_by_windows(tmp_path: Path) -> None:
+    from sparse_forcing.eval.measuring.frames import ArraySource
     from sparse_forcing.eval.measuring.manifest import Entry
     from sparse_forcing.eval.measuring.view import Clip, FeatureStore
 
@@ -299,7 +351,9 @@ def test_features_are_kept_on_disk_and_shared_by_windows(tmp_path: Path) -> None
     metric = all_metrics()["subject_consistency"]
     for _ in range(2):
         store = FeatureStore(tmp_path)
-        clip_ = Clip(frames=FRAMES, fps=16, entry=Entry(video=Path("a.mp4")), sha256="ab" * 32, store=store)
+        clip_ = Clip(
+            source=ArraySource(FRAMES), fps=16, entry=Entry(video=Path("a.mp4")), sha256="ab" * 32, store=store
+        )
         whole = metric.compute(clip_.whole(), resources).value
         part = metric.compute(clip_.whole().part(3, 7), resources).value
         assert whole != part
@@ -307,7 +361,11 @@ def test_features_are_kept_on_disk_and_shared_by_windows(tmp_path: Path) -> None
     (file,) = tmp_path.rglob("*.npy")
     file.write_bytes(b"damaged")
     clip_ = Clip(
-        frames=FRAMES, fps=16, entry=Entry(video=Path("a.mp4")), sha256="ab" * 32, store=FeatureStore(tmp_path)
+        source=ArraySource(FRAMES),
+        fps=16,
+        entry=Entry(video=Path("a.mp4")),
+        sha256="ab" * 32,
+        store=FeatureStore(tmp_path),
     )
     assert metric.compute(clip_.whole(), resources).value == whole
     assert calls == [11, 11]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError, VideoError
-from sparse_forcing.eval.world_judge import (
+from sparse_forcing.eval.scene_checker.world_judge import (
     ASPECTS,
     chance_level,
     compare,
@@ -18,7 +18,7 @@ from sparse_forcing.eval.world_judge import (
     main,
     shares,
 )
-from sparse_forcing.eval.world_sight import see_return
+from sparse_forcing.eval.scene_checker.world_sight import see_return
 from sparse_forcing.scenes.worlds.batch import sample_worlds
 from sparse_forcing.scenes.worlds.config import GROUNDS, KINDS, WorldConfig
 from sparse_forcing.scenes.worlds.draw import render_world

@@ -39,6 +39,16 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         ([], "no prompt"),
         ([""], "prompt 1 is empty"),
         (["fine", " \n "], "prompt 2 is empty"),
+        (["a", "red", "circle"], '3 prompts would make 3 videos; put one prompt in quotes: "a red circle"'),
+        (["a red circle", "and", "a", "square"], "4 prompts would make 4 videos"),
+        (["красный", "круг"], "2 prompts would make 2 videos"),
+        (["p", "--", "--seed", "3"], "--seed stands after --, where nothing is a flag"),
+        (["p", "--", "--seed=3"], "--seed stands after --"),
+        (["p", "--steps", "4"], "did you mean --num-inference-steps?"),
+        (["p", "--size", "64"], "did you mean --height and --width?"),
+        (["p", "--size=64"], "did you mean --height and --width?"),
+        (["p", "--output", "a.mpeg"], "only .mp4"),
+        (["p", "--output", "a.mpeg/../b.TS"], "only .mp4"),
         (["x" * 1_000_000], "1000000 characters"),
         (["a\udc80b"], "not valid Unicode"),
         (["a\0b"], "control character"),
@@ -59,7 +69,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--memory", "full", "--density", "0.5"], "--density has no effect with --memory full"),
         (["p", "--memory", "window", "--overlay"], "--overlay shows persistent blocks"),
         (["p", "--output", "x.gif"], "only .mp4"),
-        (["p", "q", "--output", "x.mp4"], "one file for 2 videos"),
+        (["p", "a q", "--output", "x.mp4"], "one file for 2 videos"),
         (["p", "--num-samples", "2", "--output", "x.mp4"], "one file for 2 videos"),
         (["p", "--num-frame", "8"], "did you mean --num-frames?"),
         (["p", "--suite", "vbench"], "brings its own prompts"),
@@ -71,7 +81,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--then", "0", "q"], "--then 0: times must rise and be above 0"),
         (["p", "--then", "5", "q", "--then", "5", "r"], "--then 5: times must rise"),
         (["p", "--then", "5", " "], "--then 5: prompt is empty"),
-        (["p", "q", "--then", "5", "r"], "--then goes on from one prompt, not from 2"),
+        (["p", "a q", "--then", "5", "r"], "--then goes on from one prompt, not from 2"),
         (["p", "--then", "5", "q", "--check"], "--check judges a video by one prompt"),
         (["--suite", "vbench", "--then", "5", "q"], "--suite vbench judges a video by one prompt"),
         (["p", "--output", "/proc/x"], "cannot write into /proc/x"),
@@ -88,7 +98,7 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--shard", "0/2"], "--shard has no effect without --suite"),
         (["p", "--output", "a.MP3"], "only .mp4"),
         (["p", "--num-samples", "100001"], "--num-samples must be between 1"),
-        (["p", "q", "--num-samples", "60000"], "120000 videos are more than"),
+        (["p", "a q", "--num-samples", "60000"], "120000 videos are more than"),
         (["p", "--image", "n" * 300], "File name too long"),
         (["p", "--video", "n" * 300], "File name too long"),
         (["p", "--output", "n" * 300], "File name too long"),
@@ -124,6 +134,8 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
         (b"fine\na\x00b", "line 2 contains the control character"),
         (b"fine\r\r\xff", "line 3: not UTF-8"),
         (b"a\n" * 1_000_000, "more than 1000000 lines"),
+        (b"# only\n  # comments", "contains no prompts"),
+        (b'{"prompt": "a ball"}\n', "give the file a name that ends in .jsonl"),
     ],
 )
 def test_bad_prompt_file_names_the_line(
@@ -134,6 +146,35 @@ def test_bad_prompt_file_names_the_line(
     assert message in one_line(capsys)
     assert run("--prompt-file", tmp_path / "none.txt", "--output", tmp_path / "out") == 2
     assert "cannot read prompts" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": 5}', "line 1: expected an object with a prompt"),
+        ('{"prompt": "a"}\n["b"]', "line 2: expected an object"),
+        ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON"),
+        ('{"prompt": " "}', "line 1 is empty"),
+    ],
+)
+def test_bad_jsonl_names_the_line(
+    content: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "p.jsonl").write_text(content)
+    assert run("--prompt-file", tmp_path / "p.jsonl", "--output", tmp_path / "out") == 2
+    assert message in one_line(capsys)
+
+
+def test_prompt_files_hold_comments_or_jsonl(stub, tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("# two videos\n\na red ball\n  # not this one\nball # 2\n")
+    (tmp_path / "p.jsonl").write_text(
+        '{"prompt": "a red ball", "seed": 5}\n\n# no\n{"video": "x.mp4", "prompt": "ball"}'
+    )
+    for name, second in (("p.txt", "ball # 2"), ("p.jsonl", "ball")):
+        stub.calls.clear()
+        assert run("--prompt-file", tmp_path / name, "--output", tmp_path / "out") == 0
+        assert [call["prompt"] for call in stub.calls] == ["a red ball", second]
 
 
 def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_path: Path) -> None:
@@ -150,7 +191,7 @@ def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_pa
 
 @pytest.mark.usefixtures("stub")
 def test_hostile_prompts_stay_inside_the_folder(tmp_path: Path) -> None:
-    prompts = ["../x", "/abs", "a\nb", "CON", "字" * 100, "🎈", ".", "same", "same", "$(touch x)"]
+    prompts = ["../x", "a\nb", "/abs", "字" * 100, "CON", "🎈", ".", "the same", "the same", "$(touch x)"]
     assert run(*prompts, "--output", tmp_path / "out") == 0
     written = files_below(tmp_path)
     assert len(written) == 2 * len(prompts)
@@ -284,11 +325,11 @@ def test_finished_videos_survive_a_later_failure_and_are_skipped(stub, tmp_path:
             raise KeyboardInterrupt
 
     stub.on_chunk = interrupt
-    assert run("one", "two", "--output", tmp_path) == 130
-    assert files_below(tmp_path) == ["0000-one-seed0.json", "0000-one-seed0.mp4"]
+    assert run("number one", "number two", "--output", tmp_path) == 130
+    assert files_below(tmp_path) == ["0000-number-one-seed0.json", "0000-number-one-seed0.mp4"]
     stub.on_chunk = lambda index: None
-    assert run("one", "two", "--output", tmp_path, "--skip-existing") == 0
-    assert [call["prompt"] for call in stub.calls] == ["one", "two", "two"]
+    assert run("number one", "number two", "--output", tmp_path, "--skip-existing") == 0
+    assert [call["prompt"] for call in stub.calls] == ["number one", "number two", "number two"]
 
 
 @pytest.mark.usefixtures("stub")
@@ -296,7 +337,7 @@ def test_same_seed_gives_the_same_bytes_in_any_company(tmp_path: Path) -> None:
     def digest(path: Path) -> str:
         return hashlib.sha256(path.read_bytes()).hexdigest()
 
-    assert run("other", "p", "--num-samples", 2, "--output", tmp_path / "many") == 0
+    assert run("another one", "p", "--num-samples", 2, "--output", tmp_path / "many") == 0
     assert run("p", "--seed", 1, "--output", tmp_path / "one.mp4") == 0
     assert digest(tmp_path / "many" / "0001-p-seed1.mp4") == digest(tmp_path / "one.mp4")
     assert digest(tmp_path / "many" / "0001-p-seed0.mp4") != digest(tmp_path / "one.mp4")
@@ -447,10 +488,10 @@ def test_out_of_memory_names_the_size_and_the_flags_that_matter(
 
 
 def test_prompts_may_stand_anywhere(stub, tmp_path: Path) -> None:
-    assert run("one", "--num-frames", 8, "two", "--output", tmp_path, "three") == 0
-    assert [call["prompt"] for call in stub.calls] == ["one", "two", "three"]
-    assert run("--output", tmp_path, "--", "-x") == 0
-    assert stub.calls[-1]["prompt"] == "-x"
+    assert run("one", "--num-frames", 8, "number two", "--output", tmp_path, "three") == 0
+    assert [call["prompt"] for call in stub.calls] == ["one", "number two", "three"]
+    assert run("one", "--output", tmp_path, "number two", "--", "-x", "-- y") == 0
+    assert [call["prompt"] for call in stub.calls[3:]] == ["one", "number two", "-x", "-- y"]
 
 
 def test_json_tells_of_finished_videos_when_a_later_one_fails(
@@ -461,8 +502,8 @@ def test_json_tells_of_finished_videos_when_a_later_one_fails(
             raise MemoryError
 
     stub.on_chunk = fail
-    assert run("one", "two", "--json", "--output", tmp_path) == 2
-    assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == ["one"]
+    assert run("number one", "number two", "--json", "--output", tmp_path) == 2
+    assert [record["prompt"] for record in json.loads(capsys.readouterr().out)] == ["number one"]
 
 
 def test_chunks_that_take_long_are_lines_where_there_is_no_terminal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sparse_forcing.errors import WeightsError
+from sparse_forcing.errors import SparseForcingError, WeightsError
+from sparse_forcing.model_folder.folder import (
+    EMBEDDED_MODELS,
+    load_autoencoder,
+    load_text_encoder,
+    load_transformer,
+    read_defaults,
+)
 from sparse_forcing.weights.manifest import folder_hash, verify_manifest, write_manifest
+from sparse_forcing.weights.parts import MAX_SIZE
 from sparse_forcing.weights.safe_load import (
+    MAX_CONFIG_BYTES,
+    MAX_HEADER_BYTES,
     check_safetensors,
     check_state_dict,
     load_pt,
@@ -212,3 +223,57 @@ def test_values_that_are_not_tensors_are_named() -> None:
         check_state_dict({"w": torch.zeros(1)}, {"w": torch.zeros(1), "step": 3}, source="w.pt")
     with pytest.raises(WeightsError, match="wrong shape: w"):
         check_state_dict({"w": torch.zeros(1)}, {"w": torch.from_numpy(np.zeros(2))}, source="w.pt")
+
+
+LOADERS = {"transformer": load_transformer, "text_encoder": load_text_encoder, "vae": load_autoencoder}
+
+
+def copied(folder: Path, part: str, **changes: Any) -> Path:
+    """The embedded model with another config of one part."""
+    shutil.copytree(EMBEDDED_MODELS / "tiny", folder / "model")
+    path = folder / "model" / part / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    return folder / "model"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("transformer", "num_layers", 10**6),
+        ("transformer", "num_layers", 10**30),
+        ("transformer", "ffn_dim", 10**12),
+        ("transformer", "patch_size", [1, 10**9, 2]),
+        ("text_encoder", "num_layers", 5000),
+        ("text_encoder", "text_len", MAX_SIZE + 1),
+        ("vae", "decoder_blocks", 10**5),
+        ("vae", "num_blocks", 10**9),
+    ],
+)
+def test_absurd_counts_are_refused_before_a_model_is_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, name: str, value: Any
+) -> None:
+    model = copied(tmp_path, part, **{name: value})
+    monkeypatch.setattr(torch.nn.Linear, "__init__", lambda *_, **__: pytest.fail("a layer was built"))
+    with pytest.raises(WeightsError, match=rf"config\.json: {name} is \d+, but"):
+        LOADERS[part](model)
+
+
+@pytest.mark.parametrize("part", LOADERS)
+def test_a_config_that_is_too_large_is_not_parsed(tmp_path: Path, part: str) -> None:
+    model = copied(tmp_path, part, note="x" * MAX_CONFIG_BYTES)
+    with pytest.raises(WeightsError, match=r"config\.json: \d+ bytes"):
+        LOADERS[part](model)
+
+
+def test_defaults_manifests_and_headers_have_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = copied(tmp_path, "vae")
+    (model / "pipeline.json").write_text(json.dumps({"negative_prompt": "x" * MAX_CONFIG_BYTES}))
+    (model / "manifest.json").write_text(json.dumps({"files": {"x" * (5 << 20): "y"}}))
+    header = write_safetensors(tmp_path / "h.safetensors", b" " * (MAX_HEADER_BYTES + 1))
+    monkeypatch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was parsed"))
+    with pytest.raises(SparseForcingError, match=r"pipeline\.json: larger than"):
+        read_defaults(model)
+    with pytest.raises(WeightsError, match=r"manifest\.json: larger than"):
+        verify_manifest(model)
+    with pytest.raises(WeightsError, match="not a complete safetensors file"):
+        check_safetensors(header)

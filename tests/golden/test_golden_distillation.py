@@ -12,12 +12,11 @@ from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.sampling.rollout import TrainingRollout, rollout
 from sparse_forcing.training.losses.distribution_matching import (
+    Compared,
     Score,
     critic_loss,
     distribution_gradient,
     dmd_loss,
-    perturb,
-    predict_x0,
     score_timestep,
     sid_loss,
 )
@@ -52,6 +51,12 @@ def variants(case: Case) -> dict[str, tuple[dict[str, Any], bool]]:
     return {name: (settings[name.removesuffix("_clamp")], name.endswith("_clamp")) for name in sorted(names)}
 
 
+def compared(settings: dict[str, Any], latents: Tensor, noise: Tensor, timestep: Tensor) -> Compared:
+    """Latents with the two schedules of a recorded variant."""
+    names = ("generator_scheduler_shift", "score_scheduler_shift")
+    return Compared(latents, noise, timestep, *(FlowSchedule(settings[name]) for name in names))
+
+
 def test_dmd_loss(case: Case, dtype: torch.dtype) -> None:
     recorded, inputs = case.tensors, case.inputs(dtype)
     out = "out64" if dtype == torch.float64 else "out"
@@ -61,13 +66,14 @@ def test_dmd_loss(case: Case, dtype: torch.dtype) -> None:
         expected = {key: recorded[f"{out}.gen.{name}.{key}"] for key in ("timestep", "loss", "dloss_dlatents")}
         assert_close(timestep, expected["timestep"][:, 0].float(), 2e-4, f"{name} timestep")
         latents = inputs["latents"].requires_grad_()
+        at = compared(settings, latents, inputs["noise"], expected["timestep"][:, 0].float())
         loss = dmd_loss(
-            latents, inputs["noise"], expected["timestep"][:, 0].float(), **scores(case, dtype),
-            schedule=FlowSchedule(settings["generator_scheduler_shift"]),
-            score_schedule=FlowSchedule(settings["score_scheduler_shift"]),
-            real_guidance=settings["real_guidance_scale"], fake_guidance=settings["fake_guidance_scale"],
+            at,
+            **scores(case, dtype),
+            real_guidance=settings["real_guidance_scale"],
+            fake_guidance=settings["fake_guidance_scale"],
             mask=inputs["gradient_mask"] if settings["gradient_mask"] else None,
-        )  # fmt: skip
+        )
         (gradient,) = torch.autograd.grad(loss, latents)
         assert_close(loss.reshape(1), expected["loss"], LOSS[dtype], f"{name} loss")
         assert_close(gradient, expected["dloss_dlatents"], GRADIENT[dtype], f"{name} gradient")
@@ -83,14 +89,14 @@ def test_dmd_gradient_and_guided_predictions(case: Case) -> None:
         if f"out.gen.{name}.grad" not in recorded or clamp:
             continue
         timestep = recorded[f"out.gen.{name}.timestep"][:, 0]
-        at = perturb(inputs["latents"], inputs["noise"], timestep, FlowSchedule(settings["generator_scheduler_shift"]))
-        schedule = FlowSchedule(settings["score_scheduler_shift"])
-        fake_x0, real_x0 = (predict_x0(networks[n], at, schedule) for n in ("fake", "real"))
-        assert_close(at.x_t, recorded[f"out.gen.{name}.noisy"], 1e-6, "x_t")
+        at = compared(settings, inputs["latents"], inputs["noise"], timestep)
+        x_t = at.x_t
+        fake_x0, real_x0 = (at.predict_x0(networks[n], x_t) for n in ("fake", "real"))
+        assert_close(x_t, recorded[f"out.gen.{name}.noisy"], 1e-6, "x_t")
         assert_close(fake_x0, recorded[f"out.gen.{name}.fake_score_cond_x0"], 1e-5, "fake")
         assert_close(real_x0, recorded[f"out.gen.{name}.real_score_cond_x0"], 1e-5, "real")
-        real_x0 = predict_x0(networks["real"], at, schedule, settings["real_guidance_scale"])
-        fake_x0 = predict_x0(networks["fake"], at, schedule, settings["fake_guidance_scale"])
+        real_x0 = at.predict_x0(networks["real"], x_t, settings["real_guidance_scale"])
+        fake_x0 = at.predict_x0(networks["fake"], x_t, settings["fake_guidance_scale"])
         gradient = distribution_gradient(inputs["latents"], real_x0, fake_x0)
         assert_close(gradient, recorded[f"out.gen.{name}.grad"], 3e-5, "gradient")
         assert_close(gradient.abs().mean(), recorded[f"out.gen.{name}.gradnorm"], 1e-6, "gradient norm")
@@ -108,11 +114,10 @@ def test_critic_loss(case: Case, dtype: torch.dtype) -> None:
         name = f"critic.score_shift{shift:g}"
         timestep = score_timestep(inputs["critic_raw_t"][:, 0], shift=GENERATOR_SHIFT)
         model = case.model("fake", dtype)
-        loss = critic_loss(
-            inputs["latents"], inputs["critic_noise"], timestep,
-            score_of(model, inputs["ctx"], inputs["uncond"]),
-            schedule=FlowSchedule(GENERATOR_SHIFT), score_schedule=FlowSchedule(shift),
-        )  # fmt: skip
+        at = Compared(
+            inputs["latents"], inputs["critic_noise"], timestep, FlowSchedule(GENERATOR_SHIFT), FlowSchedule(shift)
+        )
+        loss = critic_loss(at, score_of(model, inputs["ctx"], inputs["uncond"]))
         loss.backward()
         assert_close(timestep, recorded[f"out.{name}.timestep"][:, 0], 2e-4, "timestep")
         assert_close(loss.reshape(1), recorded[f"out64.{name}.loss"], LOSS[dtype], name)
@@ -127,10 +132,9 @@ def test_sid_loss(case: Case, dtype: torch.dtype) -> None:
     for shift in score_shifts(case, "sid"):
         name = f"sid.score_shift{shift:g}"
         latents = inputs["latents"].requires_grad_()
-        loss = sid_loss(
-            latents, inputs["noise"], score_timestep(inputs["raw_t"][:, 0], shift=GENERATOR_SHIFT),
-            **scores(case, dtype), schedule=FlowSchedule(GENERATOR_SHIFT), score_schedule=FlowSchedule(shift),
-        )  # fmt: skip
+        timestep = score_timestep(inputs["raw_t"][:, 0], shift=GENERATOR_SHIFT)
+        at = Compared(latents, inputs["noise"], timestep, FlowSchedule(GENERATOR_SHIFT), FlowSchedule(shift))
+        loss = sid_loss(at, **scores(case, dtype))
         (gradient,) = torch.autograd.grad(loss, latents)
         assert_close(loss.reshape(1), recorded[f"{out}.{name}.loss"], LOSS[dtype], f"{name} loss")
         assert_close(gradient, recorded[f"{out}.{name}.dloss_dlatents"], GRADIENT[dtype], f"{name} gradient")
@@ -153,21 +157,22 @@ def generator_update(
     memory = make_memory(
         MemoryConfig(kind="full", positions="absolute"),
         MemoryGeometry(
-            rows=noise.shape[3] // 2, cols=noise.shape[4] // 2, num_layers=len(model.blocks), chunk_frames=3,
+            rows=noise.shape[3] // 2,
+            cols=noise.shape[4] // 2,
+            num_layers=len(model.blocks),
+            chunk_frames=3,
             horizon_frames=noise.shape[1],
         ),
         cache_gradient=cache_gradient,
-    )  # fmt: skip
+    )
     training = TrainingRollout(exit_steps=[j["exit_index"]] * len(chunks), context_noise=True)
     parts = rollout(
         model, inputs["ctx"], chunks, memory, RecordedNoise(noise, draws), SamplerConfig(steps=4), training=training
     )
     latents = torch.cat([chunk.latents for chunk in parts], 1)
-    loss = dmd_loss(
-        latents, inputs["dmd_noise"], score_timestep(inputs["dmd_raw_t"][:, 0], shift=GENERATOR_SHIFT),
-        **scores(case, dtype), schedule=FlowSchedule(GENERATOR_SHIFT),
-        score_schedule=FlowSchedule(j["score_scheduler_shift"]),
-    )  # fmt: skip
+    timestep = score_timestep(inputs["dmd_raw_t"][:, 0], shift=GENERATOR_SHIFT)
+    schedules = (FlowSchedule(GENERATOR_SHIFT), FlowSchedule(j["score_scheduler_shift"]))
+    loss = dmd_loss(Compared(latents, inputs["dmd_noise"], timestep, *schedules), **scores(case, dtype))
     loss.backward()
     return model, latents, loss
 

@@ -1,4 +1,4 @@
-"""A memory that is written in place stays where it is: passes of steady chunks are one series of calls on its tensors."""
+"""A memory that is written in place stays where it is: passes of steady chunks are the same calls on its tensors."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import torch
 
 from sparse_forcing.cli import main
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.training.recipes.embedded import export
 from tests.training.helpers import losses
 
 CONFIGS = Path(__file__).parents[2] / "training" / "configs"
@@ -91,3 +92,44 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
     assert bool(pipe.transformer.selectors) == (kind == "sparse")
     frames = pipe("a red square", num_frames=16, generator=torch.Generator().manual_seed(0)).frames[0]
     assert frames.shape == (16, 32, 32, 3)
+
+
+def test_from_nothing_to_a_shipped_student(tmp_path: Path) -> None:
+    """The commands of the README: each stage starts from the folders that the ones before it left."""
+
+    def embedded(stage: str, name: str, **settings: object) -> Path:
+        out = tmp_path / name
+        command(
+            "train", stage, "--config", CONFIGS / f"{name}.yaml", "--output", out, loop__checkpoint_every=1, **settings
+        )
+        return out / "pipeline"
+
+    def stages(frames: int) -> str:
+        return f"[{{latent_frames: {frames}, batch_size: 2, steps: 1, sizes: [32]}}]"
+
+    clips = {"sizes": "[32]", "batch_size": 2, "loop__steps": 1}
+    small = {
+        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
+        "pose_layer": 1, "course_layer": 0, "text_steps": 1,
+    }  # fmt: skip
+    sizes = {"latent_channels": 8, "components": 24, "dim": 16, "num_blocks": 1, "fit_clips": 32}
+    first = embedded("autoencoder", "tiny-autoencoder", **clips, **sizes)
+    decoder = embedded("autoencoder", "tiny-decoder", **clips, init_from=first)
+    details = embedded("autoencoder", "tiny-details", **clips, init_from=decoder, extra_channels=4)
+    coarse = embedded("pretrain", "tiny", autoencoder=first, stages=stages(2), **small)
+    base = embedded("pretrain", "tiny-fine", autoencoder=details, init_from=coarse, stages=stages(4), **small)
+    bound = embedded("pretrain", "tiny-bound", init_from=base, stages=stages(4), **small)
+    guided = {**SHORT, "loop.steps": 1, "memory.tile": "[2, 2, 2]", "memory.persistent_blocks": 1}
+    forcing = ("train", "forcing", "--config", CONFIGS / "tiny-guided.yaml", "--output", tmp_path / "guided")
+    command(*forcing, **guided, model=bound)
+    distill = ("train", "distill", "--config", CONFIGS / "tiny-distill.yaml", "--output", tmp_path / "student")
+    start, student = tmp_path / "guided" / "pipeline", tmp_path / "student" / "pipeline"
+    command(*distill, **guided, teacher=bound, model=start, critic_start="model", rollout_frames=4)
+    shipped = tmp_path / "shipped"
+    assert (
+        export.main([str(student), "--mean-with", str(start), "--out", str(shipped), "--set", "sampler.steps=3"]) == 0
+    )
+    pipe = SparseForcingPipeline.from_pretrained(str(shipped))
+    assert pipe.config.sampler.steps == 3
+    assert pipe.vae.latent_channels == 12
+    assert pipe("a red square", num_frames=16, height=32, width=32).frames[0].shape == (16, 32, 32, 3)

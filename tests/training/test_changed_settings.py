@@ -14,10 +14,10 @@ from sparse_forcing.cli import main
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.training.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from sparse_forcing.training.engine.loop import LoopConfig
 from sparse_forcing.training.engine.resume import FREE, Resume, changed_settings
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
-from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
+from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig, AutoencoderLoop
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, train
 from tests.training.helpers import differences, losses, newest, small_config, state
@@ -29,8 +29,8 @@ LOOP = LoopConfig(steps=4, trackers=())
 class Plain:
     """Settings of a run that trains one tensor."""
 
-    steps: int = 2
     seed: int = 0
+    compile: bool = False
     rates: dict[str, float] = field(default_factory=lambda: {"head": 1.0})
 
 
@@ -63,7 +63,8 @@ def saved(tmp_path: Path) -> Path:
         (ForcingConfig(loop=LOOP), {"loop": replace(LOOP, global_batch=16)}, ["loop.global_batch: 8 -> 16"]),
         (ForcingConfig(loop=LOOP), {"loop": replace(LOOP, steps=9, micro_batch=2, processes=4, parallel="fsdp")}, []),
         (DistillConfig(loop=LOOP), {"critic_ratio": 3, "windows": 2}, ["critic_ratio: 5 -> 3", "windows: 1 -> 2"]),
-        (AutoencoderConfig(), {"steps": 9000, "checkpoint_minutes": 1.0}, []),
+        (AutoencoderConfig(), {"loop": AutoencoderLoop(steps=9000, checkpoint_every=1, device="cpu")}, []),
+        (AutoencoderConfig(), {"loop": AutoencoderLoop(seed=1)}, ["loop.seed: 0 -> 1"]),
         (AutoencoderConfig(), {"noise": 0.1}, ["noise: 0.3 -> 0.1"]),
         (PretrainConfig(), {"caption_dropout": 0.2}, ["caption_dropout: 0.1 -> 0.2"]),
     ],
@@ -106,14 +107,14 @@ def test_another_seed_is_refused_unless_allowed(saved: Path) -> None:
         Resume().load(saved, {"part": part}, changed)
     assert not part.value.any()
     with pytest.warns(UserWarning, match="changed settings: seed: 0 -> 1"):
-        assert Resume(allow_changes=True).load(saved, {"part": part}, changed) == 2
+        assert Resume(allow_changes=True).load(saved, {"part": part}, changed).step == 2
     assert part.value.tolist() == [3, 3]
-    assert Resume().load(saved, {"part": Part()}, Plain(steps=5)) == 2
+    assert Resume().load(saved, {"part": Part()}, Plain(compile=True)).step == 2
 
 
 def test_a_named_checkpoint_starts_a_new_folder_and_is_never_skipped(saved: Path, tmp_path: Path) -> None:
     named, part = Resume(checkpoint=saved / "step-00000002"), Part()
-    assert named.load(tmp_path / "new", {"part": part}, Plain()) == 2
+    assert named.load(tmp_path / "new", {"part": part}, Plain()).step == 2
     assert part.value.tolist() == [3, 3]
     with pytest.raises(ConfigError, match=r"--resume-from .*has checkpoints of its own; choose another --output"):
         named.load(saved, {"part": part}, Plain())
@@ -128,9 +129,9 @@ def test_a_named_checkpoint_starts_a_new_folder_and_is_never_skipped(saved: Path
 
 def test_a_run_from_a_named_checkpoint_is_resumed_by_the_same_command(saved: Path, tmp_path: Path) -> None:
     out, named = tmp_path / "new", Resume(checkpoint=saved / "step-00000002")
-    assert named.load(out, {"part": Part()}, Plain()) == 2
+    assert named.load(out, {"part": Part()}, Plain()).step == 2
     save_checkpoint(out, 3, {"part": Part()}, to_plain(Plain()))
-    assert named.load(out, {"part": Part()}, Plain()) == 3
+    assert named.load(out, {"part": Part()}, Plain()).step == 3
     (out / "step-00000003" / "part.pt").write_bytes(b"damaged")
     with pytest.raises(WeightsError, match="no complete checkpoint"), pytest.warns(UserWarning, match="skipping"):
         named.load(out, {"part": Part()}, Plain())
@@ -165,17 +166,28 @@ def test_the_command_line_refuses_in_one_line_and_goes_on_when_allowed(
 ) -> None:
     path, out = tmp_path / "config.yaml", tmp_path / "out"
     path.write_text(
-        "{sizes: [16], batch_size: 2, components: 8, latent_channels: 4, dim: 8, num_blocks: 1, fit_clips: 8, steps: 1}"
+        "{sizes: [16], batch_size: 2, components: 8, latent_channels: 4, dim: 8, num_blocks: 1, fit_clips: 8, "
+        "loop: {steps: 1}}"
     )
     command = ["train", "autoencoder", "--config", str(path), "--output", str(out)]
     assert main(command) == 0
-    assert main([*command, "--set", "noise=0.5", "--set", "steps=2"]) == 2
+    capsys.readouterr()
+    assert main([*command, "--set", "noise=0.5", "--set", "loop.steps=2"]) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "noise: 0.3 -> 0.5" in line
     with pytest.warns(UserWarning, match="changed settings"):
-        assert main([*command, "--set", "noise=0.5", "--set", "steps=2", "--allow-changes"]) == 0
+        assert main([*command, "--set", "noise=0.5", "--set", "loop.steps=2", "--allow-changes"]) == 0
     assert newest(out).name == "step-00000002"
     first = shutil.move(newest(out), tmp_path / "step-00000002")
-    new = [*command[:-1], str(tmp_path / "new"), "--set", "noise=0.5", "--set", "steps=3", "--resume-from", str(first)]
+    new = [
+        *command[:-1],
+        str(tmp_path / "new"),
+        "--set",
+        "noise=0.5",
+        "--set",
+        "loop.steps=3",
+        "--resume-from",
+        str(first),
+    ]
     assert main(new) == 0
     assert newest(tmp_path / "new").name == "step-00000003"

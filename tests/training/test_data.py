@@ -30,7 +30,7 @@ from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, VideoSource, make_source
 from sparse_forcing.training.data.videos import list_videos, read_clip
-from sparse_forcing.training.engine.loop import LoopConfig
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
 from tests.training.conftest import CHANNELS, HORIZON, SIZE
 from tests.training.helpers import ROOT

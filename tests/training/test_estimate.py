@@ -19,18 +19,12 @@ from sparse_forcing.model_folder.sizes import model_sizes
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.entry import guess_stage, load_stage
-from sparse_forcing.training.memory_estimate.stages import (
-    Work,
-    cache_bytes,
-    estimate_autoencoder,
-    estimate_distillation,
-    estimate_stage,
-    parameter_count,
-)
+from sparse_forcing.training.losses.distribution_matching import ScoreConfig
+from sparse_forcing.training.memory_estimate.bytes import Work, cache_bytes, parameter_count
+from sparse_forcing.training.memory_estimate.stages import estimate_autoencoder, estimate_distillation, estimate_stage
 from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
-from sparse_forcing.training.scores import ScoreConfig
 from tests.training.conftest import SPARSE as SMALL_SPARSE
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
@@ -39,6 +33,7 @@ STAGE_OF = {
     "tiny": "pretrain", "tiny-fine": "pretrain", "tiny-sharp": "pretrain", "tiny-pairs": "pretrain",
     "tiny-bound": "pretrain",
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
+    "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",
     "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",
@@ -187,9 +182,13 @@ def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> Non
 )
 def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
     config = ForcingConfig(
-        loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES[kind],
+        loop=ONE,
+        model="tiny-base",
+        mode="teacher",
+        data=TINY["data"],
+        memory=MEMORIES[kind],
         cache_gradient=cache_gradient,
-    )  # fmt: skip
+    )
     recipe = ForcingRecipe(config, Accelerator(cpu=True))
     recipe.update(0)
     gc.collect()
@@ -291,7 +290,7 @@ def test_doctor_prints_lines_and_takes_processes(capsys: pytest.CaptureFixture[s
         ("loop: {steps: 1}\nmode: sideways\n", "mode: expected one of"),
         ("loop: {steps: 1, micro_batch: 2}\nteacher: nowhere\n", "model 'nowhere'"),
         ("loop: {steps: 1, global_batch: 6, micro_batch: 2}\nmode: teacher\n", "cannot be shared by 2 processes"),
-        ("loop: {steps: 1}\n", "may be for stage forcing or distill; say which with --stage"),
+        ("loop: {steps: 1}\n", "may be for stage autoencoder or forcing or distill; say which with --stage"),
     ],
 )
 def test_a_bad_file_is_one_line_and_exit_code_2(

@@ -14,7 +14,7 @@ import pytest
 from accelerate.tracking import get_available_trackers
 
 from sparse_forcing.config import build_config
-from sparse_forcing.training.engine.loop import TRACKERS
+from sparse_forcing.training.engine.settings import TRACKERS
 from sparse_forcing.training.recipes.forcing import ForcingConfig, train
 from tests.training.helpers import ROOT, is_complete, newest, small_config
 

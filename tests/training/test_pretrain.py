@@ -27,8 +27,7 @@ from sparse_forcing.training.losses.flow_matching import sample_sigma, sigma_qua
 from sparse_forcing.training.recipes.embedded import export
 from sparse_forcing.training.recipes.embedded import pretrain as recipe
 from sparse_forcing.training.recipes.embedded.autoencoder import with_channels
-from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
-from sparse_forcing.training.recipes.embedded.export import trained_pipeline
+from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, PretrainLoop, StageConfig
 from sparse_forcing.training.recipes.embedded.level_balance import LevelBalance
 from sparse_forcing.training.recipes.embedded.muon import BatchedMuon
 from sparse_forcing.training.recipes.embedded.pretrain_model import TextToVideo, make_autoencoder, make_models
@@ -40,6 +39,7 @@ from sparse_forcing.training.recipes.embedded.scene_targets import (
     course_targets,
     pose_targets,
 )
+from sparse_forcing.training.recipes.embedded.tiny import TINY
 from tests.training.helpers import differences, newest, state
 
 STD = [2.0, 1.0, 0.5, 0.5]
@@ -50,7 +50,6 @@ def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     small: dict[str, Any] = {
         "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
         "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 2, "fit_clips": 16,
-        "checkpoint_minutes": 1e9,
     }  # fmt: skip
     return PretrainConfig(
         stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes
@@ -235,7 +234,7 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    about = replace(export.TINY, height=32, width=32)
+    about = replace(TINY, height=32, width=32)
     SparseForcingPipeline(model.transformer, model.text_encoder, small, about).save_pretrained(tmp_path / "model")
     settings = config(init_from=str(tmp_path / "model"), autoencoder=str(tmp_path / "large"))
     vae, grown = make_models(settings)
@@ -256,7 +255,7 @@ def test_a_model_goes_on_with_more_channels_where_it_was(tmp_path: Path) -> None
 
 def test_a_text_encoder_that_gets_neighbours_begins_where_it_was_and_is_taught_them(tmp_path: Path) -> None:
     vae, model = make_models(config())
-    about = replace(export.TINY, height=32, width=32, vae="patch")
+    about = replace(TINY, height=32, width=32, vae="patch")
     SparseForcingPipeline(model.transformer, model.text_encoder, vae, about).save_pretrained(tmp_path / "model")
     captions = ["a red star spins clockwise while a small blue ring rests on white", ""]
     learned = {}
@@ -411,7 +410,7 @@ def test_a_request_to_stop_saves_and_says_so(tmp_path: Path, monkeypatch: pytest
         return train_step(*arguments)
 
     monkeypatch.setattr(recipe, "train_step", asked)
-    assert recipe.pretrain(settings, tmp_path) == 143
+    assert recipe.train(settings, tmp_path) == 143
     assert newest(tmp_path).name == "step-00000001"
 
 
@@ -422,8 +421,8 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
         StageConfig(latent_frames=1, batch_size=2, steps=3, sizes=(32,)),
         StageConfig(latent_frames=4, batch_size=2, steps=4, sizes=(32,), continuation=0.5),
     )
-    settings = config(*stages, checkpoint_minutes=0)
-    recipe.pretrain(settings, tmp_path / "whole")
+    settings = config(*stages, loop=PretrainLoop(checkpoint_every=1))
+    recipe.train(settings, tmp_path / "whole")
     train_step = recipe.train_step
 
     def killed(*arguments: Any):
@@ -433,9 +432,9 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
 
     monkeypatch.setattr(recipe, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
-        recipe.pretrain(settings, tmp_path / "out")
+        recipe.train(settings, tmp_path / "out")
     monkeypatch.undo()
-    recipe.pretrain(settings, tmp_path / "out")
+    recipe.train(settings, tmp_path / "out")
     assert differences(state(newest(tmp_path / "out")), state(newest(tmp_path / "whole"))) == []
     rows = [json.loads(row) for row in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7
@@ -443,19 +442,19 @@ def test_killed_between_checkpoints_and_resumed_is_bitwise_equal(
     assert rows[-1].keys() == {"step", *losses, "seconds_per_step"}
 
 
-def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None:
-    settings = config(checkpoint_minutes=0)
-    recipe.pretrain(settings, tmp_path / "run")
-    pipe = trained_pipeline(tmp_path / "run", settings)
-    pipe.save_pretrained(tmp_path / "model")
+def test_a_finished_run_leaves_a_model_of_averaged_weights_without_auxiliary_heads(tmp_path: Path) -> None:
+    settings = config(loop=PretrainLoop(validate_every=2))
+    assert recipe.train(settings, tmp_path) == 0
+    pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline"))
     assert not [name for name in pipe.transformer.state_dict() if "_head" in name]
-    again = export.trained(tmp_path / "model", None, None)  # a student's folder is exported the same way
-    assert again.transformer.state_dict().keys() == pipe.transformer.state_dict().keys()
-    assert differences(again.vae.state_dict(), pipe.vae.state_dict()) == []
-    with pytest.raises(ConfigError, match="needs --config"):
-        export.trained(tmp_path / "run", None, None)
-    with pytest.raises(ConfigError, match="finished model"):
-        export.trained(tmp_path / "model", "tiny.yaml", None)
+    averages = state(newest(tmp_path))["ema.pt"]
+    for part in ("transformer", "text_encoder"):
+        for name, parameter in getattr(pipe, part).named_parameters():
+            assert torch.equal(parameter, averages[f"{part}.{name}"])
+    assert len(list((tmp_path / "samples").glob("step-0000002-*.mp4"))) == 2
+    further = config(init_from=str(tmp_path / "pipeline"))
+    begun = make_models(further)[1]
+    assert differences(begun.transformer.state_dict(), pipe.transformer.state_dict()) == []
 
 
 @pytest.mark.parametrize(
@@ -470,6 +469,9 @@ def test_the_export_has_no_auxiliary_heads_and_generates(tmp_path: Path) -> None
         ({"text_neighbours": 4}, "0 or an odd number from 3 on, got 4"),
         ({"fit_clips": 0}, "fit_clips: must be positive"),
         ({"stages": ()}, "at least one stage"),
+        ({"attention_head_dim": 10**9}, "attention_head_dim: from 6 to 1024"),
+        ({"num_layers": 10**6}, "num_layers: from 1 to 256"),
+        ({"num_attention_heads": 0}, "num_attention_heads: from 1"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:

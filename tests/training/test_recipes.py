@@ -18,13 +18,13 @@ from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.model_folder.folder import find_model, load_transformer, read_defaults
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.engine.loop import LoopConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.entry import STAGES, load_stage, train
+from sparse_forcing.training.losses.distribution_matching import ScoreConfig
 from sparse_forcing.training.recipes.distill import _CRITIC, _GENERATOR, DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
 from sparse_forcing.training.recipes.shared import generators
-from sparse_forcing.training.scores import ScoreConfig
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE
 from tests.training.helpers import differences
 from tests.training.live_bytes import LiveBytes

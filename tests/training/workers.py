@@ -7,6 +7,7 @@ nan_at_step (on rank nan_rank), fail_write (OSError on the first rank's n-th wri
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
@@ -22,14 +23,12 @@ import torch
 from sparse_forcing.config import build_config
 from sparse_forcing.training.engine import checkpoint
 from sparse_forcing.training.engine.parallel import rank
-from sparse_forcing.training.recipes import distill, forcing
+from sparse_forcing.training.entry import STAGES
+from sparse_forcing.training.recipes import distill
 from sparse_forcing.training.recipes import shared as stage
 
 GROUP_ALIVE = "threads of the process group outlive the training: the interpreter may die when it ends"
 """Printed by a worker, and then an error in every test."""
-
-STAGES: dict[str, Any] = {"forcing": (forcing, forcing.ForcingConfig), "distill": (distill, distill.DistillConfig)}
-
 
 PLACES = ("manifest", "rename", "renamed", "removal")
 """Of a save after its files: a manifest half written, before and after the rename, an old checkpoint half removed."""
@@ -99,7 +98,9 @@ def install_faults(settings: dict[str, Any]) -> None:
 def run(settings_path: Path) -> int:
     settings = json.loads(settings_path.read_text())
     torch.set_num_threads(1)
-    module, kind = STAGES[settings["stage"]]
+    module_name, config_class = STAGES[settings["stage"]]
+    module = importlib.import_module(module_name)
+    kind = getattr(module, config_class)
     install_faults(settings)
     try:
         return module.train(build_config(kind, settings["config"]), Path(settings["out"]))

@@ -21,7 +21,7 @@ from sparse_forcing.model_folder.folder import find_model, load_autoencoder, loa
 from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.training.data.shards import ShardContent, refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames
-from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
+from sparse_forcing.training.data.videos import BadSamples, content_digests, encode_pixels, list_videos, read_clip
 from sparse_forcing.weights.manifest import folder_hash
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -85,6 +85,10 @@ class _Samples:
             return read_clip(video.path, frames=self.frames, size=size, fps=self.format.fps), video.prompt
         return None
 
+    def digests(self, numbers: range) -> list[str | None]:
+        """Hash of the file of each sample; none where samples are not files."""
+        return content_digests(self.videos[number] for number in numbers) if self.videos else []
+
     def listing(self) -> str:
         """Everything that names the samples, for telling two data sets apart."""
         return "\n".join([f"{video.path.name}\n{video.prompt}" for video in self.videos] or self.prompts)
@@ -124,10 +128,15 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     written = write_shards(
-        out, samples.count, shard, per_shard=config.per_shard, about=_about(config, folder, samples.listing()),
+        out,
+        samples.count,
+        shard,
+        per_shard=config.per_shard,
+        about=_about(config, folder, samples.listing()),
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
+        sources=samples.digests,
         progress=say,
-    )  # fmt: skip
+    )
     bad, budget = len(set(refused_samples(out))), config.data.max_bad_samples
     if bad > budget:  # found by several processes at the same time, each of which was within the budget
         raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")

@@ -1,16 +1,20 @@
 """Prepared training data: tensors and prompts in safetensors shards with a manifest, written resumably.
 
     folder/shard-00000.safetensors   "data" [n, ...] and "text" [n, text_len, dim] of n items
-    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "covers": ..., "refused": [...]}, written last
+    folder/shard-00000.json          {"prompts": [...], "sha256": ..., "covers": ..., "refused": [...], "sources": ...},
+                                     written last
     folder/prompts.safetensors       "text" of prompts that belong to no item: the empty one, the negative one
     folder/dataset.json              what the data is and how it was made
 
-A shard without its JSON does not exist; making the data again skips the shards that do. Of several processes of one
-launch each makes its own shards; the same bytes come out, however many there are.
+A shard without its JSON does not exist; making the data again skips the shards that do and whose samples still are what
+they were made of (`sources` are hashes of files). Of several processes of one launch each makes its own shards; the
+same bytes come out, however many there are.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import atomic_path, atomic_write_json, read_json, sha256_file
+from sparse_forcing.files import atomic_path, atomic_write_json, read_json, remove_file, sha256_file
 from sparse_forcing.training.engine.parallel import from_first, mean_over_ranks, rank, world_size
 from sparse_forcing.weights.safe_load import check_safetensors
 
@@ -47,17 +51,30 @@ def _shard(folder: Path, number: int) -> Path:
     return folder / f"shard-{number:05d}.safetensors"
 
 
+def shard_files(folder: Path) -> list[Path]:
+    """The files of a set that are there, whoever wrote them."""
+    return [*folder.glob("shard-*.safetensors"), *folder.glob("shard-*.json"), folder / _DATASET, folder / _LOOSE]
+
+
 def write_shards(
-    folder: Path, count: int, make: Callable[[range], ShardContent], *, per_shard: int, about: dict[str, Any],
+    folder: Path,
+    count: int,
+    make: Callable[[range], ShardContent],
+    *,
+    per_shard: int,
+    about: dict[str, Any],
     loose_text: tuple[list[str], Callable[[list[str]], Tensor]] | None = None,
+    sources: Callable[[range], list[str | None]] = lambda samples: [],
     progress: Callable[[str], None] = lambda line: None,
-) -> int:  # fmt: skip
+) -> int:
     """Make and write what is missing; returns the number of shards written now, by all processes of the launch.
 
     Args:
         count: samples in all; make: numbers of a shard's samples -> what to store of them.
         about: settings the data depends on; a folder made with others is refused.
         loose_text: prompts of no item whose embeddings training needs too, and what embeds them.
+        sources: numbers of a shard's samples -> hash of each one's file, None where it cannot be read. A shard that was
+            made of other files is made again.
         progress: is told one line per shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,20 +84,33 @@ def write_shards(
     written = 0
     for number in range(rank(), len(starts), world_size()):
         first, path = starts[number], _shard(folder, number)
-        if path.with_suffix(".json").exists():
-            continue
         samples = range(first, min(first + per_shard, count))
+        present = sources(samples)  # before the samples are read: what replaces them later is then noticed
+        if path.with_suffix(".json").exists():
+            if _same_sources(read_json(path.with_suffix(".json")).get("sources", []), present):
+                continue
+            progress(f"shard {number + 1} of {len(starts)}: its files have changed since it was made; it is made again")
+            remove_file(path.with_suffix(".json"))
         content = make(samples)
         digest = _write(path, content.tensors) if content.prompts else None
         record = {
-            "prompts": content.prompts, "sha256": digest, "covers": len(samples), "refused": list(content.refused),
+            "prompts": content.prompts,
+            "sha256": digest,
+            "covers": len(samples),
+            "refused": list(content.refused),
+            "sources": present,
             "shapes": {name: list(x.shape) for name, x in content.tensors.items()},
-        }  # fmt: skip
+        }
         atomic_write_json(path.with_suffix(".json"), record)
         written += 1
         progress(f"shard {number + 1} of {len(starts)}")
     # Here all wait for each other, so that whoever goes on finds the data complete.
     return round(mean_over_ranks({"written": float(written)})["written"] * world_size())
+
+
+def _same_sources(then: list[str | None], now: list[str | None]) -> bool:
+    """Whether files are what they were; those that cannot be read any more are not what a shard is made of anew."""
+    return len(then) == len(now) and all(new in (old, None) for old, new in zip(then, now))
 
 
 def _commit(
@@ -136,6 +166,11 @@ class Shards:
 
     def __len__(self) -> int:
         return len(self.prompts)
+
+    def digest(self) -> str:
+        """One SHA-256 of all that is in the folder, by the hashes in its records."""
+        records = [[record["sha256"], record["prompts"]] for record in self.records]
+        return hashlib.sha256(json.dumps([self.about, records], sort_keys=True).encode()).hexdigest()
 
     def __getitem__(self, items: list[int]) -> tuple[Tensor, list[str]]:
         """data [n, ...] and prompts of n items."""
@@ -200,6 +235,10 @@ class StoredText(nn.Module):
         """[B, text_len, dim] in float32."""
         device = self.get_buffer("where").device
         return torch.stack([self._one(prompt) for prompt in prompts]).to(device, torch.float32)
+
+    def remarks(self, prompts: list[str]) -> list[str]:
+        """Nothing: whoever encoded the prompts was told."""
+        return []
 
     def _one(self, prompt: str) -> Tensor:
         if prompt in self.places:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -14,11 +16,10 @@ from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.scenes.sample import motion_table, shape_table
-from sparse_forcing.scenes.worlds.batch import check_weights
 from sparse_forcing.scenes.worlds.config import GROUNDS, WorldConfig
-from sparse_forcing.training.data.procedural import procedural_batch, worlds_in_batch
+from sparse_forcing.training.data.procedural import check_world_share, procedural_batch, worlds_in_batch
 from sparse_forcing.training.data.shards import Shards
-from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip
+from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip, videos_digest
 
 KINDS = ("procedural", "videos", "prompts", "shards")
 
@@ -28,9 +29,9 @@ class DataConfig:
     """Clips and prompts of a stage.
 
     Args:
-        kind: procedural (clips made on the fly), videos (a folder of mp4 files, each with its caption in a txt file of
-            the same name, or a JSONL manifest with `video` and `prompt`), prompts (a text file, one per line), shards
-            (tensors that `sparse-forcing data encode` or `data ode-pairs` prepared).
+        kind: procedural (clips made on the fly), videos (a folder of video files, each with its caption in a txt file
+            of the same name, or a JSONL or CSV manifest with `video` and `prompt`), prompts (a text file, one per
+            line), shards (tensors that `sparse-forcing data encode` or `data ode-pairs` prepared).
         path: file or folder for all but procedural.
         latent_frames: length of a clip; size: pixels of its sides (procedural).
         motion_weights: how much likelier than the rest a motion is in scenes of one object; shape_weights: the same for
@@ -88,12 +89,7 @@ class DataConfig:
             motion_table(self.motion_weights)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
-        if not 0 <= self.world_fraction <= 1:
-            raise ConfigError(f"world_fraction is a share in [0, 1], got {self.world_fraction}")
-        if (self.world_fraction > 0) != (self.worlds is not None):
-            raise ConfigError("worlds and world_fraction: either has an effect only with the other")
-        if self.worlds is not None:
-            check_weights(self.worlds)
+        check_world_share(self.worlds, self.world_fraction)
         self.world_config(1)
 
     def world_config(self, num_frames: int) -> WorldConfig:
@@ -113,6 +109,10 @@ class VideoFormat:
 
 
 class Source(Protocol):
+    def digest(self) -> str | None:
+        """SHA-256 of what the samples come from, None where settings alone say it. Reads whole files."""
+        ...
+
     def prompts(self, draw: int, count: int) -> list[str]: ...
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
@@ -131,10 +131,7 @@ def make_source(config: DataConfig, seed: int, vae: VideoAutoencoder, own: Video
 
 def pixel_frames(vae: VideoAutoencoder, latent_frames: int) -> int:
     """Pixel frames of a clip."""
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=(1, 1, 1), chunk_frames=1,
-        first_frame_alone=vae.first_frame_alone,
-    )  # fmt: skip
+    geometry = VideoGeometry.of(vae, {"patch_size": (1, 1, 1), "chunk_frames": 1})  # of which pixels do not depend
     return geometry.pixel_frames(latent_frames)
 
 
@@ -144,6 +141,9 @@ class ProceduralSource:
     def __init__(self, config: DataConfig, seed: int, vae: VideoAutoencoder) -> None:
         self.config, self.seed, self.vae = config, seed, vae
         self.frames = pixel_frames(vae, config.latent_frames)
+
+    def digest(self) -> None:
+        return None
 
     def _batch(self, draw: int, count: int, num_frames: int, *, world_frames: int | None = None):
         """Pixels [B, 3, F, S, S] and captions; `world_frames` is how long worlds are planned to be, `num_frames` of
@@ -184,6 +184,9 @@ class Shuffled:
     def __init__(self, config: DataConfig, seed: int, prompts: list[str]) -> None:
         self.config, self.seed, self.all_prompts = config, seed, prompts
 
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.all_prompts).encode()).hexdigest()
+
     def items(self, draw: int, count: int) -> list[int]:
         """Every item once per epoch, in an order of the epoch's own."""
         return [self.item(number) for number in range(draw * count, (draw + 1) * count)]
@@ -216,6 +219,9 @@ class StoredSource(Shuffled):
         if shape is not None and shape[-4] != config.latent_frames:
             raise ConfigError(f"latent_frames: {config.latent_frames}, but {config.path} holds clips of {shape[-4]}")
 
+    def digest(self) -> str:
+        return super().digest() if self.shards is None else self.shards.digest()
+
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
         if self.shards is None or self.shards.shape("data") is None:
             raise ConfigError("data.kind: this stage needs clips; prompts alone are not enough")
@@ -233,6 +239,9 @@ class VideoSource(Shuffled):
         self.format = clip_format(config, own)
         self.frames = pixel_frames(vae, config.latent_frames)
         self.bad = BadSamples(config.max_bad_samples)
+
+    def digest(self) -> str:
+        return videos_digest(self.videos)
 
     def clips(self, draw: int, count: int) -> tuple[Tensor, list[str]]:
         pixels, prompts = zip(*(self._sample(number) for number in range(draw * count, (draw + 1) * count)))

@@ -7,22 +7,23 @@ training then only reads, and not by a pool of workers.
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, VideoError
-from sparse_forcing.files import parse_json
+from sparse_forcing.files import is_file, read_json, sha256_file
+from sparse_forcing.media.listing import Row, folder_manifest, list_folder, read_caption, read_rows
 from sparse_forcing.media.video import iter_frames, probe
 from sparse_forcing.model.vae import VideoAutoencoder
-from sparse_forcing.sampling.generation.prompts import MAX_FILE_BYTES, check_prompt
+from sparse_forcing.sampling.generation.prompts import check_prompt
 
 
 @dataclass(frozen=True)
@@ -32,59 +33,61 @@ class CaptionedVideo:
 
 
 def list_videos(path: Path) -> list[CaptionedVideo]:
-    """Videos of a folder (x.mp4 beside x.txt) or of a JSONL manifest ({"video": ..., "prompt": ...} per line).
+    """Videos of a manifest, or of a folder with a caption for each: x.txt beside x.mp4, or the x.json of `generate`.
 
     Raises:
-        ConfigError: nothing there, a video without a caption, or a line that is not an entry. Nothing is decoded.
+        ConfigError: nothing there, a video without a caption, or a row that is not an entry. Nothing is decoded.
     """
-    if path.is_dir():
-        manifest = path / "manifest.jsonl"
-        found = _from_manifest(manifest) if manifest.is_file() else _from_folder(path)
+    manifest = folder_manifest(path) if path.is_dir() else path
+    if manifest is None:
+        found = [CaptionedVideo(video, _caption(video)) for video in list_folder(path)]
     else:
-        found = _from_manifest(path)
+        found = [CaptionedVideo(row.video, _prompt(row)) for row in read_rows(manifest)]
     if not found:
         raise ConfigError(f"{path}: holds no videos (x.mp4 with its caption in x.txt, or a manifest.jsonl)")
     return found
 
 
-def _from_folder(folder: Path) -> list[CaptionedVideo]:
-    return [
-        CaptionedVideo(video, check_prompt(_text(video.with_suffix(".txt")), str(video.with_suffix(".txt"))))
-        for video in sorted(folder.glob("*.mp4"))
-    ]
+def _prompt(row: Row) -> str:
+    prompt = row.fields.get("prompt")
+    if not isinstance(prompt, str):
+        raise ConfigError(f'{row.where}: expected {{"video": "file.mp4", "prompt": "..."}}, with a text as prompt')
+    return check_prompt(prompt, row.where)
 
 
-def _from_manifest(path: Path) -> list[CaptionedVideo]:
-    found = []
-    for number, line in enumerate(_text(path).splitlines(), 1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        entry: Any = parse_json(line, source=where)
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("video", "prompt")):
-            raise ConfigError(f'{where}: expected {{"video": "file.mp4", "prompt": "..."}}')
-        found.append(CaptionedVideo(path.parent / entry["video"], check_prompt(entry["prompt"], where)))
-    return found
+def _caption(video: Path) -> str:
+    caption, sidecar = video.with_suffix(".txt"), video.with_suffix(".json")
+    if is_file(sidecar, ConfigError) and not is_file(caption, ConfigError):
+        record = read_json(sidecar)
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if isinstance(prompt, str):
+            return check_prompt(prompt, str(sidecar))
+    return check_prompt(read_caption(caption), str(caption))
 
 
-def _text(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_FILE_BYTES + 1)
-        if len(data) > MAX_FILE_BYTES:
-            raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
-        return data.decode("utf-8-sig")
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text") from error
+def content_digests(videos: Iterable[CaptionedVideo]) -> list[str | None]:
+    """SHA-256 of each file, which says more than its name; None where it cannot be read."""
+    digests: list[str | None] = []
+    for video in videos:
+        try:
+            digests.append(sha256_file(video.path))
+        except (OSError, ValueError):
+            digests.append(None)
+    return digests
+
+
+def videos_digest(videos: Iterable[CaptionedVideo]) -> str:
+    """One SHA-256 of what is in some videos and of their prompts."""
+    videos = list(videos)
+    lines = [f"{digest} {video.prompt!r}" for digest, video in zip(content_digests(videos), videos)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_clip(path: Path, *, frames: int, size: tuple[int, int], fps: float) -> Tensor:
-    """The first `frames` frames of a video at `fps`, filling `size` (height, width): [3, F, H, W] in [-1, 1].
+    """The first `frames` frames of a video, at `fps` by their time stamps, filling `size`: [3, F, H, W] in [-1, 1].
 
-    A faster video loses frames, a slower one repeats none: it is refused. The picture is scaled to cover the size and
-    its middle is cut out. The whole file is decoded, because only its end tells whether it is complete.
+    A faster video loses frames, a slower one repeats none: it is refused. The picture is scaled to cover the size
+    (height, width), and its middle is cut out. The whole file is decoded: only its end tells whether it is complete.
 
     Raises:
         VideoError: damaged, cut short, too short or too slow.
@@ -92,13 +95,12 @@ def read_clip(path: Path, *, frames: int, size: tuple[int, int], fps: float) -> 
     info = probe(path)
     if info.fps < fps * 0.99:
         raise VideoError(f"{path}: has {info.fps:g} frames per second, fewer than the {fps:g} asked for")
-    wanted = [round(index * info.fps / fps) for index in range(frames)]
     kept: list[np.ndarray] = []
-    for index, frame in enumerate(iter_frames(path)):
-        if len(kept) < frames and index == wanted[len(kept)]:
+    for frame in iter_frames(path, fps=fps):
+        if len(kept) < frames:
             kept.append(_cover(frame, size))
     if len(kept) < frames:
-        raise VideoError(f"{path}: too short: {frames} frames at {fps:g} per second need {wanted[-1] + 1} of its own")
+        raise VideoError(f"{path}: too short: {frames / fps:g} s are needed, it has {info.duration:g}")
     return torch.from_numpy(np.stack(kept)).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -37,6 +37,8 @@ _TEMPORARY = ".tmp-step-"
 
 
 class Stateful(Protocol):
+    """A part of a checkpoint. One with `waivable = True` may be missing from it, and `--allow-changes` skips it."""
+
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
@@ -109,7 +111,14 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(
-    out: Path, step: int, parts: dict[str, Stateful], config: dict, *, keep: int = 2, random_state: bool = False
+    out: Path,
+    step: int,
+    parts: dict[str, Stateful],
+    config: dict,
+    *,
+    keep: int = 2,
+    random_state: bool = False,
+    window: Sequence[dict[str, float]] = (),
 ) -> Path:
     """Write every part's state under `out/step-N`; older checkpoints go only after the new one is complete.
 
@@ -118,6 +127,7 @@ def save_checkpoint(
     Args:
         keep: complete checkpoints that stay, at least two.
         random_state: also save every process's random state.
+        window: numbers of the steps since the last row of metrics, for the manifest.
 
     Raises:
         OutputError: what could not be written, and how many bytes it needs.
@@ -140,7 +150,9 @@ def save_checkpoint(
     saving.agree(str(final))
     if rank() == 0:
         with saving.attempt():
-            _commit(temporary, final, {"step": step, "processes": world_size(), "config": config})
+            _commit(
+                temporary, final, {"step": step, "processes": world_size(), "config": config, "window": list(window)}
+            )
     saving.agree(str(final))
     if rank() == 0:
         _prune(final, max(keep, 2))
@@ -219,9 +231,13 @@ def newest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(
-    folder: Path, parts: dict[str, Stateful], *, manifest: dict[str, Any] | None = None, random_state: bool = False,
+    folder: Path,
+    parts: dict[str, Stateful],
+    *,
+    manifest: dict[str, Any] | None = None,
+    random_state: bool = False,
     allow_missing_random: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """Load every part; returns the step. Every process must call it; when one fails, all raise.
 
     The first process alone compares the files with their hashes.
@@ -246,11 +262,18 @@ def load_checkpoint(
 
 
 def _load(
-    folder: Path, manifest: dict[str, Any], parts: dict[str, Stateful], *, random_state: bool,
+    folder: Path,
+    manifest: dict[str, Any],
+    parts: dict[str, Stateful],
+    *,
+    random_state: bool,
     allow_missing_random: bool,
-) -> None:  # fmt: skip
+) -> None:
     for name, part in parts.items():
         path = folder / f"{name}.pt"
+        if path.name not in manifest["files"] and getattr(part, "waivable", False):
+            warnings.warn(f"{folder}: is of a version that kept no {name!r}; it is taken as it is now", stacklevel=4)
+            continue
         if path.name not in manifest["files"]:
             raise WeightsError(f"{folder}: has no {name!r}; it holds {', '.join(sorted(manifest['files']))}")
         _load_part(path, part)

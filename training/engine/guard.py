@@ -13,7 +13,7 @@ from types import FrameType, TracebackType
 
 import torch
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, NotFiniteError
 from sparse_forcing.training.engine.parallel import any_rank
 
 STOPPED = 143
@@ -63,34 +63,41 @@ def stop_with_launcher() -> None:
 def check_finite(step: int, values: dict[str, float]) -> None:
     """Refuse losses and gradient norms of a network that are NaN or infinite, on every process if it happens on one.
 
-    Call it before the network's optimizer step. Raises FloatingPointError.
+    Call it before the network's optimizer step. Raises NotFiniteError.
     """
     bad = {name: value for name, value in values.items() if not math.isfinite(value)}
     if any_rank(bool(bad)):
         what = ", ".join(f"{name} = {value}" for name, value in bad.items()) or "another process has a non-finite value"
-        raise FloatingPointError(f"step {step}: {what}; this network's update was not applied")
+        raise NotFiniteError(f"step {step}: {what}; this network's update was not applied")
 
 
 @contextmanager
-def explained_failures(step: int, geometry: str, saved: int) -> Iterator[None]:
+def explained_failures(when: str, relief: str, saved: int = 0) -> Iterator[None]:
     """Say what to do about a step that failed; nothing is retried with other settings behind the user's back.
 
     Args:
-        geometry: what was being computed.
+        when: what was being computed, after "out of memory".
+        relief: what takes less memory.
         saved: step of the newest checkpoint, 0 without one.
 
     Raises:
         ConfigError: out of memory, and what to lower.
-        FloatingPointError: a number that is not finite, and where the run can go on.
+        NotFiniteError: a number that is not finite, and where the run can go on.
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ConfigError(
-            f"out of memory in step {step} ({geometry}); lower micro_batch (the global batch stays, gradients "
-            "accumulate), turn on gradient_checkpointing, shard with parallel: fsdp, or shorten the rollout"
-        ) from error
-    except FloatingPointError as error:
+    except NotFiniteError as error:
         # Another network may have been updated in the same step (distillation): that is lost with the process.
         where = f"resuming goes on from step {saved}" if saved else "there is no checkpoint yet"
-        raise FloatingPointError(f"{error}, and nothing of this step is saved; {where}") from error
+        raise NotFiniteError(f"{error}, and nothing of this step is saved; {where}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        raise ConfigError(f"out of memory {when}; {relief}") from error
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory is not enough: a GPU's, or this machine's, which torch reports by its words."""
+    words = str(error)
+    of_host = "DefaultCPUAllocator" in words or "can't allocate memory" in words
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (isinstance(error, RuntimeError) and of_host)

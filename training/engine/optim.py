@@ -1,8 +1,10 @@
-"""AdamW with a learning-rate schedule that is a function of the step, so that resuming needs no scheduler state."""
+"""AdamW, a learning-rate schedule that is a function of the step (resuming needs no scheduler state), and the one place
+where optimizers step."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,9 @@ import torch
 from torch import nn
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.training.engine.ema import ParameterEma
+from sparse_forcing.training.engine.guard import check_finite
+from sparse_forcing.training.engine.parallel import average_gradients
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,3 +66,47 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Rate of every group, times its own factor if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("factor", 1.0)
+
+
+def apply_gradients(
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    *,
+    name: str,
+    loss: float,
+    rate: float,
+    max_grad_norm: float | None,
+    ema: ParameterEma | None = None,
+) -> dict[str, float]:
+    """Average and clip the gradients of a network, refuse numbers that are not finite, update; every process calls it.
+
+    Args:
+        optimizers: of the network's parameters; all take `rate`.
+        name: of the network in metrics and messages.
+        loss: that the gradients are of.
+        ema: average of the network to update, too.
+
+    Raises:
+        NotFiniteError: loss or gradient norm is NaN or infinite; the weights are as they were.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    average_gradients(parameters)
+    norm = clip_gradients(parameters, max_grad_norm)
+    check_finite(step, {f"{name} loss": loss, f"{name} gradient norm": norm})
+    for optimizer in optimizers:
+        set_rate(optimizer, rate)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    if ema is not None:
+        ema.update(module)
+    return {f"{name}_loss": loss, f"{name}_gradient_norm": norm}
+
+
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+    """Clip to `max_norm`, if one is given, over all parameters, sharded or not; returns the norm before."""
+    if max_norm is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    else:
+        norm = nn.utils.clip_grad_norm_(parameters, max_norm)
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

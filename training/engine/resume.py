@@ -16,15 +16,36 @@ from sparse_forcing.training.engine.parallel import from_first, rank
 
 FREE = frozenset(
     {
-        "steps", "checkpoint_minutes", "keep_checkpoints", "device", "compile", "loop.steps", "loop.micro_batch",
-        "loop.processes", "loop.parallel", "loop.gradient_checkpointing", "loop.checkpoint_every",
-        "loop.keep_checkpoints", "loop.log_every", "loop.validate_every", "loop.trackers", "loop.allow_missing_random",
+        "compile",
+        "loop.steps",
+        "loop.device",
+        "loop.micro_batch",
+        "loop.processes",
+        "loop.parallel",
+        "loop.gradient_checkpointing",
+        "loop.checkpoint_every",
+        "loop.keep_checkpoints",
+        "loop.log_every",
+        "loop.validate_every",
+        "loop.trackers",
+        "loop.allow_missing_random",
     }
-)  # fmt: skip
+)
 """Settings that say how long and on which machine a run trains and what it tells, not what it learns."""
 
 
 _ORIGIN = "resumed-from.txt"
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Where a run goes on.
+
+    step: number of the next optimizer step; window: numbers of the steps since the last row of metrics (`RunLog`).
+    """
+
+    step: int = 0
+    window: tuple[dict[str, float], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +61,8 @@ class Resume:
     checkpoint: Path | None = None
     allow_changes: bool = False
 
-    def load(self, out: Path, parts: dict[str, Stateful], config: Any, **options: bool) -> int:
-        """Load the checkpoint into `parts`; returns its step, 0 when there is none. Every process must call it.
+    def load(self, out: Path, parts: dict[str, Stateful], config: Any, **options: bool) -> Begun:
+        """Load the checkpoint into `parts`; returns where it stands, at 0 without one. Every process must call it.
 
         Args:
             config: the stage's, to be compared with the checkpoint's.
@@ -60,10 +81,13 @@ class Resume:
                 f"{out}: no complete checkpoint; choose a new --output to start from {self.checkpoint} again"
             )
         if found is None:
-            return 0
+            return Begun()
         folder, manifest = found
         self._compare(folder, manifest, config)
-        return load_checkpoint(folder, parts, manifest=manifest, **options)
+        if self.allow_changes:
+            parts = {name: part for name, part in parts.items() if not getattr(part, "waivable", False)}
+        step = load_checkpoint(folder, parts, manifest=manifest, **options)
+        return Begun(step, tuple(manifest.get("window", ())))
 
     def _went_on_from(self, out: Path) -> bool:
         """Whether the checkpoints of `out` are later ones of a run that began with this very `--resume-from`."""

@@ -51,17 +51,12 @@ def per_chunk(draws: Tensor, chunks: list[int]) -> Tensor:
     return draws[:, starts].repeat_interleave(torch.tensor(chunks, device=draws.device), 1)
 
 
-def forcing_loss(flow: Tensor, latents: Tensor, noise: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
-    """Teacher- and diffusion-forcing loss: flow error weighted by the schedule's training weight, in float32.
+def scheduled_flow_loss(flow: Tensor, target: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
+    """Teacher- and diffusion-forcing loss: error against the target flow by the schedule's training weight, in float32.
 
     Args:
-        flow, latents, noise: [B, F, C, H, W]; timestep: [B, F], constant inside a chunk.
+        flow, target: [B, F, C, H, W]; timestep: [B, F], constant inside a chunk.
     """
-    return scheduled_flow_loss(flow, noise - latents, timestep, schedule)
-
-
-def scheduled_flow_loss(flow: Tensor, target: Tensor, timestep: Tensor, schedule: FlowSchedule) -> Tensor:
-    """The same for any target flow [B, F, C, H, W]."""
     error = (flow.float() - target.float()).square().flatten(2).mean(-1)
     return (error * schedule.training_weight_at(timestep)).mean()
 

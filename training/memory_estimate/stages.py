@@ -9,7 +9,7 @@ whole at the time is among the activations.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -20,15 +20,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.devices import compute_dtype, resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, MemoryGeometry
-from sparse_forcing.memory.sparse_pool import SlotPlan
-from sparse_forcing.memory.sparse_training import HISTORY_POOLS
-from sparse_forcing.model.attention import dense_attention
-from sparse_forcing.model.rope import Rotary
-from sparse_forcing.model.transformer import CausalWanBlock
 from sparse_forcing.model.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.model_folder.sizes import ModelSizes, model_sizes, on_meta
 from sparse_forcing.training.engine.lora import LoraConfig
+from sparse_forcing.training.memory_estimate.bytes import (
+    Work,
+    activation_bytes,
+    cache_bytes,
+    graph_bytes,
+    parameter_count,
+    trained_count,
+)
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import FIT_SIZE, AutoencoderConfig
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig
@@ -63,175 +65,19 @@ class MemoryEstimate:
         return [f"{name:<12} {value / GIB:9.3f} GiB" for name, value in {**asdict(self), "total": self.total}.items()]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Work:
-    """What one micro-batch computes.
-
-    Args:
-        frames: latent frames that carry gradients at the same time; rows, cols: tokens of each.
-        context_frames: clean frames that carry gradients beside them (teacher forcing).
-        memory: of a rollout, chunk by chunk; None when all frames are computed at once.
-        cache_gradient: of that memory, as in sparse_forcing.memory.
-        windows: latent frames of each window of a rollout that goes on after a backward pass; one of `frames` if empty.
-        text_len: tokens of a prompt.
-        number_bytes: of a number in computation.
-    """
-
-    frames: int
-    rows: int
-    cols: int
-    context_frames: int = 0
-    memory: MemoryConfig | None = None
-    cache_gradient: str = "detached"
-    windows: tuple[int, ...] = ()
-    micro_batch: int = 1
-    text_len: int = 512
-    number_bytes: int = 2
-    checkpointing: bool = True
-
-    @property
-    def tokens_per_frame(self) -> int:
-        return self.rows * self.cols
-
-
-def parameter_count(config: dict[str, Any]) -> int:
-    """Parameters of a transformer config, counted on meta tensors."""
-    return sum(p.numel() for p in on_meta(config).parameters())
-
-
-def trained_count(config: dict[str, Any], lora: LoraConfig | None) -> int:
-    """Parameters of a network that train: all, or those of its adapters and selectors."""
-    if lora is None:
-        return parameter_count(config)
-    selectors = sum(p.numel() for name, p in on_meta(config).named_parameters() if ".selector." in name)
-    return lora.parameter_count(on_meta(config)) + selectors
-
-
-class _Dense:
-    """Self-attention to all tokens of the pass."""
-
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return dense_attention(query, key, value)
-
-
-def saved_bytes(
-    config: dict[str, Any], tokens: int, text_tokens: int, batch: int, number_bytes: int, *, frozen: bool = False
-) -> int:
-    """Bytes that autograd saves of one block's forward pass, inputs and parameters not counted.
-
-    The block runs on fake tensors, in this machine's arithmetic for a CPU (where attention computes in float32). A
-    frozen one passes gradients on to its tokens alone.
-    """
-    sizes = on_meta(config).config
-    dim = sizes.num_attention_heads * sizes.attention_head_dim
-    half = number_bytes == 2
-    saved: dict[int, Tensor] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        saved.setdefault(x.untyped_storage()._cdata, x)
-        return x
-
-    with FakeTensorMode():
-        block = CausalWanBlock(dim, sizes.ffn_dim, sizes.num_attention_heads, sizes.cross_attn_norm, sizes.eps, None)
-        block.requires_grad_(not frozen)
-        x = torch.zeros(batch, tokens, dim, dtype=torch.bfloat16 if half else torch.float32, requires_grad=True)
-        modulation = torch.zeros(batch, 1, 6, dim, requires_grad=not frozen)
-        text = torch.zeros(batch, text_tokens, dim, requires_grad=not frozen)
-        rotary = Rotary(*(torch.zeros(tokens, sizes.attention_head_dim // 2) for _ in range(2)))
-        given = {y.untyped_storage()._cdata for y in (x, modulation, text, *rotary, *block.parameters())}
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda y: y),
-            torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False),
-        ):
-            block(x, modulation, text, rotary, _Dense(), 0)
-        return sum(y.untyped_storage().nbytes() for key, y in saved.items() if key not in given)
-
-
-def _graph_bytes(config: dict[str, Any], work: Work, *, frozen: bool = False) -> tuple[int, int]:
-    """(bytes that a pass leaves for its backward pass, bytes that computing one of its blocks again then adds)."""
-    sizes = on_meta(config).config
-    dim = sizes.num_attention_heads * sizes.attention_head_dim
-    tokens = (work.frames + work.context_frames) * work.tokens_per_frame
-    block = saved_bytes(config, tokens, work.text_len, work.micro_batch, work.number_bytes, frozen=frozen)
-    if not work.checkpointing:
-        return sizes.num_layers * block, 0
-    return sizes.num_layers * work.micro_batch * tokens * dim * work.number_bytes, block
-
-
-def activation_bytes(config: dict[str, Any], work: Work) -> int:
-    """Bytes of activations when a backward pass begins: all blocks', or (checkpointed) one's and every one's input."""
-    return sum(_graph_bytes(config, work))
-
-
-def cache_bytes(config: dict[str, Any], work: Work) -> int:
-    """Bytes of keys and values that a training rollout holds, those that only its graphs still need included."""
-    if work.memory is None:
-        return 0
-    sizes = on_meta(config).config
-    if work.memory.kind == "sparse":
-        tokens = _sparse_tokens(work.memory, work, sizes.chunk_frames, sizes.num_layers)
-    else:
-        tokens = sizes.num_layers * _dense_tokens(work.memory, work, sizes.chunk_frames)
-    per_token = 2 * sizes.num_attention_heads * sizes.attention_head_dim * work.number_bytes
-    return work.micro_batch * per_token * tokens
-
-
-def _dense_tokens(memory: MemoryConfig, work: Work, chunk_frames: int) -> int:
-    """Dense memories are written out of place: each chunk's pass with gradients holds the cache it read."""
-    begin = most = 0
-    for frames in work.windows or (work.frames,):
-        ends = range(begin + chunk_frames, begin + frames + 1, chunk_frames)
-        extra = memory.persistent_tokens if memory.kind == "heavy_hitter" else 0
-        kept = [min(end, memory.window or end) * work.tokens_per_frame for end in ends]
-        most = max(most, sum(min(tokens + extra, end * work.tokens_per_frame) for tokens, end in zip(kept, ends)))
-        begin += frames
-    return most
-
-
-def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: int) -> int:
-    """Finished chunks are kept once; every pass makes a pool of blocks of them, for one layer at a time, its backward
-    pass one more (after the pass itself, with checkpointing) and its gradients. Where gradients go through the cache,
-    each pass keeps a pool of its own instead, and with checkpointing there is that of the pass computed again."""
-    geometry = MemoryGeometry(
-        rows=work.rows, cols=work.cols, num_layers=0, chunk_frames=chunk_frames, horizon_frames=work.frames
-    )
-    sizes = SlotPlan(memory, geometry)
-    at_once = (2 + work.checkpointing) * sizes.num_slots
-    if work.cache_gradient == "detached":
-        windows = [frames // chunk_frames for frames in work.windows or (work.frames,)]
-        blocks = history_blocks(windows, sizes.layout.num_blocks, sizes.num_slots)
-    else:
-        passes = (work.frames + work.context_frames) // chunk_frames
-        merged = 2 if work.cache_gradient == "straight_through" else 0  # what clean passes leave, and its gradients
-        pools = passes + merged + work.checkpointing
-        blocks, at_once = pools * sizes.num_slots, 3 * sizes.num_slots
-    return (layers * blocks + at_once) * sizes.layout.block_tokens
-
-
-def history_blocks(windows: Sequence[int], chunk_blocks: int, slots: int) -> int:
-    """Most blocks of finished chunks that live at once: those of the history, and those it has replaced by a copy of
-    the pool but that passes of the same window still need.
-
-    Args:
-        windows: chunks of each window; chunk_blocks: blocks of a chunk; slots: blocks of the pool.
-    """
-    history = most = 0
-    for chunks in windows:
-        replaced = 0
-        for _ in range(chunks):
-            if history + chunk_blocks > HISTORY_POOLS * slots:
-                history, replaced = slots, replaced + history
-            else:
-                history += chunk_blocks
-            most = max(most, history + replaced)
-    return most
-
-
 def estimate_distillation(
-    generator: dict[str, Any], critic: dict[str, Any], teacher: dict[str, Any], work: Work, *, shards: int = 1,
-    encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None, score_context: int = 0,
+    generator: dict[str, Any],
+    critic: dict[str, Any],
+    teacher: dict[str, Any],
+    work: Work,
+    *,
+    shards: int = 1,
+    encoders: int = 0,
+    lora: LoraConfig | None = None,
+    critic_lora: LoraConfig | None = None,
+    score_context: int = 0,
     real_passes: int = 0,
-) -> MemoryEstimate:  # fmt: skip
+) -> MemoryEstimate:
     """Estimate of three networks. The two updates of a step follow each other: the gradients and graphs of one are gone
     when the other begins.
 
@@ -246,9 +92,9 @@ def estimate_distillation(
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
     at_once = replace(work, memory=None, context_frames=score_context)
-    left, again = _graph_bytes(generator, work)
+    left, again = graph_bytes(generator, work)
     if real_passes:  # whose gradients are taken before those of the rollout
-        scores = [_graph_bytes(critic, at_once), *[_graph_bytes(teacher, at_once, frozen=True)] * real_passes]
+        scores = [graph_bytes(critic, at_once), *[graph_bytes(teacher, at_once, frozen=True)] * real_passes]
         again = max(again, sum(kept for kept, _ in scores) + max(more for _, more in scores))
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
@@ -263,9 +109,14 @@ def estimate_distillation(
 
 
 def estimate_one_network(
-    config: dict[str, Any], work: Work, *, shards: int = 1, encoders: int = 0, lora: LoraConfig | None = None,
+    config: dict[str, Any],
+    work: Work,
+    *,
+    shards: int = 1,
+    encoders: int = 0,
+    lora: LoraConfig | None = None,
     guided: bool = False,
-) -> MemoryEstimate:  # fmt: skip
+) -> MemoryEstimate:
     """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
     weights are kept, frozen, to learn from."""
     trained = trained_count(config, lora)
@@ -293,6 +144,8 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         return estimate_pretraining(config), []
     if isinstance(config, AutoencoderConfig):
         return estimate_autoencoder(config), []
+    if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
+        raise ConfigError(f"{type(config).__name__}: what this stage needs is not estimated")
     if config.loop.micro_batches % processes:
         raise ConfigError(
             f"loop.global_batch: {config.loop.micro_batches} micro-batches cannot be shared by {processes} processes"
@@ -340,9 +193,15 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
         context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0
         side = stage.sizes[0] // PatchAutoencoder(1).spatial_stride  # batches of all sizes have as many tokens
         work = Work(
-            frames=stage.latent_frames, context_frames=context, rows=side, cols=side, text_len=config.text_len,
-            micro_batch=stage.batch_size, checkpointing=False, number_bytes=_number_bytes("auto"),
-        )  # fmt: skip
+            frames=stage.latent_frames,
+            context_frames=context,
+            rows=side,
+            cols=side,
+            text_len=config.text_len,
+            micro_batch=stage.batch_size,
+            checkpointing=False,
+            number_bytes=_number_bytes("auto"),
+        )
         activations.append(activation_bytes(sizes, work))
     return MemoryEstimate(state, state, moments, state, 0, 0, 0, max(activations))
 
@@ -399,8 +258,15 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) 
         elif config.cache_gradient == "clean":  # every chunk's clean pass but the last, which nothing reads
             context = frames - on_meta(model.transformer).config.chunk_frames
     return Work(
-        frames=frames, context_frames=context, memory=memory, windows=windows, rows=model.rows, cols=model.cols,
-        cache_gradient=getattr(config, "cache_gradient", "detached"), micro_batch=config.loop.micro_batch,
-        text_len=model.text_len, number_bytes=_number_bytes(config.loop.dtype),
+        frames=frames,
+        context_frames=context,
+        memory=memory,
+        windows=windows,
+        rows=model.rows,
+        cols=model.cols,
+        cache_gradient=getattr(config, "cache_gradient", "detached"),
+        micro_batch=config.loop.micro_batch,
+        text_len=model.text_len,
+        number_bytes=_number_bytes(config.loop.dtype),
         checkpointing=config.loop.gradient_checkpointing,
-    )  # fmt: skip
+    )

@@ -35,14 +35,26 @@ from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
+from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
-from sparse_forcing.training.engine.loop import LoopConfig, run
+from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
 from sparse_forcing.training.engine.resume import Resume
-from sparse_forcing.training.losses.distribution_matching import Score, critic_loss, dmd_loss, score_timestep, sid_loss
+from sparse_forcing.training.engine.settings import LoopConfig
+from sparse_forcing.training.losses.distribution_matching import (
+    Compared,
+    Score,
+    ScoreConfig,
+    critic_loss,
+    dmd_loss,
+    make_context,
+    make_score,
+    score_timestep,
+    sid_loss,
+)
 from sparse_forcing.training.recipes.shared import (
     Metrics,
     add_selector,
@@ -51,14 +63,13 @@ from sparse_forcing.training.recipes.shared import (
     export_pipeline,
     generators,
     load_pipeline,
+    make_own_source,
     noise_like,
     optimizer_step,
     prepare,
-    source_of,
     trained_part,
 )
-from sparse_forcing.training.recipes.validation import write_samples
-from sparse_forcing.training.scores import ScoreConfig, context_of, score_of
+from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 from sparse_forcing.weights.manifest import model_hash
 
 LOSSES = ("dmd", "sid")
@@ -139,12 +150,12 @@ class DistillConfig:
             raise ConfigError(f"window_frames: must be in 1..rollout_frames, got {self.window_frames}")
 
 
-class DistillRecipe:
+class DistillRecipe(Recipe):
     """The three networks, their optimizers, and the two updates of a step."""
 
     def __init__(self, config: DistillConfig, accelerator: Accelerator) -> None:
         self.config, loop = config, config.loop
-        self.device = accelerator.device
+        self.device, self.steps = accelerator.device, loop.steps
         teacher = find_model(config.teacher)
         critic = find_model(config.critic_model)
         self.pipe = load_pipeline(config.model, config.data, loop, self.device)
@@ -165,7 +176,7 @@ class DistillRecipe:
             "critic": make_optimizer(self.fake, config.critic),
         }
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.source = source_of(config.data, loop.seed + 1, self.pipe)
+        self.source = make_own_source(config.data, loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
@@ -174,6 +185,7 @@ class DistillRecipe:
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,
+            "data": DataIdentity(self.source, config.data.path),
         }
         self.windows = self._windows()
         self.geometry = (
@@ -220,38 +232,33 @@ class DistillRecipe:
         """One loss per window of a rollout with gradients."""
         config = self.config
         for clip, new, scores, sources, selection in self.clips(step, micro_batch, _GENERATOR):
-            common = self._levels(clip, sources)
+            at, score = self._compared(clip, sources), config.score
             with self._autocast():
                 if config.loss == "sid":
                     loss = sid_loss(
-                        clip, *common, scores["real"], scores["fake"], schedule=self.schedule,
-                        score_schedule=self.score_schedule, real_guidance=config.score.real_guidance,
-                        alpha=config.score.sid_alpha,
-                    )  # fmt: skip
+                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance, alpha=score.sid_alpha
+                    )
                 else:
                     loss = dmd_loss(
-                        clip, *common, scores["real"], scores["fake"], schedule=self.schedule,
-                        score_schedule=self.score_schedule, real_guidance=config.score.real_guidance,
-                        fake_guidance=config.score.fake_guidance, mask=new,
+                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance,
+                        fake_guidance=score.fake_guidance, mask=new,
                     )  # fmt: skip
             yield (loss + config.selector_weight * selection) / len(self.windows)
 
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """One flow-matching loss per window of a rollout without gradients."""
         for clip, _, scores, sources, _ in self.clips(step, micro_batch, _CRITIC):
+            at = self._compared(clip, sources)
             with self._autocast():
-                loss = critic_loss(
-                    clip, *self._levels(clip, sources), scores["fake"], schedule=self.schedule,
-                    score_schedule=self.score_schedule,
-                )  # fmt: skip
+                loss = critic_loss(at, scores["fake"])
             yield loss / len(self.windows)
 
-    def _levels(self, clip: Tensor, sources: list[torch.Generator]) -> tuple[Tensor, Tensor]:
-        """Noise, and one timestep per sample, at which the scores look at a clip."""
+    def _compared(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
+        """A clip with the noise, and one timestep per sample, at which the scores look at it."""
         score = self.config.score
         raw = torch.stack([torch.randint(0, 1000, (), generator=g) for g in sources])
         timestep = score_timestep(raw, shift=score.shift, low=score.low, high=score.high)
-        return noise_like(clip, sources), timestep.to(clip.device)
+        return Compared(clip, noise_like(clip, sources), timestep.to(clip.device), self.schedule, self.score_schedule)
 
     def _autocast(self) -> torch.autocast:
         return autocast(self.device, self.config.loop)
@@ -295,9 +302,10 @@ class DistillRecipe:
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
             losses = memory.selector_losses
-            context = context_of(clip, self.model.config.chunk_frames, config.score.causal_window)
+            context = make_context(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
-                name: score_of(net, text, negative, context) for name, net in (("real", self.real), ("fake", self.fake))
+                name: make_score(net, text, negative, context)
+                for name, net in (("real", self.real), ("fake", self.fake))
             }
             yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
             losses.clear()
@@ -322,8 +330,9 @@ class DistillRecipe:
             self.model, self.pipe.text_encoder, self.pipe.vae,
             replace(self.pipe.config, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
-        with self._autocast():  # sharded weights arrive in the type of the computation
-            write_samples(sampled, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+        # Sharded weights arrive in the type of the computation.
+        with self._autocast(), swap_in_average(self.model, self.ema):
+            write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(

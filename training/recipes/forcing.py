@@ -29,10 +29,11 @@ from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timeste
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.samplers import guided
 from sparse_forcing.training.data.sources import DataConfig
-from sparse_forcing.training.engine.loop import LoopConfig, run
+from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig
 from sparse_forcing.training.engine.resume import Resume
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.losses.flow_matching import scheduled_flow_loss, unit_variance_weight
 from sparse_forcing.training.recipes.shared import (
     OneNetwork,

@@ -20,10 +20,11 @@ from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.training.data.pairs import GRID_TOLERANCE
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.engine.loop import LoopConfig, run
+from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.engine.optim import OptimizerConfig
 from sparse_forcing.training.engine.resume import Resume
+from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.losses.flow_matching import ode_inputs, ode_regression_loss, per_chunk
 from sparse_forcing.training.recipes.shared import OneNetwork, autocast, draw_number, generators
 
@@ -49,6 +50,7 @@ class OdeConfig:
 
     @property
     def shift(self) -> float:
+        """Shift of the noise grid, which is the sampler's."""
         return self.sampler.shift
 
 

@@ -18,18 +18,20 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, Source, VideoFormat, make_source
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
-from sparse_forcing.training.engine.guard import check_finite
-from sparse_forcing.training.engine.loop import LoopConfig, clip_gradients
-from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merged, save_adapters
-from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer, set_rate
-from sparse_forcing.training.engine.parallel import average_gradients, full_state, rank, shard, shard_layers
-from sparse_forcing.training.recipes.validation import write_samples
+from sparse_forcing.training.engine.loop import Recipe
+from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merge_adapters, save_adapters
+from sparse_forcing.training.engine.optim import OptimizerConfig, apply_gradients, make_optimizer
+from sparse_forcing.training.engine.parallel import full_state, rank, shard, shard_layers
+from sparse_forcing.training.engine.settings import LoopConfig
+from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 
 Metrics = dict[str, float]
 
@@ -67,6 +69,8 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert data.path is not None
         stored = StoredText(Shards(data.path))
     pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
+    if pipe.config.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
+        pipe = pipe.with_defaults(PipelineConfig())
     width = pipe.transformer.config.text_dim
     if stored is not None and stored.dim != width:
         raise ConfigError(
@@ -81,7 +85,7 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
     return pipe
 
 
-def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
+def make_own_source(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
     """The data of a stage, in the format of the pipeline's own videos."""
     own = VideoFormat(height=pipe.config.height, width=pipe.config.width, fps=pipe.config.fps)
     return make_source(data, seed, pipe.vae, own)
@@ -150,22 +154,16 @@ def optimizer_step(
             that its graph is freed before the next is built.
         name: of the network in metrics and messages.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
     own = loop.own_micro_batches()
     total = 0.0
     for micro_batch in own:
         for loss in losses(micro_batch):
             (loss / len(own)).backward()
             total += loss.item() / len(own)
-    average_gradients(parameters)
-    norm = clip_gradients(parameters, loop.max_grad_norm)
-    check_finite(step, {f"{name} loss": total, f"{name} gradient norm": norm})
-    set_rate(optimizer, config.rate(step, loop.steps))
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if ema is not None:
-        ema.update(model)
-    return {f"{name}_loss": total, f"{name}_gradient_norm": norm}
+    return apply_gradients(
+        model, [optimizer], step, name=name, loss=total, rate=config.rate(step, loop.steps),
+        max_grad_norm=loop.max_grad_norm, ema=ema,
+    )  # fmt: skip
 
 
 def export_pipeline(
@@ -185,7 +183,7 @@ def export_pipeline(
         return
     if lora is not None:
         save_adapters(folder.parent / "adapter", state, model)
-        state = merged(state, lora)
+        state = merge_adapters(state, lora)
     fresh = CausalWanTransformer3DModel(**constructor_settings(model.config))
     fresh.load_state_dict(state)
     frozen = find_model(source)
@@ -214,16 +212,16 @@ class OneNetworkConfig(Protocol):
     def lora(self) -> LoraConfig | None: ...
 
 
-class OneNetwork:
+class OneNetwork(Recipe):
     """A recipe that trains the transformer of one pipeline; a subclass says what the loss is."""
 
     def __init__(self, config: OneNetworkConfig, accelerator: Accelerator) -> None:
-        self.config, self.device = config, accelerator.device
+        self.config, self.device, self.steps = config, accelerator.device, config.loop.steps
         self.pipe = self.load()
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
-        self.source = source_of(config.data, config.loop.seed + 1, self.pipe)
+        self.source = make_own_source(config.data, config.loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.shift)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
@@ -231,6 +229,7 @@ class OneNetwork:
             "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),
             "optimizer": self.optimizer,
             "ema": self.ema,
+            "data": DataIdentity(self.source, config.data.path),
         }
         self.geometry = f"micro_batch {config.loop.micro_batch}, {config.data.latent_frames} latent frames"
 
@@ -256,8 +255,9 @@ class OneNetwork:
         return [size] * (frames // size)
 
     def validate(self, step: int, folder: Path) -> None:
-        with autocast(self.device, self.config.loop):  # sharded weights arrive in the type of the computation
-            write_samples(self.pipe, self.ema, step, folder, memory=self.memory, seed=self.config.loop.seed)
+        # Sharded weights arrive in the type of the computation.
+        with autocast(self.device, self.config.loop), swap_in_average(self.model, self.ema):
+            write_samples(self.pipe, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(

@@ -1,4 +1,4 @@
-"""Sample videos of the present weights, at intervals, so that eyes can follow a run."""
+"""Sample videos of the present weights, written at intervals: how a run goes, to be watched."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from sparse_forcing.media.video import write_video
 from sparse_forcing.memory import MemoryConfig
@@ -19,23 +20,33 @@ PROMPTS = ("a red circle moves to the right on a white background", "a small blu
 
 
 @contextmanager
-def averaged(pipe: SparseForcingPipeline, ema: ParameterEma | None) -> Iterator[None]:
-    """The pipeline with averaged weights inside the block, with the trained ones after it."""
-    if ema is None:
-        yield
-        return
-    trained = {name: p.detach().clone() for name, p in pipe.transformer.named_parameters()}
-    ema.copy_to(pipe.transformer)
+def swap_in_average(module: nn.Module, ema: ParameterEma) -> Iterator[None]:
+    """Put the averaged weights into a module for the block, and the trained ones back after it."""
+    trained = {name: p.detach().clone() for name, p in module.named_parameters() if name in ema.shadow}
+    ema.copy_to(module)
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, parameter in pipe.transformer.named_parameters():
-                parameter.copy_(trained[name])
+            for name, parameter in module.named_parameters():
+                if name in trained:
+                    parameter.copy_(trained[name])
+
+
+@contextmanager
+def switch_to_eval(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation for the block, and every submodule back to what it was after it."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
 
 
 def write_samples(
-    pipe: SparseForcingPipeline, ema: ParameterEma | None, step: int, folder: Path, *, memory: MemoryConfig, seed: int
+    pipe: SparseForcingPipeline, step: int, folder: Path, *, memory: MemoryConfig, seed: int
 ) -> list[Path]:
     """One video per validation prompt, `folder/step-N-i.mp4`; every process takes part, the first one writes.
 
@@ -43,13 +54,17 @@ def write_samples(
     """
     paths, text = [], pipe.text_encoder
     prompts = text.shards.prompts[: len(PROMPTS)] if isinstance(text, StoredText) else PROMPTS
-    with averaged(pipe, ema):
-        for number, prompt in enumerate(prompts):
-            generator = torch.Generator().manual_seed(seed + number)
-            frames = pipe(prompt, memory=memory, generator=generator, output_type="np").frames[0]
-            path = folder / f"step-{step:07d}-{number}.mp4"
-            if rank() == 0:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_video(path, frames, fps=pipe.fps)
-            paths.append(path)
+    for number, prompt in enumerate(prompts):
+        generator = torch.Generator().manual_seed(seed + number)
+        frames = pipe(prompt, memory=memory, generator=generator, output_type="np").frames[0]
+        path = sample_path(folder, step, number)
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_video(path, frames, fps=pipe.fps)
+        paths.append(path)
     return paths
+
+
+def sample_path(folder: Path, step: int, number: int) -> Path:
+    """Where the sample of a step's `number`-th prompt or clip is written."""
+    return folder / f"step-{step:07d}-{number}.mp4"

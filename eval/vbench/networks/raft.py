@@ -1,6 +1,7 @@
 """RAFT optical flow (Teed & Deng, arXiv 2003.12039) under the official parameter names (raft-things.pth).
 
-Images [B, 3, H, W] in 0..255 -> flow [B, 2, H, W] in pixels (x, y). H and W must be multiples of 8.
+Images [B, 3, H, W] in 0..255 -> flow [B, 2, H, W] in pixels (x, y). H and W must be multiples of 8 and large enough for
+the coarsest correlation level to have two cells a side: with one, positions in it are divided by zero.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import nn
 from sparse_forcing.eval.vbench.networks.loading import load_into, need, read_state_dict
 
 LEVELS, RADIUS, HIDDEN, STRIDE = 4, 4, 128, 8
+SMALLEST_PADDED = STRIDE * 2**LEVELS  # pixels a side
+SMALLEST = SMALLEST_PADDED - STRIDE + 1  # pixels a side that `pad_to_stride` brings to it
 
 
 def _norm(kind: type[nn.Module], channels: int) -> nn.Module:
@@ -174,6 +177,8 @@ class Raft(nn.Module):
         self.update_block = UpdateBlock()
 
     def forward(self, first: torch.Tensor, second: torch.Tensor, iterations: int = 20) -> torch.Tensor:
+        if min(first.shape[-2:]) < SMALLEST_PADDED:
+            raise ValueError(f"pictures of {list(first.shape[-2:])} pixels; RAFT needs {SMALLEST_PADDED} a side")
         first, second = 2 * first / 255 - 1, 2 * second / 255 - 1
         pyramid = correlation_pyramid(*self.fnet(torch.cat([first, second])).chunk(2))
         hidden, context = self.cnet(first).split(HIDDEN, dim=1)

@@ -1,13 +1,15 @@
 """CLIP's byte-pair tokenizer, read from the user's `bpe_simple_vocab_16e6.txt.gz`.
 
-Text is lower-cased, split into words, digits and punctuation, written in a printable alphabet of bytes, and merged
-pair by pair in the order of the file (Sennrich et al., arXiv 1508.07909).
+Text is repaired as CLIP does it (ftfy: broken encodings, curly quotes, ligatures), lower-cased, split into words,
+digits and punctuation, written in a printable alphabet of bytes, and merged pair by pair in the order of the file
+(Sennrich et al., arXiv 1508.07909).
 """
 
 from __future__ import annotations
 
 import gzip
 import html
+import importlib.util
 import itertools
 from functools import lru_cache
 from pathlib import Path
@@ -24,6 +26,13 @@ _WORDS = regex.compile(
 )
 
 
+def missing() -> str | None:
+    """Why text cannot be read as CLIP reads it, or None."""
+    return (
+        None if importlib.util.find_spec("ftfy") else "needs ftfy; install it with: pip install 'sparse-forcing[eval]'"
+    )
+
+
 def byte_alphabet() -> dict[int, str]:
     """A printable character for each byte: itself where it is visible, otherwise one from 256 up."""
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -32,9 +41,17 @@ def byte_alphabet() -> dict[int, str]:
 
 
 class ClipTokenizer:
-    """Text -> token ids. Raises WeightsError for a file that is not CLIP's vocabulary."""
+    """Text -> token ids.
+
+    Raises WeightsError for a file that is not CLIP's vocabulary, ConfigError without the package ftfy.
+    """
 
     def __init__(self, path: Path) -> None:
+        if reason := missing():
+            raise ConfigError(f"CLIP's tokenizer {reason}")
+        from ftfy import fix_text  # an optional package
+
+        self._repair = fix_text
         try:
             lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
         except (OSError, EOFError, UnicodeDecodeError) as error:
@@ -71,7 +88,7 @@ class ClipTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids without start and end."""
-        cleaned = " ".join(html.unescape(html.unescape(text)).split()).lower()
+        cleaned = " ".join(html.unescape(html.unescape(self._repair(text))).split()).lower()
         ids: list[int] = []
         for word in _WORDS.findall(cleaned):
             if word in (START, END):

@@ -20,12 +20,13 @@ def pool_kernel(
     x, sizes, weights, pooled, sxb, sxh, sxn, sxt, sxd, heads, blocks,
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED: tl.constexpr, WEIGHTED: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """pooled [B*H, N, D]: sum_t w_t x_t / sum_t |w_t| over the real tokens of one block.
 
     x is read once, in 16-byte pieces along D; padding is masked at the load, so it may hold NaN. sizes [B*H, N].
     """
-    head, block = program_head(), tl.program_id(0)
+    head, block = program_head(MANY_HEADS), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     tokens, dims = tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_D)
     size = tl.load(sizes + head * blocks + block) if RAGGED else T
@@ -123,6 +124,7 @@ def choose_kernel(
     query_blocks_ptr, key_blocks_ptr, own, persistent_slots, window_slots, chosen, scale, query_blocks, window, kept,
     persistent, D: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr,
     OWN: tl.constexpr, SLOTS: tl.constexpr, PRECISION: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """chosen [B*H, Nq, persistent + kept] int32 of ROWS query blocks: scores = scale q k^T live in registers only,
     [ROWS, BLOCK_N].
@@ -133,7 +135,7 @@ def choose_kernel(
     query blocks [B*H, Nq, D], key blocks [B*H, Nk, D], contiguous. The product runs over D in STEPs, so that shared
     memory holds a slice of all key blocks instead of all of them.
     """
-    head = program_head()
+    head = program_head(MANY_HEADS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns, dims = tl.arange(0, BLOCK_N), tl.arange(0, STEP)
     inside = rows < query_blocks
@@ -169,9 +171,10 @@ def choose_kernel(
 def select_kernel(
     scores_ptr, own, selected, query_blocks, window, kept,
     ROWS: tl.constexpr, BLOCK_N: tl.constexpr, OWN: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """`choose_kernel` from stored scores [B*H, Nq, Nk] float32."""
-    head = program_head()
+    head = program_head(MANY_HEADS)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK_N)
     inside = rows < query_blocks
@@ -187,9 +190,11 @@ def select_kernel(
 
 
 @triton.jit(do_not_specialize=["candidates"])
-def update_kernel(slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr):
+def update_kernel(
+    slots, importance, kept_slots, freed_slots, candidates, capacity, BLOCK_N: tl.constexpr, MANY_HEADS: tl.constexpr
+):
     """Top-C of one head's candidates: kept_slots [B*H, C] and freed_slots [B*H, Nc - C], both in candidate order."""
-    head = program_head()
+    head = program_head(MANY_HEADS)
     columns = tl.arange(0, BLOCK_N)[None, :]
     listed = columns < candidates
     score = tl.load(importance + head * candidates + columns, mask=listed, other=0.0)

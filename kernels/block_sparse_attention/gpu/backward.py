@@ -40,13 +40,14 @@ def backward_rows(
     grad_out, out, out_rest, grad_lse, lse, query_sizes, lse_rows, delta_rows, scale, query_blocks,
     Tq: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, REST: tl.constexpr, LSE_GRADIENT: tl.constexpr, EXACT: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """lse_rows (EXACT: lse / scale), delta_rows [B*H, Nq, ROWS] float32, rows Tq.. padded; BLOCK_Q rows a program.
 
     grad_out, out, out_rest [B*H, Nq, Tq, D], contiguous. REST: out + out_rest is the output before it was rounded.
     """
     PARTS: tl.constexpr = ROWS // BLOCK_Q
-    head, block, part = program_head(), tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
+    head, block, part = program_head(MANY_HEADS), tl.program_id(0) // PARTS, tl.program_id(0) % PARTS
     which = head * query_blocks + block
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq
@@ -118,6 +119,7 @@ def backward_dq_pointer(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """grad_query of BLOCK_Q rows of a query block over the forward list.
 
@@ -125,7 +127,7 @@ def backward_dq_pointer(
     """
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
+    head, block, part = program_head(MANY_HEADS), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     which = head * query_blocks + block
@@ -173,13 +175,14 @@ def backward_dq_tma(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """`backward_dq_pointer` with every tile moved by TMA; not for ragged keys (see `forward_tma`).
 
     Padded query rows may hold anything here: they meet p = 0 and an `lse` of +inf, and are cleared before the store.
     """
     tl.static_assert(not RAGGED_K and not EXACT)
-    head, block = program_head(), tl.program_id(0)
+    head, block = program_head(MANY_HEADS), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     which = head * query_blocks + block
@@ -216,11 +219,12 @@ def backward_dkdv_pointer(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """grad_key, grad_value of BLOCK_K tokens of a slot over its visitors."""
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, slot, part = program_head(), tl.program_id(0) // K_PARTS, tl.program_id(0) % K_PARTS
+    head, slot, part = program_head(MANY_HEADS), tl.program_id(0) // K_PARTS, tl.program_id(0) % K_PARTS
     batch, of_batch = head // heads, head % heads
     columns, dims = part * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_D)
     size = tl.load(key_sizes + head * slots + slot) if RAGGED_K else T
@@ -265,13 +269,14 @@ def backward_dkdv_tma(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, PRECISION: tl.constexpr, EXACT: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """`backward_dkdv_pointer` with every tile moved by TMA; not for ragged queries: p = 0 meets their padding here.
 
     Ragged keys are fine: whatever a padded key holds stays in its own rows, which are cleared before the store.
     """
     tl.static_assert(not RAGGED_Q and not EXACT)
-    head, slot = program_head(), tl.program_id(0)
+    head, slot = program_head(MANY_HEADS), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

@@ -40,6 +40,7 @@ def forward_pointer(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, MASS: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
     HALVES: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q rows of a query block against its list.
 
@@ -55,7 +56,7 @@ def forward_pointer(
     WIDTH: tl.constexpr = BLOCK_D // 2 if HALVES else BLOCK_D
     Q_PARTS: tl.constexpr = (Tq + BLOCK_Q - 1) // BLOCK_Q
     K_PARTS: tl.constexpr = (T + BLOCK_K - 1) // BLOCK_K
-    head, block, part = program_head(), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
+    head, block, part = program_head(MANY_HEADS), tl.program_id(0) // Q_PARTS, tl.program_id(0) % Q_PARTS
     batch, of_batch = head // heads, head % heads
     rows, dims = part * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_D)
     left = tl.arange(0, WIDTH)
@@ -123,6 +124,7 @@ def forward_tma(
     Tq: tl.constexpr, T: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     RAGGED_Q: tl.constexpr, RAGGED_K: tl.constexpr, MASS: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """`forward_pointer` with every tile moved by TMA: no address arithmetic and 46 fewer registers in the loop.
 
@@ -132,7 +134,7 @@ def forward_tma(
     the softmax costs 8 more.
     """
     tl.static_assert(not RAGGED_K)
-    head, block = program_head(), tl.program_id(0)
+    head, block = program_head(MANY_HEADS), tl.program_id(0)
     batch, of_batch = head // heads, head % heads
     rows, columns = tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_blocks = block_descriptor(query + batch * sqb + of_batch * sqh, query_blocks, sqn, sqt, Tq, D, BLOCK_Q, BLOCK_D)

@@ -38,6 +38,7 @@ def inverse_lists(block_index: Tensor, slots: int) -> tuple[Tensor, Tensor]:
 def block_mass(
     row_mass, lse, counts, query_sizes, mass, query_blocks, list_length,
     Tq: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, PARTS: tl.constexpr, RAGGED_Q: tl.constexpr,
+    MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """mass[i, j] = sum over real rows r of total[i, j, r] 2^(m[i, j, r] - lse_2[i, r]): the probability of block j,
     summed over its PARTS.
@@ -45,7 +46,7 @@ def block_mass(
     row_mass holds the running maximum m and the row sums `total` of each visited block (see `forward_pointer`). m is at
     most lse_2, so nothing overflows. One program per query block; entries past the list give 0.
     """
-    head, block = program_head(), tl.program_id(0)
+    head, block = program_head(MANY_HEADS), tl.program_id(0)
     rows, entries = tl.arange(0, ROWS), tl.arange(0, BLOCK_M)
     which = head * query_blocks + block
     query_size = tl.load(query_sizes + block) if RAGGED_Q else Tq

@@ -14,6 +14,7 @@ from tests.kernels import interpreter_bf16
 interpreter_bf16.install()
 
 from sparse_forcing.errors import SparseForcingError  # noqa: E402
+from sparse_forcing.kernels import triton_runtime  # noqa: E402
 from sparse_forcing.kernels.block_selection import reference as selection_reference  # noqa: E402
 from sparse_forcing.kernels.block_selection.gpu import backend as selection  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
@@ -191,6 +192,19 @@ def test_any_shape_and_lists(data):
         ragged=data.draw(st.booleans()), seed=number(0, 99), lengths=lengths,
     )  # fmt: skip
     check(p, measured(p, "pointer", "pointer", mass=True))
+
+
+def test_heads_on_two_axes_of_the_grid(monkeypatch):
+    p = problem(2, 3, 2, 5, 3, 5, 8, 2, ragged=True)
+    monkeypatch.setattr(triton_runtime, "AXIS_ENDS", 3)
+    triton_runtime._head_axes.cache_clear()
+    check(p, measured(p, "pointer", "pointer", mass=True))
+    q, k = _scores(1, 2, 3, 3, 8), _scores(2, 2, 3, 5, 8)
+    with guarded():
+        found = selection.choose_blocks(q, k, 2, None, 0.25)
+    triton_runtime._head_axes.cache_clear()
+    wanted = selection_reference.block_scores(q, k, 0.25)
+    assert torch.equal(found, selection_reference.select_blocks(wanted, 2, None))
 
 
 def test_public_call_differentiates_through_out_and_lse():

@@ -13,23 +13,25 @@ sends them (training/recipes/embedded/scene_targets.py). These heads are dropped
 from __future__ import annotations
 
 import random
-import time
-from collections import defaultdict
-from dataclasses import asdict, dataclass
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sparse_forcing.devices import multiplies_bfloat16, resolve_device
+from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_mask
+from sparse_forcing.model_folder.folder import kind_of
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.sample import sample_scenes
 from sparse_forcing.training.data.procedural import ClipBatch, procedural_batch, step_seed
-from sparse_forcing.training.engine.checkpoint import Stateful, save_checkpoint
+from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
-from sparse_forcing.training.engine.guard import STOPPED, StopRequest
-from sparse_forcing.training.engine.metrics import append_row, forget_beyond
+from sparse_forcing.training.engine.loop import Recipe, run
+from sparse_forcing.training.engine.optim import apply_gradients
 from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.losses.flow_matching import (
     flow_matching_error,
@@ -37,6 +39,7 @@ from sparse_forcing.training.losses.flow_matching import (
     sample_sigma,
     unit_variance_weight,
 )
+from sparse_forcing.training.recipes.embedded.autoencoder import check_sizes
 from sparse_forcing.training.recipes.embedded.curriculum import (
     PretrainConfig,
     StageConfig,
@@ -52,6 +55,8 @@ from sparse_forcing.training.recipes.embedded.pretrain_model import (
     make_models,
 )
 from sparse_forcing.training.recipes.embedded.scene_targets import course_targets, pose_targets
+from sparse_forcing.training.recipes.embedded.tiny import TINY
+from sparse_forcing.training.recipes.validation import swap_in_average, switch_to_eval, write_samples
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -82,7 +87,7 @@ def pretrain_text(model: TextToVideo, config: PretrainConfig) -> float:
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=config.weight_decay)
     loss = torch.zeros(())
     for step in range(config.text_steps):
-        seed = step_seed(config.seed, step, stream=2)
+        seed = step_seed(config.loop.seed, step, stream=2)
         scenes = sample_scenes(
             128, torch.Generator().manual_seed(seed), two_object_fraction=config.two_object_fraction, split="train"
         )
@@ -119,7 +124,7 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 
 @dataclass(frozen=True)
-class Losses:
+class PretrainLosses:
     """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose,
     course and attribute: of the other heads."""
 
@@ -137,9 +142,9 @@ def training_loss(
     config: PretrainConfig,
     part: StageConfig,
     step: int,
-) -> Losses:
+) -> PretrainLosses:
     """Losses of a batch of clips; teacher forcing when they span more than one chunk."""
-    generator = torch.Generator().manual_seed(step_seed(config.seed, step, stream=1))
+    generator = torch.Generator().manual_seed(step_seed(config.loop.seed, step, stream=1))
     with torch.no_grad():
         latents = vae.encode(clips.pixels)
     batch, frames, rows = latents.shape[0], latents.shape[2], latents.shape[3]
@@ -163,7 +168,7 @@ def training_loss(
     one_object = ~clips.scenes.present[:, 1:].any(1)
     told = captioned(clips.captions, one_object.device)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
-    return Losses(
+    return PretrainLosses(
         flow=error.mean(),
         balanced=model.balance(error, sigma, kind=model.task(part)),
         pose=model.token_loss(model.pose_head, poses[:, -noisy_frames * rows * rows :], torch.ones_like(told)),
@@ -175,95 +180,89 @@ def training_loss(
 def train_step(
     model: TextToVideo, optimizers: list, ema: ParameterEma, vae: EmbeddedAutoencoder, config: PretrainConfig, step: int
 ) -> dict[str, float]:
-    """One optimizer step; its losses by name. Raises FloatingPointError before touching the weights when one of them is
-    not finite."""
+    """One optimizer step; its losses by name. Raises NotFiniteError before touching the weights when one of them is not
+    finite."""
     part = part_at(config, step)
     clips = procedural_batch(
-        config.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
-        size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if part.continuation else 0.0, motion_weights=part.motion_weights,
-        shape_weights=part.shape_weights, device=model.transformer.device,
-    )  # fmt: skip
+        config.loop.seed + 1,
+        step,
+        batch_size=part.batch_size,
+        num_frames=part.latent_frames * vae.temporal_stride,
+        size=part.sizes[0],
+        two_object_fraction=config.two_object_fraction,
+        caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if part.continuation else 0.0,
+        motion_weights=part.motion_weights,
+        shape_weights=part.shape_weights,
+        device=model.transformer.device,
+    )
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.course_weight * losses.course
     total = total + config.attribute_weight * losses.attribute
     total.backward()
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-    if not (torch.isfinite(total) and torch.isfinite(norm)):
-        raise FloatingPointError(
-            f"step {step}: loss {losses.flow.item()}, gradient norm {norm.item()}; weights left unchanged"
-        )
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(*stage_at(config, step))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    ema.update(model)
+    apply_gradients(
+        model,
+        optimizers,
+        step,
+        name="model",
+        loss=total.item(),
+        rate=learning_rate(*stage_at(config, step)),
+        max_grad_norm=config.loop.max_grad_norm,
+        ema=ema,
+    )
     name = "continuation_loss" if part.continuation else "loss"
     name += f"_{part.sizes[0]}" if part.sizes[0] != model.sizes[0] else ""
     others = {"pose_loss": losses.pose, "course_loss": losses.course, "attribute_loss": losses.attribute}
     return {name: losses.flow.item(), **{key: loss.item() for key, loss in others.items()}}
 
 
-class Progress:
-    """Mean losses of the last stretch, as a line of `metrics.jsonl` and one to read."""
+class PretrainRecipe(Recipe):
+    """State and steps of one run."""
 
-    def __init__(self, out: Path, total: int) -> None:
-        self.out, self.total = out, total
-        self._reset()
+    def __init__(self, config: PretrainConfig, accelerator: Accelerator) -> None:
+        self.config, self.steps = config, config.steps
+        self.vae, self.model = make_models(config)
+        check_sizes((size for stage in config.stages for size in stage.sizes), self.vae, "stages: sizes")
+        self.vae.to(accelerator.device)
+        self.model.to(accelerator.device)
+        self.optimizers = make_optimizers(self.model, config)
+        self.ema = ParameterEma(self.model, config.ema_decay)
+        numbered = {f"optimizer{number}": optimizer for number, optimizer in enumerate(self.optimizers)}
+        self.parts: dict[str, Stateful] = {"model": self.model, "ema": self.ema, **numbered}
+        clips = " then ".join(f"{stage.batch_size} x {stage.latent_frames}" for stage in config.stages)
+        self.geometry = f"clips x latent frames: {clips}"
 
-    def _reset(self) -> None:
-        self.sums: dict[str, list[float]] = defaultdict(list)
-        self.steps, self.began = 0, time.monotonic()
+    def begin(self, step: int) -> None:
+        """Teach the text encoder what captions say, in a run that has not begun."""
+        if step == 0 and self.config.text_steps:
+            loss = pretrain_text(self.model, self.config)
+            print(f"captions: loss {loss:.4f} after {self.config.text_steps} steps", file=sys.stderr, flush=True)
+            self.ema.reset(self.model)
+        if self.config.compile:
+            for block in self.model.transformer.blocks:
+                block.compile(dynamic=False)  # a stage has few sizes, and fixed ones are faster
 
-    def add(self, losses: dict[str, float]) -> None:
-        self.steps += 1
-        for name, value in losses.items():
-            self.sums[name].append(value)
+    def update(self, step: int) -> dict[str, float]:
+        return train_step(self.model, self.optimizers, self.ema, self.vae, self.config, step)
 
-    def report(self, step: int) -> None:
-        means = {name: sum(values) / len(values) for name, values in sorted(self.sums.items())}
-        seconds = (time.monotonic() - self.began) / self.steps
-        append_row(self.out / "metrics.jsonl", {"step": step, **means, "seconds_per_step": seconds})
-        shown = " ".join(f"{name} {value:.4f}" for name, value in means.items())
-        left = seconds * (self.total - step) / 60
-        print(f"step {step}/{self.total} {shown} {seconds:.2f} s/step, {left:.0f} min left", flush=True)
-        self._reset()
+    def pipeline(self) -> SparseForcingPipeline:
+        """The present weights as a model."""
+        defaults = replace(TINY, vae=kind_of(self.vae))
+        return SparseForcingPipeline(self.model.transformer, self.model.text_encoder, self.vae, defaults)
+
+    def validate(self, step: int, folder: Path) -> None:
+        with (
+            swap_in_average(self.model, self.ema),
+            switch_to_eval(self.model),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            write_samples(self.pipeline(), step, folder, memory=TINY.memory, seed=self.config.loop.seed)
+
+    def export(self, folder: Path) -> None:
+        with swap_in_average(self.model, self.ema):
+            self.pipeline().save_pretrained(folder)
 
 
-def pretrain(config: PretrainConfig, out: Path, resume: Resume | None = None) -> int:
-    """Run or resume the whole curriculum; checkpoints and `metrics.jsonl` go to `out`.
-
-    Returns 0, or 143 after SIGTERM.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(config.seed)
-    device = resolve_device(config.device, "device:")
-    vae, model = make_models(config)
-    vae.to(device)
-    model.to(device)
-    optimizers, ema = make_optimizers(model, config), ParameterEma(model, config.ema_decay)
-    parts: dict[str, Stateful] = {"model": model, "ema": ema, **{f"optimizer{i}": o for i, o in enumerate(optimizers)}}
-    step = (resume or Resume()).load(out, parts, config)
-    forget_beyond(out / "metrics.jsonl", step)
-    if step == 0 and config.text_steps:
-        print(f"captions: loss {pretrain_text(model, config):.4f} after {config.text_steps} steps", flush=True)
-        ema.reset(model)
-    if config.compile:
-        for block in model.transformer.blocks:
-            block.compile(dynamic=False)  # a stage has few sizes, and fixed ones are faster
-    total = sum(stage.steps for stage in config.stages)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, step {step} of {total}", flush=True)
-    saved, progress = time.monotonic(), Progress(out, total)
-    stopping = False
-    with StopRequest() as stop:
-        while step < total and not stopping:
-            progress.add(train_step(model, optimizers, ema, vae, config, step))
-            step += 1
-            stopping = stop.requested()
-            if step % 50 == 0 or step == total or stopping:
-                progress.report(step)
-            if step == total or stopping or time.monotonic() - saved > 60 * config.checkpoint_minutes:
-                save_checkpoint(out, step, parts, asdict(config), keep=config.keep_checkpoints)
-                saved = time.monotonic()
-    return STOPPED if step < total else 0
+def train(config: PretrainConfig, out: Path, resume: Resume | None = None) -> int:
+    """Run or resume the whole curriculum; returns 0, or 143 after SIGTERM."""
+    return run(lambda accelerator: PretrainRecipe(config, accelerator), config.loop, config, out, resume)

@@ -15,7 +15,7 @@ from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch
 from sparse_forcing.training.data.procedural import procedural_batch
-from sparse_forcing.training.recipes.embedded.autoencoder import fit_patches
+from sparse_forcing.training.recipes.embedded.autoencoder import fit_patches, trained_autoencoder
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.level_balance import LevelBalance
@@ -96,15 +96,10 @@ def captioned(captions: list[str], device: torch.device) -> Tensor:
 def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[float]]:
     """The autoencoder and its latents' standard deviations: a trained one, or patches fitted on clips of their own."""
     if config.autoencoder is not None:
-        try:
-            vae = TokenAutoencoder.from_pretrained(config.autoencoder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"autoencoder: {config.autoencoder} cannot be read; train it first (stage autoencoder)"
-            ) from error
-        return vae.eval().requires_grad_(False), [1.0] * vae.latent_channels
+        vae = trained_autoencoder(config.autoencoder, "autoencoder")
+        return vae, [1.0] * vae.latent_channels
     patches = PatchAutoencoder(config.latent_channels)
-    return patches, fit_patches(patches, config.seed, config.fit_clips)
+    return patches, fit_patches(patches, config.loop.seed, config.fit_clips)
 
 
 def make_models(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVideo]:
@@ -142,9 +137,14 @@ def make_models(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVide
 def check_leading_latents(new: EmbeddedAutoencoder, known: EmbeddedAutoencoder, config: PretrainConfig) -> None:
     """Refuse (ConfigError) an autoencoder whose first channels are not those that the model of `init_from` knows."""
     pixels = procedural_batch(
-        config.seed, 0, batch_size=8, num_frames=known.temporal_stride, size=config.stages[0].sizes[0],
-        two_object_fraction=0.0, caption_dropout=0.0,
-    ).pixels  # fmt: skip
+        config.loop.seed,
+        0,
+        batch_size=8,
+        num_frames=known.temporal_stride,
+        size=config.stages[0].sizes[0],
+        two_object_fraction=0.0,
+        caption_dropout=0.0,
+    ).pixels
     before, after = known.encode(pixels), new.encode(pixels)[:, : known.latent_channels]
     if before.shape != after.shape or (after - before).square().mean() > LARGEST_LATENT_DRIFT * before.square().mean():
         raise ConfigError(

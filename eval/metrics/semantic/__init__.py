@@ -1,0 +1,1 @@
+"""VBench's semantic dimensions: whether a video shows what its prompt says"""

@@ -1,0 +1,129 @@
+"""Video files, encoded whole or not at all.
+
+Frames are uint8 or float in [0, 1]. Encoding is H.264 in mp4, BT.709, limited range. Even sizes use 4:2:0, which every
+player takes; an odd height or width uses 4:4:4, because 4:2:0 cannot hold it and the picture is never padded, cropped
+or resized silently.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import ExitStack
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+
+from sparse_forcing.errors import OutputError
+from sparse_forcing.files import PathLike, atomic_path
+from sparse_forcing.media.container import MAX_SIDE
+
+_BT709 = 1  # the code of BT.709 for primaries and transfer (ISO/IEC 23091-2)
+
+
+class VideoWriter:
+    """Write an H.264 mp4 frame by frame; the file appears under its name only when the block ends well.
+
+    with VideoWriter("out.mp4", fps=16, height=64, width=64, scale=4) as writer:
+        writer.write(frames)                  # [F, 64, 64, 3], any number of times
+
+    Args:
+        fps: frames per second, above 0.
+        height, width: pixels of the frames that are written in.
+        scale: every pixel becomes `scale` x `scale` pixels in the file, so that tiny pictures can be watched.
+        crf: x264's constant quality, lower is better; 12 is visually lossless.
+
+    The bytes depend on the frames and these arguments alone: neither on how the frames are grouped into `write` calls
+    nor on the machine's core count.
+
+    Raises:
+        OutputError: bad arguments, frames of another shape, no frames at all, or the file cannot be written.
+    """
+
+    def __init__(self, path: PathLike, *, fps: float, height: int, width: int, scale: int = 1, crf: int = 12):
+        if not (math.isfinite(fps) and 0 < fps <= 1000):
+            raise OutputError(f"cannot write {path}: frame rate {fps} is outside (0, 1000]")
+        if scale < 1 or not (0 < height * scale <= MAX_SIDE and 0 < width * scale <= MAX_SIDE):
+            raise OutputError(
+                f"cannot write {path}: picture size {width}x{height} times {scale} is outside 1..{MAX_SIDE}"
+            )
+        self.path, self.frames_written = path, 0
+        self.height, self.width, self._scale = height, width, scale
+        self._rate = Fraction(fps).limit_denominator(1001)
+        self._crf = crf
+
+    def __enter__(self) -> VideoWriter:
+        with ExitStack() as stack:
+            temporary = stack.enter_context(atomic_path(self.path))
+            self._container = stack.enter_context(
+                av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
+            )
+            self._stream = self._add_stream()
+            self._stack = stack.pop_all()
+        return self
+
+    def _add_stream(self) -> Any:
+        stream: Any = self._container.add_stream("libx264", rate=self._rate)
+        stream.height, stream.width = self.height * self._scale, self.width * self._scale
+        odd = stream.height % 2 or stream.width % 2
+        stream.pix_fmt = "yuv444p" if odd else "yuv420p"
+        # A fixed number of threads: x264's output depends on it. Its macroblock tree reads memory that it never wrote,
+        # so that no two encodings of some pictures, small or large, would be equal.
+        stream.options = {"crf": str(self._crf), "preset": "fast", "threads": "2", "x264-params": "mbtree=0"}
+        context = stream.codec_context
+        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
+        context.color_primaries = context.color_trc = _BT709
+        return stream
+
+    def write(self, frames: Any) -> None:
+        """Append frames [F, H, W, 3]: uint8, or float in [0, 1] (values outside are clipped). Arrays or CPU tensors."""
+        pictures = to_uint8(frames)
+        if pictures.ndim != 4 or pictures.shape[1:] != (self.height, self.width, 3):
+            raise OutputError(
+                f"cannot write {self.path}: frames have shape {list(pictures.shape)}, "
+                f"expected [F, {self.height}, {self.width}, 3]"
+            )
+        for picture in pictures:
+            if self._scale > 1:
+                picture = picture.repeat(self._scale, axis=0).repeat(self._scale, axis=1)
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709)
+            frame.pts = self.frames_written
+            frame.time_base = 1 / self._rate
+            self._container.mux(self._stream.encode(frame))
+            self.frames_written += 1
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if kind is not None:
+            self._stack.__exit__(kind, error, trace)
+            return
+        with self._stack:
+            if self.frames_written == 0:
+                raise OutputError(f"cannot write {self.path}: no frames")
+            self._container.mux(self._stream.encode(None))
+
+
+def to_uint8(frames: Any) -> np.ndarray:
+    """Frames as uint8: floats in [0, 1] are scaled by 255 and rounded, values outside clipped; NaN is an error."""
+    array = np.asarray(frames)
+    if array.dtype == np.uint8:
+        return array
+    if not np.issubdtype(array.dtype, np.floating):
+        raise OutputError(f"frames must be uint8 or float in [0, 1], not {array.dtype}")
+    if np.isnan(array).any():
+        raise OutputError("frames contain NaN")
+    return (np.clip(array, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def write_video(path: PathLike, frames: Any, fps: float, *, scale: int = 1) -> None:
+    """Write frames [F, H, W, 3] (see `VideoWriter`) as one mp4, atomically. Raises OutputError."""
+    pictures = to_uint8(frames)
+    if pictures.ndim != 4:
+        raise OutputError(
+            f"cannot write {os.fspath(path)}: frames have shape {list(pictures.shape)}, expected [F, H, W, 3]"
+        )
+    with VideoWriter(path, fps=fps, height=pictures.shape[1], width=pictures.shape[2], scale=scale) as writer:
+        writer.write(pictures)

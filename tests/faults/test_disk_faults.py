@@ -1,0 +1,140 @@
+"""Disks that are full, folders that vanish, and what killed runs leave behind (issue 19: nothing lost, one line)."""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import sys
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sparse_forcing.cli import main
+from sparse_forcing.errors import OutputError
+from sparse_forcing.files import LOCK_NAME, check_writable, output_lock, sweep_temporaries
+
+GONE = 999_999_999  # no process has this number
+
+
+@contextmanager
+def full_disk(room: int = 0) -> Iterator[None]:
+    """Files cannot grow beyond `room` bytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def inputs(tmp_path: Path) -> Path:
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"x")
+    (tmp_path / "c.yaml").write_text("model: tiny\ncount: 4\n")
+    (tmp_path / "w.pt").write_bytes(b"x")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "generate a_red_circle --output NEW/deep",
+        "generate a_red_circle --output NEW/a.mp4",
+        "train pretrain --output NEW/deep",
+        "evaluate HERE/videos --output NEW",
+        "data encode NEW --config HERE/c.yaml",
+        "data clips NEW",
+        "convert HERE/w.pt NEW",
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    inputs: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command.replace("NEW", str(inputs / "new")).replace("HERE", str(inputs)).split()
+    before = sorted(inputs.rglob("*"))
+    with full_disk():
+        assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "cannot write into" in error
+    assert "File too large" in error
+    assert sorted(inputs.rglob("*")) == before
+
+
+def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OutputError, match=f"cannot write .*{LOCK_NAME}"), output_lock(tmp_path):
+        pytest.fail("held a lock that nobody can read")
+    assert list(tmp_path.iterdir()) == []
+    with output_lock(tmp_path):
+        pass
+
+
+def test_a_disk_that_fills_up_while_a_video_is_made_is_one_line(
+    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with full_disk(600):
+        assert main(["generate", "a ball", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert "File too large" in error
+    assert error.strip().splitlines()[-1].startswith("sparse-forcing generate: error: ")
+    assert "Traceback" not in error
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["out", "out/a.mp4"])
+def test_an_output_folder_that_vanishes_is_one_line(
+    stub, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stub.on_chunk = lambda index: shutil.rmtree(tmp_path / "out") if index == 1 else None
+    assert main(["generate", "a ball", "--output", str(tmp_path / name)]) == 2
+    error = capsys.readouterr().err
+    assert error.strip().splitlines()[-1].startswith("sparse-forcing generate: error: cannot write")
+    assert "Traceback" not in error
+
+
+def test_whoever_holds_a_folder_sweeps_what_killed_runs_left(tmp_path: Path) -> None:
+    (tmp_path / f".sf-tmp-{GONE}-ab.safetensors").write_bytes(b"x" * 100)
+    (tmp_path / f".sf-tmp-{GONE}-transformer").mkdir()
+    (tmp_path / f".sf-tmp-{GONE}-transformer" / "part").write_bytes(b"x")
+    (tmp_path / ".sf-tmp-1-ab").write_bytes(b"of a process that runs")
+    (tmp_path / "mine").write_bytes(b"x")
+    with output_lock(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".sf-tmp-1-ab", LOCK_NAME, "mine"]
+    (tmp_path / f".sf-tmp-{GONE}-cd.mp4").write_bytes(b"x")
+    with output_lock(tmp_path / "one.mp4"):
+        assert not list(tmp_path.glob(f".sf-tmp-{GONE}*"))
+    assert sweep_temporaries(tmp_path) == []
+
+
+def test_what_a_killed_run_left_never_makes_convert_refuse(
+    inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake = types.ModuleType("sparse_forcing.model_folder.convert")
+
+    def convert(source: Path, target: Path, options: dict) -> types.SimpleNamespace:
+        (target / "config.json").write_text("{}")
+        return types.SimpleNamespace(tensors=1, preset=None, remarks=[])
+
+    fake.convert, fake.ConvertOptions = convert, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sparse_forcing.model_folder.convert", fake)
+    target = inputs / "out"
+    (target / f".sf-tmp-{GONE}-transformer").mkdir(parents=True)
+    (target / LOCK_NAME).write_text(str(GONE))
+    assert main(["convert", str(inputs / "w.pt"), str(target)]) == 0
+    assert sorted(path.name for path in target.iterdir()) == ["config.json", "manifest.json"]
+
+
+def test_a_conversion_that_fails_leaves_no_folder(inputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(inputs / "w.pt"), str(inputs / "new" / "deep")]) == 2
+    assert "w.pt: refused, it is damaged" in capsys.readouterr().err
+    assert not (inputs / "new").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_not_created(tmp_path: Path) -> None:
+    with full_disk(), pytest.raises(OutputError, match="File too large"):
+        check_writable(tmp_path / "a" / "b", folder=True)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,167 @@
+"""Data are known by content: files replaced under their names are noticed by `data encode` and by runs that resume."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sparse_forcing.cli import main
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.media.video import write_video
+from sparse_forcing.training.data.identity import DataIdentity
+from sparse_forcing.training.data.shards import Shards
+from sparse_forcing.training.data.sources import DataConfig, StoredSource
+from sparse_forcing.training.data.videos import list_videos, videos_digest
+from sparse_forcing.training.engine.checkpoint import save_checkpoint
+from sparse_forcing.training.engine.resume import Resume
+
+
+def add_clip(folder: Path, number: int, value: int) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{number:03d}.mp4"
+    write_video(path, np.full((13, 64, 64, 3), value, np.uint8), 8)
+    path.with_suffix(".txt").write_text(f"clip number {number}\n")
+    return path
+
+
+@pytest.fixture
+def clips(tmp_path: Path) -> Path:
+    for number in range(4):
+        add_clip(tmp_path / "clips", number, 20 + 10 * number)
+    return tmp_path / "clips"
+
+
+def encode(out: Path, path: Path, **changes: Any) -> int:
+    settings = {"data.kind": "videos", "data.path": path, "data.latent_frames": 1, "per_shard": 2, **changes}
+    return main(
+        ["data", "encode", str(out), *(x for pair in settings.items() for x in ("--set", "{}={}".format(*pair)))]
+    )
+
+
+def hashes(out: Path) -> list[str]:
+    return [json.loads(path.read_text())["sha256"] for path in sorted(out.glob("shard-*.json"))]
+
+
+def test_videos_replaced_while_a_set_is_half_made(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "encoded"
+    assert encode(out, clips) == 0
+    old = hashes(out)
+    for path in out.glob("shard-00001.*"):
+        path.unlink()
+    for number in range(4):
+        add_clip(clips, number, 200 - 10 * number)
+    assert encode(out, clips) == 0
+    assert "shard 1 of 2: its files have changed since it was made; it is made again" in capsys.readouterr().err
+    assert encode(tmp_path / "fresh", clips) == 0
+    assert hashes(out) == hashes(tmp_path / "fresh")
+    assert not set(old) & set(hashes(out))
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert encode(out, clips) == 0
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_one_replaced_video_costs_its_shard_alone(clips: Path, tmp_path: Path) -> None:
+    out = tmp_path / "encoded"
+    assert encode(out, clips) == 0
+    first, second = hashes(out)
+    add_clip(clips, 3, 222)
+    assert encode(out, clips) == 0
+    assert hashes(out)[0] == first
+    assert hashes(out)[1] != second
+
+
+def test_a_manifest_that_maps_to_other_files_of_the_same_names(clips: Path, tmp_path: Path) -> None:
+    for number in range(4):
+        add_clip(tmp_path / "other", number, 150 + number)
+
+    def manifest(folder: str) -> Path:
+        rows = [{"video": f"{folder}/{number:03d}.mp4", "prompt": f"clip number {number}"} for number in range(4)]
+        (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path / "list.jsonl"
+
+    assert encode(tmp_path / "encoded", manifest("clips")) == 0
+    assert encode(tmp_path / "encoded", manifest("other")) == 0
+    assert encode(tmp_path / "fresh", manifest("other")) == 0
+    assert hashes(tmp_path / "encoded") == hashes(tmp_path / "fresh")
+
+
+def test_videos_that_are_gone_leave_their_shard(clips: Path, tmp_path: Path) -> None:
+    rows = [{"video": f"clips/{number:03d}.mp4", "prompt": "a"} for number in range(4)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert encode(tmp_path / "encoded", tmp_path / "list.jsonl") == 0
+    made = hashes(tmp_path / "encoded")
+    shutil.rmtree(clips)
+    assert encode(tmp_path / "encoded", tmp_path / "list.jsonl") == 0
+    assert hashes(tmp_path / "encoded") == made
+
+
+def test_a_video_with_a_flipped_bit_is_a_bad_sample(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its codec is then unknown to PyAV, whose stream has no decoder: that used to end the run with a traceback."""
+    path = clips / "002.mp4"
+    data = bytearray(path.read_bytes())
+    data[data.index(b"stsd")] ^= 1
+    path.write_bytes(data)
+    assert encode(tmp_path / "encoded", clips) == 0
+    assert len(Shards(tmp_path / "encoded")) == 3
+    assert "skipped bad sample 1 of at most 10" in capsys.readouterr().err
+
+
+class Holder:
+    def state_dict(self) -> dict[str, Any]:
+        return {"x": torch.zeros(1)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def stored(path: Path) -> DataIdentity:
+    return DataIdentity(StoredSource(DataConfig(kind="shards", path=path, latent_frames=1), 0), path)
+
+
+def test_shards_replaced_under_a_run_that_resumes(clips: Path, tmp_path: Path) -> None:
+    out, run = tmp_path / "encoded", tmp_path / "run"
+    assert encode(out, clips) == 0
+    save_checkpoint(run, 3, {"model": Holder(), "data": stored(out)}, {})
+    config = DataConfig()
+    assert Resume().load(run, {"model": Holder(), "data": stored(out)}, config).step == 3
+    shutil.rmtree(out)
+    add_clip(clips, 0, 211)
+    assert encode(out, clips) == 0
+    with pytest.raises(WeightsError, match="holds other data than this run began with"):
+        Resume().load(run, {"model": Holder(), "data": stored(out)}, config)
+    assert Resume(allow_changes=True).load(run, {"model": Holder(), "data": stored(out)}, config).step == 3
+
+
+def test_a_checkpoint_of_before_goes_on_with_a_warning(clips: Path, tmp_path: Path) -> None:
+    assert encode(tmp_path / "encoded", clips) == 0
+    save_checkpoint(tmp_path / "run", 3, {"model": Holder()}, {})
+    parts = {"model": Holder(), "data": stored(tmp_path / "encoded")}
+    with pytest.warns(UserWarning, match="kept no 'data'"):
+        assert Resume().load(tmp_path / "run", parts, DataConfig()).step == 3
+
+
+def test_digests_tell_content_and_prompts_apart(clips: Path, tmp_path: Path) -> None:
+    first = videos_digest(list_videos(clips))
+    shutil.copytree(clips, tmp_path / "copy")
+    assert videos_digest(list_videos(tmp_path / "copy")) == first
+    (clips / "001.txt").write_text("another prompt")
+    second = videos_digest(list_videos(clips))
+    add_clip(tmp_path / "copy", 1, 99)
+    assert len({first, second, videos_digest(list_videos(tmp_path / "copy"))}) == 3
+    (tmp_path / "a.txt").write_text("a\nb\n")
+    (tmp_path / "b.txt").write_text("a\nc\n")
+    a, b = (StoredSource(DataConfig(kind="prompts", path=tmp_path / f"{x}.txt"), 0).digest() for x in "ab")
+    assert a != b
+    with pytest.raises(ConfigError):
+        DataIdentity(StoredSource(DataConfig(kind="prompts", path=tmp_path / "a.txt"), 0), None).load_state_dict(
+            {"sha256": b}
+        )

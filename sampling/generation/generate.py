@@ -126,15 +126,21 @@ def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
     text_encoder_device = resolve_device(
         config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
     )
+    check_cuda_graphs(torch.device(device), config.cuda_graphs)
+    if config.compile:
+        check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
     pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    if config.compile:
+        pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
@@ -161,6 +167,7 @@ def generate_video(
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
+            **({} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}),
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)

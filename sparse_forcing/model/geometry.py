@@ -153,12 +153,14 @@ class TileLayout:
     @property
     def num_blocks(self) -> int:
         """Blocks of the chunk, short ones included."""
-        return math.prod(math.ceil(n / t) for n, t in zip((self.frames, self.rows, self.cols), self.tile))
+        frames, rows, cols = self.tile  # spelled out: torch.compile cannot look into a generator
+        return -(-self.frames // frames) * -(-self.rows // rows) * -(-self.cols // cols)
 
     @property
     def block_tokens(self) -> int:
         """Capacity of a block in tokens (the full tile, also where this grid only has short ones)."""
-        return math.prod(self.tile)
+        frames, rows, cols = self.tile
+        return frames * rows * cols
 
     @cached_property
     def order(self) -> Tensor:
@@ -230,3 +232,10 @@ class TileLayout:
         if not self.uniform:
             x = x[:, :, self.on(x.device).unpadded]
         return x.transpose(1, 2)
+
+    def add_to_tokens(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """x [B, L, H, D] in tile order, plus what each of its blocks gets: [B, H, num_blocks, 1, D]."""
+        if self.uniform:
+            by_block = x.unflatten(1, (self.num_blocks, self.block_tokens))
+            return (by_block + blocks.permute(0, 2, 3, 1, 4)).flatten(1, 2)
+        return x + self.from_blocks(blocks.expand(-1, -1, -1, self.block_tokens, -1))

@@ -174,13 +174,14 @@ def generate_video(
     import torch
 
     clip = _Clip(config, settings, job, pipe.fps)
+    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
-            **({} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}),
+            **graphs,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)

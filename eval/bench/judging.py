@@ -20,7 +20,8 @@ from sparse_forcing.eval.metrics.offline.picture import NAMES, picture_statistic
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.arguments import PromptChanges
-from sparse_forcing.sampling.pipeline import SparseForcingPipeline, VideoChunk
+from sparse_forcing.sampling.decoding import VideoChunk
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 ACCURACIES = (*ATTRIBUTES, "attributes", "all")
 """What is right: each attribute, the share of the stated ones, everything the caption says."""

@@ -114,8 +114,9 @@ class StreamBenchConfig:
     """Options of `bench stream`.
 
     model_size: a published size or an embedded model's; its weights are not read. height, width: pixels; the model's
-    default where None. chunks: length of each rollout. memories: kinds that take turns. device, dtype: the accelerator
-    and bfloat16 where there is one, else the CPU and float32. output: folder of the table and its JSON.
+    default where None. chunks: length of each rollout. memories: in words (sparse_forcing.memory.parse), which take
+    turns. device, dtype: the accelerator and bfloat16 where there is one, else the CPU and float32. decode: time the
+    autoencoder, too. cuda_graphs: replay passes; None: on a CUDA device. output: folder of table, plot and JSON.
     """
 
     model_size: str = "wan-1.3b"
@@ -127,6 +128,8 @@ class StreamBenchConfig:
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    decode: bool = False
+    cuda_graphs: bool | None = None
     output: Path | None = None
 
     def __post_init__(self) -> None:

@@ -97,6 +97,8 @@ class SamplerConfig:
         steps: network evaluations per chunk (two per step with guidance).
         shift: the noise grid's shift towards high noise.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
+        warp_steps: few_step only: whether the shift applies to `step_list`; False: it holds the timesteps themselves
+            (CausVid's).
         guidance_scale: w of uncond + w (cond - uncond); 1 for none.
     """
 
@@ -104,6 +106,7 @@ class SamplerConfig:
     steps: int = 4
     shift: float = 5.0
     step_list: tuple[int, ...] | None = None
+    warp_steps: bool = True
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -113,15 +116,21 @@ class SamplerConfig:
             raise ConfigError(f"num_inference_steps: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {self.steps}")
         if self.step_list is not None and len(self.step_list) != self.steps:
             raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
+        if self.step_list is not None and not all(0 < step <= NUM_TRAIN_TIMESTEPS for step in self.step_list):
+            raise ConfigError(f"sampler.step_list: entries from 1 to {NUM_TRAIN_TIMESTEPS}, got {self.step_list}")
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"sampler.shift: a finite number above 0, got {self.shift}")
         if not 0 <= self.guidance_scale < math.inf:
             raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
 
 
 def few_step_timesteps(config: SamplerConfig) -> Tensor:
-    """[steps] timesteps of the few-step list, warped by the shifted grid."""
+    """[steps] timesteps of the few-step list, warped by the shifted grid unless they are meant as they are."""
     steps = config.step_list
     if steps is None:
         steps = tuple(round(NUM_TRAIN_TIMESTEPS * (config.steps - i) / config.steps) for i in range(config.steps))
+    if not config.warp_steps:
+        return torch.tensor(steps, dtype=torch.float32)
     return FlowSchedule(config.shift).warp(list(steps))
 
 

@@ -18,6 +18,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.identity import DataIdentity
@@ -68,6 +69,8 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert data.path is not None
         stored = StoredText(Shards(data.path))
     pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
+    if pipe.config.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
+        pipe = pipe.with_defaults(PipelineConfig())
     width = pipe.transformer.config.text_dim
     if stored is not None and stored.dim != width:
         raise ConfigError(

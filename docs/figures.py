@@ -87,17 +87,22 @@ class Tiny:
         rows, cols = self.pipe.geometry.token_size(*self.latent_size)
         model = self.pipe.transformer.config
         return MemoryGeometry(
-            rows=rows, cols=cols, num_layers=model.num_layers, chunk_frames=model.chunk_frames,
+            rows=rows,
+            cols=cols,
+            num_layers=model.num_layers,
+            chunk_frames=model.chunk_frames,
             horizon_frames=model.horizon_frames,
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def rollout(self, memory: RolloutMemory) -> Any:
         """Generate through `memory`, chunk by chunk."""
         noise = SeededNoise(
-            [torch.Generator().manual_seed(self.seed)], (self.pipe.vae.latent_channels, *self.latent_size),
-            self.pipe.device, self.pipe.dtype,
-        )  # fmt: skip
+            [torch.Generator().manual_seed(self.seed)],
+            (self.pipe.vae.latent_channels, *self.latent_size),
+            self.pipe.device,
+            self.pipe.dtype,
+        )
         chunks = [self.pipe.geometry.chunk_frames] * self.chunks
         yield from rollout(
             self.pipe.transformer, self.pipe.encode_prompt([PROMPT]), chunks, memory, noise, self.pipe.config.sampler
@@ -153,9 +158,13 @@ def draw_attention(memory: RecordingMemory, window_chunks: int, target: Path) ->
     for axis, (layer, head), title in zip(axes, (striped, diagonal), titles):
         relative = (maps[layer, head] * visible).numpy()
         shown = axis.imshow(
-            np.ma.masked_array(relative, future), vmin=0, vmax=np.percentile(relative[~future], 99), cmap="magma_r",
-            interpolation="nearest", extent=(0, chunks, chunks, 0),
-        )  # fmt: skip
+            np.ma.masked_array(relative, future),
+            vmin=0,
+            vmax=np.percentile(relative[~future], 99),
+            cmap="magma_r",
+            interpolation="nearest",
+            extent=(0, chunks, chunks, 0),
+        )
         for row in range(chunks):
             first = max(0, row - window_chunks + 1)
             axis.add_patch(Rectangle((first, row), row + 1 - first, 1, fill=False, edgecolor=BLUE, linewidth=0.7))
@@ -232,9 +241,13 @@ def _draw_held(axis: Any, held: list[tuple[Tensor, Tensor]], blocks: int) -> Non
         picture[row, window], picture[row, persistent] = 2, 3
     colors = ListedColormap(["white", GREY, BLUE, AMBER])
     axis.imshow(
-        picture, cmap=colors, norm=BoundaryNorm(range(5), 4), aspect="auto", interpolation="nearest",
+        picture,
+        cmap=colors,
+        norm=BoundaryNorm(range(5), 4),
+        aspect="auto",
+        interpolation="nearest",
         extent=(0, chunks, chunks, 0),
-    )  # fmt: skip
+    )
     axis.hlines(range(1, chunks), 0, chunks, color="white", linewidth=0.6)
     axis.set_xlabel("blocks of the video, by their chunk")
 

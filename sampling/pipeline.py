@@ -8,7 +8,6 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -51,29 +50,14 @@ from sparse_forcing.sampling.arguments import (
     start_frames,
     whole_number,
 )
-from sparse_forcing.sampling.rollout import RolloutChunk, rollout
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
+from sparse_forcing.sampling.rollout import rollout
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 PARTS = ("transformer", "text_encoder", "vae")
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """Frames as soon as they exist.
-
-    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
-    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
-    """
-
-    index: int
-    frames: np.ndarray
-    latents: Tensor
-    seconds: float
-    decode_seconds: float
-    cache_bytes: int
-    persistent: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -206,6 +190,7 @@ class SparseForcingPipeline:
         memory: MemoryConfig | None = None,
         reserve_cache: bool = True,
         callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+        cuda_graphs: bool | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
@@ -221,12 +206,15 @@ class SparseForcingPipeline:
             guidance_scale: 1 or less is none, as in diffusers.
             memory: kind of memory; the model's default when None.
             reserve_cache: take the memory of a `full` cache at once, instead of as it grows.
+            cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
+                device and nothing rules it out.
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
                 function in `prompt_changes` returns: with its chunk).
         """
         config = self.config
+        graphs = check_cuda_graphs(self.device, cuda_graphs)
         sampler = changed_sampler(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
@@ -252,6 +240,8 @@ class SparseForcingPipeline:
         initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
+        if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
+            warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=2)
         unconditional = None
         if sampler.guidance_scale != 1.0:
             unconditional = self.encode_prompt([negative]).to(text).expand_as(text)
@@ -268,9 +258,17 @@ class SparseForcingPipeline:
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             context_timestep=config.context_timestep,
             callback=callback_on_step_end,
+            record=cuda_recorder() if graphs else None,
         )
         single = isinstance(prompt, str) and repeats == 1
-        return self._decode(parts, state, initial, single)
+        return decode_chunks(
+            self.vae, parts, state, count=len(chunks), device=self.device, given=initial, single=single,
+            not_finite=self._not_finite,
+        )  # fmt: skip
+
+    def _not_finite(self, index: int) -> Exception:
+        """What to raise when a chunk is not finite, with the part to blame."""
+        return not_finite_error({name: getattr(self, name) for name in PARTS}, f"chunk {index + 1} of the video")
 
     def _empty_memory(
         self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int | None
@@ -289,47 +287,6 @@ class SparseForcingPipeline:
         if self.geometry.whole_video:
             return WholeVideo(geometry)
         return make_memory(config, geometry, selectors=self.transformer.selectors)
-
-    @torch.no_grad()
-    def _decode(
-        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, given: Tensor | None, single: bool
-    ) -> Iterator[VideoChunk]:
-        """Decode chunks as they come, timing model and decoder apart; `given` latents only lead the decoder in."""
-        arrived: list[tuple[RolloutChunk, float]] = []
-
-        def latents() -> Iterator[Tensor]:
-            if given is not None:
-                yield given.transpose(1, 2)
-            for part in parts:
-                arrived.append((part, time.perf_counter()))
-                yield part.latents.transpose(1, 2)
-
-        stream = self.vae.decode_stream(latents())
-        if given is not None:
-            next(stream)
-        for pixels in stream:
-            part, came = arrived.pop()
-            if not (part.latents.isfinite().all() and pixels.isfinite().all()):
-                raise not_finite_error(
-                    {name: getattr(self, name) for name in PARTS}, f"chunk {part.index + 1} of the video"
-                )
-            frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
-            decode_seconds = time.perf_counter() - came
-            lit = memory.persistent_map()
-            yield VideoChunk(
-                index=part.index,
-                frames=frames[0] if single else frames,
-                latents=part.latents,
-                seconds=part.seconds,
-                decode_seconds=decode_seconds,
-                cache_bytes=part.cache_bytes,
-                persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
-            )
-
-    @staticmethod
-    def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
-        """[f, rows, cols] -> [F, H, W] by repetition."""
-        return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -30,30 +31,29 @@ def sample_few_step(
     flow: Flow,
     x: Tensor,
     timesteps: Tensor,
-    schedule: FlowSchedule,
+    sigmas: Tensor,
     fresh_noise: Callable[[], Tensor],
     exit_step: int | None = None,
 ) -> Tensor:
     """Self-Forcing's consistency sampler: x0 at every level, re-noised to the next with fresh noise.
 
     Args:
-        timesteps: [steps] descending.
+        timesteps, sigmas: [steps] descending, where x is.
         exit_step: stop after this step and return its x0 (training); the last one when None.
     """
     last = len(timesteps) - 1 if exit_step is None else exit_step
     batch = len(x)
     for step in range(last + 1):
-        sigma = schedule.sigma_at(timesteps[step]).to(x.device).expand(batch)
-        x0 = flow_to_x0(flow(x, timesteps[step], step), x, sigma)
+        x0 = flow_to_x0(flow(x, timesteps[step], step), x, sigmas[step].expand(batch))
         if step < last:
-            x = add_noise(x0, fresh_noise(), schedule.sigma_at(timesteps[step + 1]).to(x.device).expand(batch))
+            x = add_noise(x0, fresh_noise(), sigmas[step + 1].expand(batch))
     return x0
 
 
 def sample_euler(flow: Flow, x: Tensor, sigmas: Tensor) -> Tensor:
     """Euler steps of dx/dsigma = v from sigmas[0] to sigmas[-1]."""
-    for step, (sigma, following) in enumerate(pairwise(sigmas)):
-        x = x + flow(x, sigma * NUM_TRAIN_TIMESTEPS, step) * (following - sigma).to(x)
+    for step, (sigma, following) in enumerate(pairwise(sigmas.to(x.device))):
+        x = x + flow(x, sigma * NUM_TRAIN_TIMESTEPS, step) * (following - sigma).to(x.dtype)
     return x
 
 
@@ -80,15 +80,27 @@ def sample_unipc(flow: Flow, x: Tensor, steps: int, shift: float, levels: Sequen
     return x
 
 
+@lru_cache(maxsize=16)
+def few_step_levels(config: SamplerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[steps] timesteps and sigmas of the few-step list; remembered, because bringing them to a GPU waits for it."""
+    timesteps = few_step_timesteps(config)
+    return timesteps.to(device), FlowSchedule(config.shift).sigma_at(timesteps).to(device)
+
+
+@lru_cache(maxsize=16)
+def euler_levels(config: SamplerConfig, device: torch.device) -> Tensor:
+    """[steps + 1] sigmas on the device, remembered likewise."""
+    return euler_sigmas(config).to(device)
+
+
 def sample_chunk(
     config: SamplerConfig, flow: Flow, x: Tensor, fresh_noise: Callable[[], Tensor], exit_step: int | None = None
 ) -> Tensor:
     """Denoise one chunk of noise x [B, f, C, H, W] with the configured sampler."""
     if config.kind == "few_step":
-        schedule = FlowSchedule(config.shift)
-        return sample_few_step(flow, x, few_step_timesteps(config), schedule, fresh_noise, exit_step)
+        return sample_few_step(flow, x, *few_step_levels(config, x.device), fresh_noise, exit_step)
     if config.kind == "euler":
-        return sample_euler(flow, x, euler_sigmas(config))
+        return sample_euler(flow, x, euler_levels(config, x.device))
     levels = wan_levels(config.steps) if config.kind == "wan_unipc" else None
     return sample_unipc(flow, x, config.steps, config.shift, levels)
 

@@ -77,7 +77,7 @@ def load_entries(target: Path) -> list[Entry]:
         manifest = folder_manifest(target)
         entries = import_folder(target) if manifest is None else read_manifest(manifest)
     elif is_video_name(target):
-        entries = [_entry_of(target)]
+        entries = [_make_entry(target)]
     elif is_file(target, ConfigError):
         entries = read_manifest(target)
     else:
@@ -130,10 +130,10 @@ def _check_text(text: str) -> None:
 
 def import_folder(folder: Path) -> list[Entry]:
     """Entries of all videos directly inside a folder, by name; see the module for where prompts come from."""
-    return [_entry_of(video) for video in list_folder(folder)]
+    return [_make_entry(video) for video in list_folder(folder)]
 
 
-def _entry_of(video: Path) -> Entry:
+def _make_entry(video: Path) -> Entry:
     sidecar = video.with_suffix(".json")
     if sidecar.is_file():
         record = read_json(sidecar)

@@ -139,15 +139,21 @@ def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
     text_encoder_device = resolve_device(
         config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
     )
+    check_cuda_graphs(torch.device(device), config.cuda_graphs)
+    if config.compile:
+        check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
     pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    if config.compile:
+        pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
@@ -168,12 +174,14 @@ def generate_video(
     import torch
 
     clip = _Clip(config, settings, job, pipe.fps)
+    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
+            **graphs,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)

@@ -66,6 +66,8 @@ class GenerateConfig:
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
+    cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
+        with torch.compile.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density"}
@@ -106,6 +108,8 @@ class GenerateConfig:
     overlay: bool = False
     grid: Path | None = None
     skip_existing: bool = False
+    cuda_graphs: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.num_frames is not None and self.seconds is not None:

@@ -19,7 +19,6 @@ from sparse_forcing.cli.generate import FLAGS
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
-EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
 _VIDEO = (
     "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
@@ -60,9 +59,9 @@ def add_arguments(parser: Parser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns 1 when something that must work is broken."""
     if arguments.processes is not None and (arguments.config is None or arguments.processes < 1):
-        raise ConfigError("--processes: a number of at least 1, together with --config")
+        raise ConfigError("--processes: must be at least 1 and needs --config")
     if arguments.stage is not None and arguments.config is None:
-        raise ConfigError("--stage: says what the file of --config trains")
+        raise ConfigError("--stage: says what the file of --config trains; give --config, too")
     given = [name for name in (*_VIDEO, "vram") if getattr(arguments, name, None) is not None]
     if given and "model" not in given:
         raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without --model")
@@ -134,9 +133,10 @@ def _backends() -> Iterator[Finding]:
 
 
 def _embedded_models() -> Iterator[Finding]:
+    from sparse_forcing.model_folder.folder import EMBEDDED_MODELS, PIPELINE_FILE
     from sparse_forcing.weights.manifest import folder_hash, verify_manifest
 
-    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob("*/pipeline.json"))
+    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     if not folders:
         yield Finding("models", "broken", f"{EMBEDDED_MODELS}: no embedded model; reinstall the package")
     for folder in folders:

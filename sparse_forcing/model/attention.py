@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,14 +16,22 @@ from torch import Tensor
 from sparse_forcing.model.rope import Rotary, rotary_table
 
 
+class TokenOrder(NamedTuple):
+    """An order of tokens: [L] the frame-major token at each place, and [L] the place of each frame-major token."""
+
+    order: Tensor
+    inverse: Tensor
+
+
 class AttentionPolicy(Protocol):
     """Decides, for one forward pass, the positions of its tokens and the keys each of them attends to."""
 
-    order: Tensor | None
-    """[L] token order the layers work in (tile order), or None for frame-major."""
+    def token_order(self, device: torch.device) -> TokenOrder | None:
+        """The order that the layers work in (tile order), or None for frame-major."""
+        ...
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
-        """Rotary table of this pass's tokens, frame-major."""
+        """Rotary table of this pass's tokens, in their order."""
         ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -54,8 +62,6 @@ class ParallelAttention:
         positions: [F] positions in time; 0..F-1 when None.
     """
 
-    order: Tensor | None = None
-
     def __init__(self, num_frames: int, frame_mask: Tensor | None = None, positions: Tensor | None = None) -> None:
         self.num_frames = num_frames
         self.positions = torch.arange(num_frames) if positions is None else positions
@@ -63,9 +69,12 @@ class ParallelAttention:
 
     @classmethod
     def teacher_forcing(cls, chunks: list[int], *, window: int | None = None) -> ParallelAttention:
-        """Of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
+        """The policy of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
         frames = sum(chunks)
         return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
+
+    def token_order(self, device: torch.device) -> None:
+        return None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         """Rotary table of all tokens, frame by frame."""

@@ -39,11 +39,6 @@ def flow_to_x0(flow: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     return (x_t.double() - _broadcast(sigma, x_t).double() * flow.double()).to(flow.dtype)
 
 
-def x0_to_flow(x0: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
-    """v = (x_t - x0) / sigma, in float64, back in x0's dtype."""
-    return ((x_t.double() - x0.double()) / _broadcast(sigma, x_t).double()).to(x0.dtype)
-
-
 class FlowSchedule:
     """Self-Forcing's table of 1000 shifted sigmas (sigma_min 0, the final zero left out).
 
@@ -91,12 +86,6 @@ class FlowSchedule:
         grid = torch.cat([self.timesteps, self.timesteps.new_zeros(1)])
         return grid[NUM_TRAIN_TIMESTEPS - torch.as_tensor(steps, dtype=torch.long)]
 
-    def euler_step(self, flow: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """One Euler step from the grid entry of `timestep` [B] to the next one (the last goes to sigma 0)."""
-        index = self.index_of(timestep)
-        sigmas = torch.cat([self.sigmas, self.sigmas.new_zeros(1)]).to(x_t.device)
-        return x_t + flow * _broadcast(sigmas[index + 1] - sigmas[index], x_t)
-
 
 @dataclass(frozen=True, kw_only=True)
 class SamplerConfig:
@@ -106,7 +95,7 @@ class SamplerConfig:
         kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
             grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
         steps: network evaluations per chunk (two per step with guidance).
-        shift: of the noise grid.
+        shift: the noise grid's shift towards high noise.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
         warp_steps: few_step only: whether the shift applies to `step_list`; False: it holds the timesteps themselves
             (CausVid's).

@@ -28,7 +28,7 @@ class VideoGeometry:
     Args:
         temporal_stride: pixel frames per latent frame (Wan: 4).
         spatial_stride: pixels per latent row and column (Wan: 8).
-        first_frame_alone: True when the first latent frame holds a single pixel frame (Wan's causal autoencoder).
+        first_frame_alone: whether the first latent frame holds a single pixel frame (Wan's causal autoencoder).
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
         first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
@@ -53,7 +53,7 @@ class VideoGeometry:
 
     @classmethod
     def of(cls, vae: VideoAutoencoder, transformer: Mapping[str, Any]) -> VideoGeometry:
-        """Of a model: its autoencoder and its transformer's config."""
+        """The geometry of a model, from its autoencoder and its transformer's config."""
         return cls(
             temporal_stride=vae.temporal_stride,
             spatial_stride=vae.spatial_stride,
@@ -153,12 +153,14 @@ class TileLayout:
     @property
     def num_blocks(self) -> int:
         """Blocks of the chunk, short ones included."""
-        return math.prod(math.ceil(n / t) for n, t in zip((self.frames, self.rows, self.cols), self.tile))
+        frames, rows, cols = self.tile  # spelled out: torch.compile cannot look into a generator
+        return -(-self.frames // frames) * -(-self.rows // rows) * -(-self.cols // cols)
 
     @property
     def block_tokens(self) -> int:
         """Capacity of a block in tokens (the full tile, also where this grid only has short ones)."""
-        return math.prod(self.tile)
+        frames, rows, cols = self.tile
+        return frames * rows * cols
 
     @cached_property
     def order(self) -> Tensor:
@@ -230,3 +232,10 @@ class TileLayout:
         if not self.uniform:
             x = x[:, :, self.on(x.device).unpadded]
         return x.transpose(1, 2)
+
+    def add_to_tokens(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """x [B, L, H, D] in tile order, plus what each of its blocks gets: [B, H, num_blocks, 1, D]."""
+        if self.uniform:
+            by_block = x.unflatten(1, (self.num_blocks, self.block_tokens))
+            return (by_block + blocks.permute(0, 2, 3, 1, 4)).flatten(1, 2)
+        return x + self.from_blocks(blocks.expand(-1, -1, -1, self.block_tokens, -1))

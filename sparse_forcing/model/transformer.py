@@ -7,6 +7,7 @@ Legend: B batch, C channels, F latent frames, G groups of tokens that share a ti
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +15,13 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate, rms_norm
 from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, dense_attention
-from sparse_forcing.model.rope import Rotary, apply_rotary
+from sparse_forcing.model.rope import Rotary
 from sparse_forcing.model.selector import BlockSelector
 
 _GELU = 2 * math.sqrt(2 / math.pi)
@@ -34,6 +37,13 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
+@lru_cache(maxsize=16)
+def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Remembered, because bringing numbers to a GPU waits for it."""
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=16)
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 
@@ -54,30 +64,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
-
-
-def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Layer norm in at least float32, result in x's dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-    return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm of x, times (1 + scale) plus shift per group: x [B, L, C], shift and scale [B, G, C], L a multiple of
-    G. With one group in all, scale and shift are the norm's own affine part: one call."""
-    if shift.shape[:2] == (1, 1):
-        return layer_norm(x, eps, 1 + scale[0, 0], shift[0, 0])
-    wide = layer_norm(x, eps).unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], wide, 1 + scale[:, :, None]).flatten(1, 2)
-
-
-def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate per group."""
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def gelu(x: Tensor) -> Tensor:
@@ -90,6 +77,18 @@ def gelu(x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh")
     twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
     return twice_u.sigmoid_().mul_(x)
+
+
+def ends_products(device: torch.device) -> bool:
+    """Whether the device's matrix products end with the bias and GELU, in its tanh form, in the same launch."""
+    return device.type == "cuda"
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a linear layer is nothing but its weight and bias: not quantised or adapted, no hooks, as offloading and
+    sharding have."""
+    plain = type(module) is nn.Linear and module.bias is not None and not parametrize.is_parametrized(module)
+    return plain and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 class Mlp(nn.Module):
@@ -115,7 +114,11 @@ class GeluProjection(nn.Module):
         self.proj = nn.Linear(dim, ffn_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x))
+        proj = self.proj
+        if ends_products(x.device) and is_plain(proj) and not torch.is_grad_enabled():
+            found = torch._addmm_activation(proj.bias, x.flatten(0, -2), proj.weight.t(), use_gelu=True)
+            return found.unflatten(0, x.shape[:-1])
+        return gelu(proj(x))
 
 
 class FeedForward(nn.Module):
@@ -166,11 +169,18 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self.norm_q(self.to_q(x)))
+    def _normed(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
+        if rotary is None:
+            return self._heads(norm(x))
+        return norm_rotate(x, norm.weight, norm.eps, rotary.cos, rotary.sin)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k(self.to_k(x))), self._heads(self.to_v(x))
+    def queries(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """[B, L, H, D], normed, and rotated where a table is given."""
+        return self._normed(self.to_q(x), self.norm_q, rotary)
+
+    def keys_values(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """Both [B, L, H, D]; keys normed, and rotated where a table is given."""
+        return self._normed(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
 
     def output(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(2))
@@ -210,16 +220,16 @@ class CausalWanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
         h = modulated_norm(x, shift1, scale1, self.eps)
-        query = apply_rotary(self.attn1.queries(h), rotary)
-        key, value = self.attn1.keys_values(h)
-        attended = policy.attend(layer, query, apply_rotary(key, rotary), value)
-        x = add_gated(x, self.attn1.output(attended), gate1)
-
-        h = x if self.norm2 is None else layer_norm(x, self.eps, self.norm2.weight, self.norm2.bias)
+        query = self.attn1.queries(h, rotary)
+        attended = policy.attend(layer, query, *self.attn1.keys_values(h, rotary))
+        update, gate, norm2 = self.attn1.output(attended), gate1, self.norm2
+        if norm2 is None:
+            h = x = add_gated(x, update, gate)
+        else:
+            x, h = add_norm(x, update, gate, norm2.bias, norm2.weight, self.eps, modulates=False)
         text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
-        x = x + self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
-
-        h = modulated_norm(x, shift2, scale2, self.eps)
+        update = self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
+        x, h = add_norm(x, update, None, shift2, scale2, self.eps, modulates=True)
         return add_gated(x, self.ffn(h), gate2)
 
 
@@ -386,18 +396,17 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
     ) -> Tensor:
         """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
-        order = attention.order
+        order = attention.token_order(tokens.device)
         if order is not None:
             if modulation.shape[1] > 1:
                 raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
-            order = order.to(tokens.device)
-            tokens, rotary = tokens[:, order], rotary.permute(order)
+            tokens = tokens[:, order.order]
         for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
                 tokens = block(tokens, modulation, text, rotary, attention, layer)
-        return tokens if order is None else tokens[:, order.argsort()]
+        return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
     def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
@@ -420,7 +429,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
 
     def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
-        std = torch.tensor(self.config.latent_std, dtype=sigma.dtype, device=sigma.device)[:, None, None, None]
+        std = _constants(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
         return std, ((1 - sigma) * std) ** 2 + sigma**2
 
     def _scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:

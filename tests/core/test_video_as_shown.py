@@ -41,10 +41,17 @@ def corner(count: int = 10, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def encode(
-    path: Path, frames: np.ndarray, *, codec: str = "libx264", rate: int = 16, form: str = "yuv420p",
-    stamps: list[int] | None = None, aspect: Fraction | None = None, options: dict[str, str] | None = None,
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str = "libx264",
+    rate: int = 16,
+    form: str = "yuv420p",
+    stamps: list[int] | None = None,
+    aspect: Fraction | None = None,
+    options: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write RGB or RGBA frames; `stamps` count 1 / rate seconds."""
     with av.open(str(path), "w") as target:
         stream = target.add_stream(codec, rate=rate, options=options or {})

@@ -171,9 +171,15 @@ def moment_of(feed: Feed, layer: int, sample: int, head: int, known: dict[int, B
     lists = [set(row) for row in state.origin[sample, head][slots].tolist()]
     made = selection.selectors
     return Moment(
-        [query[i, :size] for i, size in enumerate(sizes)], [known[number] for number in numbers],
-        state.persistent.shape[2], memory.plan.frame_blocks, lists, layer, head, made and made[layer].retention,
-    )  # fmt: skip
+        [query[i, :size] for i, size in enumerate(sizes)],
+        [known[number] for number in numbers],
+        state.persistent.shape[2],
+        memory.plan.frame_blocks,
+        lists,
+        layer,
+        head,
+        made and made[layer].retention,
+    )
 
 
 @every_rule
@@ -183,8 +189,10 @@ def test_the_choice_is_that_of_a_slow_plain_reference(name: str, tile: tuple[int
     feed = Feed(settings, dtype=torch.float64)
     plain = {
         (layer, b, h): (REFERENCES[name](settings), {})
-        for layer in range(LAYERS) for b in range(2) for h in range(Feed.heads)
-    }  # fmt: skip
+        for layer in range(LAYERS)
+        for b in range(2)
+        for h in range(Feed.heads)
+    }
     expected: dict[tuple[int, int, int], set[int]] = {}
     for _ in range(5):
         feed(1)
@@ -241,10 +249,15 @@ def view(values: Tensor, **suppliers: Tensor) -> BlockView:
     shape = values.shape[:3]
     found = {"pooled_values": values} | suppliers
     return BlockView(
-        layer=0, chunk=5, frame_blocks=1, num_persistent=0, origin=torch.arange(shape[2]).expand(shape),
-        first_frame=torch.zeros(shape), state=torch.zeros(*shape, 1),
+        layer=0,
+        chunk=5,
+        frame_blocks=1,
+        num_persistent=0,
+        origin=torch.arange(shape[2]).expand(shape),
+        first_frame=torch.zeros(shape),
+        state=torch.zeros(*shape, 1),
         suppliers={name: lambda x=x: x for name, x in found.items()},
-    )  # fmt: skip
+    )
 
 
 def test_first_and_recent_are_exact() -> None:

@@ -153,9 +153,17 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     run_folder: Path, tmp_path: Path
 ) -> None:
     config = replace(
-        CONFIG, init_from=str(run_folder / "pipeline" / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0,
-        loop=AutoencoderLoop(steps=150), noise=0.1, warmup_steps=10, learning_rate=3e-3, shape_weights={"star": 3.0},
-    )  # fmt: skip
+        CONFIG,
+        init_from=str(run_folder / "pipeline" / "vae"),
+        extra_channels=4,
+        anchor=1.0,
+        object_weight=4.0,
+        loop=AutoencoderLoop(steps=150),
+        noise=0.1,
+        warmup_steps=10,
+        learning_rate=3e-3,
+        shape_weights={"star": 3.0},
+    )
     old = TokenAutoencoder.from_pretrained(run_folder / "pipeline" / "vae").eval()
     pixels, channels = clips(), CONFIG.latent_channels
     begun = autoencode.start(config)[0].eval()
@@ -219,19 +227,19 @@ def test_objects_count_more_and_by_their_contrast() -> None:
 def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
-    with pytest.raises(ConfigError, match="fit_clips: from 1"):
+    with pytest.raises(ConfigError, match="fit_clips: must lie from 1"):
         replace(CONFIG, fit_clips=0)
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
     with pytest.raises(ConfigError, match="extra_channels: need"):
         replace(CONFIG, extra_channels=2)
-    with pytest.raises(ConfigError, match="goes on, and has 1"):
+    with pytest.raises(ConfigError, match="has 1; leave the setting out"):
         autoencode.start(
             replace(CONFIG, extra_channels=2, init_from=str(run_folder / "pipeline" / "vae"), decoder_blocks=2)
         )
     with pytest.raises(ConfigError, match="must not be negative"):
         replace(CONFIG, anchor=-1.0)
-    with pytest.raises(ConfigError, match="dim: from 1 to 4096, got 1000000"):
+    with pytest.raises(ConfigError, match="dim: must lie from 1 to 4096, got 1000000"):
         replace(CONFIG, dim=10**6)
     with pytest.raises(ConfigError, match="sizes: 36 pixels are not a multiple of 8"):
         train(replace(CONFIG, sizes=(36,)), tmp_path / "odd")

@@ -182,9 +182,13 @@ def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> Non
 )
 def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
     config = ForcingConfig(
-        loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES[kind],
+        loop=ONE,
+        model="tiny-base",
+        mode="teacher",
+        data=TINY["data"],
+        memory=MEMORIES[kind],
         cache_gradient=cache_gradient,
-    )  # fmt: skip
+    )
     recipe = ForcingRecipe(config, Accelerator(cpu=True))
     recipe.update(0)
     gc.collect()

@@ -30,7 +30,7 @@ BUCKET_ELEMENTS = 1 << 25
 
 
 @contextmanager
-def leaving_group() -> Iterator[None]:
+def leave_group() -> Iterator[None]:
     """Leave the process group that the block joined, however it ends; afterwards no thread of the group is alive.
 
     A gloo worker thread drops the tensors of a collective a moment after whoever waited for it goes on. If the

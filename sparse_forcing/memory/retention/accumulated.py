@@ -15,6 +15,7 @@ class AccumulatedRule(RetentionRule):
     memory; a decay of 1 is H2O's plain sum.
     """
 
+    layers_at_once = True
     reads = frozenset({"attention"})
     state_size = 1
 

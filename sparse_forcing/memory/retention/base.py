@@ -32,7 +32,8 @@ class BlockView:
     """What a rule sees of N blocks of one layer, in the order of time; nothing in it may be written to.
 
     Args:
-        layer: number of the layer; chunk: number of the chunk that was finished last.
+        layer: number of the layer, -1 where the samples are those of all layers (`RetentionRule.layers_at_once`).
+        chunk: number of the chunk that was finished last.
         frame_blocks: blocks that lie beside each other in time: block i + frame_blocks follows block i at its place,
             as long as both are in the window.
         num_persistent: how many of the N, the first ones, have left the window before.
@@ -99,12 +100,15 @@ class RetentionRule(ABC):
         learned: whether it needs the retention head of the model's selectors.
         state_size: numbers it remembers of each block (R); 0 for a rule without memory, whose `observe` is not called.
         fresh: their value for a block that has just been written.
+        layers_at_once: whether all layers may be given to it at once, as more samples: for rules that treat every
+            sample and head alike and do not read `BlockView.layer`.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
     learned: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     fresh: ClassVar[float] = 0.0
+    layers_at_once: ClassVar[bool] = False
 
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config

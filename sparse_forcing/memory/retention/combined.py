@@ -18,6 +18,8 @@ class CombinedRule(AccumulatedRule):
     rest of the weight times the cosine of its mean value to the nearest other. 0 is `diversity`, 1 `accumulated`.
     """
 
+    layers_at_once = False  # it reads all values
+
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         gathered = super().scores(blocks, capacity)
         highest = gathered.amax(-1, keepdim=True).clamp(min=torch.finfo(gathered.dtype).tiny)

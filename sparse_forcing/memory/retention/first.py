@@ -11,5 +11,7 @@ from sparse_forcing.memory.retention.base import BlockView, RetentionRule, age_o
 class FirstRule(RetentionRule):
     """Keep what left the window first, and never anything else."""
 
+    layers_at_once = True
+
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         return -age_order(blocks)

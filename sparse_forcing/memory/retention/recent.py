@@ -11,5 +11,7 @@ from sparse_forcing.memory.retention.base import BlockView, RetentionRule, age_o
 class RecentRule(RetentionRule):
     """Keep what left the window last."""
 
+    layers_at_once = True
+
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         return age_order(blocks)

@@ -40,7 +40,7 @@ from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig, bounded
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.tiny import TINY
-from sparse_forcing.training.recipes.validation import evaluated, sample_path
+from sparse_forcing.training.recipes.validation import sample_path, switch_to_eval
 
 FIT_SIZE = 64  # pixels to the side of the clips on which patches are fitted
 LARGEST_SIZE = 4096  # pixels
@@ -181,7 +181,7 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
     if config.extra_channels or config.encoder_learns:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
         if config.decoder_blocks not in (None, blocks):
-            raise ConfigError(f"decoder_blocks: that of {config.init_from} goes on, and has {blocks}")
+            raise ConfigError(f"decoder_blocks: the decoder of {config.init_from} has {blocks}; leave the setting out")
         return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
@@ -217,7 +217,7 @@ def object_weights(pixels: Tensor, weight: float) -> Tensor:
 class Reconstruction:
     """Losses of clips drawn again.
 
-    total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
+    total: loss that is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
     """
 
     total: Tensor
@@ -322,7 +322,7 @@ class AutoencoderRecipe(Recipe):
             self.config.loop.seed, 0, batch_size=SAMPLES, num_frames=CLIP_FRAMES, size=self.config.sizes[0],
             two_object_fraction=self.config.two_object_fraction, caption_dropout=0.0, device=self.vae.device,
         ).pixels  # fmt: skip
-        with evaluated(self.vae):
+        with switch_to_eval(self.vae):
             drawn = self.vae.decode(self.vae.encode(pixels))
         folder.mkdir(parents=True, exist_ok=True)
         pairs = torch.cat([pixels, drawn], -1).clamp(-1, 1).add(1).div(2)

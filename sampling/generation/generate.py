@@ -103,8 +103,8 @@ def _generate_all(
     start = read_start(config, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
-    if remark := _shortage(config):
-        progress.note(f"warning: {remark}")
+    if too_small := _shortage(config):
+        progress.note(f"warning: {too_small}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -127,7 +127,7 @@ def _shortage(config: GenerateConfig) -> str | None:
     """What to say before a model is loaded onto a GPU that is too small for the video."""
     import torch
 
-    if torch.device(resolve_device(config.device)).type != "cuda":
+    if not resolve_device(config.device).startswith("cuda"):
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 

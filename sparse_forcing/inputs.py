@@ -90,7 +90,7 @@ def _identity(path: PathLike) -> _Identity | None:
 
 
 def _by_identity(paths: Iterable[PathLike]) -> dict[_Identity | None, Path]:
-    """What of some paths is there."""
+    """Those of some paths that are there, by their identity."""
     return {identity: Path(path) for path in paths if (identity := _identity(path)) is not None}
 
 

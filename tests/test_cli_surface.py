@@ -36,7 +36,9 @@ SURFACE = {
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
     "playground": "--model --device --text-encoder-device --dtype --host --port --cache-gigabytes",
-    "doctor": "--kernels --config --stage --processes --json",
+    "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
+    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --tile "
+    "--text-encoder-device --dtype --json",
 }
 WITHOUT_TORCH = """
 import sys

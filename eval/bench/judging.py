@@ -175,7 +175,7 @@ def summarize_values(values: Sequence[float]) -> dict[str, Any]:
 
 
 def summarize_verdicts(verdicts: Sequence[float | None]) -> dict[str, Any]:
-    """The same of what is right, in [0, 1], over the prompts that say something of it (mean None: none does)."""
+    """Mean and interval of what is right, in [0, 1], over the prompts that speak of it (mean None: none does)."""
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         return {"mean": None, "interval": None, "prompts": 0}

@@ -21,12 +21,12 @@ class AttentionBenchConfig:
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
-            raise ConfigError(f"--repeats: at least 1, got {self.repeats}")
+            raise ConfigError(f"--repeats: must be at least 1, got {self.repeats}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedBenchConfig:
-    """What `bench rollout` and `bench change` have in common.
+    """Options that `bench rollout` and `bench change` have in common.
 
     prompts: held-out captions, or changes of such. memories: names of `memory_variants`. batch_size: how many are made
     together. device: "auto" is the GPU where there is one. output: folder of the table and its JSON.
@@ -67,7 +67,7 @@ class RolloutBenchConfig(JudgedBenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objects not in (1, 2):
-            raise ConfigError(f"objects: 1 or 2, got {self.objects}")
+            raise ConfigError(f"objects: must be 1 or 2, got {self.objects}")
         if min(1, *self.horizons, self.size or 1) < 1:
             raise ConfigError("horizons and size must be positive")
 
@@ -102,7 +102,7 @@ class RecallBenchConfig:
         if min(self.count, self.batch_size, self.frames_around) < 1:
             raise ConfigError("--count, --batch-size and --frames-around must be positive")
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
-            raise ConfigError(f"--gaps: windows above 0, got {self.gaps}")
+            raise ConfigError(f"--gaps: must be windows above 0, got {self.gaps}")
         WorldConfig(grounds=self.grounds, split=self.split)
         unknown = [kind for kind in self.worlds if kind not in KINDS]
         if unknown or not self.worlds:
@@ -134,7 +134,7 @@ class StreamBenchConfig:
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
-            raise ConfigError(f"--chunks: at least 1, got {self.chunks}")
+            raise ConfigError(f"--chunks: must be at least 1, got {self.chunks}")
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and size < 1:
-                raise ConfigError(f"--{name}: at least 1 pixel, got {size}")
+                raise ConfigError(f"--{name}: must be at least 1 pixel, got {size}")

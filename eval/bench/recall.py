@@ -89,7 +89,7 @@ def plan_cell(
     window = pipe.geometry.temporal_stride * pipe.default_memory.window_frames
     frames = round(gap * window)
     if frames < 1:
-        raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are not a frame")
+        raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are less than a frame; choose a larger gap")
     worlds = WorldConfig(
         frames=frames + config.frames_around, gap=(frames, frames + 3), grounds=grounds, split=config.split
     )

@@ -48,8 +48,13 @@ HEAD_STD = 0.02
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a model size fixes. transformer, vae: constructor settings; text_len: tokens of a prompt;
-    channels: latent."""
+    """What a model size fixes.
+
+    Args:
+        transformer, vae: settings of their constructors.
+        text_len: tokens of a prompt.
+        channels: channels of latents.
+    """
 
     transformer: dict[str, Any]
     defaults: PipelineConfig
@@ -180,7 +185,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
-    """On whatever device is current: only its strides are read."""
+    """An autoencoder on whatever device is current: only its strides are read."""
     if kind in EMBEDDED_AUTOENCODERS:
         return EMBEDDED_AUTOENCODERS[kind](**config)
     from diffusers import AutoencoderKLWan

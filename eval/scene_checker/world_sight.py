@@ -62,7 +62,9 @@ def _frames(entry: Return, start: int, length: int) -> list[int]:
     """Frames of the return that the clip has, at most MOST_FRAMES of them, evenly spread."""
     first, last = max(entry.frames[0], start), min(entry.frames[1], start + length) - 1
     if last < first:
-        raise ConfigError(f"return at frames {entry.frames}: the clip has {start} to {start + length - 1}")
+        raise ConfigError(
+            f"return at frames {entry.frames}: outside the clip, which has frames {start} to {start + length - 1}"
+        )
     count = min(MOST_FRAMES, last - first + 1)
     return [first + (last - first) * step // max(1, count - 1) for step in range(count)]
 
@@ -88,7 +90,7 @@ def _near(world: World, entry: Return, frames: list[int], side: int) -> Tensor:
 
 
 def _window(box: Box) -> Box:
-    """As wide whatever the object is, so that it says nothing of its size."""
+    """The part of the picture to look at, as wide whatever the object is, so that it says nothing of its size."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return x - HALF_WINDOW, y - HALF_WINDOW, x + HALF_WINDOW, y + HALF_WINDOW
 

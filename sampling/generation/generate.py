@@ -103,6 +103,8 @@ def _generate_all(
     start = read_start(config, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
+    if remark := _shortage(config):
+        progress.note(f"warning: {remark}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -119,6 +121,17 @@ def _generate_all(
             record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
             progress.end()
             yield record
+
+
+def _shortage(config: GenerateConfig) -> str | None:
+    """What to say before a model is loaded onto a GPU that is too small for the video."""
+    import torch
+
+    if torch.device(resolve_device(config.device)).type != "cuda":
+        return None
+    from sparse_forcing.sampling.generation.preflight import shortage
+
+    return shortage(config, torch.cuda.get_device_properties(0).total_memory)
 
 
 def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:

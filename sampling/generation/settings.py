@@ -38,15 +38,16 @@ class Settings:
     prompt_changes: dict[int, str]
 
 
-def chosen_defaults(config: GenerateConfig) -> PipelineConfig:
-    """The defaults of the model's folder, or of a preset, with what the run changes of them; nothing heavy is read.
+def chosen_defaults(config: GenerateConfig, own: PipelineConfig | None = None) -> PipelineConfig:
+    """The defaults of the model's folder (or `own`), or of a preset, with what the run changes of them; no weights are
+    read.
 
     Raises:
         ConfigError: a preset or chunk for a model that has its own; WeightsError: no such model.
     """
     from sparse_forcing.model_folder.folder import find_model, read_defaults
 
-    defaults = own = read_defaults(find_model(config.model))
+    defaults = own = own or read_defaults(find_model(config.model))
     if config.preset is not None:
         from sparse_forcing.model_folder.presets import preset
 

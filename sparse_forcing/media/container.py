@@ -64,7 +64,7 @@ class Video:
         self.declared = _declared_frames(container, self._stream)
         self.fps, self.constant = _rate(found.times, float(self._stream.average_rate or 0))
         if not 0 < self.fps <= MAX_FPS:
-            raise VideoError(f"{path}: frame rate {self.fps:g} is not usable")
+            raise VideoError(f"{path}: has a frame rate of {self.fps:g}, which must be above 0 and at most {MAX_FPS}")
         self.last = 1 / self.fps if self.constant or not found.last > 0 else found.last
         self._frames = self._decode()
         first = next(self._frames, None)

@@ -67,7 +67,7 @@ class ParallelAttention:
 
     @classmethod
     def teacher_forcing(cls, chunks: list[int], *, window: int | None = None) -> ParallelAttention:
-        """Of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
+        """The policy of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
         frames = sum(chunks)
         return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
 

@@ -95,7 +95,7 @@ class SamplerConfig:
         kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
             grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
         steps: network evaluations per chunk (two per step with guidance).
-        shift: of the noise grid.
+        shift: the noise grid's shift towards high noise.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
         warp_steps: few_step only: whether the shift applies to `step_list`; False: it holds the timesteps themselves
             (CausVid's).

@@ -28,7 +28,7 @@ class VideoGeometry:
     Args:
         temporal_stride: pixel frames per latent frame (Wan: 4).
         spatial_stride: pixels per latent row and column (Wan: 8).
-        first_frame_alone: True when the first latent frame holds a single pixel frame (Wan's causal autoencoder).
+        first_frame_alone: whether the first latent frame holds a single pixel frame (Wan's causal autoencoder).
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
         first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
@@ -53,7 +53,7 @@ class VideoGeometry:
 
     @classmethod
     def of(cls, vae: VideoAutoencoder, transformer: Mapping[str, Any]) -> VideoGeometry:
-        """Of a model: its autoencoder and its transformer's config."""
+        """The geometry of a model, from its autoencoder and its transformer's config."""
         return cls(
             temporal_stride=vae.temporal_stride,
             spatial_stride=vae.spatial_stride,

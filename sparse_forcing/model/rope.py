@@ -44,7 +44,7 @@ def rotary_table(frames: Tensor, rows: int, cols: int, head_dim: int, dtype: tor
 
     Args:
         frames: [F] positions in time (latent frames; any number, also fractional or negative).
-        dtype: of the result; float64 for float64 models, otherwise float32.
+        dtype: type of the result; float64 for float64 models, otherwise float32.
     """
     device = frames.device
     dims = axis_dims(head_dim)

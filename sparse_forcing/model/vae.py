@@ -65,7 +65,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.latent_channels = latent_channels
         patch = 3 * temporal_stride * spatial_stride**2
         if not 0 < latent_channels <= patch:
-            raise ConfigError(f"latent_channels: a patch has {patch} numbers, cannot keep {latent_channels}")
+            raise ConfigError(f"latent_channels: must be at most the {patch} numbers of a patch, got {latent_channels}")
         self.register_buffer("mean", torch.zeros(patch))
         self.register_buffer("basis", torch.eye(patch)[:latent_channels])
         self.register_buffer("scale", torch.ones(latent_channels))

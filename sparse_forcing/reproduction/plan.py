@@ -85,14 +85,14 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What to train.
+    """A plan of trainings: the base model, the memory, and the stages that every student goes through.
 
     Args:
         model: the base model, an embedded one's name or a folder.
         memory: the sparse memory; every student's differs from it in one thing.
-        selector_weight: of the learned selector's distillation loss, in every stage that trains one.
-        teacher: makes a bidirectional teacher of the base model; None: the base model, causal, is the teacher.
-        start: prepares the base model for each student's memory; None: students are distilled right away.
+        selector_weight: weight of the learned selector's distillation loss, in every stage that trains one.
+        teacher: stage that makes a bidirectional teacher of the base model; None: the causal base model is the teacher.
+        start: stage that prepares the base model for each student's memory; None: students are distilled right away.
         long: long tuning of every student after its distillation; None for none.
     """
 
@@ -107,7 +107,7 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         if self.memory.kind != "sparse" or self.memory.positions != "relative":
-            raise ConfigError("memory: kind sparse and positions relative are what the variants differ from")
+            raise ConfigError("memory: needs kind sparse and positions relative, which the variants change")
         if self.memory.density == 1 or not self.memory.persistent_blocks:
             raise ConfigError(
                 "memory: density must be below 1 and persistent_blocks not 0, or two ablations change nothing"

@@ -30,17 +30,18 @@ from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What every student is judged on.
+    """Settings of the evaluation that every student gets.
 
     Args:
         prompts: held-out prompts; ablation_prompts: the first of them, for the variants that are ablations.
         batch_size: rollouts generated together.
         horizons: multiples of the training horizon.
         timing_prompts: prompts whose rollouts are timed, several students in turns.
-        recall_prompts: of the selector's recall.
+        recall_prompts: prompts of the selector's recall.
         sheet_prompts: the first prompts, whose frames are kept to look at.
         device: "auto" is the GPU where there is one.
-        timing_device: where rollouts are timed. At this size a GPU waits for its host and would not show what differs.
+        timing_device: device on which rollouts are timed. At this size a GPU waits for its host and would not show
+            what differs.
     """
 
     prompts: int = 200
@@ -67,7 +68,7 @@ class EvaluationConfig:
         self.rollouts()  # checks the horizons
         if min(self.horizons) != 1:
             raise ConfigError(
-                f"horizons: 1 (the training horizon) is what the others are compared with, got {list(self.horizons)}"
+                f"horizons: needs 1, the training horizon that others are compared with, got {list(self.horizons)}"
             )
 
     def rollouts(self) -> RolloutSettings:

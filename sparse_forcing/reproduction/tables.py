@@ -21,7 +21,7 @@ def write_results(result: Mapping[str, Any], folders: Mapping[str, Path], prompt
 
     Args:
         result: `settings`, `variants` (without their folders), `timing`, `recall`.
-        folders: where each variant's frames are.
+        folders: folder of each variant's frames.
         prompts: those whose frames were kept.
     """
     claims = check_claims(result)

@@ -382,9 +382,8 @@ def test_every_command_of_the_page_on_real_weights(
     save_file({f"model.diffusion_model.{key}": x for key, x in wan_state(wan).items()}, "wan_comfyui.safetensors")
     Path("self_forcing_dmd.yaml").write_text(YAML)
     commands = COMMAND.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(commands) == 14
+    assert len(commands) == 15
     for command in commands:
         words = shlex.split(command)
-        small = words[0] == "generate"
-        assert main([*words, *(FLAGS if small else [])]) == 0, command
+        assert main([*words, *(FLAGS if words[0] == "generate" else [])]) == 0, command
     assert len(list(Path("outputs").glob("*.mp4"))) == 1

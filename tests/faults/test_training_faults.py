@@ -45,7 +45,11 @@ STEPS = "loop: {steps: 1, trackers: []}\n"
             "learned_selector: needs memory.kind sparse",
         ),
         ("distill", STEPS + "rollout_frames: 5", "rollout_frames: 5 is not a multiple of the model's chunk"),
-        ("distill", STEPS + "windows: 2\ncache_gradient: straight_through", "cache_gradient: long tuning"),
+        (
+            "distill",
+            STEPS + "windows: 2\ncache_gradient: straight_through",
+            "cache_gradient: must be detached in long tuning",
+        ),
         ("distill", STEPS + "memory: {window_frames: 0}", "window_frames: at least 1"),
         ("ode", STEPS + "data: {kind: procedural}", "data.kind: ODE regression reads shards"),
     ],

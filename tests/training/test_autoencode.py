@@ -227,19 +227,19 @@ def test_objects_count_more_and_by_their_contrast() -> None:
 def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
-    with pytest.raises(ConfigError, match="fit_clips: from 1"):
+    with pytest.raises(ConfigError, match="fit_clips: must lie from 1"):
         replace(CONFIG, fit_clips=0)
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
     with pytest.raises(ConfigError, match="extra_channels: need"):
         replace(CONFIG, extra_channels=2)
-    with pytest.raises(ConfigError, match="goes on, and has 1"):
+    with pytest.raises(ConfigError, match="has 1; leave the setting out"):
         autoencode.start(
             replace(CONFIG, extra_channels=2, init_from=str(run_folder / "pipeline" / "vae"), decoder_blocks=2)
         )
     with pytest.raises(ConfigError, match="must not be negative"):
         replace(CONFIG, anchor=-1.0)
-    with pytest.raises(ConfigError, match="dim: from 1 to 4096, got 1000000"):
+    with pytest.raises(ConfigError, match="dim: must lie from 1 to 4096, got 1000000"):
         replace(CONFIG, dim=10**6)
     with pytest.raises(ConfigError, match="sizes: 36 pixels are not a multiple of 8"):
         train(replace(CONFIG, sizes=(36,)), tmp_path / "odd")

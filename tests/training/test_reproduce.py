@@ -243,7 +243,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         (f"training.student.set=[{', '.join(CAUSAL_DISTILL)}]", "the trained one is bidirectional"),
         ("training.memory.window_frames=3", "window"),
         ("training.memory.density=1.0", "density must be below 1"),
-        ("evaluation.horizons=[2, 4]", "horizons: 1 (the training horizon)"),
+        ("evaluation.horizons=[2, 4]", "horizons: needs 1, the training horizon"),
         ("evaluation.horizons=[1, 1]", "horizons: different"),
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),
         ("evaluation.colour=red", "evaluation.colour"),

@@ -70,9 +70,9 @@ def procedural_batch(
 def check_world_share(worlds: Mapping[str, float] | None, fraction: float) -> None:
     """Raise ConfigError unless kinds of worlds and the share of clips that are worlds go together."""
     if not 0 <= fraction <= 1:
-        raise ConfigError(f"world_fraction is a share in [0, 1], got {fraction}")
+        raise ConfigError(f"world_fraction must lie in [0, 1], got {fraction}")
     if (fraction > 0) != (worlds is not None):
-        raise ConfigError("worlds and world_fraction: either has an effect only with the other")
+        raise ConfigError("worlds and world_fraction: each has an effect only with the other; give both or neither")
     if worlds is not None:
         check_weights(worlds)
 

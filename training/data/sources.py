@@ -71,7 +71,7 @@ class DataConfig:
         if (self.path is None) != (self.kind == "procedural"):
             raise ConfigError(f"path: {'needed' if self.path is None else 'has no effect'} for kind {self.kind!r}")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.two_object_fraction <= 1:
-            raise ConfigError("caption_dropout and two_object_fraction are shares in [0, 1]")
+            raise ConfigError("caption_dropout and two_object_fraction must lie in [0, 1]")
         if self.latent_frames < 1 or self.max_bad_samples < 0:
             raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
         for kind, names in (

@@ -126,7 +126,7 @@ def save_checkpoint(
 
     Args:
         keep: complete checkpoints that stay, at least two.
-        random_state: also save every process's random state.
+        random_state: whether to save, too, every process's random state.
         window: numbers of the steps since the last row of metrics, for the manifest.
 
     Raises:
@@ -243,9 +243,9 @@ def load_checkpoint(
     The first process alone compares the files with their hashes.
 
     Args:
-        manifest: of the folder, when its files were already found to match it (`newest_checkpoint`).
-        random_state: also restore this process's random state.
-        allow_missing_random: go on with the present one when the checkpoint has none for this process.
+        manifest: manifest of the folder, when its files were already found to match it (`newest_checkpoint`).
+        random_state: whether to restore, too, this process's random state.
+        allow_missing_random: whether to go on with the present one when the checkpoint has none for this process.
 
     Raises:
         WeightsError: damaged, of another model, or without the random state of this process.

@@ -35,7 +35,7 @@ before they take it for dead; NCCL's default is ten minutes."""
 
 
 class Recipe(Protocol):
-    """What trains: see above.
+    """A recipe, as the loop sees it (above).
 
     parts: what a checkpoint holds; steps: optimizer steps from first to last; geometry: what a step computes, in words.
     """
@@ -86,10 +86,10 @@ def run(
     """Train to the end or to SIGTERM; returns 0, or 143 after a stop that saved.
 
     Args:
-        build: makes the recipe once the processes are known.
+        build: function that makes the recipe once the processes are known.
         config: the whole stage's config, for the checkpoint's manifest.
         out: folder of checkpoints, `metrics.jsonl`, `samples` and the exported model, `pipeline`.
-        resume: from what, the newest checkpoint of `out` by default.
+        resume: checkpoint to go on from, the newest checkpoint of `out` by default.
 
     Raises:
         ConfigError: the launch does not fit the config, or memory is not enough.

@@ -27,7 +27,7 @@ class LoraConfig:
     """Adapters of one network.
 
     Args:
-        rank: of the change of every layer; alpha: the change is scaled by alpha / rank.
+        rank: rank of the change of every layer; alpha: the change is scaled by alpha / rank.
         targets: ends of the names of the linear layers that get one.
     """
 

@@ -82,8 +82,8 @@ def apply_gradients(
     """Average and clip the gradients of a network, refuse numbers that are not finite, update; every process calls it.
 
     Args:
-        optimizers: of the network's parameters; all take `rate`.
-        name: of the network in metrics and messages.
+        optimizers: optimizers of the network's parameters; all take `rate`.
+        name: name of the network in metrics and messages.
         loss: that the gradients are of.
         ema: average of the network to update, too.
 

@@ -55,7 +55,7 @@ class Resume:
     Args:
         checkpoint: folder `step-N` of any run to go on from; None: the newest complete one of the output folder. Once
             the output folder has later ones of this course, the newest of those, so that the same command resumes.
-        allow_changes: go on with settings other than the checkpoint's; they are named in a warning.
+        allow_changes: whether to go on with settings other than the checkpoint's; they are named in a warning.
     """
 
     checkpoint: Path | None = None
@@ -66,7 +66,7 @@ class Resume:
 
         Args:
             config: the stage's, to be compared with the checkpoint's.
-            options: of `load_checkpoint`.
+            options: options of `load_checkpoint`.
 
         Raises:
             ConfigError: the settings differ, or a checkpoint was named and `out` has checkpoints of its own.

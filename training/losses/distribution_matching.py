@@ -36,7 +36,7 @@ class Compared:
     """Generated latents, and where scores are compared.
 
     Args:
-        latents: [B, F, C, H, W]; noise: of their shape; timestep: [B], one per sample.
+        latents: [B, F, C, H, W]; noise: noise of their shape; timestep: [B], one per sample.
         schedule: adds the noise.
         score_schedule: turns a score's flow into x0; `schedule` when None. Use one for both; Self-Forcing's released
             weights were trained with shift 5 and shift 8 (a mismatch of up to 19 % at t = 20).
@@ -134,14 +134,15 @@ def critic_loss(at: Compared, fake: Score) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """How scores are compared.
+    """Settings of the comparison of scores.
 
     Args:
-        real_guidance, fake_guidance: added on top of the conditional prediction; classifier-free weight minus one.
-        shift: of the levels at which scores are compared; schedule_shift: of the score networks' own table, when it
-            differs (Self-Forcing's released weights: 8), None for the generator's.
+        real_guidance, fake_guidance: classifier-free weights minus one, added on top of the conditional prediction.
+        shift: shift of the levels at which scores are compared.
+        schedule_shift: shift of the score networks' own table, when it differs (Self-Forcing's released weights: 8),
+            None for the generator's.
         low, high: timesteps are clamped to this range.
-        sid_alpha: of the SiD loss.
+        sid_alpha: alpha of the SiD loss.
         causal_window: None for a bidirectional teacher: all frames of a clip, equally noisy, see each other. A number
             for a causal one, such as the student's own start: every noisy chunk sees itself and the finished chunks
             before it, that many latent frames in all.

@@ -85,8 +85,8 @@ def estimate_distillation(
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
         score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
-        real_passes: of the teacher that gradients of the generator flow through, beside one of the critic (SiD); none
-            otherwise (DMD).
+        real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
+            none otherwise (DMD).
     """
     trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
@@ -145,7 +145,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     if isinstance(config, AutoencoderConfig):
         return estimate_autoencoder(config), []
     if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
-        raise ConfigError(f"{type(config).__name__}: what this stage needs is not estimated")
+        raise ConfigError(f"{type(config).__name__}: there is no estimate of what this stage needs")
     if config.loop.micro_batches % processes:
         raise ConfigError(
             f"loop.global_batch: {config.loop.micro_batches} micro-batches cannot be shared by {processes} processes"
@@ -230,7 +230,7 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
 
 
 def _fit_bytes(clips: int, temporal_stride: int) -> int:
-    """Of fitting patches (`fit_patches`): all pixels and half as much to render them, and some clips in float64."""
+    """Bytes of fitting patches (`fit_patches`): all pixels, half as much to render them, some clips in float64."""
     numbers = 3 * 2 * temporal_stride * FIT_SIZE**2
     return numbers * (6 * clips + 24 * min(clips, CLIPS_AT_ONCE))
 
@@ -240,7 +240,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _number_bytes(dtype: str) -> int:
-    """Of an activation, on the device that a training started here would use."""
+    """Bytes of a number of an activation, on the device that a training started here would use."""
     return compute_dtype(dtype, torch.device(resolve_device("auto"))).itemsize
 
 

@@ -87,7 +87,7 @@ class DistillConfig:
         critic_start: weights that the fake score starts from: "teacher"; "model" when the student knows what the
             teacher does not (guidance, after tiny-guided.yaml) and a fake score would first have to catch up on that;
             or another pipeline folder (Self-Forcing's critic of a 14B teacher is the 1.3B model).
-        memory: of the rollouts; the model's default when None.
+        memory: memory of the rollouts; the model's default when None.
         sampler: few_step; its steps are the student's.
         critic_ratio: critic updates per generator update.
         rollout_frames: latent frames of the first window (the horizon of both scores).
@@ -98,7 +98,7 @@ class DistillConfig:
         ema_start: step from which averages are kept.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
-        selector_weight: of the selector's distillation loss (sparse memory with a learned selector).
+        selector_weight: weight of the selector's distillation loss (sparse memory with a learned selector).
         lora, critic_lora: train adapters of the generator, of the critic, instead of all their weights.
     """
 
@@ -143,9 +143,9 @@ class DistillConfig:
         if self.cache_gradient not in ("detached", "straight_through"):
             raise ConfigError(f"cache_gradient: expected detached or straight_through, got {self.cache_gradient!r}")
         if self.windows > 1 and self.cache_gradient != "detached":
-            raise ConfigError("cache_gradient: long tuning frees each window's graph, which needs detached")
+            raise ConfigError("cache_gradient: must be detached in long tuning, which frees each window's graph")
         if self.loss == "sid" and (self.score.fake_guidance or self.windows > 1):
-            raise ConfigError("loss: sid takes no fake_guidance and one window")
+            raise ConfigError("loss: sid needs fake_guidance 0 and windows 1")
         if self.window_frames is not None and not 0 < self.window_frames <= self.rollout_frames:
             raise ConfigError(f"window_frames: must be in 1..rollout_frames, got {self.window_frames}")
 

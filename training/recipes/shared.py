@@ -92,7 +92,7 @@ def make_own_source(data: DataConfig, seed: int, pipe: SparseForcingPipeline) ->
 
 
 def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
-    """Of gathered weights; None: that of the shards, which is float32."""
+    """Type of gathered weights; None: that of the shards, which is float32."""
     dtype = compute_dtype(loop.dtype, device)
     return None if dtype == torch.float32 else dtype
 
@@ -152,7 +152,7 @@ def optimizer_step(
     Args:
         losses: micro-batch number -> terms whose sum is the micro-batch's loss; each is backpropagated at once, so
             that its graph is freed before the next is built.
-        name: of the network in metrics and messages.
+        name: name of the network in metrics and messages.
     """
     own = loop.own_micro_batches()
     total = 0.0
@@ -175,7 +175,7 @@ def export_pipeline(
     Args:
         source: the model folder that training started from; its text encoder and autoencoder, which did not train, are
             linked or copied into the new one.
-        lora: of the transformer; the adapters alone go into `folder`'s neighbour `adapter` too.
+        lora: adapters of the transformer; the adapters alone go into `folder`'s neighbour `adapter` too.
         changes: fields of the pipeline's config that training changed (sampler, memory).
     """
     state = full_state({**model.state_dict(), **(ema.shadow if ema is not None else {})})

@@ -181,7 +181,7 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
     if config.extra_channels or config.encoder_learns:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
         if config.decoder_blocks not in (None, blocks):
-            raise ConfigError(f"decoder_blocks: that of {config.init_from} goes on, and has {blocks}")
+            raise ConfigError(f"decoder_blocks: the decoder of {config.init_from} has {blocks}; leave the setting out")
         return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
@@ -217,7 +217,7 @@ def object_weights(pixels: Tensor, weight: float) -> Tensor:
 class Reconstruction:
     """Losses of clips drawn again.
 
-    total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
+    total: loss that is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
     """
 
     total: Tensor

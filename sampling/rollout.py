@@ -74,6 +74,10 @@ class GivenNoise:
         return self.seeded.fresh(frames)
 
 
+def nothing_to_remember() -> None:
+    """The clean pass of a chunk that owes none."""
+
+
 @dataclass(frozen=True)
 class RolloutChunk:
     """A finished chunk.
@@ -89,7 +93,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
-    remember: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -189,6 +189,18 @@ def generate_video(
     if clip.trimmed:
         progress.note(f"{clip.written} frames do not fill whole chunks: {clip.trimmed} more were made and cut off")
     record = {
+        **_describe_run(pipe, config, settings, job),
+        **clip.summary(),
+        "model_load_seconds": model_load_seconds,
+        "warnings": messages,
+    }
+    atomic_write_json(job.sidecar, record)
+    return record | {"path": str(job.video)}
+
+
+def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings: Settings, job: Job) -> dict[str, Any]:
+    """What the sidecar says of what was asked for and what it was made with."""
+    return {
         "video": job.video.name,
         "prompt": job.prompt,
         "original_prompt": job.original_prompt,
@@ -216,12 +228,7 @@ def generate_video(
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },
-        **clip.summary(),
-        "model_load_seconds": model_load_seconds,
-        "warnings": messages,
     }
-    atomic_write_json(job.sidecar, record)
-    return record | {"path": str(job.video)}
 
 
 class _Clip:

@@ -74,6 +74,7 @@ class ParallelAttention:
         return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
 
     def token_order(self, device: torch.device) -> None:
+        """None: frame-major."""
         return None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:

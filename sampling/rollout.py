@@ -13,18 +13,36 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
-from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-from sparse_forcing.sampling.samplers import guided, sample_chunk
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
+from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
-StepCallback = Callable[[int, int, Tensor], None]
-"""Called after every denoising step with (chunk, step, latents [B, f, C, H, W] it led to); they are a copy."""
+
+
+@dataclass(kw_only=True)
+class DenoisingStep:
+    """A denoising step that was just made, and what to go on with, which its callback may change.
+
+    latents: [B, f, C, H, W] it led to; text, unconditional_text: [B, T, text_dim] to follow from the next step on;
+    interrupt: end the chunk with the latents as they are, and the video with the chunk.
+    """
+
+    chunk: int
+    step: int
+    timestep: Tensor
+    latents: Tensor
+    text: Tensor
+    unconditional_text: Tensor | None
+    interrupt: bool = False
+
+
+StepCallback = Callable[[DenoisingStep], None]
 
 
 class NoiseSource(Protocol):
@@ -114,6 +132,7 @@ def rollout(
     context_timestep: float = 0.0,
     training: TrainingRollout | None = None,
     callback: StepCallback | None = None,
+    scheduler: Any = None,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
 
@@ -124,6 +143,7 @@ def rollout(
         chunks: latent frames of each chunk to generate.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
+        scheduler: a diffusers scheduler to take the sampler's steps with, in place of the sampler's own.
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
     network.read(text)
@@ -141,10 +161,12 @@ def rollout(
         if changed is not None:
             network.read(changed)
         memory.begin_chunk(frames)
-        network.begin(index, start, callback)
+        network.begin(index, start)
+        after = go_on if callback is None else partial(network.report, callback)
         exit_step = training.exit_steps[index] if training else None
-        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
-        network.report(latents)
+        latents = sample_chunk(
+            sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
+        )
         context = latents.detach()
         if training and training.context_noise:
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
@@ -153,6 +175,8 @@ def rollout(
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
         yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)
+        if network.interrupted:
+            return
         start += frames
 
 
@@ -170,8 +194,7 @@ class _Network:
         self.model, self.memory, self.training = model, memory, training
         self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
         self.unconditional_text = unconditional_text
-        self.index, self.start, self.step = 0, 0, 0
-        self.callback: StepCallback | None = None
+        self.index, self.start, self.interrupted = 0, 0, False
 
     @torch.no_grad()
     def read(self, text: Tensor) -> None:
@@ -179,10 +202,11 @@ class _Network:
         if self.guidance_scale is not None:
             assert self.unconditional_text is not None, "guidance needs the unconditional text"
             text = torch.cat([text, self.unconditional_text])
-        self.text, self.text_keys_values = text, self.model.encode_text(text)
+        self.text = text
+        self.text_keys_values: TextKeysValues = {}  # the first pass fills them
 
-    def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
-        self.index, self.start, self.callback = index, start, callback
+    def begin(self, index: int, start: int) -> None:
+        self.index, self.start = index, start
 
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
@@ -191,18 +215,24 @@ class _Network:
 
     def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
         """v of the current chunk x [B, f, C, H, W]."""
-        if step > 0:
-            self.report(x)  # what a step led to is what the next one starts from
-        self.step = step
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
             return self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
 
-    def report(self, x: Tensor) -> None:
-        """Tell the callback what the last step led to: a copy, so that writing into it leaves the video alone."""
-        if self.callback is not None:
-            self.callback(self.index, self.step, x.detach().clone())
+    def report(self, callback: StepCallback, step: int, timestep: Tensor, x: Tensor) -> tuple[Tensor, bool]:
+        """Tell the callback what a step led to, and take what it changed: a hook of the samplers."""
+        text = self.text if self.guidance_scale is None else self.text.chunk(2)[0]
+        made = DenoisingStep(
+            chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
+            unconditional_text=self.unconditional_text,
+        )  # fmt: skip
+        callback(made)
+        if made.text is not text or made.unconditional_text is not self.unconditional_text:
+            self.unconditional_text = made.unconditional_text
+            self.read(made.text)
+        self.interrupted = made.interrupt
+        return made.latents, not made.interrupt
 
     @torch.no_grad()
     def clean(self, x0: Tensor, timestep: float) -> None:

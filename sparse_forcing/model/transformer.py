@@ -7,10 +7,15 @@ Legend: B batch, C channels, F latent frames, G groups of tokens that share a ti
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
@@ -22,8 +27,10 @@ from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
 
 _GELU = 2 * math.sqrt(2 / math.pi)
-TextKeysValues = list[tuple[Tensor, Tensor]]
-"""Per layer: cross-attention keys and values [B, text tokens, H, D]."""
+TextKeysValues = dict[int, tuple[Tensor, Tensor]]
+"""By layer: cross-attention keys and values [B, text tokens, H, D]. Given empty to the first pass over a text, which
+fills it, and as it is to those that follow: they do not change. Blocks fill it themselves, because hooks that move or
+gather weights (offloading, sharding) act when a module is called."""
 
 
 def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
@@ -92,6 +99,23 @@ def gelu(x: Tensor) -> Tensor:
     return twice_u.sigmoid_().mul_(x)
 
 
+class WideLayerNorm(nn.LayerNorm):
+    """Layer norm computed in at least float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return layer_norm(x, self.eps, self.weight, self.bias)
+
+
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose patches do not overlap, as one matrix product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, F, H, W] -> [B, dim, F, rows, cols], frame by frame."""
+        _, ph, pw = self.kernel_size
+        patches = rearrange(x, "b c f (r p) (s q) -> b f r s (c p q)", p=ph, q=pw)
+        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
+
+
 class Mlp(nn.Module):
     """Linear, GELU (tanh), Linear, with diffusers' names."""
 
@@ -141,8 +165,10 @@ class ConditionEmbedder(nn.Module):
 
     def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
         """timestep [B, G], text [B, T, text_dim] -> embedding [B, G, dim], modulation [B, G, 6, dim]."""
-        weight = self.time_embedder.linear_1.weight
-        embedding = self.time_embedder(timestep_sinusoid(timestep, self.freq_dim).to(weight.dtype))
+        dtype = self.time_embedder.linear_1.weight.dtype
+        if not dtype.is_floating_point:  # quantized weights compute in the type of what comes in
+            dtype = text.dtype
+        embedding = self.time_embedder(timestep_sinusoid(timestep, self.freq_dim).to(dtype))
         if self.pooled_text_embedder is not None:
             used = (text != 0).any(-1, keepdim=True)
             pooled = (text * used).sum(1) / used.sum(1).clamp(min=1)
@@ -185,24 +211,22 @@ class CausalWanBlock(nn.Module):
         self.selector = BlockSelector(heads, selector_tokens, dim // heads) if selector_tokens else None
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps)
-        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
+        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else None
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values of embedded text [B, T, C]."""
-        return self.attn2.keys_values(text)
 
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor | tuple[Tensor, Tensor],
+        text: Tensor | None,
         rotary: Rotary,
         policy: AttentionPolicy,
         layer: int,
+        text_keys_values: TextKeysValues | None = None,
     ) -> Tensor:
-        """x [B, L, C], modulation [B, G, 6, C], embedded text or its keys and values -> [B, L, C]."""
+        """x [B, L, C], modulation [B, G, 6, C], embedded text [B, T, C] -> [B, L, C]; no text is needed where
+        `text_keys_values` has what this layer made of it."""
         table = (self.scale_shift_table[:, None] + modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
@@ -212,15 +236,26 @@ class CausalWanBlock(nn.Module):
         attended = policy.attend(layer, query, apply_rotary(key, rotary), value)
         x = add_gated(x, self.attn1.output(attended), gate1)
 
-        h = x if self.norm2 is None else layer_norm(x, self.eps, self.norm2.weight, self.norm2.bias)
-        text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
-        x = x + self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
+        h = x if self.norm2 is None else self.norm2(x)
+        x = x + self.attn2.output(
+            dense_attention(self.attn2.queries(h), *self._read_text(text, text_keys_values, layer))
+        )
 
         h = modulated_norm(x, shift2, scale2, self.eps)
         return add_gated(x, self.ffn(h), gate2)
 
+    def _read_text(self, text: Tensor | None, kept: TextKeysValues | None, layer: int) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values of embedded text [B, T, C], kept for later passes if there is room."""
+        if kept is not None and layer in kept:
+            return kept[layer]
+        assert text is not None, "no text, and no keys and values of it"
+        keys_values = self.attn2.keys_values(text)
+        if kept is not None:
+            kept[layer] = keys_values
+        return keys_values
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
+
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Wan 2.1 with per-frame timesteps and a self-attention that a policy decides (Self-Forcing, arXiv 2506.08009).
 
     Args beyond diffusers' WanTransformer3DModel:
@@ -237,6 +272,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("CausalWanBlock",)
+    _repeated_blocks = ("CausalWanBlock",)
+    _skip_layerwise_casting_patterns = ("patch_embedding", "position_embedder", "condition_embedder", "norm", "selector")
 
     @register_to_config
     def __init__(
@@ -278,7 +315,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             raise ConfigError(f"latent_std: {len(latent_std)} values for {in_channels} channels")
         dim = num_attention_heads * attention_head_dim
         patch = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
-        self.patch_embedding = nn.Conv3d(in_channels, dim, patch, patch)
+        self.patch_embedding = PatchEmbedding(in_channels, dim, patch, patch)
         self.position_embedder = nn.Linear(4 * position_harmonics, dim) if position_harmonics else None
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
@@ -311,11 +348,6 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             return None
         return [block.selector for block in self.blocks if isinstance(block, CausalWanBlock) and block.selector]
 
-    def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues:
-        """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout."""
-        text = self.condition_embedder.text_embedder(encoder_hidden_states)
-        return [block.encode_text(text) for block in self.blocks]  # type: ignore[operator]
-
     def forward(
         self,
         hidden_states: Tensor,
@@ -326,7 +358,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         text_keys_values: TextKeysValues | None = None,
         clean_hidden_states: Tensor | None = None,
         clean_timestep: Tensor | None = None,
-    ) -> Tensor:
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Flow v = noise - x0 of every latent.
 
         Args:
@@ -334,14 +368,18 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             timestep: [B] or [B, F] in [0, 1000].
             encoder_hidden_states: [B, T, text_dim] text embeddings, padded rows exactly zero (they are attended to).
             policy: what self-attention sees; bidirectional when None.
-            text_keys_values: result of `encode_text` for the same text, to spare its recomputation in a rollout.
+            text_keys_values: those of an earlier pass over the same text, or an empty dict to keep them in.
             clean_hidden_states: [B, C, G, H, W] clean latents that precede the noisy ones in the token sequence
                 (teacher forcing); the policy must then cover G + F frames.
             clean_timestep: [B] or [B, G] of the clean part; 0 when None.
+            attention_kwargs: as diffusers' pipelines pass them; all of them must be empty.
+            return_dict: return what diffusers' transformers do, a tuple (False) or an output object (True).
 
         Returns:
             [B, out_channels, F, H, W] flow of the noisy part.
         """
+        if attention_kwargs:
+            raise ConfigError(f"attention_kwargs: none are known, got {', '.join(attention_kwargs)}")
         frames, height, width = hidden_states.shape[2:]
         x, timestep = hidden_states, self._grouped(timestep, frames)
         clean_frames = 0
@@ -359,8 +397,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         rotary = attention.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
-        texts: list = text_keys_values or self._same_text(encoder_hidden_states)
-        tokens = self._run_blocks(tokens, modulation, texts, rotary, attention)
+        text = None if text_keys_values else self.condition_embedder.text_embedder(encoder_hidden_states)
+        tokens = self._run_blocks(tokens, modulation, text, rotary, attention, text_keys_values)
 
         if clean_frames:
             tokens = tokens[:, clean_frames * rows * cols :]
@@ -368,16 +406,15 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
-        return self._to_flow(out, hidden_states, sigma)
-
-    def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
-        """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
-        checkpointing expect its weights."""
-        return [self.condition_embedder.text_embedder(encoder_hidden_states)] * len(self.blocks)
+        flow = self._to_flow(out, hidden_states, sigma)
+        if return_dict is None:
+            return flow
+        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
     def _run_blocks(
-        self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
-    ) -> Tensor:
+        self, tokens: Tensor, modulation: Tensor, text: Tensor | None, rotary: Rotary, attention: AttentionPolicy,
+        kept: TextKeysValues | None,
+    ) -> Tensor:  # fmt: skip
         """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
         order = attention.order
         if order is not None:
@@ -385,11 +422,13 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
                 raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
             order = order.to(tokens.device)
             tokens, rotary = tokens[:, order], rotary.permute(order)
-        for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
+        for layer, block in enumerate(self.blocks):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
+                tokens = checkpoint(
+                    block, tokens, modulation, text, rotary, attention, layer, kept, use_reentrant=False
+                )
             else:
-                tokens = block(tokens, modulation, text, rotary, attention, layer)
+                tokens = block(tokens, modulation, text, rotary, attention, layer, kept)
         return tokens if order is None else tokens[:, order.argsort()]
 
     @staticmethod
@@ -401,10 +440,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         return timestep.expand(-1, frames) if expand else timestep
 
     def _embed_patches(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> tokens [B, F*R*C, dim]: the patch convolution as one matrix product."""
+        """[B, C, F, H, W] -> tokens [B, F*R*C, dim]."""
         _, ph, pw = self.config.patch_size
-        patches = rearrange(x, "b c f (r p) (s q) -> b (f r s) (c p q)", p=ph, q=pw)
-        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
         if self.position_embedder is None:
             return tokens
         waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)

@@ -22,7 +22,7 @@ class RecordingModel:
     """Passes everything on and keeps (latents, timestep, flow) of every call, at pipeline level."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model, self.encode_text = model, model.encode_text
+        self.model = model
         self.calls: list[tuple[Tensor, float, Tensor]] = []
 
     def __call__(self, x: Tensor, timestep: Tensor, text: Tensor, **kwargs: Any) -> Tensor:

@@ -24,7 +24,6 @@ from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKe
 from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
 
-
 @dataclass(kw_only=True)
 class DenoisingStep:
     """A denoising step that was just made, and what to go on with, which its callback may change.

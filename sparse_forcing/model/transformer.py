@@ -273,7 +273,13 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     _supports_gradient_checkpointing = True
     _no_split_modules = ("CausalWanBlock",)
     _repeated_blocks = ("CausalWanBlock",)
-    _skip_layerwise_casting_patterns = ("patch_embedding", "position_embedder", "condition_embedder", "norm", "selector")
+    _skip_layerwise_casting_patterns = (
+        "patch_embedding",
+        "position_embedder",
+        "condition_embedder",
+        "norm",
+        "selector",
+    )
 
     @register_to_config
     def __init__(

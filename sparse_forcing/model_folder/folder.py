@@ -22,6 +22,7 @@ from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
+from sparse_forcing.model_folder.hub import fetch_model, is_hub_id
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
@@ -29,6 +30,7 @@ from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
 PIPELINE_FILE = "pipeline.json"
 MAX_FPS = 1000
+_ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
 
 
@@ -61,15 +63,18 @@ class PipelineConfig:
             )
 
 
-def find_model(model: str) -> Path:
-    """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
+def find_model(model: str, **hub_options: Any) -> Path:
+    """Folder of an embedded model's name, of a path, or of a model of the hub (`hub_options`: see `fetch_model`).
+    Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
         if any(is_file(folder / name, WeightsError) for name in (PIPELINE_FILE, "transformer/config.json")):
             return folder
+    if is_hub_id(model) and not Path(model).exists():
+        return fetch_model(model, **hub_options)
     known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     raise WeightsError(
-        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE} "
-        "or a diffusers transformer"
+        f"model {model!r}: not an embedded model ({', '.join(known)}), not a folder with {PIPELINE_FILE} "
+        "or a diffusers transformer, and not an owner/name of the hub"
     )
 
 
@@ -129,9 +134,13 @@ def write_autoencoder(folder: Path, vae: PatchAutoencoder | TokenAutoencoder, co
 def save_part(part: Any, folder: Path) -> None:
     """Write one embedded part of a model."""
     part.save_pretrained(folder)
-    settings = read_json(folder / "config.json")
-    settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
-    atomic_write_json(folder / "config.json", settings)
+    forget_origin(folder / "config.json")
+
+
+def forget_origin(path: Path) -> None:
+    """Take out of a config where its part came from: that is nobody's business, and would change hashes."""
+    settings = read_json(path)
+    atomic_write_json(path, {name: value for name, value in settings.items() if name not in _ORIGIN})
 
 
 def kind_of(vae: VideoAutoencoder) -> str:

@@ -47,7 +47,7 @@ class StubPipeline:
     """Four chunks of equal frames, numbered by their brightness; remembers what it was told."""
 
     fps = FPS
-    config = SimpleNamespace(height=8, width=8, num_frames=14, sampler=SimpleNamespace(steps=1, guidance_scale=1.0))
+    defaults = SimpleNamespace(height=8, width=8, num_frames=14, sampler=SimpleNamespace(steps=1, guidance_scale=1.0))
     default_memory = MemoryConfig()
 
     def __init__(self, on_chunk: Callable[[int], Any] = lambda index: None) -> None:

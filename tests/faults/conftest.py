@@ -32,7 +32,7 @@ class StubPipeline:
     fps = 16.0
     chunk_frames = 8
     device, dtype = torch.device("cpu"), torch.float32
-    config = SimpleNamespace(num_frames=16, height=32, width=32, sampler=SimpleNamespace(steps=4, guidance_scale=2.0))
+    defaults = SimpleNamespace(num_frames=16, height=32, width=32, sampler=SimpleNamespace(steps=4, guidance_scale=2.0))
     weights_sha256 = "0" * 64
     default_memory = MemoryConfig(kind="sparse", window_frames=6, tile=(1, 4, 4))
 

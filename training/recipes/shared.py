@@ -77,15 +77,15 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert isinstance(part, nn.Module)
         part.requires_grad_(False)
         if loop.parallel == "fsdp" and part is pipe.text_encoder and stored is None:
-            shard_layers(getattr(part, "encoder", part), param_dtype=_shard_dtype(loop, device))
+            shard_layers(part, param_dtype=_shard_dtype(loop, device))
         part.to(device)
     return pipe
 
 
 def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
     """The data of a stage, in the format of the pipeline's own videos."""
-    own = VideoFormat(height=pipe.config.height, width=pipe.config.width, fps=pipe.config.fps)
-    return make_source(data, seed, pipe.vae, own)
+    own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
+    return make_source(data, seed, pipe.autoencoder, own)
 
 
 def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
@@ -185,7 +185,7 @@ def export_pipeline(
     fresh.load_state_dict(state)
     frozen = find_model(source)
     parts = [path for name in ("text_encoder", "tokenizer", "vae") if (path := frozen / name).is_dir()]
-    write_pipeline(folder, fresh, replace(base.config, **changes), parts)  # type: ignore[arg-type]
+    write_pipeline(folder, fresh, replace(base.defaults, **changes), parts)  # type: ignore[arg-type]
 
 
 class OneNetworkConfig(Protocol):

@@ -198,7 +198,9 @@ class SparseForcingPipeline(PipelineComponents):
 
         def after(made: DenoisingStep) -> None:
             self._current_chunk = made.chunk
-            tensors = dict(zip(self._callback_tensor_inputs, (made.latents, made.text, made.unconditional_text)))
+            tensors: dict[str, Any] = dict(
+                zip(self._callback_tensor_inputs, (made.latents, made.text, made.unconditional_text))
+            )
             changed = tensors | dict(callback(self, made.step, made.timestep, {x: tensors[x] for x in names}) or {})
             latents = changed["latents"]
             assert isinstance(latents, Tensor)

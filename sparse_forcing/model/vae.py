@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -267,6 +267,6 @@ class WanAutoencoder(nn.Module):
 
     def _onload(self) -> None:
         """Bring an offloaded autoencoder back, as diffusers does in its `decode`, which is not called here."""
-        hook = getattr(self.vae, "_hf_hook", None)
+        hook: Any = getattr(self.vae, "_hf_hook", None)
         if hasattr(hook, "pre_forward"):
             hook.pre_forward(self.vae)

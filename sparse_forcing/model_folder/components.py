@@ -116,7 +116,7 @@ def _check_umt5(folder: Path) -> None:
         raise WeightsError(f"{folder}: does not fit the model; missing: {', '.join(missing[:5])}")
 
 
-def load_component_tokenizer(folder: Path, text_encoder: torch.nn.Module | None) -> Any:
+def load_component_tokenizer(folder: Path, text_encoder: Any) -> Any:
     """The tokenizer of a folder's own text encoder; None where that brings it along. Raises WeightsError."""
     if isinstance(text_encoder, WordTextEncoder):
         if not (folder / "tokenizer").is_dir():

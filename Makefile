@@ -1,4 +1,5 @@
 # make demo   a video from a prompt   make test   every check and test   make quick   the tests that are not slow
+# make docs   the documentation, into build/site; a broken link or a public name without a docstring fails
 # make reproduce   the paper in miniature: hours, goes on where it stopped (REPRODUCE="--set a.b=c" changes settings)
 # Both create .venv when it is missing and need nothing but Python 3.10 or later with venv.
 
@@ -17,7 +18,7 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup
 # torch first and alone: whichever build of this range is at hand is taken, the small CPU build where there is no other.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: demo test quick check format reproduce clean
+.PHONY: demo test quick check docs format reproduce clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
@@ -32,7 +33,11 @@ reproduce: $(VENV)/.installed-dev
 	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \
 		--results $(RESULTS) $(REPRODUCE)
 
-check: $(VENV)/.installed-dev
+docs: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	$(RUN) -m pytest -p no:cacheprovider tests/test_api_reference.py
+
+check: $(VENV)/.installed-dev docs
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy

@@ -18,9 +18,9 @@ class EvaluateConfig:
 
     target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate`.
     suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
-    metrics: only these metrics of the suite.
+    metrics: names of the suite's metrics to keep.
     output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
-    compare: what to compare with: results.json files, folders holding one, or more videos to measure.
+    compare: earlier results to compare with: results.json files, folders holding one, or more videos to measure.
     aggregate: a JSON of dimension scores; prints VBench's quality, semantic and total, measures nothing.
     json: print one JSON object instead of a table.
     weights: folder with the user's weight files, searched in subfolders too; default: VBENCH_CACHE_DIR, if set.

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import io
 import json
-import platform
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -22,10 +20,11 @@ from sparse_forcing.eval.vbench.aggregate import DIMENSIONS, aggregate, check_sc
 from sparse_forcing.eval.vbench.differences import list_differences
 from sparse_forcing.eval.vbench.suites import SAMPLES
 from sparse_forcing.files import read_json
+from sparse_forcing.versions import list_versions
 
 SCHEMA = 1
 LONG_SECONDS = 5.0  # from here on VBench-Long applies
-_PACKAGES = ("sparse-forcing", "torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
+_PACKAGES = ("torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
 DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
 
 
@@ -48,7 +47,7 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
         "differences": list_differences(config.suite),
         "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
         "missing_values": missing,
-        "versions": _list_versions(),
+        "versions": list_versions(_PACKAGES),
         "networks": runner.fingerprints,
         "settings": {
             "resamples": config.resamples,
@@ -201,16 +200,6 @@ def mean_curve(rows: list[tuple[str, list[float]]], resamples: int) -> dict[str,
         low.append(bounds[0])
         high.append(bounds[1])
     return {"mean": mean, "low": low, "high": high}
-
-
-def _list_versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 def load_results(path: Path) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def examples(
     if dtype != torch.float32:
         add("rest", plan_forward(even, name, keep_rest=True).launches)
     add("", selection_examples(name, tokens, head_dim, dtype))
+    add("", row_examples(head_dim, dtype))
     add("ragged", plan_forward(ragged, name).launches)
     add("ragged", plan_backward(ragged, name, q, None, plain.out, plain.out_rest, plain.lse).launches)
     return found
@@ -152,6 +153,7 @@ def examples(
 def selection_examples(name: str, tokens: int, head_dim: int, dtype: torch.dtype) -> list[Any]:
     """Launches of the selection kernels at the paper's size: 78 query blocks, 546 window blocks, 12 heads."""
     from sparse_forcing.kernels.block_selection.gpu import launch as plans
+    from sparse_forcing.kernels.block_selection.reference import Pools
 
     x = torch.empty(1, 12, 78, tokens, head_dim, dtype=dtype)
     q, k = (torch.empty(1, 12, n, head_dim, dtype=dtype) for n in (78, 546))
@@ -161,6 +163,21 @@ def selection_examples(name: str, tokens: int, head_dim: int, dtype: torch.dtype
         plans.plan_pool(x, None, torch.ones(12, tokens))[0],
         plans.plan_choose(q, k, 137, own, 1.0, arch=name)[0],
         plans.plan_update(slots, importance, 64)[0],
+        plans.plan_store(x, x, torch.zeros(1, 12, 78, dtype=torch.long), Pools(x, x, q, q), None, None),
+    ]
+
+
+def row_examples(head_dim: int, dtype: torch.dtype) -> list[Any]:
+    """Launches of the row operations at the sizes of a chunk of Wan 2.1 1.3B, 12 heads."""
+    from sparse_forcing.kernels.token_rows.gpu import launch as plans
+
+    x = torch.empty(1, 8, 12 * head_dim, dtype=dtype)
+    angles = torch.empty(8, head_dim // 2)
+    keys = torch.empty(1, 12, 8, head_dim, dtype=dtype)
+    return [
+        plans.plan_norm_rotate(x, x[0, 0], 1e-6, angles, angles)[0],
+        plans.plan_add_norm(x, x, x[:, :1], x[:, :1], x[:, :1], 1e-6, modulates=True)[0],
+        plans.plan_turn_time(keys, torch.zeros(8, dtype=torch.long), angles[0, :22]),
     ]
 
 

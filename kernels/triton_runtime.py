@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +92,22 @@ def active(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
+
+
+LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
+
+
+def register_op(schema: str, kernel: Callable, fake: Callable) -> Any:
+    """The op of this schema, known to torch.compile and FakeTensor by its shapes, not by its launches.
+
+    Registered as the attention is (block_sparse_attention/ops.py), because a call through custom_op costs the host
+    three times as much, and a rollout makes several in every layer of every pass.
+    """
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_forcing::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.sparse_forcing, name).default
 
 
 def power_of_two(n: int) -> int:

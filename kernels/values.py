@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -30,6 +30,13 @@ def checked_values(on: bool = True) -> Iterator[None]:
         yield
     finally:
         _asked.reset(before)
+
+
+@contextmanager
+def trusted_values() -> Iterator[None]:
+    """Check no values in here, unless somebody outside asked for it: for lists that are right by their making."""
+    with nullcontext() if _asked.get() else checked_values(on=False):
+        yield
 
 
 def reads_values(x: Tensor) -> bool:

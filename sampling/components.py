@@ -26,22 +26,23 @@ from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.text import WAN_TEXT_LEN, TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
-from sparse_forcing.model_folder.components import (
+from sparse_forcing.model_folder.defaults import PipelineConfig
+from sparse_forcing.model_folder.fit import check_fit
+from sparse_forcing.model_folder.folder import (
+    find_model,
+    finish_transformer,
+    forget_origin,
+    kind_of,
+    read_defaults,
+)
+from sparse_forcing.model_folder.recognise import PIPELINE_FILE
+from sparse_forcing.sampling.arguments import dtypes_of
+from sparse_forcing.sampling.loading import (
     check_components,
     component_dtypes,
     component_index,
     load_component_tokenizer,
 )
-from sparse_forcing.model_folder.fit import check_fit
-from sparse_forcing.model_folder.folder import (
-    PIPELINE_FILE,
-    PipelineConfig,
-    find_model,
-    forget_origin,
-    kind_of,
-    read_defaults,
-)
-from sparse_forcing.sampling.arguments import dtypes_of
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
 
@@ -86,7 +87,11 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         self._wan: WanAutoencoder | None = None
         self.defaults = defaults or self._plain_defaults()
         self.weights_sha256 = weights_sha256
-        self.geometry = VideoGeometry.of(self.autoencoder, transformer.config)
+        self.geometry = self.defaults.fitted(VideoGeometry.of(self.autoencoder, transformer.config))
+
+    def with_defaults(self, defaults: PipelineConfig) -> Any:
+        """The same parts with other defaults."""
+        return type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
 
     def _plain_defaults(self) -> PipelineConfig:
         """Wan's defaults, for these kinds of parts."""
@@ -120,14 +125,17 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @property
     def fps(self) -> float:
+        """Frames per second of the model's videos."""
         return self.defaults.fps
 
     @property
     def default_memory(self) -> MemoryConfig:
+        """The memory that a prompt alone means."""
         return self.defaults.memory
 
     @property
     def device(self) -> torch.device:
+        """Where the transformer is."""
         return next(self.transformer.parameters()).device
 
     @property
@@ -219,6 +227,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                     defaults=read_defaults(folder), weights_sha256=digest,
                     **options | ({"text_encoder": None} if text_encoder is not None else {}),
                 )  # fmt: skip
+            if "transformer" not in given:
+                finish_transformer(pipe.transformer, folder)
             if text_encoder is not None:  # of any kind
                 pipe.register_modules(text_encoder=text_encoder)
             elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):

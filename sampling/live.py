@@ -33,8 +33,12 @@ Ending = Literal["finished", "stopped", "unread", "failed"]
 class LivePicture:
     """One frame when its time has come.
 
-    pixels: uint8 [H, W, 3]; second: its place in the video; prompt: what its chunk follows; frames_per_second: speed at
-    which that chunk was made, decoding included; cache_bytes: what the memory held after it.
+    Args:
+        pixels: uint8 [H, W, 3].
+        second: place in the video.
+        prompt: words that its chunk follows.
+        frames_per_second: speed at which that chunk was made, decoding included.
+        cache_bytes: bytes that the memory held after it.
     """
 
     pixels: np.ndarray
@@ -63,7 +67,7 @@ class LiveVideo:
         clock, sleep: functions to use instead of those of `time`, for tests.
 
     Attributes:
-        ended: how the making ended, None while it goes on.
+        ended: end of the making, in words, None while it goes on.
 
     Raises:
         ConfigError: a prompt that cannot be used.
@@ -105,7 +109,7 @@ class LiveVideo:
             yield from (event for event in events if isinstance(event, LivePicture))
 
     def watch(self) -> Generator[LivePicture | Stall, None, None]:
-        """As `pictures`, with a `Stall` every now and then while a picture does not come."""
+        """Pictures as `pictures` gives them, with a `Stall` every now and then while a picture does not come."""
         # Never a daemon, even of one: the interpreter must not end while torch computes in a thread.
         threading.Thread(target=self._make, name="live video", daemon=False).start()
         due, shown = self._clock(), 0
@@ -167,14 +171,20 @@ class LiveVideo:
         self._followed = prompt
         settings = self.settings
         yield from self.pipe.stream(
-            prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            memory=settings.memory, generator=torch.Generator("cpu").manual_seed(self.seed),
-            prompt_changes=self._next_prompt, reserve_cache=False,
-        )  # fmt: skip
+            prompt,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            memory=settings.memory,
+            generator=torch.Generator("cpu").manual_seed(self.seed),
+            prompt_changes=self._next_prompt,
+            reserve_cache=False,
+        )
 
     def _next_prompt(self, frame: int) -> str | None:
-        """What the pipeline asks before every chunk but the first."""
+        """The prompt of the next chunk, for which the pipeline asks before every chunk but the first."""
         wanted = self.prompt
         if wanted == self._followed:
             return None

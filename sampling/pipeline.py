@@ -8,7 +8,6 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 from __future__ import annotations
 
 import math
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
+from sparse_forcing.memory.whole import WholeVideo
 from sparse_forcing.model_folder.fit import not_finite_error
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
@@ -35,26 +35,11 @@ from sparse_forcing.sampling.arguments import (
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
-from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
+from sparse_forcing.sampling.rollout import DenoisingStep, StepCallback, rollout
 
 OUTPUT_TYPES = ("np", "pt", "latent")
-
-
-@dataclass(frozen=True)
-class VideoChunk:
-    """Frames as soon as they exist.
-
-    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
-    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
-    """
-
-    index: int
-    frames: np.ndarray
-    latents: Tensor
-    seconds: float
-    decode_seconds: float
-    cache_bytes: int
-    persistent: np.ndarray | None
 
 
 @dataclass
@@ -118,6 +103,7 @@ class SparseForcingPipeline(PipelineComponents):
         reserve_cache: bool = True,
         callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        cuda_graphs: bool | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
@@ -137,12 +123,15 @@ class SparseForcingPipeline(PipelineComponents):
                 step within the chunk (`current_chunk` of `num_timesteps` steps), the timestep and those tensors
                 [B, f, C, h, w] or [B, T, text_dim] that `callback_on_step_end_tensor_inputs` names. What it returns
                 takes their place; setting `_interrupt` ends the video with this chunk.
+            cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
+                device and nothing rules it out.
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
                 function in `prompt_changes` returns: with its chunk).
         """
         config = self.defaults
+        graphs = check_cuda_graphs(self._execution_device, cuda_graphs)
         sampler = changed_sampler(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
@@ -152,6 +141,11 @@ class SparseForcingPipeline(PipelineComponents):
         )
         if negative_prompt and sampler.guidance_scale == 1.0:
             warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=2)
+        if self.geometry.whole_video and (image is not None or video is not None):
+            raise ConfigError(
+                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
+                "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            )
         start = start_frames(image, video, self.geometry, size)
         frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
         chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
@@ -163,6 +157,8 @@ class SparseForcingPipeline(PipelineComponents):
         initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
+        if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
+            warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=2)
         unconditional = None
         if sampler.guidance_scale != 1.0:
             unconditional = self.encode_prompt([negative]).to(text).expand_as(text)
@@ -177,12 +173,29 @@ class SparseForcingPipeline(PipelineComponents):
             text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
+            context_timestep=config.context_timestep,
             callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
             scheduler=self.scheduler,
+            record=cuda_recorder() if graphs else None,
         )
-        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
         single = isinstance(prompt, str) and repeats == 1
-        return self._decode(parts, state, initial, single)
+        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
+        stream = decode_chunks(
+            self.autoencoder, parts, state, count=len(chunks), device=self._execution_device, given=initial,
+            single=single, not_finite=self._not_finite,
+        )  # fmt: skip
+        return self._until_the_end(stream)
+
+    def _until_the_end(self, stream: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
+        """The stream; offloaded parts leave the device after it."""
+        try:
+            yield from stream
+        finally:
+            self.maybe_free_model_hooks()
+
+    def _not_finite(self, index: int) -> Exception:
+        """What to raise when a chunk is not finite, with the part to blame."""
+        return not_finite_error({name: getattr(self, name) for name in MODELS}, f"chunk {index + 1} of the video")
 
     def _step_callback(self, callback: Any, names: Sequence[str]) -> StepCallback | None:
         """The rollout's callback for one of diffusers' form."""
@@ -225,57 +238,12 @@ class SparseForcingPipeline(PipelineComponents):
                 "which this model's selector was trained"
             )
         geometry = MemoryGeometry.of(
-            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames
-        )
+            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames,
+            chunk_frames=self.geometry.chunk_frames,
+        )  # fmt: skip
+        if self.geometry.whole_video:
+            return WholeVideo(geometry)
         return make_memory(config, geometry, selectors=self.transformer.selectors)
-
-    @torch.no_grad()
-    def _decode(
-        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, given: Tensor | None, single: bool
-    ) -> Iterator[VideoChunk]:
-        """Decode chunks as they come, timing model and decoder apart; `given` latents only lead the decoder in."""
-        arrived: list[tuple[RolloutChunk, float]] = []
-
-        def latents() -> Iterator[Tensor]:
-            if given is not None:
-                yield given.transpose(1, 2)
-            for part in parts:
-                arrived.append((part, time.perf_counter()))
-                yield part.latents.transpose(1, 2)
-
-        stream = self.autoencoder.decode_stream(latents())
-        if given is not None:
-            next(stream)
-        for pixels in self._until_the_end(stream):
-            part, came = arrived.pop()
-            if not (part.latents.isfinite().all() and pixels.isfinite().all()):
-                raise not_finite_error(
-                    {name: getattr(self, name) for name in MODELS}, f"chunk {part.index + 1} of the video"
-                )
-            frames = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1).cpu().numpy()
-            decode_seconds = time.perf_counter() - came
-            lit = memory.persistent_map()
-            yield VideoChunk(
-                index=part.index,
-                frames=frames[0] if single else frames,
-                latents=part.latents,
-                seconds=part.seconds,
-                decode_seconds=decode_seconds,
-                cache_bytes=part.cache_bytes,
-                persistent=None if lit is None else self._to_pixels(lit, frames.shape[1:4]),
-            )
-
-    def _until_the_end(self, stream: Iterator[Tensor]) -> Iterator[Tensor]:
-        """The stream; offloaded parts leave the device after it."""
-        try:
-            yield from stream
-        finally:
-            self.maybe_free_model_hooks()
-
-    @staticmethod
-    def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
-        """[f, rows, cols] -> [F, H, W] by repetition."""
-        return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

@@ -1,8 +1,8 @@
 """The rollout: one chunk loop for inference and training.
 
-Per chunk: make room in the memory, denoise while attending to it, then one clean pass at timestep 0 that leaves the
-finished chunk's keys and values (Sparse Forcing, arXiv 2604.21221). Training runs the same loop with an exit step
-and gradients.
+Per chunk: make room in the memory, denoise while attending to it, hand the chunk out, then one clean pass at timestep 0
+that leaves its keys and values for the chunks after it (Sparse Forcing, arXiv 2604.21221); none follows the last one.
+Training runs the same loop with an exit step and gradients.
 
 Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline level [B, F, C, H, W].
 """
@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
+from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
 from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
 
@@ -65,8 +67,12 @@ class SeededNoise:
         self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
 
     def chunk(self, frames: int) -> Tensor:
+        """[B, frames, C, H, W] the next draw of every sample's generator."""
         draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
-        return torch.stack(draws).to(self.device, self.dtype)
+        noise = torch.stack(draws).to(self.dtype)
+        if self.device.type == "cuda" and noise.device.type == "cpu":  # from pinned memory, so that nothing waits
+            return noise.pin_memory().to(self.device, non_blocking=True)
+        return noise.to(self.device)
 
     fresh = chunk
 
@@ -89,8 +95,10 @@ class GivenNoise:
 class RolloutChunk:
     """A finished chunk.
 
-    latents: [B, f, C, H, W]; start_frame: latent frame it begins at; seconds: wall time of denoising and clean pass;
-    cache_bytes: bytes the memory holds after it.
+    latents: [B, f, C, H, W]; start_frame: latent frame it begins at; seconds: wall time it took to come, the clean pass
+    of the chunk before it included; cache_bytes: bytes the memory holds with it.
+    remember: runs its clean pass, unless it has run. The rollout does so when it is asked for the next chunk, so only
+        who wants it earlier (while a decoder works), or after the last one, has to call it.
     """
 
     index: int
@@ -98,6 +106,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
+    remember: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +140,7 @@ def rollout(
     context_timestep: float = 0.0,
     training: TrainingRollout | None = None,
     callback: StepCallback | None = None,
+    record: Recorder | None = None,
     scheduler: Any = None,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
@@ -143,8 +153,11 @@ def rollout(
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
         scheduler: a diffusers scheduler to take the sampler's steps with, in place of the sampler's own.
+        record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
+    if record is not None and why_not_recorded(model, memory, training is not None) is None:
+        network.passes = RecordedPasses(memory, record)
     network.read(text)
     start = 0
     if initial_latents is not None:
@@ -152,11 +165,11 @@ def rollout(
             memory.begin_chunk(given.shape[1])
             network.clean(given, 0.0)
             start += given.shape[1]
+    owed = CleanPass()
     for index, frames in enumerate(chunks):
-        changed = (
-            text_at(index) if index and text_at is not None else None
-        )  # before the clock starts: a person may be typing
-        began = time.perf_counter()
+        owed.run()
+        changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
+        began = time.perf_counter() - owed.seconds
         if changed is not None:
             network.read(changed)
         memory.begin_chunk(frames)
@@ -167,16 +180,34 @@ def rollout(
             sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
         )
         context = latents.detach()
-        if training and training.context_noise:
+        if training and training.context_noise:  # drawn after the last chunk, too: whoever draws next counts on it
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
             context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
-        network.clean(context, context_timestep)
+        owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
+        if training and index < len(chunks) - 1:  # before anybody changes the weights
+            owed.run()
         if latents.device.type != "cpu":
             torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
-        yield RolloutChunk(index, start, latents, time.perf_counter() - began, memory.cache_bytes)
+        seconds = time.perf_counter() - began
+        yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run)
         if network.interrupted:
             return
         start += frames
+
+
+class CleanPass:
+    """A clean pass that is still to be run, or none: `run` runs it once and `seconds` is what that took."""
+
+    def __init__(self, clean: Callable[[], None] | None = None) -> None:
+        self._clean = clean
+        self.seconds = 0.0
+
+    def run(self) -> None:
+        clean, self._clean = self._clean, None
+        if clean is not None:
+            began = time.perf_counter()
+            clean()
+            self.seconds = time.perf_counter() - began
 
 
 class _Network:
@@ -194,6 +225,9 @@ class _Network:
         self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
         self.unconditional_text = unconditional_text
         self.index, self.start, self.interrupted = 0, 0, False
+        self.passes: RecordedPasses | None = None
+        self.text: Tensor | None = None
+        self.text_keys_values: TextKeysValues | None = None
 
     @torch.no_grad()
     def read(self, text: Tensor) -> None:
@@ -201,8 +235,13 @@ class _Network:
         if self.guidance_scale is not None:
             assert self.unconditional_text is not None, "guidance needs the unconditional text"
             text = torch.cat([text, self.unconditional_text])
-        self.text = text
-        self.text_keys_values: TextKeysValues = {}  # the first pass fills them
+        keys_values = self.model.encode_text(text)
+        if self.passes is not None:  # recorded passes read the text where it was
+            text, keys_values = (
+                kept_in_place(self.text, text.clone() if self.text is None else text),
+                kept_in_place(self.text_keys_values, keys_values),
+            )
+        self.text, self.text_keys_values = text, keys_values
 
     def begin(self, index: int, start: int) -> None:
         self.index, self.start = index, start
@@ -217,10 +256,11 @@ class _Network:
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
-            return self._run(x, timestep, self.memory.denoising_pass(), None if gradient else self.text_keys_values)
+            return self._run(x, timestep, False, None if gradient else self.text_keys_values)
 
     def report(self, callback: StepCallback, step: int, timestep: Tensor, x: Tensor) -> tuple[Tensor, bool]:
         """Tell the callback what a step led to, and take what it changed: a hook of the samplers."""
+        assert self.text is not None
         text = self.text if self.guidance_scale is None else self.text.chunk(2)[0]
         made = DenoisingStep(
             chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
@@ -236,13 +276,25 @@ class _Network:
     @torch.no_grad()
     def clean(self, x0: Tensor, timestep: float) -> None:
         """Leave the finished chunk's keys and values in the memory."""
-        t = torch.tensor(timestep, dtype=torch.float32, device=x0.device)
-        self._run(x0, t, self.memory.clean_pass(), self.text_keys_values)
+        t = torch.full((), timestep, dtype=torch.float32, device=x0.device)
+        self._run(x0, t, True, self.text_keys_values)
 
-    def _run(self, x: Tensor, timestep: Tensor, policy, text_keys_values) -> Tensor:
+    def _run(self, x: Tensor, timestep: Tensor, clean: bool, text_keys_values: TextKeysValues | None) -> Tensor:
         doubled = torch.cat([x, x]) if self.guidance_scale is not None else x
         t = timestep.to(x.device).expand(len(doubled))
-        flow = self.model(
-            doubled.transpose(1, 2), t, self.text, policy=policy, text_keys_values=text_keys_values
-        ).transpose(1, 2)
+
+        def run(latents: Tensor, t: Tensor) -> Tensor:
+            policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
+            with self._first_passes_as_they_are():
+                return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
+
+        latents = doubled.transpose(1, 2)
+        found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
+        flow = found.transpose(1, 2)
         return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
+
+    def _first_passes_as_they_are(self) -> AbstractContextManager[object]:
+        """A compiled model is not compiled before the memory has made its state."""
+        if getattr(self.model, "_compiled_call_impl", None) is None or self.memory.shapes is not None:
+            return nullcontext()
+        return torch.compiler.set_stance("force_eager")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +40,7 @@ def sample_few_step(
     flow: Flow,
     x: Tensor,
     timesteps: Tensor,
-    schedule: FlowSchedule,
+    sigmas: Tensor,
     fresh_noise: Callable[[], Tensor],
     exit_step: int | None = None,
     after: StepHook = go_on,
@@ -47,16 +48,15 @@ def sample_few_step(
     """Self-Forcing's consistency sampler: x0 at every level, re-noised to the next with fresh noise.
 
     Args:
-        timesteps: [steps] descending.
+        timesteps, sigmas: [steps] descending, where x is.
         exit_step: stop after this step and return its x0 (training); the last one when None.
     """
     last = len(timesteps) - 1 if exit_step is None else exit_step
     batch = len(x)
     for step in range(last + 1):
-        sigma = schedule.sigma_at(timesteps[step]).to(x.device).expand(batch)
-        x = flow_to_x0(flow(x, timesteps[step], step), x, sigma)
+        x = flow_to_x0(flow(x, timesteps[step], step), x, sigmas[step].expand(batch))
         if step < last:
-            x = add_noise(x, fresh_noise(), schedule.sigma_at(timesteps[step + 1]).to(x.device).expand(batch))
+            x = add_noise(x, fresh_noise(), sigmas[step + 1].expand(batch))
         x, going = after(step, timesteps[step], x)
         if not going:
             break
@@ -65,9 +65,9 @@ def sample_few_step(
 
 def sample_euler(flow: Flow, x: Tensor, sigmas: Tensor, after: StepHook = go_on) -> Tensor:
     """Euler steps of dx/dsigma = v from sigmas[0] to sigmas[-1]."""
-    for step, (sigma, following) in enumerate(pairwise(sigmas)):
+    for step, (sigma, following) in enumerate(pairwise(sigmas.to(x.device))):
         timestep = sigma * NUM_TRAIN_TIMESTEPS
-        x, going = after(step, timestep, x + flow(x, timestep, step) * (following - sigma).to(x))
+        x, going = after(step, timestep, x + flow(x, timestep, step) * (following - sigma).to(x.dtype))
         if not going:
             break
     return x
@@ -106,6 +106,19 @@ def sample_unipc(
     return sample_scheduler(flow, x, scheduler, after)
 
 
+@lru_cache(maxsize=16)
+def few_step_levels(config: SamplerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+    """[steps] timesteps and sigmas of the few-step list; remembered, because bringing them to a GPU waits for it."""
+    timesteps = few_step_timesteps(config)
+    return timesteps.to(device), FlowSchedule(config.shift).sigma_at(timesteps).to(device)
+
+
+@lru_cache(maxsize=16)
+def euler_levels(config: SamplerConfig, device: torch.device) -> Tensor:
+    """[steps + 1] sigmas on the device, remembered likewise."""
+    return euler_sigmas(config).to(device)
+
+
 def sample_chunk(
     config: SamplerConfig,
     flow: Flow,
@@ -122,10 +135,9 @@ def sample_chunk(
         own.set_timesteps(config.steps, device=x.device)
         return sample_scheduler(flow, x, own, after)
     if config.kind == "few_step":
-        schedule = FlowSchedule(config.shift)
-        return sample_few_step(flow, x, few_step_timesteps(config), schedule, fresh_noise, exit_step, after)
+        return sample_few_step(flow, x, *few_step_levels(config, x.device), fresh_noise, exit_step, after)
     if config.kind == "euler":
-        return sample_euler(flow, x, euler_sigmas(config), after)
+        return sample_euler(flow, x, euler_levels(config, x.device), after)
     levels = wan_levels(config.steps) if config.kind == "wan_unipc" else None
     return sample_unipc(flow, x, config.steps, config.shift, levels, after)
 

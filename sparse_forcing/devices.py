@@ -30,7 +30,7 @@ def memory_explained(while_: str) -> Iterator[None]:
     """Running out of memory while a model is loaded or reads text becomes a SparseForcingError that says what helps.
 
     Args:
-        while_: what was going on, as a clause.
+        while_: a clause that says what was going on.
     """
     try:
         yield
@@ -47,7 +47,7 @@ def resolve_device(name: str, setting: str = "--device") -> str:
     """`auto` picks the GPU where there is one; a device that is not there is a ConfigError, never a silent fallback.
 
     Args:
-        setting: what the user called it, for the error message.
+        setting: the user's name for it, for the error message.
     """
     import torch
 

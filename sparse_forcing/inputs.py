@@ -20,9 +20,12 @@ _MODEL_FILES = ("pipeline.json", "model_index.json", "config.json", "manifest.js
 
 
 def check_targets(
-    targets: Iterable[PathLike], inputs: Iterable[PathLike], *, sealed: Iterable[PathLike] = (),
+    targets: Iterable[PathLike],
+    inputs: Iterable[PathLike],
+    *,
+    sealed: Iterable[PathLike] = (),
     added_to: Iterable[PathLike] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Refuse targets that would replace what the run reads.
 
     Args:
@@ -87,7 +90,7 @@ def _identity(path: PathLike) -> _Identity | None:
 
 
 def _by_identity(paths: Iterable[PathLike]) -> dict[_Identity | None, Path]:
-    """What of some paths is there."""
+    """Those of some paths that are there, by their identity."""
     return {identity: Path(path) for path in paths if (identity := _identity(path)) is not None}
 
 

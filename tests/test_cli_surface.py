@@ -19,21 +19,26 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
-    "--seconds --height --width --num-inference-steps --guidance-scale --memory --window-frames "
+    "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
+    "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --grid --skip-existing --suite --shard --check --json",
+    "--dtype --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
+    "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
     "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "
     "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
     "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --frames-around "
-    "--split --positions --model-size --height --width --chunks --dtype --output",
-    "convert": "SOURCE TARGET --part --head-dim --json",
+    "--split --positions --model-size --height --width --chunks --dtype --decode "
+    "--cuda-graphs --no-cuda-graphs --output",
+    "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
     "playground": "--model --device --text-encoder-device --dtype --host --port --cache-gigabytes",
-    "doctor": "--kernels --config --stage --processes --json",
+    "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
+    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --tile "
+    "--text-encoder-device --dtype --json",
 }
 WITHOUT_TORCH = """
 import sys

@@ -26,53 +26,24 @@ import functools
 import importlib.util
 import json
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.bench.attention_inputs import Attend, Inputs, Shape
+from sparse_forcing.eval.bench.timing import measure_seconds
 from sparse_forcing.files import atomic_path, check_writable
-from sparse_forcing.kernels.block_selection import build_block_index, choose_blocks, pool_blocks, select_blocks
+from sparse_forcing.kernels.block_selection import build_block_index, choose_blocks, pool_blocks
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention, checked_values
 from sparse_forcing.kernels.block_sparse_attention.interface import resolve_backend
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value blocks -> output blocks
-
 DENSITIES = (0.0625, 0.125, 0.25)  # the paper's top-K fractions
-CAPTURED_CALLS = 10  # in one graph, so that its own launch does not count
 GATE = {torch.float32: 5e-6, torch.bfloat16: 1e-2}  # relative error of output, lse and gradients against float64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shape:
-    """heads x head_dim, queries and window keys in tokens, blocks of `block` tokens, `persistent` tokens per head."""
-
-    heads: int
-    head_dim: int
-    queries: int
-    keys: int
-    persistent: int = 0
-    block: int = 64
-
-    @property
-    def name(self) -> str:
-        kept = f" + {self.persistent}" if self.persistent else ""
-        return f"{self.heads} x {self.head_dim}, {self.queries} x {self.keys}{kept}"
-
-    def ideal(self, density: float) -> float:
-        return (self.persistent + self.keys) / (self.persistent + density * self.keys)
-
-    def flops(self, backward: bool) -> float:
-        """Of dense attention; its backward is 2.5 times its forward (five matrix products instead of two)."""
-        return 4 * self.heads * self.queries * (self.persistent + self.keys) * self.head_dim * (3.5 if backward else 1)
 
 
 CPU_SHAPES = tuple(
@@ -85,58 +56,6 @@ ACCELERATOR_SHAPES = (  # the paper's: 65K keys, 4096 persistent tokens; queries
     Shape(heads=12, head_dim=128, queries=4736, keys=32768, persistent=4096),
     Shape(heads=12, head_dim=128, queries=4736, keys=32768),
 )
-
-
-@dataclass
-class Inputs:
-    """Query blocks, the pool (persistent slots first) and random lists."""
-
-    shape: Shape
-    query: Tensor  # [1, H, Nq, T, D]
-    key_pool: Tensor  # [1, H, S, T, D]
-    value_pool: Tensor
-    grad: Tensor
-
-    @classmethod
-    def random(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:
-        def normal(tokens: int) -> Tensor:
-            return torch.randn(
-                1, shape.heads, tokens // shape.block, shape.block, shape.head_dim, device=device, dtype=dtype
-            )
-
-        slots = shape.persistent + shape.keys
-        return cls(shape, normal(shape.queries), normal(slots), normal(slots), normal(shape.queries))
-
-    @property
-    def num_persistent(self) -> int:
-        return self.shape.persistent // self.shape.block
-
-    def lists(self, density: float) -> Tensor:
-        """[1, H, Nq, P + K] int32."""
-        window = self.shape.keys // self.shape.block
-        scores = torch.rand(*self.query.shape[:3], window, device=self.query.device)
-        selected = select_blocks(scores, max(1, round(density * window)))
-        slots = torch.arange(self.key_pool.shape[2], device=self.query.device, dtype=torch.int32)
-        slots = slots.expand(1, self.shape.heads, -1)
-        return build_block_index(slots[..., : self.num_persistent], slots[..., self.num_persistent :], selected)
-
-    def sparse(self, index: Tensor, backend: str) -> Attend:
-        return lambda q, k, v: (
-            block_sparse_attention(q, k, v, index, num_persistent=self.num_persistent, backend=backend).out
-        )
-
-    def dense(self, mask: Tensor | None = None) -> Attend:
-        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q_BHND, k_BHND, v_BHND = (x.flatten(2, 3) for x in (q, k, v))
-            return F.scaled_dot_product_attention(q_BHND, k_BHND, v_BHND, attn_mask=mask).view_as(q)
-
-        return attend
-
-    def mask(self, index: Tensor) -> Tensor:
-        """[1, H, queries, slots in tokens] bool: what a masked dense attention needs for the same result."""
-        listed = torch.zeros(*index.shape[:3], self.key_pool.shape[2], dtype=torch.bool, device=index.device)
-        listed.scatter_(-1, index.long(), True)
-        return listed.repeat_interleave(self.shape.block, 2).repeat_interleave(self.shape.block, 3)
 
 
 def run(*, quick: bool = False, device: str | None = None, output: str | Path | None = None, repeats: int = 5) -> int:
@@ -157,8 +76,10 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
         )
     torch.manual_seed(0)
     backend = resolve_backend("auto", torch.empty(0, 0, device=where))
-    print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {where}, backend {backend}, "
-          f"{torch.get_num_threads()} thread(s)")  # fmt: skip
+    print(
+        f"{platform.processor() or platform.machine()}, torch {torch.__version__}, {where}, backend {backend}, "
+        f"{torch.get_num_threads()} thread(s)"
+    )
     with checked_values():
         errors = check_correctness(where, backend, dtypes)
     for line, worst, allowed in errors:
@@ -207,7 +128,7 @@ def check_correctness(
     return found
 
 
-def rivals(inputs: Inputs, index: Tensor) -> dict[str, Attend]:
+def find_rivals(inputs: Inputs, index: Tensor) -> dict[str, Attend]:
     """Dense attention in every form that runs here."""
     if inputs.query.device.type == "cpu":
         return {"dense": inputs.dense(), "masked": inputs.dense(inputs.mask(index))}
@@ -240,7 +161,7 @@ def compare(
     """One row per way of timing and density: milliseconds, speed-up over the fastest rival, share of the ideal."""
     inputs = Inputs.random(shape, dtype, device)
     index = {density: inputs.lists(density) for density in DENSITIES}
-    functions = dict(rivals(inputs, index[DENSITIES[1]]))
+    functions = dict(find_rivals(inputs, index[DENSITIES[1]]))
     functions |= {f"{density}": inputs.sparse(index[density], backend) for density in DENSITIES}
     tensors = [x.requires_grad_(backward) for x in (inputs.query, inputs.key_pool, inputs.value_pool)]
 
@@ -251,7 +172,7 @@ def compare(
 
     calls = {name: call(function) for name, function in functions.items()}
     rows = []
-    for timing, seconds in timings(calls, device, repeats, graphs=not backward).items():
+    for timing, seconds in measure_seconds(calls, device, repeats, graphs=not backward).items():
         rows += _rows(shape, dtype, backward, timing, seconds)
     return rows
 
@@ -297,86 +218,22 @@ def break_down(shape: Shape, dtype: torch.dtype, device: torch.device, backend: 
         return build_block_index(persistent, others, choose_blocks(query_blocks, key_blocks, top_k=top_k))
 
     tensors = inputs.query, inputs.key_pool, inputs.value_pool
-    parts: dict[str, Callable[[], object]] = {
+    steps: dict[str, Callable[[], object]] = {
         "compression": lambda: (pool_blocks(inputs.query), pool_blocks(window)),
         "selection": select,
         "attention": lambda: inputs.sparse(index, backend)(*tensors),
         "dense": lambda: inputs.dense()(*tensors),
     }
-    timing, seconds = next(iter(timings(parts, device, repeats, graphs=True).items()))
+    timing, seconds = next(iter(measure_seconds(steps, device, repeats, graphs=True).items()))
     share = (seconds["compression"] + seconds["selection"]) / seconds["dense"]
-    print(f"{shape.name:32} " + "  ".join(f"{name} {1e3 * t:.2f} ms" for name, t in seconds.items())
-          + f"   selection with compression: {share:.2%} of dense", flush=True)  # fmt: skip
+    listed = "  ".join(f"{name} {1e3 * t:.2f} ms" for name, t in seconds.items())
+    print(f"{shape.name:32} {listed}   selection with compression: {share:.2%} of dense", flush=True)
     return {
         "shape": shape.name,
         "timing": timing,
         "milliseconds": {name: 1e3 * t for name, t in seconds.items()},
         "share_of_dense": share,
     }
-
-
-def timings(
-    functions: dict[str, Callable[[], object]], device: torch.device, repeats: int, graphs: bool
-) -> dict[str, dict[str, float]]:
-    """Way of timing -> median seconds of each function. Always "eager"; before it "graph", if asked for and possible.
-
-    One function that cannot be captured leaves all of them out: without the fastest rival the others say little.
-    """
-    eager = interleaved(functions, device, repeats)  # first: it compiles and tunes, which a capture forbids
-    if not graphs or device.type == "cpu":
-        return {"eager": eager}
-    try:
-        replays = {name: captured(function, device) for name, function in functions.items()}
-        unrolled = interleaved(replays, device, repeats)
-    except RuntimeError as error:
-        reason = str(error).partition("\n")[0]
-        print(f"no CUDA graph on {device}, eager calls only: {reason}", flush=True)
-        return {"eager": eager}
-    return {"graph": {name: t / CAPTURED_CALLS for name, t in unrolled.items()}, "eager": eager}
-
-
-def captured(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
-    """Replay of a CUDA graph of CAPTURED_CALLS calls; the function was called before. RuntimeError if impossible."""
-    if device.type != "cuda":
-        raise RuntimeError(f"{device.type} has none")
-    with torch.cuda.device(device):
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(CAPTURED_CALLS):
-                function()
-    return graph.replay
-
-
-def interleaved(functions: dict[str, Callable[[], object]], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each function; all of them run once per round, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats + 1):
-        for name, function in functions.items():
-            with stopwatch(device) as elapsed:
-                function()
-            seconds[name].append(elapsed())
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
-
-
-@contextlib.contextmanager
-def stopwatch(device: torch.device) -> Iterator[Callable[[], float]]:
-    """Yields a function that says, once the block has ended, how many seconds it took."""
-    if device.type == "cpu":
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        marks = [clock()]
-        yield lambda: marks[1] - marks[0]
-        marks.append(clock())
-    else:
-        start, end = (torch.Event(device=device, enable_timing=True) for _ in range(2))
-        torch.accelerator.synchronize()
-        start.record()
-
-        def seconds() -> float:
-            torch.accelerator.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-        yield seconds
-        end.record()
 
 
 def plot(rows: list[dict], folder: Path) -> Path:

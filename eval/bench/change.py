@@ -17,7 +17,14 @@ import numpy as np
 
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench.judging import ACCURACIES, Record, RolloutSettings, judge, share_of, stream
+from sparse_forcing.eval.bench.judging import (
+    ACCURACIES,
+    Measurements,
+    RolloutSettings,
+    judge,
+    stream,
+    summarize_verdicts,
+)
 from sparse_forcing.eval.bench.options import ChangeBenchConfig
 from sparse_forcing.eval.bench.rollout import compare_memories, percent
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
@@ -54,7 +61,7 @@ def measure_memory(
     pipe: SparseForcingPipeline, memory: MemoryConfig, changes: Sequence[PromptChange], config: ChangeBenchConfig
 ) -> dict:
     """One row of the table; `verdicts` are the judgements behind it, by clip and attribute, one for each change."""
-    records: dict[str, list[Record]] = {clip: [] for clip in CLIPS}
+    records: dict[str, list[Measurements]] = {clip: [] for clip in CLIPS}
     for first in range(0, len(changes), config.batch_size):
         began = time.perf_counter()
         batch = changes[first : first + config.batch_size]
@@ -66,7 +73,9 @@ def measure_memory(
         verdicts[clip] |= split_by_change(records[clip], changes)
     return {
         "memory": dataclasses.asdict(memory),
-        "accuracy": {clip: {name: share_of(v) for name, v in columns.items()} for clip, columns in verdicts.items()},
+        "accuracy": {
+            clip: {name: summarize_verdicts(v) for name, v in columns.items()} for clip, columns in verdicts.items()
+        },
         "verdicts": verdicts,
     }
 
@@ -77,7 +86,7 @@ def judge_changes(
     changes: Sequence[PromptChange],
     first: int,
     config: ChangeBenchConfig,
-) -> dict[str, list[Record]]:
+) -> dict[str, list[Measurements]]:
     """Records of a batch of changes, the first of them number `first`, by what is judged."""
     clip = pipe.defaults.num_frames
     befores, afters = [change.before for change in changes], [change.after for change in changes]
@@ -102,12 +111,14 @@ def judge_changes(
     }
 
 
-def _judged(videos: np.ndarray, prompts: Sequence[str], at: int, frames: int, starts: Sequence[int]) -> list[Record]:
+def _judged(
+    videos: np.ndarray, prompts: Sequence[str], at: int, frames: int, starts: Sequence[int]
+) -> list[Measurements]:
     """The clips of videos [B, F, H, W, 3] that begin with frame `at`; starts: how long each has been what it shows."""
     return [judge(video[at : at + frames], prompt, start) for video, prompt, start in zip(videos, prompts, starts)]
 
 
-def split_by_change(records: Sequence[Record], changes: Sequence[PromptChange]) -> dict[str, list[float | None]]:
+def split_by_change(records: Sequence[Measurements], changes: Sequence[PromptChange]) -> dict[str, list[float | None]]:
     """Whether the attribute that changes is right, and whether all others are that the caption states."""
     changed = [record[change.attribute] for record, change in zip(records, changes)]
     others = [
@@ -152,6 +163,6 @@ def breakdown(result: dict) -> str:
         for kind in kinds:
             own = [number for number, attribute in enumerate(attributes) if attribute == kind]
             verdicts = (row["verdicts"]["2nd after"][part] for part in ("changed", "all"))
-            cells.append(" / ".join(percent(share_of([v[i] for i in own])["mean"]) for v in verdicts))
+            cells.append(" / ".join(percent(summarize_verdicts([v[i] for i in own])["mean"]) for v in verdicts))
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

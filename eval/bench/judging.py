@@ -20,7 +20,8 @@ from sparse_forcing.eval.metrics.offline.picture import NAMES, picture_statistic
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.sampling.arguments import PromptChanges
-from sparse_forcing.sampling.pipeline import SparseForcingPipeline, VideoChunk
+from sparse_forcing.sampling.decoding import VideoChunk
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 ACCURACIES = (*ATTRIBUTES, "attributes", "all")
 """What is right: each attribute, the share of the stated ones, everything the caption says."""
@@ -28,7 +29,7 @@ ACCURACIES = (*ATTRIBUTES, "attributes", "all")
 DRIFTS = (*NAMES, "mean")
 """What changes: each picture statistic, and the mean over them."""
 
-Record = dict[str, float | None]
+Measurements = dict[str, float | None]
 """One prompt at one horizon: ACCURACIES (None: the caption does not say) and NAMES."""
 
 
@@ -56,7 +57,7 @@ class JudgedBatch:
     """
 
     prompts: list[str]
-    records: dict[int, list[Record]]
+    records: dict[int, list[Measurements]]
     seconds: list[float]
     cache_bytes: list[int]
     frames: np.ndarray
@@ -112,12 +113,12 @@ def judge_batch(
     )
 
 
-def judge(frames: np.ndarray, prompt: str, start_frame: int) -> Record:
+def judge(frames: np.ndarray, prompt: str, start_frame: int) -> Measurements:
     """Verdicts and statistics of one segment [F, H, W, 3] in [0, 1] that begins at `start_frame` of its video."""
     pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) * 2 - 1
     result = check_clip(pixels, prompt, start_frame=start_frame)
     verdicts = {name: result.verdict(name) for name in ATTRIBUTES}
-    record: Record = {name: None if right is None else float(right) for name, right in verdicts.items()}
+    record: Measurements = {name: None if right is None else float(right) for name, right in verdicts.items()}
     stated = [float(right) for right in verdicts.values() if right is not None]
     record |= {"attributes": sum(stated) / len(stated), "all": float(result.all)}
     statistics = picture_statistics(_bytes(frames)).mean(0)
@@ -143,8 +144,10 @@ def summarize_rollouts(pipe: SparseForcingPipeline, batches: Sequence[JudgedBatc
         "prompts": len(prompts),
         "horizons": {
             str(horizon): {
-                "accuracy": {name: share_of([r[name] for r in records[horizon]]) for name in ACCURACIES},
-                "drift": {name: mean_of(drift(records[horizons[0]], records[horizon], name)) for name in DRIFTS},
+                "accuracy": {name: summarize_verdicts([r[name] for r in records[horizon]]) for name in ACCURACIES},
+                "drift": {
+                    name: summarize_values(drift(records[horizons[0]], records[horizon], name)) for name in DRIFTS
+                },
                 "cache_bytes_peak": bytes_at[chunks_until(pipe, horizon) - 1],
             }
             for horizon in horizons
@@ -154,14 +157,14 @@ def summarize_rollouts(pipe: SparseForcingPipeline, batches: Sequence[JudgedBatc
     }
 
 
-def drift(first: Sequence[Record], late: Sequence[Record], name: str) -> list[float]:
+def drift(first: Sequence[Measurements], late: Sequence[Measurements], name: str) -> list[float]:
     """Per prompt, the absolute change of a statistic, or of all of them on average ("mean")."""
     names = NAMES if name == "mean" else (name,)
     changes = [[abs(_known(b[n]) - _known(a[n])) for n in names] for a, b in zip(first, late)]
     return [sum(row) / len(row) for row in changes]
 
 
-def mean_of(values: Sequence[float]) -> dict[str, Any]:
+def summarize_values(values: Sequence[float]) -> dict[str, Any]:
     """Mean, its bootstrap 95 % interval over prompts (None with fewer than two), and over how many it is taken."""
     found = summarize(values, [1.0] * len(values), range(len(values)))
     return {
@@ -171,12 +174,12 @@ def mean_of(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def share_of(verdicts: Sequence[float | None]) -> dict[str, Any]:
-    """The same of what is right, in [0, 1], over the prompts that say something of it (mean None: none does)."""
+def summarize_verdicts(verdicts: Sequence[float | None]) -> dict[str, Any]:
+    """Mean and interval of what is right, in [0, 1], over the prompts that speak of it (mean None: none does)."""
     known = [verdict for verdict in verdicts if verdict is not None]
     if not known:
         return {"mean": None, "interval": None, "prompts": 0}
-    found = mean_of(known)
+    found = summarize_values(known)
     if len(known) > 1 and set(known) in ({0.0}, {1.0}):
         # Resampling equal verdicts gives no width, however few they are: the exact binomial bound takes its place
         # (Clopper & Pearson, Biometrika 26, 1934).

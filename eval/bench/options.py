@@ -21,12 +21,12 @@ class AttentionBenchConfig:
 
     def __post_init__(self) -> None:
         if self.repeats < 1:
-            raise ConfigError(f"--repeats: at least 1, got {self.repeats}")
+            raise ConfigError(f"--repeats: must be at least 1, got {self.repeats}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class JudgedBenchConfig:
-    """What `bench rollout` and `bench change` have in common.
+    """Options that `bench rollout` and `bench change` have in common.
 
     prompts: held-out captions, or changes of such. memories: names of `memory_variants`. batch_size: how many are made
     together. device: "auto" is the GPU where there is one. output: folder of the table and its JSON.
@@ -67,7 +67,7 @@ class RolloutBenchConfig(JudgedBenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objects not in (1, 2):
-            raise ConfigError(f"objects: 1 or 2, got {self.objects}")
+            raise ConfigError(f"objects: must be 1 or 2, got {self.objects}")
         if min(1, *self.horizons, self.size or 1) < 1:
             raise ConfigError("horizons and size must be positive")
 
@@ -102,7 +102,7 @@ class RecallBenchConfig:
         if min(self.count, self.batch_size, self.frames_around) < 1:
             raise ConfigError("--count, --batch-size and --frames-around must be positive")
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
-            raise ConfigError(f"--gaps: windows above 0, got {self.gaps}")
+            raise ConfigError(f"--gaps: must be windows above 0, got {self.gaps}")
         WorldConfig(grounds=self.grounds, split=self.split)
         unknown = [kind for kind in self.worlds if kind not in KINDS]
         if unknown or not self.worlds:
@@ -114,8 +114,9 @@ class StreamBenchConfig:
     """Options of `bench stream`.
 
     model_size: a published size or an embedded model's; its weights are not read. height, width: pixels; the model's
-    default where None. chunks: length of each rollout. memories: kinds that take turns. device, dtype: the accelerator
-    and bfloat16 where there is one, else the CPU and float32. output: folder of the table and its JSON.
+    default where None. chunks: length of each rollout. memories: in words (sparse_forcing.memory.parse), which take
+    turns. device, dtype: the accelerator and bfloat16 where there is one, else the CPU and float32. decode: time the
+    autoencoder, too. cuda_graphs: replay passes; None: on a CUDA device. output: folder of table, plot and JSON.
     """
 
     model_size: str = "wan-1.3b"
@@ -127,11 +128,13 @@ class StreamBenchConfig:
     seed: int = 0
     device: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    decode: bool = False
+    cuda_graphs: bool | None = None
     output: Path | None = None
 
     def __post_init__(self) -> None:
         if self.chunks < 1:
-            raise ConfigError(f"--chunks: at least 1, got {self.chunks}")
+            raise ConfigError(f"--chunks: must be at least 1, got {self.chunks}")
         for name, size in (("height", self.height), ("width", self.width)):
             if size is not None and size < 1:
-                raise ConfigError(f"--{name}: at least 1 pixel, got {size}")
+                raise ConfigError(f"--{name}: must be at least 1 pixel, got {size}")

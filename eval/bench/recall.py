@@ -19,7 +19,7 @@ import numpy as np
 
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench.judging import share_of
+from sparse_forcing.eval.bench.judging import summarize_verdicts
 from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.eval.bench.recall_figures import draw_curves, draw_sheet
 from sparse_forcing.eval.bench.returns import Answer, Task, answer_tasks, plan_tasks
@@ -40,7 +40,7 @@ def run(config: RecallBenchConfig) -> int:
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     default = replace(pipe.default_memory, positions=config.positions or pipe.default_memory.positions)
     memories = {name: parse_memory(name, default) for name in config.memories}
-    cells = {name: plan_cell(pipe, config, *cell) for name, cell in cells_of(config).items()}
+    cells = {name: plan_cell(pipe, config, *cell) for name, cell in list_cells(config).items()}
     result: dict[str, Any] = {
         "model": config.model,
         "weights_sha256": pipe.weights_sha256,
@@ -71,7 +71,7 @@ def run(config: RecallBenchConfig) -> int:
     return 0
 
 
-def cells_of(config: RecallBenchConfig) -> dict[str, tuple[str, float, tuple[str, ...]]]:
+def list_cells(config: RecallBenchConfig) -> dict[str, tuple[str, float, tuple[str, ...]]]:
     """Kind of world, gap in windows and grounds of every cell, by its name."""
     grounds = [(ground,) for ground in config.grounds] if config.by_ground else [config.grounds]
     return {
@@ -89,7 +89,7 @@ def plan_cell(
     window = pipe.geometry.temporal_stride * pipe.default_memory.window_frames
     frames = round(gap * window)
     if frames < 1:
-        raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are not a frame")
+        raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are less than a frame; choose a larger gap")
     worlds = WorldConfig(
         frames=frames + config.frames_around, gap=(frames, frames + 3), grounds=grounds, split=config.split
     )
@@ -101,9 +101,14 @@ def answer(
 ) -> list[Answer]:
     """One answer a task, in the tasks' order."""
     batches = answer_tasks(
-        pipe, memory, tasks, seed=config.seed, batch_size=config.batch_size,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-    )  # fmt: skip
+        pipe,
+        memory,
+        tasks,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
     return sorted((one for batch in batches for one in batch), key=lambda one: one.task.number)
 
 
@@ -111,7 +116,7 @@ def summarize(answers: Sequence[Answer]) -> dict[str, Any]:
     """Shares that are right with their intervals, chance, the error of the picture, bytes; and verdicts by world."""
     verdicts = {name: [float(getattr(one.verdict, name)) for one in answers] for name in SHARES}
     return {
-        **{name: share_of(found) for name, found in verdicts.items()},
+        **{name: summarize_verdicts(found) for name, found in verdicts.items()},
         "chance": chance_level([one.sighting for one in answers], [one.task.entry for one in answers]),
         "rmse": float(np.mean([one.sighting.rmse for one in answers])),
         "cache_bytes": max(one.cache_bytes for one in answers),

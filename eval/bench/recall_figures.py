@@ -40,9 +40,16 @@ def draw_curves(result: Mapping[str, Any], path: Path) -> None:
                 x = np.arange(len(own)) + 0.03 * (number - len(rows) / 2)
                 kib = row["cells"][own[-1]]["cache_bytes"] / 1024
                 ax.errorbar(
-                    x, means, yerr=np.abs(ends - means), label=f"{name} ({kib:.0f} KiB)", color=color(number),
-                    marker="o", markersize=3, capsize=2, linewidth=1.2,
-                )  # fmt: skip
+                    x,
+                    means,
+                    yerr=np.abs(ends - means),
+                    label=f"{name} ({kib:.0f} KiB)",
+                    color=color(number),
+                    marker="o",
+                    markersize=3,
+                    capsize=2,
+                    linewidth=1.2,
+                )
             chance = 100 * np.mean([rows[name]["cells"][cell]["chance"][aspect] for name in rows for cell in own])
             ax.axhline(chance, color="0.6", linestyle=":", linewidth=1)
             ax.set_xticks(range(len(own)), labels)
@@ -74,8 +81,10 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -
         at = min(entry.frames[0] + 3, entry.frames[1] - 1)
         shown = [truth[f] for f in (middle(entry.first_seen), entry.last_seen - 2, entry.last_seen + entry.gap // 2)]
         shown.append(truth[at])
-        shown += [next(one for one in answers[name] if one.task.number == task.number).frames[at - task.given]
-                  for name in names]  # fmt: skip
+        shown += [
+            next(one for one in answers[name] if one.task.number == task.number).frames[at - task.given]
+            for name in names
+        ]
         for column, frame in enumerate(shown):
             picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (MARGIN + column * (side + MARGIN), 36 + row * (side + MARGIN)))

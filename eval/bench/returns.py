@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from sparse_forcing.scenes.worlds.config import WorldConfig
 from sparse_forcing.scenes.worlds.truth import Return, find_returns
 from sparse_forcing.scenes.worlds.world import World
 
+TRIES = 50  # worlds drawn for each that is wanted
 LOOKED_AT = 6  # frames of a return that the judge wants to see
+ON_ITS_WAY = 3  # last given frames in which a camera must be coming back: nobody could know when it turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,7 @@ def plan_tasks(pipe: SparseForcingPipeline, kind: str, worlds: WorldConfig, coun
     """
     assert worlds.gap is not None
     tasks: list[Task] = []
-    for number in range(20 * count):
+    for number in range(TRIES * count):
         world = draw_world(kind, seed, number, worlds)
         asked = [entry for entry in find_returns(world) if worlds.gap[0] <= entry.gap <= worlds.gap[1]]
         task = _task(pipe, number, world, asked[0]) if asked else None
@@ -66,15 +68,26 @@ def plan_tasks(pipe: SparseForcingPipeline, kind: str, worlds: WorldConfig, coun
             tasks.append(task)
         if len(tasks) == count:
             return tasks
-    raise ConfigError(f"worlds: of {20 * count} worlds of {kind} only {len(tasks)} have a return after {worlds.gap}")
+    raise ConfigError(f"worlds: of {TRIES * count} worlds of {kind} only {len(tasks)} have a return after {worlds.gap}")
 
 
 def _task(pipe: SparseForcingPipeline, number: int, world: World, entry: Return) -> Task | None:
-    """Given are the whole chunks before anything of the object shows again; None where there is none."""
-    reappears = entry.last_seen + entry.gap + 1
-    given = pipe.geometry.whole_chunk_frames(reappears)
+    """Given are the whole chunks before anything of the object shows again; None where there are none, or where what is
+    given does not say that the camera is on its way back."""
+    given = pipe.geometry.whole_chunk_frames(entry.last_seen + entry.gap + 1)
     until = min(entry.frames[1], entry.frames[0] + LOOKED_AT)
-    return Task(number=number, world=world, entry=entry, given=given, generated=until - given) if given else None
+    if given < ON_ITS_WAY or not _returns_already(world, entry, given):
+        return None
+    return Task(number=number, world=world, entry=entry, given=given, generated=until - given)
+
+
+def _returns_already(world: World, entry: Return, given: int) -> bool:
+    """Whether a camera that moves at all comes nearer in the last given frames."""
+    if max(world.camera) == min(world.camera):
+        return True
+    target = world.camera[entry.frames[0]]
+    away = [abs(place - target) for place in world.camera[given - ON_ITS_WAY : given]]
+    return all(later < earlier for earlier, later in pairwise(away))
 
 
 def answer_tasks(

@@ -17,7 +17,7 @@ from typing import Any
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench.judging import RolloutSettings, judge_batch, share_of, summarize_rollouts
+from sparse_forcing.eval.bench.judging import RolloutSettings, judge_batch, summarize_rollouts, summarize_verdicts
 from sparse_forcing.eval.bench.options import JudgedBenchConfig, RolloutBenchConfig
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
@@ -161,7 +161,7 @@ def breakdown(result: dict) -> str:
             ]
             if chosen:
                 shares = " | ".join(
-                    percent(share_of([verdicts[column][i] for i in chosen])["mean"]) for column in COLUMNS
+                    percent(summarize_verdicts([verdicts[column][i] for i in chosen])["mean"]) for column in COLUMNS
                 )
                 lines.append(f"| {value} | {len(chosen)} | {shares} |")
     return "\n".join(lines) + "\n"

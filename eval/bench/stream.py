@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import json
 import platform
-import statistics
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,39 @@ from sparse_forcing.config import constructor_settings, to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.eval.bench.options import StreamBenchConfig
-from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable, read_json
+from sparse_forcing.eval.bench.stream_report import heading, ratio, summarize, table, write
+from sparse_forcing.files import check_writable, read_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
-from sparse_forcing.memory.config import KINDS
+from sparse_forcing.memory.parse import parse_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.text import WAN_TEXT_LEN
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-from sparse_forcing.model.vae import WanAutoencoder
+from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
 from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, EMBEDDED_MODELS, PipelineConfig, read_defaults
+from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder
 from sparse_forcing.sampling.rollout import RolloutChunk, SeededNoise, rollout
 
-GIB = 1 << 30
 HEAD_STD = 0.02
 """Of the output head's random weights: small enough for flows of about unit size, not silent as before training."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a model size fixes. transformer: constructor settings; text_len: tokens of a prompt; channels: latent."""
+    """What a model size fixes.
+
+    Args:
+        transformer, vae: settings of their constructors.
+        text_len: tokens of a prompt.
+        channels: channels of latents.
+    """
 
     transformer: dict[str, Any]
     defaults: PipelineConfig
     geometry: VideoGeometry
     text_len: int
     channels: int
+    vae: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,14 +74,16 @@ class Stream:
     sampler: SamplerConfig
     latent_size: tuple[int, int]
     seed: int
+    graphs: bool = False
+    vae: VideoAutoencoder | None = None
 
     @property
     def device(self) -> torch.device:
         return self.text.device
 
-    def memory(self, kind: str) -> MemoryConfig:
-        """The model's default memory as another kind."""
-        return replace(self.architecture.defaults.memory, kind=kind)
+    def memory(self, words: str) -> MemoryConfig:
+        """A memory in words (sparse_forcing.memory.parse), the rest as the model's default has it."""
+        return parse_memory(words, self.architecture.defaults.memory)
 
     def rollout(self, memory: MemoryConfig, chunks: int) -> Iterator[RolloutChunk]:
         """A rollout from noise; the same noise for every memory."""
@@ -84,16 +94,24 @@ class Stream:
         shape = (self.architecture.channels, *self.latent_size)
         noise = SeededNoise([torch.Generator().manual_seed(self.seed)], shape, self.device, self.text.dtype)
         state = make_memory(memory, sizes, selectors=self.model.selectors)
-        return rollout(self.model, self.text, geometry.chunks(frames), state, noise, self.sampler)
+        record = cuda_recorder() if self.graphs else None
+        return rollout(self.model, self.text, geometry.chunks(frames), state, noise, self.sampler, record=record)
 
 
 @dataclass
 class Measured:
-    """One memory's rollout, chunk by chunk; gpu_peak_bytes is None where the device is not a GPU that torch counts."""
+    """One memory's rollout, chunk by chunk; what only a GPU that torch counts can tell is None elsewhere.
+
+    launches, busy_seconds: kernels of a chunk and how long they ran. decode_seconds: of each chunk, where chunks are
+    decoded.
+    """
 
     seconds: list[float] = field(default_factory=list)
     cache_bytes: list[int] = field(default_factory=list)
     gpu_peak_bytes: int | None = None
+    launches: int | None = None
+    busy_seconds: float | None = None
+    decode_seconds: list[float] = field(default_factory=list)
 
 
 def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> int:
@@ -106,10 +124,9 @@ def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> i
         Exit code: 1 when a rollout is not finite.
     """
     architecture = find_architecture(config.model_size, published)
-    unknown = [name for name in config.memories if name not in KINDS]
-    if unknown:
-        raise ConfigError(f"--memories: unknown {', '.join(unknown)}; known are {', '.join(KINDS)}")
     defaults = architecture.defaults
+    for words in config.memories:
+        parse_memory(words, defaults.memory)
     latent_size = architecture.geometry.latent_size(config.height or defaults.height, config.width or defaults.width)
     device = torch.device(resolve_device(config.device or "auto"))
     dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
@@ -128,7 +145,9 @@ def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> i
         print(f"bench stream: {error}; nothing is reported", file=sys.stderr)
         print(json.dumps(result | {"ok": False}))
         return 1
-    result["memories"] = {name: summarize(stream, name, row) for name, row in measured.items()}
+    result["memories"] = {
+        name: {"memory": asdict(stream.memory(name)), **summarize(result, row)} for name, row in measured.items()
+    }
     result["full_over_sparse"] = ratio(result["memories"], "full", "sparse")
     print(table(result), end="")
     if out is not None:
@@ -152,9 +171,13 @@ def find_architecture(name: str, published: Mapping[str, dict[str, Any]]) -> Arc
         sizes = CausalWanTransformer3DModel(**transformer).config
         vae = _autoencoder(defaults.vae, vae_config)
     return Architecture(
-        transformer=transformer, defaults=defaults, geometry=VideoGeometry.of(vae, sizes), text_len=text_len,
+        transformer=transformer,
+        defaults=defaults,
+        geometry=VideoGeometry.of(vae, sizes),
+        text_len=text_len,
         channels=sizes.in_channels,
-    )  # fmt: skip
+        vae=vae_config,
+    )
 
 
 def _settings(folder: Path) -> dict[str, Any]:
@@ -162,7 +185,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
-    """On whatever device is current: only its strides are read."""
+    """An autoencoder on whatever device is current: only its strides are read."""
     if kind in EMBEDDED_AUTOENCODERS:
         return EMBEDDED_AUTOENCODERS[kind](**config)
     from diffusers import AutoencoderKLWan
@@ -171,9 +194,12 @@ def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
 
 
 def build(
-    architecture: Architecture, latent_size: tuple[int, int], config: StreamBenchConfig, device: torch.device,
+    architecture: Architecture,
+    latent_size: tuple[int, int],
+    config: StreamBenchConfig,
+    device: torch.device,
     dtype: torch.dtype,
-) -> Stream:  # fmt: skip
+) -> Stream:
     """Random weights and a random prompt, made on the device in the type they are used in."""
     torch.manual_seed(config.seed)
     with torch.device(device), default_dtype(dtype):
@@ -184,8 +210,16 @@ def build(
         kind="few_step", steps=config.num_inference_steps, shift=architecture.defaults.sampler.shift
     )
     return Stream(
-        architecture=architecture, model=model, text=text, sampler=sampler, latent_size=latent_size, seed=config.seed
-    )
+        architecture=architecture, model=model, text=text, sampler=sampler, latent_size=latent_size, seed=config.seed,
+        graphs=check_cuda_graphs(device, config.cuda_graphs),
+        vae=build_autoencoder(architecture, device) if config.decode else None,
+    )  # fmt: skip
+
+
+def build_autoencoder(architecture: Architecture, device: torch.device) -> VideoAutoencoder:
+    """The model's autoencoder with random weights, in the type it decodes in (float32)."""
+    with torch.device(device):
+        return _autoencoder(architecture.defaults.vae, architecture.vae).to(device).eval()
 
 
 @contextmanager
@@ -206,14 +240,33 @@ def measure(stream: Stream, names: tuple[str, ...], chunks: int) -> dict[str, Me
     Raises:
         FloatingPointError: latents are not finite.
     """
-    window = stream.architecture.defaults.memory.window_frames // stream.architecture.geometry.chunk_frames
+    frames = max(stream.memory(name).window or 0 for name in names)
+    window = frames // stream.architecture.geometry.chunk_frames
     _turns(stream, names, min(chunks, window + 1) if stream.device.type == "cpu" else chunks, "warm-up chunk")
-    return _turns(stream, names, chunks, "chunk")
+    found = _turns(stream, names, chunks, "chunk")
+    if stream.device.type == "cuda":
+        for name, row in found.items():
+            row.launches, row.busy_seconds = profile_last_chunk(stream, name, chunks)
+    return found
+
+
+def profile_last_chunk(stream: Stream, name: str, chunks: int) -> tuple[int, float]:
+    """(kernels, seconds that the GPU was busy) of the last chunk of one more rollout."""
+    from torch.profiler import ProfilerActivity, profile
+
+    parts = stream.rollout(stream.memory(name), chunks)
+    for _ in range(chunks - 1):
+        next(parts)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        next(parts)
+    kernels = [event for event in profiler.key_averages() if event.self_device_time_total > 0]
+    return sum(event.count for event in kernels), sum(event.self_device_time_total for event in kernels) / 1e6
 
 
 def _turns(stream: Stream, names: tuple[str, ...], chunks: int, title: str) -> dict[str, Measured]:
     found = {name: Measured() for name in names}
     rollouts = {name: stream.rollout(stream.memory(name), chunks) for name in found}
+    decoders = {name: Decoder(stream.vae) for name in found} if stream.vae is not None else {}
     meter = GpuMeter(stream.device)
     for number in range(chunks):
         for name, row in found.items():
@@ -222,11 +275,32 @@ def _turns(stream: Stream, names: tuple[str, ...], chunks: int, title: str) -> d
             if not bool(torch.isfinite(chunk.latents).all()):
                 raise FloatingPointError(f"{name}: {title} {number + 1} is not finite")
             row.seconds.append(chunk.seconds)
+            if decoders:
+                row.decode_seconds.append(decoders[name].seconds(chunk.latents))
             row.cache_bytes.append(chunk.cache_bytes)
             row.gpu_peak_bytes = meter.peaks.get(name)
         times = "  ".join(f"{name} {row.seconds[-1]:.3f} s" for name, row in found.items())
         print(f"{title} {number + 1}/{chunks}: {times}", flush=True)
     return found
+
+
+class Decoder:
+    """Decodes the chunks of one video one after the other, and tells how long each took, until its pixels are there."""
+
+    def __init__(self, vae: VideoAutoencoder) -> None:
+        self._next: Tensor | None = None
+        self._pixels = vae.decode_stream(iter(self._take, None))
+
+    def _take(self) -> Tensor | None:
+        return self._next
+
+    @torch.no_grad()
+    def seconds(self, latents: Tensor) -> float:
+        """Decode latents [B, F, C, H, W]."""
+        self._next = latents.float().transpose(1, 2)
+        began = time.perf_counter()
+        next(self._pixels).cpu()
+        return time.perf_counter() - began
 
 
 class GpuMeter:
@@ -277,64 +351,6 @@ def describe(stream: Stream, config: StreamBenchConfig) -> dict[str, Any]:
         "chunk_tokens": geometry.chunk_frames * rows * cols,
         "sampler": asdict(stream.sampler),
         "weights": "random",
-        "decoding": "not included",
+        "decoding": "timed apart" if stream.vae is not None else "not included",
+        "cuda_graphs": stream.graphs,
     }
-
-
-def summarize(stream: Stream, name: str, row: Measured) -> dict[str, Any]:
-    """One row of the table. `last_third_seconds`: median of the last third of the chunks, when the window is full."""
-    geometry = stream.architecture.geometry
-    last = statistics.median(row.seconds[-max(1, len(row.seconds) // 3) :])
-    return {
-        "memory": asdict(stream.memory(name)),
-        "chunk_seconds": row.seconds,
-        "last_third_seconds": last,
-        "latent_frames_per_second": geometry.chunk_frames / last,
-        "pixel_frames_per_second": geometry.chunk_frames * geometry.temporal_stride / last,
-        "cache_bytes": row.cache_bytes,
-        "cache_bytes_peak": max(row.cache_bytes),
-        "gpu_peak_bytes": row.gpu_peak_bytes,
-    }
-
-
-def ratio(rows: Mapping[str, dict[str, Any]], slow: str, fast: str) -> float | None:
-    """Seconds per chunk of one memory over those of another; None unless both were measured."""
-    if slow not in rows or fast not in rows:
-        return None
-    return rows[slow]["last_third_seconds"] / rows[fast]["last_third_seconds"]
-
-
-def heading(result: Mapping[str, Any]) -> str:
-    """One line: model, size, machine, what is left out."""
-    return (
-        f"{result['config']['model_size']} ({result['parameters'] / 1e9:.2f} B random weights, {result['dtype']}), "
-        f"{result['width']}x{result['height']}, {result['config']['chunks']} chunks of {result['chunk_latent_frames']} "
-        f"latent frames = {result['chunk_tokens']} tokens, {result['sampler']['steps']} steps and a clean pass; "
-        f"{result['device_name']}, torch {result['torch']}; decoding not included"
-    )
-
-
-def table(result: Mapping[str, Any]) -> str:
-    """Markdown table of a result."""
-    lines = [
-        "| memory | s per chunk, last third | latent frames/s | pixel frames/s | cache GiB, peak | GPU GiB, peak |",
-        "|" + "---|" * 6,
-    ]
-    for name, row in result["memories"].items():
-        gpu = "-" if row["gpu_peak_bytes"] is None else f"{row['gpu_peak_bytes'] / GIB:.2f}"
-        lines.append(
-            f"| {name} | {row['last_third_seconds']:.3f} | {row['latent_frames_per_second']:.2f} | "
-            f"{row['pixel_frames_per_second']:.2f} | {row['cache_bytes_peak'] / GIB:.3f} | {gpu} |"
-        )
-    if result["full_over_sparse"] is not None:
-        lines += ["", f"A chunk of `full` takes {result['full_over_sparse']:.2f} times as long as one of `sparse`."]
-    return "\n".join(lines) + "\n"
-
-
-def write(folder: Path, result: Mapping[str, Any]) -> None:
-    """stream.json and stream.md."""
-    atomic_write_json(folder / "stream.json", dict(result))
-    atomic_write_text(
-        folder / "stream.md",
-        f"{heading(result)}. Videos play at {result['fps']:g} frames per second.\n\n{table(result)}",
-    )

@@ -22,6 +22,7 @@ from typing import Any
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_text, is_file, is_folder, read_json
 from sparse_forcing.media.listing import (
+    FIELDS,
     VIDEO_SUFFIXES,
     Row,
     folder_manifest,
@@ -32,7 +33,6 @@ from sparse_forcing.media.listing import (
 )
 from sparse_forcing.sampling.generation.prompts import MAX_PROMPT_CHARACTERS
 
-_FIELDS = ("video", "prompt", "index", "seed", "original_prompt", "prompt_changes")
 _VBENCH_NAME = re.compile(r"^(?P<prompt>.*)-(?P<index>\d{1,9})$", re.DOTALL)
 
 
@@ -77,7 +77,7 @@ def load_entries(target: Path) -> list[Entry]:
         manifest = folder_manifest(target)
         entries = import_folder(target) if manifest is None else read_manifest(manifest)
     elif is_video_name(target):
-        entries = [_entry_of(target)]
+        entries = [_make_entry(target)]
     elif is_file(target, ConfigError):
         entries = read_manifest(target)
     else:
@@ -101,8 +101,8 @@ def read_manifest(path: Path) -> list[Entry]:
 
 def _from_row(row: Row) -> Entry:
     try:
-        known = _typed({name: row.fields[name] for name in _FIELDS if name in row.fields})
-        extra = {name: value for name, value in row.fields.items() if name not in _FIELDS}
+        known = _typed({name: row.fields[name] for name in FIELDS if name in row.fields})
+        extra = {name: value for name, value in row.fields.items() if name not in FIELDS}
         return Entry(**{**known, "video": row.video, "extra": extra})
     except ConfigError as error:
         raise ConfigError(f"{row.where}: {error}") from error
@@ -130,14 +130,14 @@ def _check_text(text: str) -> None:
 
 def import_folder(folder: Path) -> list[Entry]:
     """Entries of all videos directly inside a folder, by name; see the module for where prompts come from."""
-    return [_entry_of(video) for video in list_folder(folder)]
+    return [_make_entry(video) for video in list_folder(folder)]
 
 
-def _entry_of(video: Path) -> Entry:
+def _make_entry(video: Path) -> Entry:
     sidecar = video.with_suffix(".json")
     if sidecar.is_file():
         record = read_json(sidecar)
-        known = {name: record.get(name) for name in _FIELDS} if isinstance(record, dict) else {}
+        known = {name: record.get(name) for name in FIELDS} if isinstance(record, dict) else {}
         try:
             changes = _later_prompts(record) if known else []
             known = _typed(known | {"prompt_changes": bool(changes)})

@@ -68,7 +68,7 @@ class Metric:
 
     @property
     def module(self) -> str:
-        """Where it is defined."""
+        """Name of the module that defines it."""
         return self.compute.__module__
 
 

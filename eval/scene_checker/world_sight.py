@@ -55,16 +55,16 @@ def see_return(clip: Tensor, world: World, entry: Return, *, start: int = 0) -> 
     rmse = float((rgb - truth).square().mean().sqrt())
     track = _track(rgb, ground, _near(world, entry, frames, side))
     colour, shape, size = (None, None, None) if track is None else _names(track)
-    return Sighting(
-        colour=colour, shape=shape, size=size, rmse=rmse, psnr=20 * log10(255 / rmse) if rmse > 0 else inf
-    )  # fmt: skip
+    return Sighting(colour=colour, shape=shape, size=size, rmse=rmse, psnr=20 * log10(255 / rmse) if rmse > 0 else inf)
 
 
 def _frames(entry: Return, start: int, length: int) -> list[int]:
     """Frames of the return that the clip has, at most MOST_FRAMES of them, evenly spread."""
     first, last = max(entry.frames[0], start), min(entry.frames[1], start + length) - 1
     if last < first:
-        raise ConfigError(f"return at frames {entry.frames}: the clip has {start} to {start + length - 1}")
+        raise ConfigError(
+            f"return at frames {entry.frames}: outside the clip, which has frames {start} to {start + length - 1}"
+        )
     count = min(MOST_FRAMES, last - first + 1)
     return [first + (last - first) * step // max(1, count - 1) for step in range(count)]
 
@@ -90,7 +90,7 @@ def _near(world: World, entry: Return, frames: list[int], side: int) -> Tensor:
 
 
 def _window(box: Box) -> Box:
-    """As wide whatever the object is, so that it says nothing of its size."""
+    """The part of the picture to look at, as wide whatever the object is, so that it says nothing of its size."""
     x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
     return x - HALF_WINDOW, y - HALF_WINDOW, x + HALF_WINDOW, y + HALF_WINDOW
 
@@ -134,10 +134,12 @@ def _drift(offset: Tensor) -> Tensor:
 
 def _median(rgb: Tensor, mask: Tensor) -> Tensor:
     """Median colour of the marked pixels, frame by frame, [F, 3]; of all of them where a frame has none."""
-    return torch.stack([
-        picture[:, own if bool(own.any()) else torch.ones_like(own)].median(1).values
-        for picture, own in zip(rgb, mask, strict=True)
-    ])  # fmt: skip
+    return torch.stack(
+        [
+            picture[:, own if bool(own.any()) else torch.ones_like(own)].median(1).values
+            for picture, own in zip(rgb, mask, strict=True)
+        ]
+    )
 
 
 def _names(track: Track) -> tuple[str | None, str | None, str | None]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
+import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, SparseForcingError
@@ -28,10 +29,12 @@ from sparse_forcing.kernels.block_selection.checks import (
     check_slots,
     checked_scale,
 )
-from sparse_forcing.kernels.values import checked_values, require_integers
+from sparse_forcing.kernels.block_selection.reference import Pools
+from sparse_forcing.kernels.values import checked_values, require_integers, require_range
 
 __all__ = [
     "BACKENDS",
+    "Pools",
     "block_importance",
     "block_scores",
     "build_block_index",
@@ -40,6 +43,7 @@ __all__ = [
     "choose_lists",
     "pool_blocks",
     "select_blocks",
+    "store_blocks",
     "update_persistent",
     "why_unavailable",
 ]
@@ -64,6 +68,37 @@ def pool_blocks(
     """
     check_pooling(x, sizes, weights, projection)
     return _backend(backend, x).pool_blocks(x, sizes, weights, projection)
+
+
+@torch.no_grad()
+def store_blocks(
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    pools: Pools,
+    sizes: Tensor | None = None,
+    weights: Tensor | None = None,
+    *,
+    backend: str = "auto",
+) -> None:
+    """Write a chunk's blocks [B, H, n, T, D], and what `pool_blocks` makes of them, into their slots, in place.
+
+    Args:
+        rows: [B, H, n] places of the blocks in the pools, whose first three dimensions are counted as one.
+        pools: keys, values, and pooled keys; pooled values (plain means) where they are kept.
+        sizes: [n], see `pool_blocks`. weights: [H, T] of keys.
+    """
+    check_pooling(keys, sizes, weights, None)
+    if values.shape != keys.shape or rows.shape != keys.shape[:3]:
+        raise SparseForcingError(
+            f"store_blocks: values {list(values.shape)} and rows {list(rows.shape)} do not fit keys {list(keys.shape)}"
+        )
+    require_integers("store_blocks", "rows", rows)
+    require_range("store_blocks", "rows", rows, 0, pools.keys.shape[:3].numel() - 1, "rows of the pools")
+    if not all(pool is None or pool.is_contiguous() for pool in pools):
+        raise SparseForcingError("store_blocks: the pools are not contiguous")
+    check_devices("store_blocks", keys, values, rows, pools.keys)
+    _backend(backend, keys).store_blocks(keys, values, rows, pools, sizes, weights)
 
 
 def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float | None = None) -> Tensor:

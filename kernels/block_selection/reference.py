@@ -9,10 +9,22 @@ window blocks per query block, P persistent slots, Nc candidates for the persist
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
+
+
+class Pools(NamedTuple):
+    """What a layer holds of its blocks, contiguous: keys, values [B, H, S, T, D]; representatives (pooled keys) and
+    value_representatives (pooled values, or None) [B, H, S, D]."""
+
+    keys: Tensor
+    values: Tensor
+    representatives: Tensor
+    value_representatives: Tensor | None = None
 
 
 def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> Tensor:
@@ -37,6 +49,19 @@ def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, project
         with torch.autocast(x.device.type, enabled=False):  # it would round what is ranked to 8 bits
             pooled = pooled @ projection.to(dtype)
     return pooled.to(x.dtype)
+
+
+def store_blocks(
+    keys: Tensor, values: Tensor, rows: Tensor, pools: Pools, sizes: Tensor | None, weights: Tensor | None
+) -> None:
+    """Write blocks [B, H, n, T, D] and what is pooled of them into the rows [B, H, n] of contiguous pools, in place."""
+    pooled = pool_blocks(keys, sizes, weights, None)
+    blocks = [keys, values, pooled]
+    if pools.value_representatives is not None:
+        blocks.append(pool_blocks(values, sizes, None, None))
+    index = rows.flatten()
+    for pool, new in zip(pools, blocks):
+        pool.view(pool.shape[:3].numel(), -1).index_copy_(0, index, new.to(pool.dtype).flatten(3).flatten(0, 2))
 
 
 def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float) -> Tensor:

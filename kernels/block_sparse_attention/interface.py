@@ -39,6 +39,7 @@ __all__ = [
     "why_unavailable",
 ]
 BACKENDS = ("auto", *BACKEND_MODULES)
+"""Names that `backend` takes; "auto" chooses by the device of the tensors."""
 
 
 class BlockSparseOutput(NamedTuple):

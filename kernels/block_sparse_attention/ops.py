@@ -115,7 +115,7 @@ def _differentiate(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None, *
         if grad_lse is None:
             return (None,) * (_FIELDS + 3)
         grad_out = torch.zeros_like(out)
-    problem = Problem(*tensors, ctx.scale, ctx.num_persistent)
+    problem = Problem._make((*tensors, ctx.scale, ctx.num_persistent))
     grads = backward_op(grad_out, grad_lse, out, lse, out_rest, *problem, ctx.backend)
     return (*grads, *(None,) * _FIELDS)
 
@@ -129,7 +129,7 @@ def _save_backward(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor
 def _differentiate_again(ctx: Any, *upstream: Tensor | None) -> tuple:
     """The whole gradient goes to the problem's inputs: out and lse are functions of them, not inputs of their own."""
     grad_out, grad_lse, *tensors = ctx.saved_tensors
-    problem = Problem(*tensors, ctx.scale, ctx.num_persistent)
+    problem = Problem._make((*tensors, ctx.scale, ctx.num_persistent))
     dgrad_out, dgrad_lse, *inputs = reference.second_gradients(problem, grad_out, grad_lse, upstream)
     return (dgrad_out, dgrad_lse, None, None, None, *inputs, *(None,) * (_FIELDS - 2))
 

@@ -46,8 +46,10 @@ class Problem(NamedTuple):
     def of_heads(self, group: tuple[slice, slice]) -> Problem:
         """The same of some samples and heads."""
         key_sizes = None if self.key_sizes is None else self.key_sizes[group]
-        tensors = (x[group] for x in (*self.inputs, self.block_index))
-        return Problem(*tensors, self.query_sizes, key_sizes, self.scale, self.num_persistent)
+        query, key_pool, value_pool, block_index = (x[group] for x in (*self.inputs, self.block_index))
+        return self._replace(
+            query=query, key_pool=key_pool, value_pool=value_pool, block_index=block_index, key_sizes=key_sizes
+        )
 
 
 def check_shapes(problem: Problem) -> None:

@@ -86,26 +86,22 @@ def second_gradients(
     """Gradients of grad_out, grad_lse, query, key_pool and value_pool through `gradients`, whose results have the
     gradients `upstream`."""
     recording = torch.is_grad_enabled()
-    given = (grad_out, grad_lse, *problem.inputs)
     if problem.empty:
+        given = (grad_out, grad_lse, *problem.inputs)
         return [None if x is None else torch.zeros_like(x) for x in given]
     with torch.enable_grad():
-        sources = [None if x is None else _connected(x) for x in given]
-        query, key_pool, value_pool = sources[2:]
-        first = gradients(
-            problem._replace(query=query, key_pool=key_pool, value_pool=value_pool), sources[0], sources[1]
-        )
+        query, key_pool, value_pool = (_connected(x) for x in problem.inputs)
+        grad_out, grad_lse = _connected(grad_out), None if grad_lse is None else _connected(grad_lse)
+        connected = problem._replace(query=query, key_pool=key_pool, value_pool=value_pool)
+        first = gradients(connected, grad_out, grad_lse)
         pairs = [(x, grad) for x, grad in zip(first, upstream) if grad is not None and x.requires_grad]
         if not pairs:
-            return [None] * len(given)
+            return [None] * (2 + len(first))
+        sources = (grad_out, grad_lse, query, key_pool, value_pool)
         wanted = [x for x in sources if x is not None]
-        found = iter(
-            torch.autograd.grad(
-                [x for x, _ in pairs], wanted, [grad for _, grad in pairs], create_graph=recording,
-                materialize_grads=True,
-            )
-        )  # fmt: skip
-    return [None if x is None else next(found) for x in sources]
+        results, of_results = zip(*pairs)
+        found = iter(torch.autograd.grad(results, wanted, of_results, create_graph=recording, materialize_grads=True))
+        return [None if x is None else next(found) for x in sources]
 
 
 def _connected(x: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import numpy as np
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.media.images import fit, read_image
 from sparse_forcing.media.video import probe, read_video
-from sparse_forcing.model_folder.folder import find_model, read_defaults
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.settings import Settings
+from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -31,7 +30,7 @@ def read_start(config: GenerateConfig, note: Callable[[str], None]) -> np.ndarra
     if config.image is not None:
         return read_image(config.image)[None]
     if config.video is not None:
-        fps, own = read_defaults(find_model(config.model)).fps, probe(config.video).fps
+        fps, own = chosen_defaults(config).fps, probe(config.video).fps
         if abs(own - fps) > SAME_RATE * fps:
             what = "frames in between are left out" if own > fps else "its frames are shown several times"
             note(f"{config.video}: {own:g} frames/s, the model makes {fps:g}: {what}")

@@ -36,7 +36,13 @@ from sparse_forcing.sampling.generation.outputs import (
     overlay_path,
     remove_old,
 )
-from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import (
+    Settings,
+    chosen_defaults,
+    chunk_remarks,
+    explained_out_of_memory,
+    resolve_settings,
+)
 from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
@@ -95,6 +101,10 @@ def _generate_all(
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
     start = read_start(config, progress.note)
+    for remark in chunk_remarks(chosen_defaults(config)):
+        progress.note(f"warning: {remark}")
+    if remark := _shortage(config):
+        progress.note(f"warning: {remark}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -113,18 +123,37 @@ def _generate_all(
             yield record
 
 
+def _shortage(config: GenerateConfig) -> str | None:
+    """What to say before a model is loaded onto a GPU that is too small for the video."""
+    import torch
+
+    if torch.device(resolve_device(config.device)).type != "cuda":
+        return None
+    from sparse_forcing.sampling.generation.preflight import shortage
+
+    return shortage(config, torch.cuda.get_device_properties(0).total_memory)
+
+
 def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
     import torch
 
+    from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
     device = resolve_device(config.device)
     text_encoder_device = resolve_device(
         config.device if config.text_encoder_device is None else config.text_encoder_device, "--text-encoder-device"
     )
-    dtype = getattr(torch, config.dtype) if config.dtype else None
-    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype)
+    check_cuda_graphs(torch.device(device), config.cuda_graphs)
+    if config.compile:
+        check_compiler(torch.device(device))
+    defaults = chosen_defaults(config)
+    dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
+    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    if config.compile:
+        pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)
 
 
@@ -151,6 +180,7 @@ def generate_video(
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
+            **({} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}),
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)
@@ -173,6 +203,11 @@ def generate_video(
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
+            "negative_prompt": pipe.defaults.negative_prompt,
+            "preset": pipe.defaults.preset,
+            "sampler": pipe.defaults.sampler.kind,
+            "shift": pipe.defaults.sampler.shift,
+            "chunk_frames": None if pipe.geometry.whole_video else pipe.geometry.chunk_frames,
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),

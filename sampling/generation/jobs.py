@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
@@ -18,12 +18,17 @@ MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/video.py,
 MAX_BLOCKS = 1_000_000
 MAX_JOBS = 100_000
 MAX_GRID = 64  # videos side by side
+Preset = Literal[
+    "wan-1.3b", "wan-14b", "self-forcing", "self-forcing-framewise", "causvid", "longlive", "sparse-forcing"
+]
+PRESETS = get_args(Preset)
+"""Names in sparse_forcing/model_folder/presets.py, which is too heavy to import here."""
 GRID_SUFFIXES = (".webp", ".gif")
 BOUNDS: dict[str, tuple[float, float]] = {
     "seed": (0, 2**62), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
     "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
-    "tile": (1, MAX_SIDE),
+    "tile": (1, MAX_SIDE), "shift": (0.01, 100), "chunk_frames": (1, MAX_FRAMES), "fps": (0.1, 1000),
 }  # fmt: skip
 _OTHER_SUFFIXES = frozenset(
     ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
@@ -53,12 +58,16 @@ class GenerateConfig:
     then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
     image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
+    preset: how weights that others published are sampled, by name; what is given beside it changes it.
+    sampler, shift, negative_prompt, chunk_frames (latent frames at a time), fps (of the file): see PipelineConfig.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
     text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
+    cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
+        with torch.compile.
     """
 
     RENAMED: ClassVar[Mapping[str, str]] = {"top_k": "density"}
@@ -78,6 +87,12 @@ class GenerateConfig:
     width: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    preset: Preset | None = None
+    sampler: Literal["few_step", "euler", "unipc", "wan_unipc"] | None = None
+    shift: float | None = None
+    chunk_frames: int | None = None
+    fps: float | None = None
     memory: Literal["full", "window", "sink", "sparse", "heavy_hitter"] | None = None
     window_frames: int | None = None
     sink_frames: int | None = None
@@ -93,6 +108,8 @@ class GenerateConfig:
     overlay: bool = False
     grid: Path | None = None
     skip_existing: bool = False
+    cuda_graphs: bool | None = None
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.num_frames is not None and self.seconds is not None:
@@ -105,6 +122,8 @@ class GenerateConfig:
             _check_bounds(name, getattr(self, name))
         for name in ("model", "image", "video"):
             _check_utf8(name, str(getattr(self, name)))
+        if self.negative_prompt:
+            check_prompt(self.negative_prompt, "--negative-prompt")
         if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ConfigError(f"--seconds must be above 0, got {self.seconds:g}")
         for (before, _), (seconds, prompt) in zip([(0.0, ""), *self.then], self.then):
@@ -127,6 +146,7 @@ class GenerateConfig:
 
     @property
     def to_file(self) -> bool:
+        """True when `output` names the one video itself, not a folder."""
         return self.output.suffix.lower() == ".mp4" and not is_folder(self.output, OutputError)
 
 

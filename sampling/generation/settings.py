@@ -14,9 +14,12 @@ from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY
 
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
+    from sparse_forcing.model.flow import SamplerConfig
+    from sparse_forcing.model_folder.defaults import PipelineConfig
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 ROUNDING = 1e-6  # frames: 17.6 s are 440.00000000000006 frames at 25 a second
+FEW_STEPS, MANY_STEPS = 4, 50  # of a sampler that takes the place of a model's own
 WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many pixels on the short side
 
 
@@ -35,9 +38,54 @@ class Settings:
     prompt_changes: dict[int, str]
 
 
+def chosen_defaults(config: GenerateConfig, own: PipelineConfig | None = None) -> PipelineConfig:
+    """The defaults of the model's folder (or `own`), or of a preset, with what the run changes of them; no weights are
+    read.
+
+    Raises:
+        ConfigError: a preset or chunk for a model that has its own; WeightsError: no such model.
+    """
+    from sparse_forcing.model_folder.folder import find_model, read_defaults
+
+    defaults = own = own or read_defaults(find_model(config.model))
+    if config.preset is not None:
+        from sparse_forcing.model_folder.presets import preset
+
+        if own.vae != "wan":
+            raise ConfigError(
+                f"--preset {config.preset} is for Wan's weights; {config.model} samples as it was trained"
+            )
+        defaults = preset(config.preset)
+    changes = {name: value for name in ("negative_prompt", "chunk_frames", "fps") if (value := getattr(config, name))}
+    if config.negative_prompt is not None:
+        changes["negative_prompt"] = config.negative_prompt
+    return dataclasses.replace(defaults, sampler=_sampler(config, defaults.sampler), **changes)
+
+
+def _sampler(config: GenerateConfig, default: SamplerConfig) -> SamplerConfig:
+    """The sampler with --sampler and --shift; a list of few steps belongs to that sampler alone, others take fifty."""
+    if config.sampler in (None, default.kind):
+        return dataclasses.replace(default, shift=config.shift or default.shift)
+    steps = FEW_STEPS if config.sampler == "few_step" else MANY_STEPS
+    return dataclasses.replace(
+        default, kind=config.sampler, shift=config.shift or default.shift, steps=steps, step_list=None, warp_steps=True
+    )
+
+
+def chunk_remarks(defaults: PipelineConfig) -> list[str]:
+    """What to say of the chunks a run generates in, where that is not what the weights were trained for."""
+    if not defaults.bidirectional or defaults.chunk_frames is None:
+        return []
+    return [
+        f"these weights saw whole videos in training (plain Wan): in chunks of {defaults.chunk_frames} latent frames "
+        "they are sampled as what they are not; leave out --chunk-frames, or train a causal model from them"
+    ]
+
+
 def resolve_settings(config: GenerateConfig, pipe: SparseForcingPipeline) -> Settings:
     """The settings of every video of the run. Raises ConfigError for what this model cannot take."""
     defaults = pipe.defaults
+    _check_guidance(config, defaults)
     height, width = config.height or defaults.height, config.width or defaults.width
     guidance, num_frames = config.guidance_scale, _num_frames(config, pipe)
     return Settings(
@@ -47,9 +95,32 @@ def resolve_settings(config: GenerateConfig, pipe: SparseForcingPipeline) -> Set
         num_frames=num_frames,
         num_inference_steps=config.num_inference_steps or defaults.sampler.steps,
         guidance_scale=defaults.sampler.guidance_scale if guidance is None else guidance,
-        memory=memory_config(config, pipe.default_memory),
+        memory=_check_whole(config, pipe) or memory_config(config, pipe.default_memory),
         prompt_changes=_prompt_changes(config, pipe, num_frames),
     )
+
+
+def _check_guidance(config: GenerateConfig, defaults: PipelineConfig) -> None:
+    scale = defaults.sampler.guidance_scale if config.guidance_scale is None else config.guidance_scale
+    if config.negative_prompt and scale <= 1:
+        raise ConfigError(f"--negative-prompt has no effect with --guidance-scale {scale:g}; set it above 1")
+
+
+def _check_whole(config: GenerateConfig, pipe: SparseForcingPipeline) -> MemoryConfig | None:
+    """The memory of a video that is made all at once, which keeps nothing; None where videos are made in chunks.
+
+    Raises:
+        ConfigError: settings that need chunks.
+    """
+    if not pipe.geometry.whole_video:
+        return None
+    for name in ("memory", *MEMORY_KNOBS, "overlay", "image", "video"):
+        if getattr(config, name):
+            raise ConfigError(
+                f"{flag(name)} has no effect with {config.model}: plain Wan weights make all frames at once; with "
+                "--chunk-frames 3 they make chunks, which they were not trained for"
+            )
+    return pipe.default_memory
 
 
 def _num_frames(config: GenerateConfig, pipe: SparseForcingPipeline) -> int:

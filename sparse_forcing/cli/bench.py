@@ -34,8 +34,8 @@ ROLLOUT_FLAGS = {
     "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
-    "memories": "memories to compare (default: full window sink sparse; stream: full sparse; recall: in words, as "
-    "window:8 or sparse:4,1,16,paper)",
+    "memories": "memories to compare (default: full window sink sparse; stream: full sparse); recall, stream: in "
+    "words, as window:8 or sparse:4,1,16,paper",
     "batch_size": "rollout, change, recall: videos generated together (default: 20; recall: 16)",
     "seed": "of prompts, worlds, weights and noise (default: 0)",
     "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
@@ -57,6 +57,8 @@ STREAM_FLAGS = {
     "width": "stream: pixel columns (default: the model's, 832 for Wan)",
     "chunks": "stream: length of each rollout in chunks (default: 12)",
     "dtype": "stream: of weights and arithmetic (default: bfloat16, float32 on a CPU)",
+    "decode": "stream: also time the autoencoder, with random weights",
+    "cuda_graphs": "stream: replay passes as CUDA graphs (default: on a CUDA GPU)",
 }
 
 

@@ -158,9 +158,12 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     from sparse_forcing.scenes.worlds.record import write_record
 
     config = WorldConfig(
-        frames=arguments.num_frames, gap=arguments.gap, split=arguments.split, frame_noise=arguments.frame_noise or 0.0,
+        frames=arguments.num_frames,
+        gap=arguments.gap,
+        split=arguments.split,
+        frame_noise=arguments.frame_noise or 0.0,
         grounds=(arguments.ground,) if arguments.ground else GROUNDS,
-    )  # fmt: skip
+    )
     world = draw_world(arguments.world, arguments.seed, number, config)
     pixels = render_world(world, arguments.size).permute(0, 2, 3, 1)
     name = f"{number:06d}.mp4"

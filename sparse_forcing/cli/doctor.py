@@ -14,11 +14,17 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing import __version__
-from sparse_forcing.cli.flags import path, whole_number
+from sparse_forcing.cli.flags import Parser, add_config_flags, number, path, read_config, whole_number
+from sparse_forcing.cli.generate import FLAGS
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
-EMBEDDED_MODELS = Path(__file__).resolve().parent.parent / "models"
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
+_VIDEO = (
+    "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
+    "window_frames", "sink_frames", "persistent_blocks", "tile", "text_encoder_device", "dtype",
+)  # fmt: skip
+PREFLIGHT = {"model": "say whether a video of this model fits: a folder, or the name of a published size, as wan-14b"}
 OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")
 
 
@@ -31,7 +37,7 @@ class Finding:
     detail: str
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--kernels", metavar="ARCH", help="report on every kernel compiled for ARCH, as in sm_90 or gfx942"
     )
@@ -43,15 +49,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="with --config: how many share the work (default: the file's)",
     )
+    parser.add_argument(
+        "--vram", type=number, metavar="GIB", help="with --model: memory to fit into (default: the GPU's)"
+    )
+    add_config_flags(parser, GenerateConfig, {name: PREFLIGHT.get(name, FLAGS[name]) for name in _VIDEO})
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of lines")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the findings; returns 1 when something that must work is broken."""
     if arguments.processes is not None and (arguments.config is None or arguments.processes < 1):
-        raise ConfigError("--processes: a number of at least 1, together with --config")
+        raise ConfigError("--processes: must be at least 1 and needs --config")
     if arguments.stage is not None and arguments.config is None:
-        raise ConfigError("--stage: says what the file of --config trains")
+        raise ConfigError("--stage: says what the file of --config trains; give --config, too")
+    given = [name for name in (*_VIDEO, "vram") if getattr(arguments, name, None) is not None]
+    if given and "model" not in given:
+        raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without --model")
+    if given:
+        return _preflight(arguments)
     if arguments.config is not None:
         return _memory_report(arguments.config, arguments.stage, arguments.processes, as_json=arguments.json)
     if arguments.kernels:
@@ -118,9 +133,10 @@ def _backends() -> Iterator[Finding]:
 
 
 def _embedded_models() -> Iterator[Finding]:
+    from sparse_forcing.model_folder.folder import EMBEDDED_MODELS, PIPELINE_FILE
     from sparse_forcing.weights.manifest import folder_hash, verify_manifest
 
-    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob("*/pipeline.json"))
+    folders = sorted(path.parent for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     if not folders:
         yield Finding("models", "broken", f"{EMBEDDED_MODELS}: no embedded model; reinstall the package")
     for folder in folders:
@@ -175,6 +191,41 @@ def _memory_report(config_path: Path, stage: str | None, processes: int | None, 
     print(f"{config_path}: stage {stage}, memory of one process of {processes}")
     print("\n".join([*estimate.lines(), *(f"note: {note}" for note in notes)]))
     return 0
+
+
+def _preflight(arguments: argparse.Namespace) -> int:
+    """Print what a video needs on a GPU, part by part; returns 1 when it does not fit."""
+    import torch
+
+    from sparse_forcing.kernels.compile_report import backend_status
+    from sparse_forcing.sampling.generation.preflight import GIB, HEADROOM, needs, outline, remedies
+
+    config = read_config(GenerateConfig, arguments)
+    model = outline(config)
+    need = needs(config, model)
+    limit = None if arguments.vram is None else round(arguments.vram * GIB)
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory
+    kind = config.memory or model.default_memory.kind
+    sparse = kind == "sparse" and not model.geometry.whole_video
+    kernels = [row["backend"] for row in backend_status() if row["status"] != "unavailable"] if sparse else ["dense"]
+    fits = None if limit is None else need.total <= limit
+    advice = remedies(config, model, limit) if limit is not None and not fits else []
+    if arguments.json:
+        answer = {"bytes": asdict(need), "total": need.total, "limit": limit, "fits": fits, "fits_with": advice}
+        print(json.dumps({**answer, "kernels": sorted(set(kernels)), "notes": model.sizes.notes}))
+        return int(fits is False)
+    for name, size in asdict(need).items():
+        print(f"{name.replace('_', ' '):<13} {size / GIB:8.2f} GiB")
+    print(f"{'in all':<13} {need.total / GIB:8.2f} GiB, a tenth for the allocator included ({HEADROOM:g} times)")
+    print(f"attention by  {', '.join(sorted(set(kernels)))}")
+    for note in model.sizes.notes:
+        print(f"note: {note}")
+    if limit is not None:
+        print(f"{'fits' if fits else 'does not fit'} into {limit / GIB:.1f} GiB")
+    if fits is False:
+        print(f"fits with {' '.join(advice)}" if advice else "no setting that is known makes it fit")
+    return int(fits is False)
 
 
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (_versions, _devices, _backends, _embedded_models, _video)

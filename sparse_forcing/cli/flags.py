@@ -117,7 +117,7 @@ def _shape(hint: Any, default: Any) -> dict[str, Any]:
         (hint,) = (kind for kind in typing.get_args(hint) if kind is not types.NoneType)
     origin, kinds = typing.get_origin(hint), typing.get_args(hint)
     if hint is bool:
-        return {"action": argparse.BooleanOptionalAction if default else "store_true"}
+        return {"action": "store_true" if default is False else argparse.BooleanOptionalAction}
     if origin is typing.Literal:
         return {"choices": kinds}
     if origin is tuple and kinds[-1] is Ellipsis:

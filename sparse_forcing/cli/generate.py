@@ -31,6 +31,12 @@ FLAGS = {
     "width": "pixels",
     "num_inference_steps": "denoising steps of a chunk",
     "guidance_scale": "classifier-free guidance; 1 or less is none",
+    "negative_prompt": "what guidance leads away from (default: the model's)",
+    "preset": "how published weights are sampled (default: what the folder says of itself)",
+    "sampler": "few_step (Self-Forcing), euler, unipc (diffusers' grid) or wan_unipc (Wan's own)",
+    "shift": "of the noise levels towards noise",
+    "chunk_frames": "latent frames generated at a time; plain Wan weights make all at once",
+    "fps": "frames per second of the video (default: the model's)",
     "memory": "what earlier chunks leave behind: everything, a window, a window and the first frames, the window's "
     "best blocks and a persistent set, or a window and the tokens attended to most (default: the model's)",
     "window_frames": "latent frames in the window, the current chunk included",
@@ -48,6 +54,8 @@ FLAGS = {
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already, however they were made",
+    "cuda_graphs": "replay the passes of a chunk as CUDA graphs (default: on a CUDA GPU, where nothing rules it out)",
+    "compile": "compile the model with torch.compile: minutes before the first video, faster passes after",
 }
 
 

@@ -26,6 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.config is not None and not is_file(arguments.config, ConfigError):
         raise ConfigError(f"--config {arguments.config}: no such file")
     return train(
-        arguments.stage, arguments.config, arguments.set, arguments.output, checkpoint=arguments.resume_from,
+        arguments.stage,
+        arguments.config,
+        arguments.set,
+        arguments.output,
+        checkpoint=arguments.resume_from,
         allow_changes=arguments.allow_changes,
-    )  # fmt: skip
+    )

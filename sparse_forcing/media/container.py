@@ -35,7 +35,7 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}  # FFmpeg's own decoder
 
 
 @contextmanager
-def explained(path: PathLike, what: str) -> Iterator[None]:
+def explain_decoding(path: PathLike, what: str) -> Iterator[None]:
     """Whatever PyAV raises in the block becomes a VideoError of one line that names `path`."""
     try:
         yield
@@ -64,7 +64,7 @@ class Video:
         self.declared = _declared_frames(container, self._stream)
         self.fps, self.constant = _rate(found.times, float(self._stream.average_rate or 0))
         if not 0 < self.fps <= MAX_FPS:
-            raise VideoError(f"{path}: frame rate {self.fps:g} is not usable")
+            raise VideoError(f"{path}: has a frame rate of {self.fps:g}, which must be above 0 and at most {MAX_FPS}")
         self.last = 1 / self.fps if self.constant or not found.last > 0 else found.last
         self._frames = self._decode()
         first = next(self._frames, None)
@@ -77,7 +77,7 @@ class Video:
     def frames(self) -> Iterator[tuple[float, Any]]:
         """(seconds, decoded frame) of every frame, once; raises VideoError at the end where frames were missing."""
         count, end, time = 0, 0.0, 0.0
-        with explained(self.path, "damaged video data"):
+        with explain_decoding(self.path, "damaged video data"):
             for frame in self._frames:
                 time = count / self.fps if frame.time is None else float(frame.time)
                 end, count = max(end, time + 1 / self.fps), count + 1
@@ -88,7 +88,7 @@ class Video:
         decoder = self._decoder()
         # Without this, damaged blocks are concealed: the frames look plausible and nothing is said.
         decoder.options = {"err_detect": "crccheck+bitstream+buffer+explode", "max_pixels": str(MAX_PIXELS)}
-        with explained(self.path, "damaged video data"):
+        with explain_decoding(self.path, "damaged video data"):
             for packet in self._container.demux(self._stream):
                 for frame in decoder.decode(packet):
                     if frame.is_corrupt:
@@ -98,7 +98,7 @@ class Video:
     def _decoder(self) -> Any:
         context, tags = self._stream.codec_context, self._stream.metadata
         if any(name.lower() == "alpha_mode" and value == "1" for name, value in tags.items()):
-            with explained(self.path, "its transparency cannot be decoded here"):
+            with explain_decoding(self.path, "its transparency cannot be decoded here"):
                 return av.CodecContext.create(_ALPHA_DECODERS[context.name], "r")
         self._stream.thread_type = "AUTO"
         return context
@@ -127,10 +127,10 @@ def open_video(path: PathLike) -> Iterator[Video]:
     Raises:
         VideoError: not a readable video file with a frame rate, or its pictures are too large.
     """
-    with _open(path) as container, explained(path, "not a readable video"):
+    with _open(path) as container, explain_decoding(path, "not a readable video"):
         stamps = _time_stamps(path, container)
     with _open(path) as container:
-        with explained(path, "not a readable video"):
+        with explain_decoding(path, "not a readable video"):
             video = Video(path, container, stamps)
         yield video
 
@@ -141,7 +141,7 @@ def _open(path: PathLike) -> Iterator[Any]:
     if not is_file(file, VideoError):
         raise VideoError(f"{path}: no such video file")
     options = {"format_whitelist": _CONTAINERS, "protocol_whitelist": "file", "max_pixels": str(MAX_PIXELS)}
-    with explained(path, "not a readable video"):
+    with explain_decoding(path, "not a readable video"):
         container = av.open(f"file:{file}", options=options, metadata_errors="replace")
     with container:
         yield container

@@ -63,9 +63,14 @@ def write_grid(videos: Sequence[Path], path: Path) -> None:
     pictures = (Image.fromarray(picture) for picture in _pictures(streams, first, *layout))
     with atomic_path(path) as temporary:  # .gif has no quality, and ignores it
         next(pictures).save(
-            temporary, format=path.suffix[1:].upper(), save_all=True, append_images=pictures, loop=0, quality=QUALITY,
+            temporary,
+            format=path.suffix[1:].upper(),
+            save_all=True,
+            append_images=pictures,
+            loop=0,
+            quality=QUALITY,
             duration=[end - start for start, end in pairwise(times)],
-        )  # fmt: skip
+        )
 
 
 def _pictures(

@@ -27,6 +27,7 @@ VIDEO_SUFFIXES = (
     ".flv", ".ogv", ".ivf", ".obu", ".y4m", ".h264", ".hevc",
 )  # fmt: skip
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
+FIELDS = frozenset({"video", "prompt", "index", "seed", "original_prompt", "prompt_changes"})
 MAX_FILE_BYTES = 64 << 20
 MAX_LINE = 1 << 20  # characters
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
@@ -113,7 +114,8 @@ def read_rows(path: Path) -> list[Row]:
             raise ConfigError(f'{where}: expected {{"video": "file.mp4", "prompt": "..."}}, with a path as video')
         if "\0" in video or not is_unicode(video) or not Path(video).name:
             raise ConfigError(f"{where}: video path {video!r:.100} is not a file name")
-        if "prompt" not in record and (close := get_close_matches("prompt", record, 1, 0.8)):
+        strange = () if "prompt" in record else record.keys() - FIELDS
+        if strange and (close := get_close_matches("prompt", strange, 1, 0.8)):
             raise ConfigError(f"{where}: unknown field {close[0]!r}; do you mean prompt?")
         rows.append(Row(path.parent / video, record, where))
     return rows

@@ -151,9 +151,12 @@ def iterate_video(
 
 
 def read_video(
-    path: PathLike, *, fps: float | None = None, max_frames: int = DEFAULT_MAX_FRAMES,
+    path: PathLike,
+    *,
+    fps: float | None = None,
+    max_frames: int = DEFAULT_MAX_FRAMES,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-) -> tuple[np.ndarray, VideoInfo]:  # fmt: skip
+) -> tuple[np.ndarray, VideoInfo]:
     """Decode a whole video into memory, within bounds.
 
     Args:

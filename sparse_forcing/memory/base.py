@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.rope import Rotary, rotary_table
 
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
@@ -44,14 +45,18 @@ class MemoryGeometry:
 
     @classmethod
     def of(
-        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None
-    ) -> MemoryGeometry:
-        """Of a transformer's config and the tokens of its latent frames."""
-        names = ("num_layers", "chunk_frames", "horizon_frames")
-        return cls(rows=rows, cols=cols, capacity_frames=capacity_frames, **{name: transformer[name] for name in names})
+        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None,
+        chunk_frames: int | None = None,
+    ) -> MemoryGeometry:  # fmt: skip
+        """Of a transformer's config and the tokens of its latent frames; `chunk_frames` in place of the config's."""
+        return cls(
+            rows=rows, cols=cols, capacity_frames=capacity_frames, num_layers=transformer["num_layers"],
+            chunk_frames=chunk_frames or transformer["chunk_frames"], horizon_frames=transformer["horizon_frames"],
+        )  # fmt: skip
 
     @property
     def tokens_per_frame(self) -> int:
+        """Tokens of a latent frame."""
         return self.rows * self.cols
 
 
@@ -61,7 +66,6 @@ class MemoryPass:
     def __init__(self, memory: RolloutMemory, clean: bool) -> None:
         self.memory = memory
         self.clean = clean
-        self.order = memory.order
         # Gradient checkpointing runs a layer a second time in the backward pass, when the rollout has moved on: the
         # second run sees the memory as it was before this pass, and leaves the real one alone.
         keeps_history = torch.is_grad_enabled() and memory.cache_gradient != "none"
@@ -69,15 +73,22 @@ class MemoryPass:
         self._written: set[int] = set()
         self._choices: dict[int, Tensor] | None = {} if keeps_history else None
 
+    def token_order(self, device: torch.device) -> TokenOrder | None:
+        return self.memory.token_order(device)
+
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of the chunk, frame by frame, at the positions the memory gives it.
+
+        Raises:
+            ConfigError: the grid of tokens is not the one the memory was made for.
+        """
         geometry = self.memory.geometry
         if (rows, cols) != (geometry.rows, geometry.cols):
             raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
-        start = self.memory.chunk_position
-        frames = torch.arange(start, start + self.memory.chunk_frames, device=device)
-        return rotary_table(frames, rows, cols, head_dim, dtype)
+        return self.memory.rotary(head_dim, dtype, device)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D]."""
         memory = self.memory
         if self._before is not None:
             memory = self._before if layer in self._written else memory
@@ -120,6 +131,9 @@ class RolloutMemory(ABC):
             clears the list. Memories that choose no blocks leave it empty.
     """
 
+    remembers: ClassVar[bool] = True
+    """Whether a finished chunk leaves anything behind, for which a clean pass is worth its time."""
+
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
         if cache_gradient not in CACHE_GRADIENTS:
             raise ConfigError(f"cache_gradient: expected one of {', '.join(CACHE_GRADIENTS)}, got {cache_gradient!r}")
@@ -130,10 +144,17 @@ class RolloutMemory(ABC):
         self.chunk_position = 0
         self.next_frame = 0
         self.selector_losses: list[Tensor] = []
+        self._rotary: Rotary | None = None
+        self._rotary_of: tuple[int, int, int, torch.dtype, torch.device] = (0, 0, 0, torch.float32, torch.device("cpu"))
+
+    def token_order(self, device: torch.device) -> TokenOrder | None:
+        """Token order of the current chunk's passes (see AttentionPolicy)."""
+        return None
 
     @property
-    def order(self) -> Tensor | None:
-        """Token order of the current chunk's passes (see AttentionPolicy)."""
+    def shapes(self) -> Hashable:
+        """What a pass over the current chunk takes from Python: sizes, counts and where its state lies. While it stays
+        as it is, the same calls on the same tensors are the next chunk's passes. None where that cannot be said."""
         return None
 
     def begin_chunk(self, frames: int) -> None:
@@ -152,11 +173,32 @@ class RolloutMemory(ABC):
                 start = max(anchor, 0)
         self.next_frame += self.chunk_frames
         self.chunk_position, self.chunk_frames = start, frames
+        if self._rotary is not None:
+            self.rotary(*self._rotary_of[2:])
+
+    def rotary(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of the current chunk, in its tokens' order; made once a chunk, in one place where no pass may
+        still need the last chunk's."""
+        wanted = (self.chunk_position, self.chunk_frames, head_dim, dtype, device)
+        if self._rotary is None or self._rotary_of != wanted:
+            frames = torch.arange(self.chunk_position, self.chunk_position + self.chunk_frames, device=device)
+            table = rotary_table(frames, self.geometry.rows, self.geometry.cols, head_dim, dtype)
+            order = self.token_order(device)
+            table = table if order is None else table.permute(order.order)
+            if self._rotary is not None and self.cache_gradient == "none" and self._rotary_of[1:] == wanted[1:]:
+                for old, new in zip(self._rotary, table):
+                    old.copy_(new)
+            else:
+                self._rotary = table
+            self._rotary_of = wanted
+        return self._rotary
 
     def denoising_pass(self) -> MemoryPass:
+        """The attention policy of a pass over the unfinished chunk."""
         return MemoryPass(self, clean=False)
 
     def clean_pass(self) -> MemoryPass:
+        """The attention policy of the pass that leaves the finished chunk in the memory."""
         return MemoryPass(self, clean=True)
 
     def snapshot(self) -> RolloutMemory:

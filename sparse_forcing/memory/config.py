@@ -26,8 +26,12 @@ class MemoryConfig:
         tile: latent frames, token rows and token columns of a block.
         persistent_blocks: blocks per layer and head kept from everything that left the window; 0 for none.
         density: share of a full window's blocks that a query block attends to; 1 for all of them.
-        retention: the rule that says which blocks persist (sparse_forcing.memory.retention): "paper", the last chunk's
-            attention between block representatives; "mass", its exact attention mass.
+        retention: the rule that says which blocks persist (docs/memory.md): "paper", the last chunk's attention between
+            block representatives; "mass", its exact attention mass; and others, one for each module of
+            sparse_forcing.memory.retention.
+        retention_decay: what is left, a chunk later, of attention that the accumulated and combined rules count.
+        retention_weight: of attention in the combined rule, against unlikeness; from 0 to 1.
+        retention_seed: of the random rule.
         positions: absolute (Self-Forcing's) or relative: the current chunk never moves beyond the training horizon
             and older keys are re-phased when the window moves.
     """
@@ -41,6 +45,9 @@ class MemoryConfig:
     persistent_blocks: int = 64
     density: float = 0.25
     retention: str = "paper"
+    retention_decay: float = 0.9
+    retention_weight: float = 0.5
+    retention_seed: int = 0
     positions: str = "relative"
 
     def __post_init__(self) -> None:
@@ -51,6 +58,10 @@ class MemoryConfig:
             if value not in known:
                 raise ConfigError(f"memory.{name}: expected one of {', '.join(known)}, got {value!r}")
         find_rule(self.retention)
+        if not 0 <= self.retention_decay <= 1:
+            raise ConfigError(f"memory.retention_decay: a share in [0, 1] is needed, got {self.retention_decay}")
+        if not 0 <= self.retention_weight <= 1:
+            raise ConfigError(f"memory.retention_weight: a share in [0, 1] is needed, got {self.retention_weight}")
         if self.window_frames < 1:
             raise ConfigError(f"memory.window_frames: at least 1 latent frame is needed, got {self.window_frames}")
         if self.kind == "sink" and not 1 <= self.sink_frames < self.window_frames:
@@ -81,4 +92,5 @@ class MemoryConfig:
 
     @property
     def sink(self) -> int:
+        """First latent frames that are never dropped; 0 for every kind but `sink`."""
         return self.sink_frames if self.kind == "sink" else 0

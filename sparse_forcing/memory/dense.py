@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
-from sparse_forcing.model.rope import shift_time
+from sparse_forcing.model.rope import shift_time, shift_time_
+
+DROP_AT_ONCE = 1 << 26
+"""Numbers that are moved at once when frames are forgotten: a copy of so many lies beside the cache."""
 
 
 @dataclass
 class DenseLayer:
-    """Keys (rotated) and values [B, capacity, H, D] of one layer, in cache order."""
+    """Keys (rotated) and values [B, capacity, H, D] of one layer, or of all, whose samples then follow one another."""
 
     keys: Tensor
     values: Tensor
@@ -27,8 +31,10 @@ class DenseMemory(RolloutMemory):
     def __init__(self, config: MemoryConfig, geometry: MemoryGeometry, cache_gradient: str = "none") -> None:
         super().__init__(config, geometry, cache_gradient)
         self.layers: list[DenseLayer | None] = [None] * geometry.num_layers
+        self._all: DenseLayer | None = None  # what `layers` are parts of, where they are written in place
         self.positions: list[int] = []
         self._floors: list[int] = []
+        self._moves: tuple[list[int], Tensor] | None = None
 
     @property
     def cached_frames(self) -> int:
@@ -58,34 +64,51 @@ class DenseMemory(RolloutMemory):
             sink = self.config.sink
             self._drop(sink, min(sink + drop, self.cached_frames))
 
+    def _together(self) -> list[tuple[int, DenseLayer]]:
+        """(number, state) of the layers there are; in place all are one, with number -1."""
+        if self._all is not None:
+            return [(-1, self._all)]
+        return [(layer, state) for layer, state in enumerate(self.layers) if state is not None]
+
+    @property
+    def shapes(self) -> Hashable:
+        if self._all is None:
+            return None
+        return self.chunk_frames, self.cached_tokens, self._all.keys.data_ptr()
+
     def _drop(self, first: int, last: int) -> None:
         """Forget the cached frames first..last-1."""
         n, kept = self.geometry.tokens_per_frame, self.cached_frames - last
-        for state in filter(None, self.layers):
+        for _, state in self._together():
             for name in ("keys", "values"):
                 x = getattr(state, name)
-                rest = x[:, last * n : (last + kept) * n]
                 if self.cache_gradient == "none":
-                    x[:, first * n : (first + kept) * n] = rest.clone()
+                    for part in x.split(max(1, DROP_AT_ONCE // x[:1].numel())):
+                        part[:, first * n : (first + kept) * n] = part[:, last * n : (last + kept) * n].clone()
                 else:
-                    setattr(state, name, torch.cat([x[:, : first * n], rest], 1))
+                    setattr(state, name, torch.cat([x[:, : first * n], x[:, last * n : (last + kept) * n]], 1))
         del self.positions[first:last], self._floors[first:last]
 
     def _move_positions(self, frames: int) -> None:
         moved = [max(p + frames, floor) for p, floor in zip(self.positions, self._floors)]
-        n, end = self.geometry.tokens_per_frame, self.cached_tokens
-        delta = torch.tensor([new - old for new, old in zip(moved, self.positions)]).repeat_interleave(n)[:, None]
-        for layer, state in enumerate(self.layers):
-            if state is None:
-                continue
+        end = self.cached_tokens
+        delta = self._by_token([new - old for new, old in zip(moved, self.positions)])
+        for layer, state in self._together():
             past = state.keys[:, :end]
-            delta = delta.to(past.device)  # once: the layers share a device
-            keys = shift_time(past, self._shifts(layer, frames, delta))
+            shifts = self._shifts(layer, frames, delta)
             if self.cache_gradient == "none":
-                past.copy_(keys)
+                shift_time_(past, shifts)
             else:
-                state.keys = torch.cat([keys, state.keys[:, end:]], 1)
+                state.keys = torch.cat([shift_time(past, shifts), state.keys[:, end:]], 1)
         self.positions = moved
+
+    def _by_token(self, numbers: list[int]) -> Tensor:
+        """[frames * tokens, 1] numbers of whole frames beside the cache; while they are the same, the same tensor."""
+        if self._moves is None or self._moves[0] != numbers:
+            _, state = self._together()[0]
+            table = torch.tensor(numbers).repeat_interleave(self.geometry.tokens_per_frame)[:, None]
+            self._moves = numbers, table.to(state.keys.device)
+        return self._moves[1]
 
     def _shifts(self, layer: int, frames: int, delta: Tensor) -> Tensor:
         """Frames to move each cached key by, broadcastable to [B, tokens, H], given `delta` of the whole frames."""
@@ -120,17 +143,19 @@ class DenseMemory(RolloutMemory):
         return out
 
     def _room(self, layer: int, key: Tensor, start: int, end: int) -> DenseLayer:
-        """The layer's buffers, made or grown to hold `end` tokens."""
+        """The layer's part of the buffers, made or grown to hold `end` tokens."""
         state = self.layers[layer]
         if state is not None and state.keys.shape[1] >= end:
             return state
-        capacity = max(end, self._known_capacity, 0 if state is None else 3 * start // 2)
-        shape = (key.shape[0], capacity, *key.shape[2:])
-        grown = DenseLayer(key.new_zeros(shape), key.new_zeros(shape))
-        if state is not None:
-            grown.keys[:, :start], grown.values[:, :start] = state.keys[:, :start], state.values[:, :start]
-        self.layers[layer] = grown
-        return grown
+        layers, old = len(self.layers), self._all
+        capacity = max(end, self._known_capacity, 0 if old is None else 3 * start // 2)
+        shape = (layers * key.shape[0], capacity, *key.shape[2:])
+        self._all = grown = DenseLayer(key.new_zeros(shape), key.new_zeros(shape))
+        if old is not None:
+            grown.keys[:, :start], grown.values[:, :start] = old.keys[:, :start], old.values[:, :start]
+        parts = zip(grown.keys.chunk(layers), grown.values.chunk(layers))
+        self.layers = [DenseLayer(keys, values) for keys, values in parts]
+        return self.layers[layer]
 
     @property
     def _known_capacity(self) -> int:

@@ -19,15 +19,16 @@ heavy hitters in the order of time, then the window, the current chunk last.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import update_persistent
 from sparse_forcing.memory.base import MemoryGeometry
 from sparse_forcing.memory.config import MemoryConfig
-from sparse_forcing.memory.dense import DenseMemory
+from sparse_forcing.memory.dense import DenseLayer, DenseMemory
 
 PIECE_SCORES = 1 << 16
 """Scores per head that `attention_mass` holds at a time."""
@@ -35,7 +36,7 @@ PIECE_SCORES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTables:
-    """What a layer knows of its tokens; never modified, because a snapshot may share it.
+    """What a layer knows of its tokens; modified only where no snapshot may share it (`kept_at`).
 
     mass: [B, H, S] attention each cached token has got so far;
     position: [B, H, C] int32 frame in time at which a heavy hitter's key is rotated;
@@ -49,6 +50,16 @@ class TokenTables:
     @property
     def nbytes(self) -> int:
         return self.mass.nbytes + self.position.nbytes + self.place.nbytes
+
+    def kept_at(self, old: TokenTables | None) -> TokenTables:
+        """The same, in the place of those of the `old` tables that have its shapes."""
+        if old is None:
+            return self
+        for field in fields(self):
+            was, new = getattr(old, field.name), getattr(self, field.name)
+            if was is not new and was.shape == new.shape:
+                self = replace(self, **{field.name: was.copy_(new)})
+        return self
 
 
 @torch.no_grad()
@@ -80,6 +91,10 @@ class HeavyHitterMemory(DenseMemory):
         self.tables: list[TokenTables | None] = [None] * geometry.num_layers
         self.num_heavy = 0
 
+    def _together(self) -> list[tuple[int, DenseLayer]]:
+        """Layer by layer: each has tables of its own."""
+        return [(layer, state) for layer, state in enumerate(self.layers) if state is not None]
+
     @property
     def cached_tokens(self) -> int:
         return self.num_heavy + super().cached_tokens
@@ -102,11 +117,13 @@ class HeavyHitterMemory(DenseMemory):
             mass = tables.mass
             order = torch.arange(candidates, device=mass.device).expand(*mass.shape[:2], -1)
             kept, _ = update_persistent(order, mass[:, :, :candidates], self.config.persistent_tokens)
-            self.tables[layer] = TokenTables(
-                mass=torch.cat([mass.gather(2, kept), mass[:, :, candidates:]], 2),
+            rest = torch.cat([mass.gather(2, kept), mass[:, :, candidates:]], 2)
+            news = TokenTables(
+                mass=F.pad(rest, (0, mass.shape[2] - rest.shape[2])),  # room for the chunk, which the clean pass counts
                 position=_extended(tables.position, position).gather(2, kept),
                 place=_extended(tables.place, place).gather(2, kept),
             )
+            self._set_tables(layer, news)
             index = kept.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, state.keys.shape[-1])
             for name in ("keys", "values"):
                 x = getattr(state, name)
@@ -124,7 +141,7 @@ class HeavyHitterMemory(DenseMemory):
         assert tables is not None, "positions move after a clean pass"
         moved = (tables.position + frames).maximum(tables.place // self.geometry.tokens_per_frame)
         own = (moved - tables.position).transpose(1, 2)
-        self.tables[layer] = replace(tables, position=moved)
+        self._set_tables(layer, replace(tables, position=moved))
         return torch.cat([own, delta.to(own.dtype).expand(len(own), -1, own.shape[2])], 1)
 
     def attend(
@@ -140,8 +157,11 @@ class HeavyHitterMemory(DenseMemory):
                 tables = TokenTables(mass=mass, position=nothing, place=nothing)
             else:
                 mass[:, :, : self.cached_tokens] += tables.mass[:, :, : self.cached_tokens]
-            self.tables[layer] = replace(tables, mass=mass)
+            self._set_tables(layer, replace(tables, mass=mass))
         return out
+
+    def _set_tables(self, layer: int, tables: TokenTables) -> None:
+        self.tables[layer] = tables.kept_at(self.tables[layer]) if self.cache_gradient == "none" else tables
 
     @property
     def cache_bytes(self) -> int:

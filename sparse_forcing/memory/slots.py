@@ -22,9 +22,15 @@ def slot_index(slots: Tensor, x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor]) -> None:
-    """Copy blocks [B, H, N, ...] into contiguous pools [B, H, S, ...] at slots [B, H, N], in place."""
+def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor], rows: Tensor | None = None) -> None:
+    """Copy blocks [B, H, N, ...] into contiguous pools [B, H, S, ...] at slots [B, H, N], in place.
+
+    Args:
+        rows: [B, H, N] the same slots as rows of the pools' first three dimensions flattened, where that is known.
+    """
     B, H, S = pools[0].shape[:3]
-    rows = (slots + S * torch.arange(B * H, device=slots.device).view(B, H, 1)).flatten()
+    if rows is None:
+        rows = slots + S * torch.arange(B * H, device=slots.device).view(B, H, 1)
+    rows = rows.flatten()
     for pool, new in zip(pools, blocks):
         pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).flatten(3).flatten(0, 2))

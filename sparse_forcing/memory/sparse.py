@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,13 +27,15 @@ from sparse_forcing.kernels.block_selection.interface import (
     update_persistent,
 )
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
+from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import BlockSelection
+from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
+from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector, map_heads
 
@@ -57,13 +61,20 @@ class SparseMemory(RolloutMemory):
     ) -> None:
         super().__init__(config, geometry, cache_gradient)
         self.plan = SlotPlan(config, geometry)
-        self.selection = BlockSelection(selectors, max(1, math.ceil(config.density * self.plan.window_capacity)))
+        top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
+        self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
         self.rule = rule or find_rule(config.retention)(config)
+        if self.rule.learned and not (selectors and selectors[0].retention):
+            raise ConfigError(
+                f"memory.retention: {config.retention} needs a model with a trained retention head (learned_retention)"
+            )
         self.backend = backend
         self.layers: list[SparseLayer | None] = [None] * geometry.num_layers
+        self._all: SparseLayer | None = None  # what `layers` are parts of, where they are written in place
         self._shifted = False
         self._distilled: frozenset[int] = frozenset()
         self._observer: WindowObserver | None = None
+        self._shared_out: Hashable = None
 
     @property
     def layout(self) -> TileLayout:
@@ -75,14 +86,20 @@ class SparseMemory(RolloutMemory):
         """Blocks of the pool of each layer and head."""
         return self.plan.num_slots
 
-    @property
-    def order(self) -> Tensor | None:
-        first = self.layers[0]
-        return self.layout.order if first is None else self.layout.on(first.window.device).order
+    def token_order(self, device: torch.device) -> TokenOrder:
+        layout = self.layout.on(device)
+        return TokenOrder(layout.order, layout.inverse)
 
     @property
     def cache_bytes(self) -> int:
         return sum(state.nbytes for state in filter(None, self.layers))
+
+    @property
+    def shapes(self) -> Hashable:
+        if self._all is None or self._observer is not None:
+            return None
+        plan = self.plan
+        return plan.layout.frames, plan.num_persistent, self._all.num_window, self._all.keys.data_ptr()
 
     def distil_selectors(self, layers: frozenset[int]) -> None:
         if self.selection.selectors is None:
@@ -102,36 +119,65 @@ class SparseMemory(RolloutMemory):
 
     def begin_chunk(self, frames: int) -> None:
         super().begin_chunk(frames)
-        for state in filter(None, self.layers):
+        for _, state in self._together():
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
+        if self._all is not None:
+            self._share_out(self._all)
 
     def _make_room(self, frames: int) -> None:
         finished = self.plan.chunk
         move = self.plan.begin(frames)
-        if not self.layout.uniform and any(state is not None and state.sizes is None for state in self.layers):
+        if not self.layout.uniform and any(state.sizes is None for _, state in self._together()):
             raise ConfigError(
                 f"memory.tile: {self.config.tile} leaves short blocks in a chunk of {frames} latent frames but not in "
                 "the ones before; choose a tile that divides both or neither"
             )
-        for layer, state in enumerate(self.layers):
-            if state is not None:
-                self._update_layer(layer, state, move, finished)
+        for layer, state in self._together():
+            self._update(layer, state, move, finished)
+
+    def _together(self) -> list[tuple[int, SparseLayer]]:
+        """(number, state) of the layers there are; in place all are one, with number -1."""
+        if self._all is not None:
+            return [(-1, self._all)]
+        return [(layer, state) for layer, state in enumerate(self.layers) if state is not None]
+
+    def _share_out(self, everything: SparseLayer) -> None:
+        """Make `layers` the parts of `everything` again, after a chunk has begun."""
+        layers = len(self.layers)
+        everything.number_rows(self.layout, layers)
+        if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
+            b, h, _, d = everything.queries.shape
+            everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
+        shapes = self.shapes
+        if shapes != self._shared_out:
+            self.layers = [everything.layer(number, layers) for number in range(layers)]
+            self._shared_out = shapes
 
     @torch.no_grad()
-    def _update_layer(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:
+    def _update(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:
         """P_t = TopC(P_{t-1} u E_t) by the rule's scores; the new chunk takes the losers' slots, and unused ones while
         there are any."""
         if self.rule.state_size:
             slots = state.slots
-            news = self.rule.observe(self._view(layer, state, slots, chunk))
-            state.retained = state.retained.scatter(2, slot_index(slots, news), news)
+            news = self._ask(self.rule.observe, layer, state, slots, chunk)
+            state.scatter("retained", slot_index(slots, news), news)
         candidates = torch.cat([state.persistent, state.window[:, :, : move.leaving]], 2)
         if 0 < move.kept < candidates.shape[2]:
-            scores = self.rule.scores(self._view(layer, state, candidates, chunk), move.kept)
+            scores = self._ask(partial(self.rule.scores, capacity=move.kept), layer, state, candidates, chunk)
         else:  # all stay, or none
             scores = torch.zeros(candidates.shape, device=candidates.device)
         kept, freed = update_persistent(candidates, scores, self.config.persistent_blocks)
         state.take_slots(move, kept, freed)
+
+    def _ask(
+        self, question: Callable[[BlockView], Tensor], layer: int, state: SparseLayer, slots: Tensor, chunk: int
+    ) -> Tensor:
+        """The rule's answer about the blocks in `slots` [B, H, N], layer by layer unless it takes all at once."""
+        if state is not self._all or self.rule.layers_at_once:
+            return question(self._view(layer, state, slots, chunk))
+        layers = len(self.layers)
+        parts = zip(range(layers), slots.chunk(layers))
+        return torch.cat([question(self._view(i, state.layer(i, layers), part, chunk)) for i, part in parts])
 
     def _view(self, layer: int, state: SparseLayer, slots: Tensor, chunk: int) -> BlockView:
         """What the rule sees of the blocks in `slots` [B, H, N], after the clean pass of `chunk`."""
@@ -140,13 +186,20 @@ class SparseMemory(RolloutMemory):
         def attention() -> Tensor:
             assert state.queries is not None, "blocks are ranked after a clean pass"
             keys = gather_slots(state.representatives, slots)
-            if state.key_projection is not None:
-                keys = map_heads(keys, state.key_projection)
+            projection = state.key_projection
+            if projection is not None and projection.dim() == 4:  # of all layers
+                keys = map_heads(keys.unflatten(0, (len(projection), -1)), projection[:, None]).flatten(0, 1)
+            elif projection is not None:
+                keys = map_heads(keys, projection)
             return block_importance(block_scores(state.queries, keys))
 
         def mass() -> Tensor:
             assert state.mass is not None, "blocks are ranked after a clean pass"
             return gather_slots(state.mass, slots)
+
+        def head() -> Tensor:
+            assert state.retention_head is not None, "blocks are ranked after a clean pass"
+            return state.retention_head
 
         return BlockView(
             layer=layer,
@@ -160,6 +213,7 @@ class SparseMemory(RolloutMemory):
             suppliers={
                 "attention": attention,
                 "mass": mass,
+                "head": head,
                 "pooled_keys": lambda: gather_slots(state.representatives, slots),
                 "pooled_values": lambda: pool_blocks(state.read("values", slots), sizes),
                 "keys": lambda: state.read("keys", slots),
@@ -169,7 +223,7 @@ class SparseMemory(RolloutMemory):
 
     def _move_positions(self, frames: int) -> None:
         self._shifted = True
-        for state in filter(None, self.layers):
+        for _, state in self._together():
             state.move_positions(frames)
 
     # In a pass.
@@ -178,39 +232,58 @@ class SparseMemory(RolloutMemory):
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
         choices: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
+        if torch.compiler.is_compiling():  # which checks no values
+            return self._attend(layer, query, key, value, clean, choices)
+        with trusted_values():
+            return self._attend(layer, query, key, value, clean, choices)
+
+    def _attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
+    ) -> Tensor:
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
-        rebuilt = state.history is not None and torch.is_grad_enabled() and not clean
+        trains = torch.is_grad_enabled()
+        rebuilt = state.history is not None and trains and not clean
         again = rebuilt and selection.selectors is not None
-        pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
-        new = {"keys": keys, "values": values, "representatives": pooled_keys}
-        if selection.selectors is not None:
-            new["value_representatives"] = selection.pool(layout, layer, values, "value")
-        self._write(state, new)
+        new: dict[str, Tensor] = {}
+        if state.in_place:
+            selection.store(layout, layer, state, keys, values)
+        else:
+            pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
+            new = {"keys": keys, "values": values, "representatives": pooled_keys}
+            if selection.selectors is not None:
+                new["value_representatives"] = selection.pool(layout, layer, values, "value")
+            self._write(state, new)
 
         pooled = selection.pool_chunk(layout, layer, query, queries, "query", again=again)
-        index = self._choose(layer, state, pooled, choices)
+        compared = selection.compare(layer, state, pooled)
+        index = self._choose(layer, state, compared, choices)
         if rebuilt:
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
             out = self._attend_to_pool(state, queries, index, measure=clean and "mass" in self.rule.reads)
-        if selection.selectors is not None:
-            coarse = selection.coarse(layer, state, pooled, again=rebuilt)
-            out = out + layout.from_blocks(coarse.expand(-1, -1, -1, layout.block_tokens, -1))
+        if selection.selectors is not None and trains:
+            out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
+        elif selection.selectors is not None:
+            assert state.value_representatives is not None
+            pooled_values = gather_slots(state.value_representatives, state.slots)
+            out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
-            self._finish(layer, state, pooled, new)
+            self._finish(layer, state, compared, new)
         if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
             state.keys = state.values = keys.new_empty(0)
         return out
 
-    def _choose(self, layer: int, state: SparseLayer, pooled: Tensor, choices: dict[int, Tensor] | None) -> Tensor:
+    def _choose(
+        self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
+    ) -> Tensor:
         if choices is None:
-            return self.selection.lists(layer, state, pooled)
+            return self.selection.lists(state, compared)
         if layer not in choices:
-            choices[layer] = self.selection.lists(layer, state, pooled)
+            choices[layer] = self.selection.lists(state, compared)
         return choices[layer]
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
@@ -228,7 +301,7 @@ class SparseMemory(RolloutMemory):
         )
         if result.mass is not None:
             mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
-            state.mass = mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2))
+            state.store("mass", mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2)))
         return self.layout.from_blocks(result.out)
 
     def _measure(self, layer: int, state: SparseLayer, queries: Tensor, clean: bool) -> None:
@@ -263,13 +336,17 @@ class SparseMemory(RolloutMemory):
             backend=self.backend,
         )
 
-    def _finish(self, layer: int, state: SparseLayer, pooled_queries: Tensor, new: dict[str, Tensor]) -> None:
+    def _finish(self, layer: int, state: SparseLayer, compared: QueriesAndKeys, new: dict[str, Tensor]) -> None:
         """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
-            state.key_projection = self.selection.selectors[layer].key_projection.detach().clone()
+            selector = self.selection.selectors[layer]
+            state.store("key_projection", selector.key_projection.detach().clone())
+            if self.rule.learned:
+                assert selector.retention is not None
+                state.store("retention_head", selector.retention.packed())
         if "attention" in self.rule.reads:
-            state.queries = self.selection.project(layer, pooled_queries, "query").detach()
+            state.store("queries", compared.queries)
         if self.cache_gradient == "straight_through":
             own = state.own_slots(self.layout)
             with self.history():
@@ -282,8 +359,7 @@ class SparseMemory(RolloutMemory):
 
     def _write(self, state: SparseLayer, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""
-        constant = () if state.history is None else ("keys", "values")
-        in_place = tuple(blocks) if self.cache_gradient == "none" else constant
+        in_place = () if state.history is None else ("keys", "values")
         with self.history():
             state.write(state.own_slots(self.layout), blocks, in_place=in_place)
 
@@ -291,12 +367,19 @@ class SparseMemory(RolloutMemory):
         """The layer's state, made on its first use."""
         state = self.layers[layer]
         if state is None:
+            in_place = self.cache_gradient == "none"
             state = SparseLayer.empty(
-                self.plan, keys, self.rule, selector=self.selection.selectors is not None,
-                history=self.cache_gradient == "detached",
+                self.plan, keys, self.rule, layers=len(self.layers) if in_place else None,
+                selector=self.selection.selectors is not None, history=self.cache_gradient == "detached",
             )  # fmt: skip
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
-            self.layers[layer] = state
+            if in_place:
+                self._all = state
+                self._share_out(state)
+                state = self.layers[layer]
+                assert state is not None
+            else:
+                self.layers[layer] = state
         elif self.cache_gradient != "none":
             state = self.layers[layer] = replace(state)  # a snapshot may hold the old one
         if not state.keys.numel():

@@ -7,7 +7,7 @@ current chunk. Slots differ per head, because each head keeps blocks of its own;
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,7 +20,8 @@ from sparse_forcing.memory.retention import RetentionRule
 from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index
 from sparse_forcing.memory.sparse_training import BlockHistory
 from sparse_forcing.model.geometry import TileLayout
-from sparse_forcing.model.rope import shift_time
+from sparse_forcing.model.rope import shift_time, shift_time_
+from sparse_forcing.model.selector import HIDDEN
 
 
 class Move(NamedTuple):
@@ -102,19 +103,29 @@ class SlotPlan:
 
 @dataclass
 class SparseLayer:
-    """State of one layer.
+    """State of one layer, or of all layers at once, whose samples then follow one another: B is layers * samples.
 
+    in_place: its tensors keep their places in memory for as long as their shapes stay (inference); otherwise, where
+        autograd or a snapshot may hold them, every change makes new ones.
     keys, values: [B, H, S, T, D] pool (keys rotated); representatives: [B, H, S, D] pooled keys.
     sizes: [B, H, S] int32 tokens per slot, None while every block is full.
     position, floor, origin: [B, H, S] first frame in time, least position it may move to, number of the block since
         the start of the video.
-    persistent: [B, H, P] and window: [B, H, W] slots, in the order of time.
-    queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
+    table: [B, H, S] slots in the order of time: the persistent ones end where a full persistent set would, at
+        `capacity`, and those of the window follow.
     retained: [B, H, S, R] float32 that the rule of retention remembers of each slot's block; often R is 0.
-    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only.
+    queries: [B, H, n, D] pooled queries of the last clean pass; mass: [B, H, S] its attention mass per slot.
+    value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only;
+        retention_head: weights of its retention head, for a learned rule only. Of all layers these two have one
+        dimension more, [layers, ...].
+    own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks (in place only).
     history: what the pool was made of, where autograd is to keep that in its place (gradients that stop at the cache).
     """
 
+    in_place: bool
+    capacity: int
+    num_persistent: int
+    num_window: int
     keys: Tensor
     values: Tensor
     representatives: Tensor
@@ -122,55 +133,118 @@ class SparseLayer:
     position: Tensor
     floor: Tensor
     origin: Tensor
-    persistent: Tensor
-    window: Tensor
+    table: Tensor
     retained: Tensor
     queries: Tensor | None = None
     mass: Tensor | None = None
     value_representatives: Tensor | None = None
     key_projection: Tensor | None = None
+    retention_head: Tensor | None = None
+    own_rows: Tensor | None = None
     history: BlockHistory | None = None
 
     @classmethod
-    def empty(cls, plan: SlotPlan, keys: Tensor, rule: RetentionRule, *, selector: bool, history: bool) -> SparseLayer:
-        """The state for a first chunk whose blocks look like `keys` [B, H, n, T, D]; its slots lead the pool."""
+    def empty(
+        cls, plan: SlotPlan, keys: Tensor, rule: RetentionRule, *, layers: int | None, selector: bool, history: bool
+    ) -> SparseLayer:
+        """The state for a first chunk whose blocks look like `keys` [B, H, n, T, D]; its slots lead the pool.
+
+        Args:
+            layers: all of them at once, in place; None: of one layer, out of place.
+        """
         b, h, n, t, d = keys.shape
-        table = torch.zeros(b, h, plan.num_slots, dtype=torch.long, device=keys.device)
-        return cls(
+        b *= layers or 1
+
+        def numbers() -> Tensor:
+            return torch.zeros(b, h, plan.num_slots, dtype=torch.long, device=keys.device)
+
+        capacity = plan.config.persistent_blocks
+        table = numbers()
+        table[:, :, capacity : capacity + n] = torch.arange(n, device=keys.device)
+        state = cls(
+            in_place=layers is not None,
+            capacity=capacity,
+            num_persistent=0,
+            num_window=n,
             keys=keys.new_zeros(b, h, plan.num_slots, t, d),
             values=keys.new_zeros(b, h, plan.num_slots, t, d),
             representatives=keys.new_zeros(b, h, plan.num_slots, d),
             value_representatives=keys.new_zeros(b, h, plan.num_slots, d) if selector else None,
-            sizes=None if plan.uniform else table.int(),
-            position=table,
-            floor=table,
-            origin=table,
-            persistent=table[:, :, :0],
-            window=torch.arange(n, device=keys.device).expand(b, h, -1),
+            sizes=None if plan.uniform else numbers().int(),
+            position=numbers(),
+            floor=numbers(),
+            origin=numbers(),
+            table=table,
             retained=torch.full((*table.shape, rule.state_size), rule.fresh, device=keys.device),
-            history=BlockHistory(place=table.int() - 1, kept_at=table) if history else None,
+            history=BlockHistory(place=table.int() * 0 - 1, kept_at=numbers()) if history else None,
         )
+        if layers is not None:
+            state.own_rows = table.new_zeros(b, h, n)
+            state.queries = keys.new_zeros(b, h, n, d) if "attention" in rule.reads else None
+            weights = torch.promote_types(keys.dtype, torch.float32)
+            state.mass = keys.new_zeros(table.shape, dtype=weights) if "mass" in rule.reads else None
+            state.key_projection = keys.new_zeros(layers, h, d, d) if selector else None
+            if rule.learned:
+                state.retention_head = keys.new_zeros(layers, h, 2 * d + 3, HIDDEN)
+        return state
+
+    def layer(self, number: int, layers: int) -> SparseLayer:
+        """One of the `layers` that this is the state of: its tensors are parts of this one's."""
+        part = {name: x.chunk(layers)[number] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        for name in ("key_projection", "retention_head"):
+            if name in part:
+                part[name] = getattr(self, name)[number]
+        return replace(self, **part)
 
     @property
     def nbytes(self) -> int:
-        parts = (getattr(self, field.name) for field in fields(self))
-        return sum(x.nbytes for x in parts if x is not None)
+        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor | BlockHistory))
+
+    @property
+    def persistent(self) -> Tensor:
+        """[B, H, P] slots of the persistent set, in the order of time."""
+        return self.table[:, :, self.capacity - self.num_persistent : self.capacity]
+
+    @property
+    def window(self) -> Tensor:
+        """[B, H, W] slots of the window, in the order of time."""
+        return self.table[:, :, self.capacity : self.capacity + self.num_window]
 
     @property
     def slots(self) -> Tensor:
         """[B, H, P + W] slots in use, in the order of time."""
-        return torch.cat([self.persistent, self.window], 2)
+        return self.table[:, :, self.capacity - self.num_persistent : self.capacity + self.num_window]
 
     def own_slots(self, layout: TileLayout) -> Tensor:
         """[B, H, n] slots of the current chunk, the last ones of the window."""
         return self.window[:, :, -layout.num_blocks :]
 
+    def store(self, name: str, new: Tensor) -> None:
+        """`new` as the tensor of that name, in the place of the old one where that is kept."""
+        old = getattr(self, name)
+        if self.in_place and old is not None and old.shape == new.shape:
+            old.copy_(new)
+        else:
+            setattr(self, name, new)
+
+    def scatter(self, name: str, index: Tensor, new: Tensor | float) -> None:
+        """Write `new` at `index` of the tensor's slots."""
+        old = getattr(self, name)
+        if self.in_place:
+            old.scatter_(2, index, new)
+        else:
+            setattr(self, name, old.scatter(2, index, new))
+
     def take_slots(self, move: Move, kept: Tensor, freed: Tensor) -> None:
         """Slots `kept` [B, H, P] are the persistent set; the chunk takes some that are `freed`, then unused ones."""
         unused = torch.arange(move.first_fresh, move.first_fresh + move.fresh, device=kept.device)
         unused = unused.expand(*kept.shape[:2], -1)
-        self.persistent = kept
-        self.window = torch.cat([self.window[:, :, move.leaving :], freed[:, :, : move.reused], unused], 2)
+        slots = torch.cat([kept, self.window[:, :, move.leaving :], freed[:, :, : move.reused], unused], 2)
+        self.num_persistent = kept.shape[2]
+        self.num_window = slots.shape[2] - self.num_persistent
+        if not self.in_place:
+            self.table = self.table.clone()
+        self.slots.copy_(slots)
 
     def place_chunk(self, plan: SlotPlan, position: int, fresh: float) -> None:
         """Say in the tables what the chunk's slots hold: once, because all passes of a chunk write the same blocks.
@@ -182,23 +256,36 @@ class SparseLayer:
         layout = plan.layout.on(slots.device)
         first = layout.first_frame.expand(slots.shape)
         numbers = torch.arange(plan.first_block, plan.first_block + layout.num_blocks, device=slots.device)
-        self.position = self.position.scatter(2, slots, first + position)
-        self.floor = self.floor.scatter(2, slots, first)
-        self.origin = self.origin.scatter(2, slots, numbers.expand(slots.shape))
+        self.scatter("position", slots, first + position)
+        self.scatter("floor", slots, first)
+        self.scatter("origin", slots, numbers.expand(slots.shape))
         if self.sizes is not None:
-            self.sizes = self.sizes.scatter(2, slots, layout.sizes.expand(slots.shape))
-        self.retained = self.retained.scatter(2, slot_index(slots, self.retained), fresh)
+            self.scatter("sizes", slots, layout.sizes.expand(slots.shape))
+        if self.retained.shape[3]:
+            self.scatter("retained", slot_index(slots, self.retained), fresh)
         if self.history is not None:
             self.history = self.history.with_current(slots, first + position)
+
+    def number_rows(self, layout: TileLayout, layers: int) -> None:
+        """Say where in the flattened pools of its layer the chunk's blocks lie."""
+        assert self.own_rows is not None
+        slots = self.own_slots(layout)
+        heads = torch.arange(slots.shape[0] * slots.shape[1] // layers, device=slots.device)
+        first = (heads * self.table.shape[2]).repeat(layers).view(*slots.shape[:2], 1)
+        self.store("own_rows", first + slots)
 
     def move_positions(self, frames: int) -> None:
         """Move every key in time by `frames`, none below its floor. A history moves its keys when it is read."""
         moved = (self.position + frames).maximum(self.floor)
         delta = moved - self.position
-        if self.history is None:
-            self.keys = shift_time(self.keys, delta[..., None])
-        self.representatives = shift_time(self.representatives, delta)
-        self.position = moved
+        if self.in_place:
+            shift_time_(self.keys, delta[..., None])
+            shift_time_(self.representatives, delta)
+        else:
+            if self.history is None:
+                self.keys = shift_time(self.keys, delta[..., None])
+            self.representatives = shift_time(self.representatives, delta)
+        self.store("position", moved)
 
     def write(self, slots: Tensor, blocks: dict[str, Tensor], *, in_place: Container[str]) -> None:
         """Put `blocks` [B, H, n, ...], by the name of their pool, into its slots [B, H, n]: those named in `in_place`

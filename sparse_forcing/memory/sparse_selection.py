@@ -8,15 +8,29 @@ K chosen blocks, N blocks, n blocks of the current chunk.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sparse_forcing.kernels.block_selection.interface import choose_lists, pool_blocks
-from sparse_forcing.memory.slots import gather_slots
+from sparse_forcing.kernels.block_selection.interface import Pools, choose_lists, pool_blocks, store_blocks
+from sparse_forcing.memory.slots import gather_slots, put_slots_
 from sparse_forcing.memory.sparse_pool import SparseLayer
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector, coarse_attention, map_heads
+
+_EXACT = (torch.float32, torch.float64)  # that sums may be taken in
+
+
+class QueriesAndKeys(NamedTuple):
+    """What blocks of the chunk are compared with in one pass, after the selector's maps.
+
+    queries: [B, H, n, D] of the chunk's blocks; keys: [B, H, P + W, D] of everything in memory, in the order of time.
+    """
+
+    queries: Tensor
+    keys: Tensor
 
 
 class BlockSelection:
@@ -25,12 +39,15 @@ class BlockSelection:
     Args:
         selectors: per layer, or None for mean pooling.
         top_k: window blocks that each query block attends to.
+        fixed: whether the selectors stay as they are for as long as this lives (inference).
     """
 
-    def __init__(self, selectors: list[BlockSelector] | None, top_k: int) -> None:
+    def __init__(self, selectors: list[BlockSelector] | None, top_k: int, *, fixed: bool = False) -> None:
         self.selectors = selectors
         self.top_k = top_k
+        self.fixed = fixed
         self._places: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._weights: dict[tuple[int, str], Tensor] = {}
 
     def project(self, layer: int, pooled: Tensor, side: str) -> Tensor:
         """The selector's linear map on pooled vectors [B, H, N, D]; applied late, so that stored representatives can
@@ -46,7 +63,36 @@ class BlockSelection:
         else:
             own = self.selectors[layer]
             weights = {"query": own.query_weights, "key": own.key_weights, "value": None}[side]
+        if self._pools_fixed(layout, blocks):
+            return self._pool_fixed(layer, blocks, weights, side)
         return pool_blocks(blocks, layout.ragged_sizes(blocks.device), weights)
+
+    def _pool_fixed(self, layer: int, blocks: Tensor, weights: Tensor | None, side: str) -> Tensor:
+        """`pool_blocks` of full blocks with weights that are normalised once: a small model on a CPU spends its time
+        between calls."""
+        if weights is None:
+            return blocks.mean(3)
+        if (layer, side) not in self._weights:
+            total = weights.abs().sum(-1, keepdim=True)
+            normal = weights / total.masked_fill(total == 0, 1)
+            self._weights[layer, side] = normal.to(blocks.dtype)[:, None, :, None]
+        return (blocks * self._weights[layer, side]).sum(3)
+
+    def store(self, layout: TileLayout, layer: int, state: SparseLayer, keys: Tensor, values: Tensor) -> None:
+        """Write the chunk's blocks [B, H, n, T, D] and their representatives into its slots, in place."""
+        assert state.own_rows is not None
+        pools = Pools(state.keys, state.values, state.representatives, state.value_representatives)
+        weights = None if self.selectors is None else self.selectors[layer].key_weights
+        if not self._pools_fixed(layout, keys):
+            store_blocks(keys, values, state.own_rows, pools, layout.ragged_sizes(keys.device), weights)
+            return
+        blocks = [keys, values, self._pool_fixed(layer, keys, weights, "key")]
+        if pools.value_representatives is not None:
+            blocks.append(self._pool_fixed(layer, values, None, "value"))
+        put_slots_([pool for pool in pools if pool is not None], state.own_rows, blocks, state.own_rows)
+
+    def _pools_fixed(self, layout: TileLayout, blocks: Tensor) -> bool:
+        return self.fixed and layout.uniform and blocks.device.type == "cpu" and blocks.dtype in _EXACT
 
     def pool_chunk(
         self, layout: TileLayout, layer: int, tokens: Tensor, blocks: Tensor, side: str, *, again: bool
@@ -65,15 +111,22 @@ class BlockSelection:
         return checkpoint(pool, tokens, use_reentrant=False, preserve_rng_state=False)
 
     @torch.no_grad()
-    def lists(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
+    def compare(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> QueriesAndKeys:
+        """Queries and keys of one pass, mapped once for all that asks."""
+        keys = gather_slots(state.representatives, state.slots)
+        return QueriesAndKeys(
+            self.project(layer, pooled_queries, "query").detach(), self.project(layer, keys, "key").detach()
+        )
+
+    @torch.no_grad()
+    def lists(self, state: SparseLayer, compared: QueriesAndKeys) -> Tensor:
         """[B, H, n, P + K] int32: every query block sees all of P and its best window blocks, itself included."""
-        num_window, n = state.window.shape[2], pooled_queries.shape[2]
+        num_window, n = state.num_window, compared.queries.shape[2]
         if self.top_k >= num_window:
             return state.slots.int().unsqueeze(2).expand(-1, -1, n, -1)
-        window = self.project(layer, gather_slots(state.representatives, state.window), "key")
-        queries = self.project(layer, pooled_queries, "query")
-        own = self._own_places(num_window, n, queries.device)
-        return choose_lists(queries, window, state.persistent, state.window, top_k=self.top_k, own=own)
+        window = compared.keys[:, :, state.num_persistent :]
+        own = self._own_places(num_window, n, window.device)
+        return choose_lists(compared.queries, window, state.persistent, state.window, top_k=self.top_k, own=own)
 
     def _own_places(self, num_window: int, n: int, device: torch.device) -> Tensor:
         """[n] where the window holds the chunk's blocks; kept, because every layer and pass asks."""
@@ -94,10 +147,13 @@ class BlockSelection:
         return self._coarse_over(*inputs)
 
     def _coarse_over(self, layer: int, pooled_queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        assert self.selectors is not None
-        found = coarse_attention(
-            self.project(layer, pooled_queries, "query"),
-            self.project(layer, gather_slots(keys, slots), "key"),
-            gather_slots(values, slots),
+        compared = QueriesAndKeys(
+            self.project(layer, pooled_queries, "query"), self.project(layer, gather_slots(keys, slots), "key")
         )
+        return self.coarse_of(layer, compared, gather_slots(values, slots))
+
+    def coarse_of(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
+        """`coarse` of queries and keys that have been mapped, and pooled values [B, H, P + W, D]."""
+        assert self.selectors is not None
+        found = coarse_attention(*compared, values)
         return (self.selectors[layer].gate.to(found.dtype)[:, None, None] * found).unsqueeze(3)

@@ -6,7 +6,7 @@ Legend: B batch, L tokens, H heads, D head dimension, F latent frames, N tokens 
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,22 @@ from torch import Tensor
 from sparse_forcing.model.rope import Rotary, rotary_table
 
 
+class TokenOrder(NamedTuple):
+    """An order of tokens: [L] the frame-major token at each place, and [L] the place of each frame-major token."""
+
+    order: Tensor
+    inverse: Tensor
+
+
 class AttentionPolicy(Protocol):
     """Decides, for one forward pass, the positions of its tokens and the keys each of them attends to."""
 
-    order: Tensor | None
-    """[L] token order the layers work in (tile order), or None for frame-major."""
+    def token_order(self, device: torch.device) -> TokenOrder | None:
+        """The order that the layers work in (tile order), or None for frame-major."""
+        ...
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
-        """Rotary table of this pass's tokens, frame-major."""
+        """Rotary table of this pass's tokens, in their order."""
         ...
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -52,8 +60,6 @@ class ParallelAttention:
         positions: [F] positions in time; 0..F-1 when None.
     """
 
-    order: Tensor | None = None
-
     def __init__(self, num_frames: int, frame_mask: Tensor | None = None, positions: Tensor | None = None) -> None:
         self.num_frames = num_frames
         self.positions = torch.arange(num_frames) if positions is None else positions
@@ -61,14 +67,19 @@ class ParallelAttention:
 
     @classmethod
     def teacher_forcing(cls, chunks: list[int], *, window: int | None = None) -> ParallelAttention:
-        """Of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
+        """The policy of the sequence [clean | noisy] of the same frames (see teacher_forcing_mask)."""
         frames = sum(chunks)
         return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
 
+    def token_order(self, device: torch.device) -> None:
+        return None
+
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
+        """Rotary table of all tokens, frame by frame."""
         return rotary_table(self.positions.to(device), rows, cols, head_dim, dtype)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention [B, L, H, D] of all frames, each over the frames it may see; every layer sees the same."""
         if self.groups is None:
             return dense_attention(query, key, value)
         # Frames with equal rows attend together without a mask: cheaper than one masked call on every backend.

@@ -39,11 +39,6 @@ def flow_to_x0(flow: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
     return (x_t.double() - _broadcast(sigma, x_t).double() * flow.double()).to(flow.dtype)
 
 
-def x0_to_flow(x0: Tensor, x_t: Tensor, sigma: Tensor) -> Tensor:
-    """v = (x_t - x0) / sigma, in float64, back in x0's dtype."""
-    return ((x_t.double() - x0.double()) / _broadcast(sigma, x_t).double()).to(x0.dtype)
-
-
 class FlowSchedule:
     """Self-Forcing's table of 1000 shifted sigmas (sigma_min 0, the final zero left out).
 
@@ -83,18 +78,13 @@ class FlowSchedule:
         return self.sigmas.to(timestep.device)[self.index_of(timestep)]
 
     def training_weight_at(self, timestep: Tensor) -> Tensor:
+        """Self-Forcing's weight of a training loss at these timesteps, of the same shape."""
         return self.training_weights.to(timestep.device)[self.index_of(timestep)]
 
     def warp(self, steps: list[int] | Tensor) -> Tensor:
         """Timesteps of a few-step list: entry 1000 - step of the grid followed by 0."""
         grid = torch.cat([self.timesteps, self.timesteps.new_zeros(1)])
         return grid[NUM_TRAIN_TIMESTEPS - torch.as_tensor(steps, dtype=torch.long)]
-
-    def euler_step(self, flow: Tensor, x_t: Tensor, timestep: Tensor) -> Tensor:
-        """One Euler step from the grid entry of `timestep` [B] to the next one (the last goes to sigma 0)."""
-        index = self.index_of(timestep)
-        sigmas = torch.cat([self.sigmas, self.sigmas.new_zeros(1)]).to(x_t.device)
-        return x_t + flow * _broadcast(sigmas[index + 1] - sigmas[index], x_t)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +95,10 @@ class SamplerConfig:
         kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
             grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
         steps: network evaluations per chunk (two per step with guidance).
-        shift: of the noise grid.
+        shift: the noise grid's shift towards high noise.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
+        warp_steps: few_step only: whether the shift applies to `step_list`; False: it holds the timesteps themselves
+            (CausVid's).
         guidance_scale: w of uncond + w (cond - uncond); 1 for none.
     """
 
@@ -114,6 +106,7 @@ class SamplerConfig:
     steps: int = 4
     shift: float = 5.0
     step_list: tuple[int, ...] | None = None
+    warp_steps: bool = True
     guidance_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -123,15 +116,21 @@ class SamplerConfig:
             raise ConfigError(f"num_inference_steps: expected 1 to {NUM_TRAIN_TIMESTEPS}, got {self.steps}")
         if self.step_list is not None and len(self.step_list) != self.steps:
             raise ConfigError(f"sampler.step_list: {len(self.step_list)} entries for {self.steps} steps")
+        if self.step_list is not None and not all(0 < step <= NUM_TRAIN_TIMESTEPS for step in self.step_list):
+            raise ConfigError(f"sampler.step_list: entries from 1 to {NUM_TRAIN_TIMESTEPS}, got {self.step_list}")
+        if not 0 < self.shift < math.inf:
+            raise ConfigError(f"sampler.shift: a finite number above 0, got {self.shift}")
         if not 0 <= self.guidance_scale < math.inf:
             raise ConfigError(f"guidance_scale: a finite number that is not negative, got {self.guidance_scale}")
 
 
 def few_step_timesteps(config: SamplerConfig) -> Tensor:
-    """[steps] timesteps of the few-step list, warped by the shifted grid."""
+    """[steps] timesteps of the few-step list, warped by the shifted grid unless they are meant as they are."""
     steps = config.step_list
     if steps is None:
         steps = tuple(round(NUM_TRAIN_TIMESTEPS * (config.steps - i) / config.steps) for i in range(config.steps))
+    if not config.warp_steps:
+        return torch.tensor(steps, dtype=torch.float32)
     return FlowSchedule(config.shift).warp(list(steps))
 
 

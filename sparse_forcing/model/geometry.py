@@ -28,10 +28,11 @@ class VideoGeometry:
     Args:
         temporal_stride: pixel frames per latent frame (Wan: 4).
         spatial_stride: pixels per latent row and column (Wan: 8).
-        first_frame_alone: True when the first latent frame holds a single pixel frame (Wan's causal autoencoder).
+        first_frame_alone: whether the first latent frame holds a single pixel frame (Wan's causal autoencoder).
         patch_size: latent (frames, rows, columns) per token (Wan: (1, 2, 2)).
         chunk_frames: latent frames generated at a time (Self-Forcing: 3).
         first_chunk_frames: latent frames of the first chunk when it differs (Self-Forcing's independent frame: 1).
+        whole_video: True when all latent frames of a video are one chunk (Wan's bidirectional weights).
     """
 
     temporal_stride: int
@@ -40,6 +41,7 @@ class VideoGeometry:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     chunk_frames: int = 3
     first_chunk_frames: int | None = None
+    whole_video: bool = False
 
     def __post_init__(self) -> None:
         if min(self.temporal_stride, self.spatial_stride, self.chunk_frames, *self.patch_size) < 1:
@@ -51,7 +53,7 @@ class VideoGeometry:
 
     @classmethod
     def of(cls, vae: VideoAutoencoder, transformer: Mapping[str, Any]) -> VideoGeometry:
-        """Of a model: its autoencoder and its transformer's config."""
+        """The geometry of a model, from its autoencoder and its transformer's config."""
         return cls(
             temporal_stride=vae.temporal_stride,
             spatial_stride=vae.spatial_stride,
@@ -85,6 +87,8 @@ class VideoGeometry:
 
     def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
         """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
+        if self.whole_video:
+            return [latent_frames] if latent_frames > 0 else []
         sizes: list[int] = []
         if start == 0 and self.first_chunk_frames and latent_frames > 0:
             sizes.append(self.first_chunk_frames)
@@ -143,16 +147,20 @@ class TileLayout:
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of the chunk."""
         return self.frames * self.rows * self.cols
 
     @property
     def num_blocks(self) -> int:
-        return math.prod(math.ceil(n / t) for n, t in zip((self.frames, self.rows, self.cols), self.tile))
+        """Blocks of the chunk, short ones included."""
+        frames, rows, cols = self.tile  # spelled out: torch.compile cannot look into a generator
+        return -(-self.frames // frames) * -(-self.rows // rows) * -(-self.cols // cols)
 
     @property
     def block_tokens(self) -> int:
         """Capacity of a block in tokens (the full tile, also where this grid only has short ones)."""
-        return math.prod(self.tile)
+        frames, rows, cols = self.tile
+        return frames * rows * cols
 
     @cached_property
     def order(self) -> Tensor:
@@ -224,3 +232,10 @@ class TileLayout:
         if not self.uniform:
             x = x[:, :, self.on(x.device).unpadded]
         return x.transpose(1, 2)
+
+    def add_to_tokens(self, x: Tensor, blocks: Tensor) -> Tensor:
+        """x [B, L, H, D] in tile order, plus what each of its blocks gets: [B, H, num_blocks, 1, D]."""
+        if self.uniform:
+            by_block = x.unflatten(1, (self.num_blocks, self.block_tokens))
+            return (by_block + blocks.permute(0, 2, 3, 1, 4)).flatten(1, 2)
+        return x + self.from_blocks(blocks.expand(-1, -1, -1, self.block_tokens, -1))

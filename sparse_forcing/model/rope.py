@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sparse_forcing.kernels.token_rows.interface import rotate, turn_time_
+from sparse_forcing.kernels.token_rows.reference import turn_time
+
 THETA = 10_000.0
 
 
@@ -41,7 +44,7 @@ def rotary_table(frames: Tensor, rows: int, cols: int, head_dim: int, dtype: tor
 
     Args:
         frames: [F] positions in time (latent frames; any number, also fractional or negative).
-        dtype: of the result; float64 for float64 models, otherwise float32.
+        dtype: type of the result; float64 for float64 models, otherwise float32.
     """
     device = frames.device
     dims = axis_dims(head_dim)
@@ -56,12 +59,7 @@ def rotary_table(frames: Tensor, rows: int, cols: int, head_dim: int, dtype: tor
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
     """Rotate [B, L, H, D] (or any [..., D] that broadcasts with [L, 1, D/2]) and return x's dtype."""
-    cos, sin = rotary.cos[:, None], rotary.sin[:, None]
-    if x.device.type == "cpu" and x.dtype == cos.dtype and not torch.compiler.is_compiling():
-        # One complex product instead of ten calls: on a CPU a small model spends its time between calls.
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.complex(cos, sin)).flatten(-2)
-    even, odd = x.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+    return rotate(x, rotary.cos, rotary.sin)
 
 
 def shift_time(keys: Tensor, frames: Tensor) -> Tensor:
@@ -71,10 +69,14 @@ def shift_time(keys: Tensor, frames: Tensor) -> Tensor:
         keys: [..., D] after `apply_rotary`.
         frames: broadcastable to keys.shape[:-1]; latent frames to move by.
     """
-    time_dim = axis_dims(keys.shape[-1])[0]
-    angles = frames.double()[..., None] * _frequencies(time_dim, keys.device)
-    compute = torch.float64 if keys.dtype == torch.float64 else torch.float32
-    cos, sin = angles.cos().to(compute), angles.sin().to(compute)
-    even, odd = keys[..., :time_dim].to(compute).unflatten(-1, (-1, 2)).unbind(-1)
-    moved = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(keys.dtype)
-    return torch.cat([moved, keys[..., time_dim:]], -1)
+    moved = turn_time(keys, frames, _time_frequencies(keys))
+    return torch.cat([moved, keys[..., moved.shape[-1] :]], -1)
+
+
+def shift_time_(keys: Tensor, frames: Tensor) -> None:
+    """`shift_time` in place."""
+    turn_time_(keys, frames, _time_frequencies(keys))
+
+
+def _time_frequencies(keys: Tensor) -> Tensor:
+    return _frequencies(axis_dims(keys.shape[-1])[0], keys.device)

@@ -1,10 +1,10 @@
-"""The learned block selector: what compresses a block of queries or keys to the vector that blocks are chosen by.
+"""The learned block selector: what blocks are chosen by while they are in the window, and kept by when they leave it.
 
 It starts as mean pooling, so that an untouched dense model runs with it unchanged, and learns by two paths, because the
 choice itself has no gradient: a coarse branch, attention over block representatives added through a gate
 that starts at zero, and a distillation loss against the true attention mass of each block.
 
-Legend: B batch, H heads, n query blocks, W candidate blocks, T tokens per block, D head dim.
+Legend: B batch, H heads, n query blocks, W candidate blocks, T tokens per block, D head dim, N blocks, M hidden units.
 """
 
 from __future__ import annotations
@@ -14,6 +14,46 @@ from torch import Tensor, nn
 
 from sparse_forcing.kernels.block_selection.interface import block_scores
 
+HIDDEN = 16
+
+
+class RetentionHead(nn.Module):
+    """How much attention a block will get later, guessed from its pooled key and value and how long it has gone unused.
+
+    A perceptron for each attention head: unit key and value (times sqrt(D), as entries of about 1) and log(1 + chunks
+    unused) to HIDDEN units to a logit, whose softmax over blocks is their share of later attention. It starts at 0.
+
+    hidden [H, 2 D + 2, M]: the last row is the bias; out [H, M].
+    """
+
+    def __init__(self, heads: int, head_dim: int) -> None:
+        super().__init__()
+        inputs = 2 * head_dim + 2
+        self.hidden = nn.Parameter(torch.randn(heads, inputs, HIDDEN) / inputs**0.5)
+        self.out = nn.Parameter(torch.zeros(heads, HIDDEN))
+
+    def packed(self) -> Tensor:
+        """[H, 2 D + 3, M] copy of all weights, for `predict`."""
+        return torch.cat([self.hidden, self.out[:, None]], 1).detach()
+
+    def forward(self, keys: Tensor, values: Tensor, unused: Tensor) -> Tensor:
+        """Logits [B, H, N]; see `predict_retention`."""
+        return predict_retention(torch.cat([self.hidden, self.out[:, None]], 1), keys, values, unused)
+
+
+def predict_retention(packed: Tensor, keys: Tensor, values: Tensor, unused: Tensor) -> Tensor:
+    """Logits [B, H, N] of a RetentionHead with weights `packed` [H, 2 D + 3, M], in float32 or better.
+
+    Args:
+        keys, values: [B, H, N, D] pooled, keys moved to time 0; unused: [B, H, N] chunks.
+    """
+    dtype = torch.promote_types(keys.dtype, torch.float32)
+    with torch.autocast(keys.device.type, enabled=False):  # it would round what is ranked to 8 bits
+        units = [nn.functional.normalize(x.to(dtype), dim=-1) * x.shape[-1] ** 0.5 for x in (keys, values)]
+        rest = [unused.to(dtype).log1p()[..., None], torch.ones_like(unused, dtype=dtype)[..., None]]
+        hidden = torch.tanh(torch.cat([*units, *rest], -1) @ packed[:, :-1].to(dtype))
+        return (hidden * packed[:, -1:].to(dtype)).sum(-1)
+
 
 class BlockSelector(nn.Module):
     """Selector of one layer.
@@ -22,19 +62,21 @@ class BlockSelector(nn.Module):
         heads: attention heads.
         block_tokens: tokens of a full block.
         head_dim: dimension of a head.
+        learned_retention: whether it has a `retention` head, too.
 
     query_weights, key_weights [H, T]: weight of each position of a block (ones: the mean);
     query_projection, key_projection [H, D, D]: linear map of the pooled vector (identity);
     gate [H]: of the coarse branch (zero).
     """
 
-    def __init__(self, heads: int, block_tokens: int, head_dim: int) -> None:
+    def __init__(self, heads: int, block_tokens: int, head_dim: int, *, learned_retention: bool = False) -> None:
         super().__init__()
         self.query_weights = nn.Parameter(torch.ones(heads, block_tokens))
         self.key_weights = nn.Parameter(torch.ones(heads, block_tokens))
         self.query_projection = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
         self.key_projection = nn.Parameter(torch.eye(head_dim).repeat(heads, 1, 1))
         self.gate = nn.Parameter(torch.zeros(heads))
+        self.retention = RetentionHead(heads, head_dim) if learned_retention else None
 
 
 def map_heads(pooled: Tensor, projection: Tensor) -> Tensor:

@@ -33,6 +33,8 @@ WAN_TEXT_LEN = 512
 
 
 class TextEncoder(Protocol):
+    """What the pipeline and the recipes need of a text encoder; `text_len` is the length of what it gives."""
+
     text_len: int
 
     @property
@@ -76,7 +78,7 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         if not words or len(set(words)) != len(words):
             raise ConfigError("text encoder: the vocabulary must be a non-empty list of distinct words")
         if dim % num_heads:
-            raise ConfigError(f"text encoder: {dim} numbers a word are not a multiple of its {num_heads} heads")
+            raise ConfigError(f"text encoder: dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.tokenizer = WordTokenizer(list(words), text_len)
         self.text_len = text_len
         self.token_embedding = nn.Embedding(len(self.tokenizer), dim)

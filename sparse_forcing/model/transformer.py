@@ -19,161 +19,27 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate, rms_norm
 from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, dense_attention
+    PatchEmbedding,
+    constant_tensor,
+    frame_position_waves,
+    is_hooked,
+    timestep_sinusoid,
+)
+from sparse_forcing.model.layers import (
+    ConditionEmbedder, FeedForward, PatchEmbedding, RMSNorm, WideLayerNorm, constant_tensor, frame_position_waves,
+    is_hooked,
+)
 from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
 
-_GELU = 2 * math.sqrt(2 / math.pi)
-TextKeysValues = dict[int, tuple[Tensor, Tensor]]
-"""By layer: cross-attention keys and values [B, text tokens, H, D]. Given empty to the first pass over a text, which
-fills it, and as it is to those that follow: they do not change. Blocks fill it themselves, because hooks that move or
-gather weights (offloading, sharding) act when a module is called."""
-
-
-def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """[..., dim] = [cos | sin] of timestep * 10000^(-j / (dim/2)), computed in float64."""
-    half = dim // 2
-    frequencies = torch.pow(10_000.0, -torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = timestep.double()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
-    """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
-
-    They depend on the share of the frame, not on its size in tokens.
-    """
-    turns = torch.arange(1, harmonics + 1, device=device)
-    across, down = (2 * math.pi * (torch.arange(n, device=device) + 0.5) / n for n in (cols, rows))
-    x, y = (torch.cat([(a[:, None] * turns).sin(), (a[:, None] * turns).cos()], -1) for a in (across, down))
-    return torch.cat([x.repeat(rows, 1), y.repeat_interleave(cols, 0)], -1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole last dimension (all heads together), computed in at least float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype == torch.float64 else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
-
-
-def layer_norm(x: Tensor, eps: float, weight: Tensor | None = None, bias: Tensor | None = None) -> Tensor:
-    """Layer norm in at least float32, result in x's dtype."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    weight, bias = (None if p is None else p.to(wide.dtype) for p in (weight, bias))
-    return F.layer_norm(wide, x.shape[-1:], weight, bias, eps).to(x.dtype)
-
-
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """Layer norm of x, times (1 + scale) plus shift per group: x [B, L, C], shift and scale [B, G, C], L a multiple of
-    G. With one group in all, scale and shift are the norm's own affine part: one call."""
-    if shift.shape[:2] == (1, 1):
-        return layer_norm(x, eps, 1 + scale[0, 0], shift[0, 0])
-    wide = layer_norm(x, eps).unflatten(1, (shift.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], wide, 1 + scale[:, :, None]).flatten(1, 2)
-
-
-def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update * gate per group."""
-    groups = (gate.shape[1], -1)
-    return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form.
-
-    x / 2 (1 + tanh u) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): torch's sigmoid takes half as long as
-    its tanh form on a CPU. In place, so only where no gradient is wanted.
-    """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
-    twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
-
-
-class WideLayerNorm(nn.LayerNorm):
-    """Layer norm computed in at least float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return layer_norm(x, self.eps, self.weight, self.bias)
-
-
-class PatchEmbedding(nn.Conv3d):
-    """A convolution whose patches do not overlap, as one matrix product."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> [B, dim, F, rows, cols], frame by frame."""
-        _, ph, pw = self.kernel_size
-        patches = rearrange(x, "b c f (r p) (s q) -> b f r s (c p q)", p=ph, q=pw)
-        return F.linear(patches, self.weight.flatten(1), self.bias).movedim(-1, 1)
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (tanh), Linear, with diffusers' names."""
-
-    def __init__(self, dim_in: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(gelu(self.linear_1(x)))
-
-
-class TimeMlp(Mlp):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class GeluProjection(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GeluProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class ConditionEmbedder(nn.Module):
-    """Timestep and text embeddings. `pooled_text` also adds the mean of the text tokens to the time embedding, which
-    small models need to follow a caption; Wan has none."""
-
-    def __init__(self, dim: int, freq_dim: int, text_dim: int, pooled_text: bool) -> None:
-        super().__init__()
-        self.freq_dim = freq_dim
-        self.time_embedder = TimeMlp(freq_dim, dim)
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = Mlp(text_dim, dim)
-        self.pooled_text_embedder = nn.Linear(text_dim, dim) if pooled_text else None
-
-    def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [B, G], text [B, T, text_dim] -> embedding [B, G, dim], modulation [B, G, 6, dim]."""
-        dtype = self.time_embedder.linear_1.weight.dtype
-        if not dtype.is_floating_point:  # quantized weights compute in the type of what comes in
-            dtype = text.dtype
-        embedding = self.time_embedder(timestep_sinusoid(timestep, self.freq_dim).to(dtype))
-        if self.pooled_text_embedder is not None:
-            used = (text != 0).any(-1, keepdim=True)
-            pooled = (text * used).sum(1) / used.sum(1).clamp(min=1)
-            embedding = embedding + self.pooled_text_embedder(pooled)[:, None]
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+TextKeysValues = list[tuple[Tensor, Tensor]]
+"""Per layer: cross-attention keys and values [B, text tokens, H, D]."""
 
 
 class Attention(nn.Module):
@@ -192,11 +58,20 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def queries(self, x: Tensor) -> Tensor:
-        return self._heads(self.norm_q(self.to_q(x)))
+    def _normed(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
+        if rotary is None:
+            return self._heads(norm(x))
+        if is_hooked(norm):
+            return apply_rotary(self._heads(norm(x)), rotary)
+        return norm_rotate(x, norm.weight, norm.eps, rotary.cos, rotary.sin)
 
-    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self._heads(self.norm_k(self.to_k(x))), self._heads(self.to_v(x))
+    def queries(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
+        """[B, L, H, D], normed, and rotated where a table is given."""
+        return self._normed(self.to_q(x), self.norm_q, rotary)
+
+    def keys_values(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
+        """Both [B, L, H, D]; keys normed, and rotated where a table is given."""
+        return self._normed(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
 
     def output(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(2))
@@ -204,55 +79,58 @@ class Attention(nn.Module):
 
 class CausalWanBlock(nn.Module):
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None
-    ) -> None:
+        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None,
+        learned_retention: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.eps = eps
-        self.selector = BlockSelector(heads, selector_tokens, dim // heads) if selector_tokens else None
+        self.selector = None
+        if selector_tokens:
+            self.selector = BlockSelector(heads, selector_tokens, dim // heads, learned_retention=learned_retention)
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps)
         self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else None
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
+    def encode_text(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-attention keys and values of embedded text [B, T, C]."""
+        return self.attn2.keys_values(text)
+
     def forward(
         self,
         x: Tensor,
         modulation: Tensor,
-        text: Tensor | None,
+        text: Tensor | tuple[Tensor, Tensor],
         rotary: Rotary,
         policy: AttentionPolicy,
         layer: int,
-        text_keys_values: TextKeysValues | None = None,
     ) -> Tensor:
-        """x [B, L, C], modulation [B, G, 6, C], embedded text [B, T, C] -> [B, L, C]; no text is needed where
-        `text_keys_values` has what this layer made of it."""
+        """x [B, L, C], modulation [B, G, 6, C], embedded text or its keys and values -> [B, L, C]."""
         table = (self.scale_shift_table[:, None] + modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
         h = modulated_norm(x, shift1, scale1, self.eps)
-        query = apply_rotary(self.attn1.queries(h), rotary)
-        key, value = self.attn1.keys_values(h)
-        attended = policy.attend(layer, query, apply_rotary(key, rotary), value)
-        x = add_gated(x, self.attn1.output(attended), gate1)
-
-        h = x if self.norm2 is None else self.norm2(x)
-        x = x + self.attn2.output(
-            dense_attention(self.attn2.queries(h), *self._read_text(text, text_keys_values, layer))
-        )
-
-        h = modulated_norm(x, shift2, scale2, self.eps)
+        query = self.attn1.queries(h, rotary)
+        attended = policy.attend(layer, query, *self.attn1.keys_values(h, rotary))
+        update, gate, norm2 = self.attn1.output(attended), gate1, self.norm2
+        if norm2 is None:
+            h = x = add_gated(x, update, gate)
+        elif is_hooked(norm2):
+            x = add_gated(x, update, gate)
+            h = norm2(x)
+        else:
+            x, h = add_norm(x, update, gate, norm2.bias, norm2.weight, self.eps, modulates=False)
+        text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
+        update = self.attn2.output(dense_attention(self.attn2.queries(h), *text_keys_values))
+        x, h = add_norm(x, update, None, shift2, scale2, self.eps, modulates=True)
         return add_gated(x, self.ffn(h), gate2)
 
-    def _read_text(self, text: Tensor | None, kept: TextKeysValues | None, layer: int) -> tuple[Tensor, Tensor]:
-        """Cross-attention keys and values of embedded text [B, T, C], kept for later passes if there is room."""
-        if kept is not None and layer in kept:
-            return kept[layer]
-        assert text is not None, "no text, and no keys and values of it"
-        keys_values = self.attn2.keys_values(text)
-        if kept is not None:
-            kept[layer] = keys_values
-        return keys_values
+
+def _as_output(flow: Tensor, return_dict: bool | None) -> Any:
+    if return_dict is None:
+        return flow
+    return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
 
 
 class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
@@ -268,6 +146,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             it is; 0 for none (Wan). Rotary positions are relative: a small model hardly finds edges by them alone.
         selector_tokens: tokens of a block of the sparse memory, to give every layer a learned block selector; None
             selects by mean pooling.
+        learned_retention: whether these selectors have a head for the `learned` rule of retention.
     """
 
     _supports_gradient_checkpointing = True
@@ -306,8 +185,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         latent_std: list[float] | None = None,
         position_harmonics: int = 0,
         selector_tokens: int | None = None,
+        learned_retention: bool = False,
     ) -> None:
         super().__init__()
+        if learned_retention and not selector_tokens:
+            raise ConfigError("learned_retention: is part of a block selector; set selector_tokens")
         if qk_norm != "rms_norm_across_heads" or image_dim or added_kv_proj_dim or pos_embed_seq_len:
             raise ConfigError(
                 "transformer config: only text-to-video Wan is supported (qk_norm='rms_norm_across_heads', no "
@@ -325,7 +207,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         self.position_embedder = nn.Linear(4 * position_harmonics, dim) if position_harmonics else None
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
-            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens)
+            CausalWanBlock(dim, ffn_dim, num_attention_heads, cross_attn_norm, eps, selector_tokens, learned_retention)
             for _ in range(num_layers)
         )
         self.proj_out = nn.Linear(dim, out_channels * math.prod(patch_size))
@@ -354,6 +236,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             return None
         return [block.selector for block in self.blocks if isinstance(block, CausalWanBlock) and block.selector]
 
+    def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues | None:
+        """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout. None
+        where hooks bring weights for the time of a pass: then every pass makes its own."""
+        if any(is_hooked(module) for module in self.modules()):
+            return None
+        text = self.condition_embedder.text_embedder(encoder_hidden_states)
+        return [block.encode_text(text) for block in self.blocks]  # type: ignore[operator]
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -374,18 +264,16 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             timestep: [B] or [B, F] in [0, 1000].
             encoder_hidden_states: [B, T, text_dim] text embeddings, padded rows exactly zero (they are attended to).
             policy: what self-attention sees; bidirectional when None.
-            text_keys_values: those of an earlier pass over the same text, or an empty dict to keep them in.
+            text_keys_values: result of `encode_text` for the same text, to spare its recomputation in a rollout.
             clean_hidden_states: [B, C, G, H, W] clean latents that precede the noisy ones in the token sequence
                 (teacher forcing); the policy must then cover G + F frames.
             clean_timestep: [B] or [B, G] of the clean part; 0 when None.
-            attention_kwargs: as diffusers' pipelines pass them; all of them must be empty.
-            return_dict: return what diffusers' transformers do, a tuple (False) or an output object (True).
+            attention_kwargs: what diffusers' pipelines pass on; without effect.
+            return_dict: whether to return what diffusers' transformers do, a tuple (False) or an output object (True).
 
         Returns:
             [B, out_channels, F, H, W] flow of the noisy part.
         """
-        if attention_kwargs:
-            raise ConfigError(f"attention_kwargs: none are known, got {', '.join(attention_kwargs)}")
         frames, height, width = hidden_states.shape[2:]
         x, timestep = hidden_states, self._grouped(timestep, frames)
         clean_frames = 0
@@ -403,8 +291,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         rotary = attention.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
-        text = None if text_keys_values else self.condition_embedder.text_embedder(encoder_hidden_states)
-        tokens = self._run_blocks(tokens, modulation, text, rotary, attention, text_keys_values)
+        texts: list = text_keys_values or self._same_text(encoder_hidden_states)
+        tokens = self._run_blocks(tokens, modulation, texts, rotary, attention)
 
         if clean_frames:
             tokens = tokens[:, clean_frames * rows * cols :]
@@ -412,30 +300,28 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
-        flow = self._to_flow(out, hidden_states, sigma)
-        if return_dict is None:
-            return flow
-        return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+        return _as_output(self._to_flow(out, hidden_states, sigma), return_dict)
+
+    def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
+        """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
+        checkpointing expect its weights."""
+        return [self.condition_embedder.text_embedder(encoder_hidden_states)] * len(self.blocks)
 
     def _run_blocks(
-        self, tokens: Tensor, modulation: Tensor, text: Tensor | None, rotary: Rotary, attention: AttentionPolicy,
-        kept: TextKeysValues | None,
-    ) -> Tensor:  # fmt: skip
+        self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
+    ) -> Tensor:
         """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
-        order = attention.order
+        order = attention.token_order(tokens.device)
         if order is not None:
             if modulation.shape[1] > 1:
                 raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
-            order = order.to(tokens.device)
-            tokens, rotary = tokens[:, order], rotary.permute(order)
-        for layer, block in enumerate(self.blocks):
+            tokens = tokens[:, order.order]
+        for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                tokens = checkpoint(
-                    block, tokens, modulation, text, rotary, attention, layer, kept, use_reentrant=False
-                )
+                tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
-                tokens = block(tokens, modulation, text, rotary, attention, layer, kept)
-        return tokens if order is None else tokens[:, order.argsort()]
+                tokens = block(tokens, modulation, text, rotary, attention, layer)
+        return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
     def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
@@ -457,7 +343,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
 
     def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
-        std = torch.tensor(self.config.latent_std, dtype=sigma.dtype, device=sigma.device)[:, None, None, None]
+        std = constant_tensor(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
         return std, ((1 - sigma) * std) ** 2 + sigma**2
 
     def _scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:

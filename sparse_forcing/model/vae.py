@@ -33,9 +33,13 @@ class VideoAutoencoder(Protocol):
     first_frame_alone: bool
     latent_channels: int
 
-    def encode(self, pixels: Tensor) -> Tensor: ...
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Latents [B, C, f, h, w] of pixels [B, 3, F, H, W] in [-1, 1]."""
+        ...
 
-    def decode(self, latents: Tensor) -> Tensor: ...
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels [B, 3, F, H, W] of latents [B, C, f, h, w]."""
+        ...
 
     def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
         """Decode latent chunks as they come; the concatenation equals `decode` of the whole video."""
@@ -63,7 +67,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         self.latent_channels = latent_channels
         patch = 3 * temporal_stride * spatial_stride**2
         if not 0 < latent_channels <= patch:
-            raise ConfigError(f"latent_channels: a patch has {patch} numbers, cannot keep {latent_channels}")
+            raise ConfigError(f"latent_channels: must be at most the {patch} numbers of a patch, got {latent_channels}")
         self.register_buffer("mean", torch.zeros(patch))
         self.register_buffer("basis", torch.eye(patch)[:latent_channels])
         self.register_buffer("scale", torch.ones(latent_channels))

@@ -1,232 +1,308 @@
-"""Original Wan 2.1 and Self-Forcing checkpoints -> diffusers keys, exactly and strictly.
+"""Checkpoints that others published -> a model folder that generates at once, checked bit by bit once it is written.
 
-The two vocabularies name the same tensors (the norm before cross-attention is `norm3` in Wan and `norm2` in
-diffusers). Self-Forcing wraps them in a dict (`generator_ema`, `generator`, `critic`) and prefixes every key with what
-its training wrappers left behind.
+A source is a weight file, a folder of shards, the folder of an original Wan, or a model folder. What it lacks (text
+encoder, tokenizer, autoencoder) comes from `base`, in diffusers' layout or Wan's own.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+from sparse_forcing.config import constructor_settings
+from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.files import TEMPORARY_PREFIX, PathLike, atomic_write_json
+from sparse_forcing.model_folder.adapters import Adapter, merge, read_adapters, write_adapters
+from sparse_forcing.model_folder.defaults import PipelineConfig
+from sparse_forcing.model_folder.folder import link_part, read_defaults
+from sparse_forcing.model_folder.keys import (
+    HEAD_DIM,
+    SELF_FORCING_PARTS,
+    chosen_part,
+    parts_of,
+    select_state,
+    to_diffusers,
+)
+from sparse_forcing.model_folder.originals import (
+    BUILDERS,
+    build_part,
+    build_transformer,
+    part_of,
+    read_states,
+    weight_files,
+)
+from sparse_forcing.model_folder.presets import PRESETS, preset, wan_size
+from sparse_forcing.model_folder.recognise import CAUSAL, PIPELINE_FILE, PLAIN, TRANSFORMER, check_supported, read_table
+from sparse_forcing.model_folder.self_forcing_config import InferenceSettings, read_inference_settings
+from sparse_forcing.model_folder.written import check_written
+from sparse_forcing.weights.safe_load import load_weights
 
-from sparse_forcing.errors import WeightsError
-from sparse_forcing.files import PathLike
-from sparse_forcing.weights.parts import explained
-from sparse_forcing.weights.safe_load import check_state_dict, load_weights, not_finite
-
-TOP_LEVEL = {
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-}
-"""Outside the blocks: modules, whose `.weight` and `.bias` follow, and the head's modulation table."""
-
-BLOCK = {
-    "modulation": "scale_shift_table",
-    "norm3": "norm2",
-    "ffn.0": "ffn.net.0.proj",
-    "ffn.2": "ffn.net.2",
-    **{
-        f"{wan}.{old}": f"{diffusers}.{new}"
-        for wan, diffusers in (("self_attn", "attn1"), ("cross_attn", "attn2"))
-        for old, new in (
-            ("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"), ("norm_q", "norm_q"), ("norm_k", "norm_k"),
-        )
-    },
-}  # fmt: skip
-"""The same inside `blocks.N.`."""
-
-_TABLES = ("modulation", "scale_shift_table")
-
-WRAPPERS = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.")
-PREFERRED = ("generator_ema", "generator", "model", "state_dict")
-HEAD_DIM = 128
-WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
+PARTS = ("transformer", "text_encoder", "tokenizer", "vae")
+_ORIGINAL = {"text_encoder": "models_t5*.pth", "vae": "*VAE*.pth"}
+_TOKENIZER = "google/umt5-xxl"  # where it lies in the folder of an original Wan
 
 
-def strip_wrappers(key: str) -> str:
-    """The key without what FSDP, checkpointing, compilation and Self-Forcing's wrapper put in front of names."""
-    for wrapper in WRAPPERS:
-        key = key.replace(wrapper, "")
-    return key.removeprefix("model.")
+@dataclass(frozen=True, kw_only=True)
+class ConvertOptions:
+    """which: part of the checkpoint; head_dim: None to take it from a config, or else Wan's; base: model folder that
+    fills in what the source lacks; preset, config: how the model samples, by name or by Self-Forcing's YAML; lora: an
+    adapter file, merged unless `keep_lora`."""
+
+    which: str | None = None
+    head_dim: int | None = None
+    base: Path | None = None
+    preset: str | None = None
+    config: Path | None = None
+    lora: Path | None = None
+    lora_scale: float | None = None
+    keep_lora: bool = False
+
+    def __post_init__(self) -> None:
+        if self.preset is not None and self.config is not None:
+            raise ConfigError("give --preset or --config, not both: each says how the model samples")
+        if self.lora is None and (self.keep_lora or self.lora_scale is not None):
+            raise ConfigError("--keep-lora and --lora-scale have no effect without --lora")
+        if self.preset is not None:
+            preset(self.preset)
 
 
-def _rename(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
-    """Modules are renamed by table; a modulation table is a parameter of its own, listed like a module."""
-    in_block = re.fullmatch(r"(blocks\.\d+\.)(.+)", key)
-    prefix, rest = in_block.groups() if in_block else ("", key)
-    table = block if in_block else top
-    if rest in table:
-        return prefix + table[rest] if rest.rpartition(".")[2] in _TABLES else None
-    module, _, parameter = rest.rpartition(".")
-    if module.rpartition(".")[2] in _TABLES or module not in table or parameter not in ("weight", "bias"):
-        return None
-    return f"{prefix}{table[module]}.{parameter}"
+@dataclass
+class Converted:
+    """tensors: how many were compared; preset: how the model samples, None without a
+    transformer; remarks: what of the source is not used, and what is still missing."""
+
+    tensors: int = 0
+    preset: str | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
-def wan_to_diffusers_key(key: str) -> str | None:
-    """diffusers' name of a Wan parameter (wrappers stripped), None for a name that Wan does not have."""
-    return _rename(key, TOP_LEVEL, BLOCK)
+@dataclass
+class _Plan:
+    """What will be written: parts made here, parts of other folders to link, adapters to keep, defaults."""
+
+    built: dict[str, Any] = field(default_factory=dict)
+    linked: dict[str, Path] = field(default_factory=dict)
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    defaults: PipelineConfig | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
-def diffusers_to_wan_key(key: str) -> str | None:
-    """Wan's name of a diffusers parameter, None for a name that Wan does not have."""
-    top, block = ({new: old for old, new in table.items()} for table in (TOP_LEVEL, BLOCK))
-    return _rename(key, top, block)
-
-
-def to_diffusers(state: Mapping[str, Tensor], *, source: str = "weights") -> dict[str, Tensor]:
-    """Rename a whole Wan or Self-Forcing state dict; one that has diffusers keys already only loses its wrappers.
+def convert(source: Path, target: Path, options: ConvertOptions) -> Converted:
+    """Write `target`, a model folder, from a checkpoint. Everything is checked before anything is written, and written
+    under a temporary name first: a failure leaves nothing behind. The manifest is the caller's to write.
 
     Raises:
-        WeightsError: names of neither vocabulary, or two names that become one.
+        WeightsError: damaged, hostile or foreign files, tensors or parts that do not fit, the first few named.
+        ConfigError: settings that contradict each other or the file.
     """
-    stripped = [(strip_wrappers(key), tensor) for key, tensor in state.items()]
-    if any(key.startswith(("condition_embedder.", "blocks.0.attn1.")) for key, _ in stripped):
-        renamed: list[tuple[str, str | None, Tensor]] = [(key, key, tensor) for key, tensor in stripped]
+    yaml = read_inference_settings(options.config) if options.config is not None else None
+    plan = _Plan(remarks=list(yaml.remarks) if yaml else [])
+    if (base := options.base) is not None:
+        _check_base(base)
+    if (source / TRANSFORMER).is_file():
+        check_supported(source)
+        base, weights = base or source, source / "transformer"
     else:
-        renamed = [(key, wan_to_diffusers_key(key), tensor) for key, tensor in stripped]
-    unknown = [key for key, new, _ in renamed if new is None]
-    if unknown:
-        raise WeightsError(f"{source}: not Wan 2.1 text-to-video weights; {_listed('unknown', unknown)}")
-    out = {new: tensor for _, new, tensor in renamed if new is not None}
-    if len(out) != len(renamed):
-        raise WeightsError(f"{source}: several tensors have the same name once prefixes are removed")
-    return out
+        weights = source
+        if source.is_dir() and _is_original(source):
+            base = base or source
+    _read_source(source, weights, options, yaml, plan)
+    if base is not None:
+        _fill_in(base, plan)
+    _check_parts_fit(target, plan)
+    missing = [name for name in PARTS if name not in plan.built and name not in plan.linked]
+    if missing:
+        plan.remarks.append(f"{target}: still lacks {', '.join(missing)}; --base FOLDER fills in what a folder has")
+    return _write(target, plan)
 
 
-def to_wan(state: Mapping[str, Tensor], *, source: str = "weights") -> dict[str, Tensor]:
-    """Rename a diffusers state dict to Wan's keys. Raises WeightsError on names Wan does not have."""
-    renamed = {key: diffusers_to_wan_key(key) for key in state}
-    unknown = [key for key, new in renamed.items() if new is None]
-    if unknown:
-        raise WeightsError(f"{source}: cannot be written as Wan weights; {_listed('unknown', unknown)}")
-    return {str(renamed[key]): tensor for key, tensor in state.items()}
+def _read_source(
+    source: Path, weights: Path, options: ConvertOptions, yaml: InferenceSettings | None, plan: _Plan
+) -> None:
+    """Build what the source's own files hold."""
+    if weights.is_dir() and (weights / "high_noise_model").is_dir():
+        raise WeightsError(f"{source}: this is Wan 2.2 A14B, which has two experts; only Wan 2.1 runs here")
+    contents = {path: load_weights(path) for path in weight_files(weights)}
+    first = next(iter(contents.values()))
+    which = options.which or _yaml_part(yaml, first)
+    state = read_states(source, contents, which)
+    if (name := part_of(state)) in BUILDERS:
+        if options.lora or options.preset or options.config:
+            raise ConfigError(f"{source}: holds a {name} alone; --lora, --preset and --config are for transformers")
+        plan.built[name] = BUILDERS[name](state, source)
+        return
+    config = _config_beside(weights)
+    if config.get("model_type", "t2v") != "t2v":
+        raise WeightsError(f"{source}: this is Wan for {config['model_type']!s:.20}; only text-to-video Wan runs here")
+    plan.remarks += _left_out(source, first, which)
+    plan.defaults = _defaults(source, weights, options, yaml, first, state, config)
+    if options.lora is not None:
+        state = to_diffusers(state, source=str(source))
+        scale = options.lora_scale or (yaml.lora_scale if yaml else None) or 1.0
+        adapters, remarks = read_adapters(options.lora, scale)
+        plan.remarks += remarks if scale == 1.0 else []
+        merged = merge(state, adapters, options.lora)
+        state, plan.adapters = (state, adapters) if options.keep_lora else (merged, {})
+    settings = None if options.head_dim else _settings(config, plan)
+    head_dim = options.head_dim or _head_dim(config) or _head_dim(_base_config(options.base)) or HEAD_DIM
+    model = build_transformer(state, source, head_dim=head_dim, config=settings)
+    if plan.defaults.chunk_frames:
+        model.register_to_config(chunk_frames=plan.defaults.chunk_frames)
+    plan.built["transformer"] = model
 
 
-def _listed(label: str, names: list[str], show: int = 5) -> str:
-    more = f" and {len(names) - show} more" if len(names) > show else ""
-    return f"{label}: {', '.join(names[:show])}{more}"
+def _yaml_part(yaml: InferenceSettings | None, content: Any) -> str | None:
+    return yaml.part if yaml is not None and yaml.part in parts_of(content) else None
 
 
-def select_state(content: Any, which: str | None = None, *, source: str = "weights") -> dict[str, Tensor]:
-    """The state dict inside a checkpoint: `which` of its dicts, by default the averaged generator, then the generator.
-
-    Raises:
-        WeightsError: nothing of that name, or no tensors.
-    """
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{source}: holds no table of tensors")
-    parts = [str(name) for name, value in content.items() if isinstance(value, Mapping)]
-    if parts:
-        chosen = which or next((name for name in PREFERRED if name in parts), parts[0])
-        if chosen not in parts:
-            raise WeightsError(f"{source}: has no part {chosen!r}; it has {', '.join(parts)}")
-        content = content[chosen]
-    elif which is not None:
-        raise WeightsError(f"{source}: is a single state dict, it has no part {which!r}")
-    strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
-    if strange:
-        raise WeightsError(f"{source}: {_listed('not tensors', strange)}")
-    return dict(content)
+def _left_out(source: Path, content: Any, which: str | None) -> list[str]:
+    """What a checkpoint holds beside the state dict that is taken."""
+    chosen = chosen_part(content, which)
+    others = [str(name) for name in content if str(name) != chosen] if chosen is not None else []
+    return [f"{source}: {chosen} is taken, left out are {', '.join(others)} (see --part)"] if others else []
 
 
-def infer_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM, source: str = "weights") -> dict[str, Any]:
-    """Transformer config from the shapes of a diffusers state dict. Raises WeightsError when they make no model."""
+def _defaults(
+    source: Path, weights: Path, options: ConvertOptions, yaml: InferenceSettings | None, content: Any,
+    state: Mapping[str, Any], config: Mapping[str, Any],
+) -> PipelineConfig:  # fmt: skip
+    """How the model samples: as asked for, as its folder says, or as its family does by the names in the file."""
+    if yaml is not None:
+        return yaml.defaults
+    if options.preset is not None:
+        return preset(options.preset)
+    if weights != source:
+        return read_defaults(source)
+    layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    keys = select_state(content, options.which).keys()
+    wrapped = chosen_part(content, options.which) in SELF_FORCING_PARTS
+    wrapped = wrapped or any(key.startswith("model.") and not key.startswith("model.diffusion_model.") for key in keys)
+    if options.lora is not None and wrapped:
+        return PRESETS["longlive"]
+    if wrapped or config.get("_class_name") in (CAUSAL, "CausalWanModel"):
+        return PRESETS["self-forcing"]
+    return PRESETS[wan_size(layers)]
+
+
+def _config_beside(weights: Path) -> dict[str, Any]:
+    """config.json in the folder of some weights, if it is one of a Wan transformer."""
+    config = read_table((weights if weights.is_dir() else weights.parent) / "config.json")
+    return config if config.get("_class_name") in (PLAIN, CAUSAL, "WanModel", "CausalWanModel") else {}
+
+
+def _base_config(base: Path | None) -> dict[str, Any]:
+    return {} if base is None else _config_beside(base / "transformer") or _config_beside(base)
+
+
+def _settings(config: Mapping[str, Any], plan: _Plan) -> dict[str, Any] | None:
+    """Constructor settings of a transformer from diffusers' config; None where there is none and shapes must tell."""
+    if config.get("_class_name") not in (PLAIN, CAUSAL):
+        return None
+    from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+
+    with_known = CausalWanTransformer3DModel.extract_init_dict(dict(config))[0]
+    settings = {name: value for name, value in constructor_settings(config).items() if name in with_known}
+    if unused := sorted(constructor_settings(config).keys() - settings.keys()):
+        plan.remarks.append(f"config.json: not used: {', '.join(unused)}")
+    return settings
+
+
+def _head_dim(config: Mapping[str, Any]) -> int | None:
+    if config.get("attention_head_dim"):
+        return int(config["attention_head_dim"])
+    if config.get("dim") and config.get("num_heads"):
+        return int(config["dim"]) // int(config["num_heads"])
+    return None
+
+
+def _is_original(folder: Path) -> bool:
+    return any(next(folder.glob(pattern), None) for pattern in _ORIGINAL.values())
+
+
+def _offers(base: Path) -> dict[str, Path]:
+    """What a folder has of a model, by part: folders to link (diffusers' layout) or files to convert (Wan's own)."""
+    offers = {name: base / name for name in PARTS if (base / name).is_dir()}
+    if _is_original(base):
+        for name, pattern in _ORIGINAL.items():
+            if name not in offers and (path := next(base.glob(pattern), None)) is not None:
+                offers[name] = path
+        if "tokenizer" not in offers and (base / _TOKENIZER).is_dir():
+            offers["tokenizer"] = base / _TOKENIZER
+    return offers
+
+
+def _check_base(base: Path) -> None:
+    """Raise WeightsError when a folder cannot fill in what a transformer lacks."""
+    if not base.is_dir():
+        raise WeightsError(f"{base}: no such model folder to take text encoder, tokenizer and autoencoder from")
+    if lacking := [name for name in PARTS[1:] if name not in _offers(base)]:
+        raise WeightsError(f"{base}: has no {' and no '.join(lacking)} to take; give the folder of a complete Wan 2.1")
+    if (base / TRANSFORMER).is_file() and read_defaults(base).vae != "wan":
+        raise WeightsError(f"{base}: its autoencoder is not Wan's; give the folder of a complete Wan 2.1")
+
+
+def _fill_in(base: Path, plan: _Plan) -> None:
+    """Take what is missing from another folder."""
+    for name, path in _offers(base).items():
+        if name in plan.built:
+            continue
+        if path.is_dir():
+            plan.linked[name] = path
+            continue
+        found, plan.built[name] = build_part(path)
+        if found != name:
+            raise WeightsError(f"{path}: holds a {found}, not a {name}")
+    if "transformer" in plan.linked:
+        plan.defaults = read_defaults(base)
+
+
+def _check_parts_fit(target: Path, plan: _Plan) -> None:
+    """Raise WeightsError when numbers that parts must share differ."""
+
+    def number(part: str, name: str) -> Any:
+        if part in plan.built:
+            return getattr(plan.built[part].config, name)
+        return read_table(plan.linked[part] / "config.json").get(name) if part in plan.linked else None
+
+    for (one, name), (two, other) in (
+        (("transformer", "text_dim"), ("text_encoder", "d_model")), (("transformer", "in_channels"), ("vae", "z_dim")),
+    ):  # fmt: skip
+        left, right = number(one, name), number(two, other)
+        if left is not None and right is not None and left != right:
+            raise WeightsError(f"{target}: parts do not fit together: {one} has {name} {left}, {two} {other} {right}")
+
+
+def _write(target: Path, plan: _Plan) -> Converted:
+    done = Converted(remarks=plan.remarks)
+    temporary = target / f"{TEMPORARY_PREFIX}{os.getpid()}-convert"
     try:
-        dim, channels, *patch = state["patch_embedding.weight"].shape
-        layers = 1 + max(int(key.split(".")[1]) for key in state if key.startswith("blocks."))
-        config = {
-            "patch_size": tuple(patch),
-            "num_attention_heads": dim // head_dim,
-            "attention_head_dim": head_dim,
-            "in_channels": channels,
-            "out_channels": state["proj_out.weight"].shape[0] // (patch[0] * patch[1] * patch[2]),
-            "text_dim": state["condition_embedder.text_embedder.linear_1.weight"].shape[1],
-            "freq_dim": state["condition_embedder.time_embedder.linear_1.weight"].shape[1],
-            "ffn_dim": state["blocks.0.ffn.net.0.proj.weight"].shape[0],
-            "num_layers": layers,
-            "cross_attn_norm": "blocks.0.norm2.weight" in state,
-        }
-    except (KeyError, ValueError, IndexError) as error:
-        raise WeightsError(f"{source}: does not fit the model; missing or misshapen: {error}") from error
-    if dim % head_dim:
-        raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give --head-dim")
-    return config
+        for name, module in plan.built.items():
+            module.save_pretrained(temporary / name)
+            done.tensors += check_written(temporary / name, module.state_dict())
+        for name, folder in plan.linked.items():
+            link_part(folder, temporary / name)
+        if plan.adapters:
+            write_adapters(temporary, plan.adapters)
+        if plan.defaults is not None:
+            done.preset = plan.defaults.preset
+            atomic_write_json(temporary / PIPELINE_FILE, asdict(plan.defaults))
+        for path in sorted(temporary.iterdir()):
+            path.rename(target / path.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return done
 
 
 def load_transformer(source: PathLike, which: str | None = None, *, head_dim: int = HEAD_DIM) -> Any:
-    """A CausalWanTransformer3DModel with the weights of an original checkpoint (file, or folder of shards).
+    """A CausalWanTransformer3DModel with the weights of a checkpoint (file, or folder of shards). Raises WeightsError.
 
     Args:
         which: part of the checkpoint (`generator_ema`, `generator`, `critic`); chosen as in `select_state` when None.
         head_dim: numbers in an attention head, which weights do not tell (128 in every released Wan).
-
-    Raises:
-        WeightsError: damaged or hostile file, or tensors that do not fit, the first few named.
     """
-    from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-
-    state: dict[str, Tensor] = {}
-    for path in _weight_files(Path(source)):
-        part = to_diffusers(select_state(load_weights(path), which, source=str(path)), source=str(path))
-        if state.keys() & part.keys():
-            raise WeightsError(
-                f"{path}: repeats tensors of another file, {sorted(state.keys() & part.keys())[0]} first"
-            )
-        state.update(part)
-    config = infer_config(state, head_dim=head_dim, source=str(source))
-    with torch.device("meta"), explained(source, f"makes no model with head dimension {head_dim}"):
-        model = CausalWanTransformer3DModel(**config)
-    check_state_dict(model.state_dict(), state, source=str(source))
-    if bad := not_finite(state):
-        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint is of no use")
-    model.load_state_dict(state, assign=True)
-    return model
-
-
-def _weight_files(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
-        return
-    files = sorted(path for path in source.glob("*") if path.suffix.lower() in WEIGHT_SUFFIXES)
-    # A folder that has both holds the same weights twice; safetensors cannot carry code.
-    safe = [path for path in files if path.suffix.lower() == ".safetensors"]
-    files = safe or files
-    if not files:
-        raise WeightsError(f"{source}: no weight file ({', '.join(WEIGHT_SUFFIXES)}) in this folder")
-    yield from files
-
-
-def convert_checkpoint(
-    src: PathLike, dst: PathLike, *, which: str | None = None, head_dim: int = HEAD_DIM, max_shard_size: str = "10GB"
-) -> Path:
-    """Write `dst/transformer`, a diffusers folder, from an original Wan or Self-Forcing checkpoint.
-
-    Written under a temporary name first: a failure leaves nothing behind. Returns the folder written.
-
-    Raises:
-        WeightsError: as `load_transformer`.
-    """
-    model = load_transformer(src, which, head_dim=head_dim)
-    target = Path(dst) / "transformer"
-    temporary = target.with_name(f".sf-tmp-{os.getpid()}-transformer")
-    try:
-        model.save_pretrained(temporary, max_shard_size=max_shard_size)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+    contents = {path: load_weights(path) for path in weight_files(Path(source))}
+    return build_transformer(read_states(Path(source), contents, which), source, head_dim=head_dim)

@@ -8,59 +8,36 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import asdict, dataclass, field, replace
+import warnings
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_forcing.config import build_config
-from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import atomic_write_json, is_file, read_json
-from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
-from sparse_forcing.model_folder.hub import fetch_model, is_hub_id
+from sparse_forcing.model_folder.adapters import add_kept_adapters
+from sparse_forcing.model_folder.defaults import PipelineConfig
+from sparse_forcing.model_folder.recognise import (
+    PIPELINE_FILE,
+    check_supported,
+    folder_remarks,
+    recognised_defaults,
+)
+from sparse_forcing.weights.hub import fetch_model, is_hub_id
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part
-from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
+from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, check_safetensors, not_finite
 
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
-PIPELINE_FILE = "pipeline.json"
-MAX_FPS = 1000
+_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineConfig:
-    """Defaults of a model: what `pipe(prompt)` does when nothing else is said.
-
-    Args:
-        fps: pixel frames per second the model was trained at.
-        height, width, num_frames: pixels and pixel frames of a default video.
-        text_encoder, vae: kinds of the parts beside the transformer.
-    """
-
-    fps: float = 16.0
-    height: int = 480
-    width: int = 832
-    num_frames: int = 81
-    negative_prompt: str = ""
-    text_encoder: str = "umt5"
-    vae: str = "wan"
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    memory: MemoryConfig = field(default_factory=MemoryConfig)
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= MAX_FPS:
-            raise ConfigError(f"fps: above 0, at most {MAX_FPS}, got {self.fps}")
-        if min(self.height, self.width, self.num_frames) < 1:
-            raise ConfigError(
-                f"height, width and num_frames: at least 1, got {self.height}, {self.width} and {self.num_frames}"
-            )
 
 
 def find_model(model: str, **hub_options: Any) -> Path:
@@ -68,9 +45,13 @@ def find_model(model: str, **hub_options: Any) -> Path:
     Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
         if any(is_file(folder / name, WeightsError) for name in (PIPELINE_FILE, "transformer/config.json")):
+            if folder.parent != EMBEDDED_MODELS:
+                check_supported(folder)
             return folder
     if is_hub_id(model) and not Path(model).exists():
-        return fetch_model(model, **hub_options)
+        folder = fetch_model(model, **hub_options)
+        check_supported(folder)
+        return folder
     known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     raise WeightsError(
         f"model {model!r}: not an embedded model ({', '.join(known)}), not a folder with {PIPELINE_FILE} "
@@ -79,12 +60,12 @@ def find_model(model: str, **hub_options: Any) -> Path:
 
 
 def read_defaults(folder: Path) -> PipelineConfig:
-    """The folder's defaults; a diffusers folder has none and gets Wan's."""
+    """The folder's defaults: its pipeline.json, or else what its scheduler and its transformer's config say."""
     path = folder / PIPELINE_FILE
     config = (
         build_config(PipelineConfig, read_json(path, max_bytes=MAX_CONFIG_BYTES), source=str(path))
         if path.is_file()
-        else PipelineConfig()
+        else recognised_defaults(folder)
     )
     if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
         raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
@@ -92,8 +73,24 @@ def read_defaults(folder: Path) -> PipelineConfig:
 
 
 def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWanTransformer3DModel:
-    """The transformer of a model folder. Raises WeightsError."""
-    return load_part(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
+    """The transformer of a model folder, kept adapters added to its weights; warns of what the folder says and nothing
+    here uses. Raises WeightsError."""
+    model = load_part(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
+    finish_transformer(model, folder)
+    return model
+
+
+def finish_transformer(model: CausalWanTransformer3DModel, folder: Path) -> None:
+    """What is left to do with a transformer that was read from a model folder: check its numbers, add kept adapters,
+    warn of what nothing here uses. Raises WeightsError."""
+    # Attention on a CPU makes zeros of queries that are NaN: no video would tell.
+    if bad := not_finite(model.state_dict()):
+        raise WeightsError(
+            f"{folder / 'transformer'}: tensor {bad} holds NaN or infinite numbers; the weights are of no use"
+        )
+    add_kept_adapters(model, folder)
+    for remark in folder_remarks(folder):
+        warnings.warn(remark, stacklevel=2)
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> TextEncoder:
@@ -112,6 +109,20 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> VideoAut
     return WanAutoencoder.from_pretrained(folder / "vae", torch_dtype=dtype)
 
 
+def usual_dtype(folder: Path, device: str) -> torch.dtype:
+    """What a model's weights are computed in unless somebody says otherwise: bfloat16 on a GPU, as they are stored on a
+    CPU; the embedded models in float32, in which they were trained. Raises WeightsError."""
+    if read_defaults(folder).vae in EMBEDDED_AUTOENCODERS:
+        return torch.float32
+    if torch.device(device).type != "cpu":
+        return torch.bfloat16
+    for path in sorted((folder / "transformer").glob("*.safetensors")):
+        kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in _STORED]
+        if kinds:
+            return _STORED[max(set(kinds), key=kinds.count)]
+    return torch.float32
+
+
 def write_pipeline(
     folder: Path, transformer: CausalWanTransformer3DModel, config: PipelineConfig, parts: list[Path]
 ) -> None:
@@ -119,7 +130,7 @@ def write_pipeline(
     system can (text encoders are large), copied elsewhere."""
     transformer.save_pretrained(folder / "transformer")
     for part in parts:
-        shutil.copytree(part, folder / part.name, copy_function=_link_or_copy, dirs_exist_ok=True)
+        link_part(part, folder / part.name)
     atomic_write_json(folder / PIPELINE_FILE, asdict(config))
     write_manifest(folder)
 
@@ -148,8 +159,14 @@ def kind_of(vae: VideoAutoencoder) -> str:
     return next(name for name, kind in EMBEDDED_AUTOENCODERS.items() if isinstance(vae, kind))
 
 
+def link_part(source: Path, target: Path) -> None:
+    """Put a part of another model into this one: linked where the file system can, copied elsewhere."""
+    shutil.copytree(source, target, copy_function=_link_or_copy, dirs_exist_ok=True)
+
+
 def _link_or_copy(source: str, target: str) -> str:
     Path(target).unlink(missing_ok=True)
+    source = os.path.realpath(source)  # download caches hold links, whose targets may be cleared away
     try:
         os.link(source, target)
     except OSError:

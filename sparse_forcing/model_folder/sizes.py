@@ -70,6 +70,8 @@ def model_sizes(name: str) -> ModelSizes:
     try:
         return _of_folder(find_model(name), [])
     except WeightsError:
+        if (Path(name) / "transformer").is_dir():
+            raise
         parts = Path(name).as_posix().lower()
         if known := next((size for size in WAN if f"wan-{size}" in parts), None):
             return _of_wan(known, [f"{name} is not here: counted as Wan 2.1 {known.upper()}"])
@@ -87,13 +89,13 @@ def _of_folder(folder: Path, notes: list[str]) -> ModelSizes:
             text_len = text_config["text_len"]
         else:
             text, text_len = _umt5(text_config), WAN_TEXT_LEN
-        vae = _autoencoder(defaults.vae, _config(folder / "vae"))
+        vae = autoencoder_of(defaults.vae, _config(folder / "vae"))
     return _sizes(transformer, defaults, text, text_len, vae, notes)
 
 
 def _of_wan(size: str, notes: list[str]) -> ModelSizes:
     with torch.device("meta"):
-        return _sizes(WAN[size], PipelineConfig(), _umt5(UMT5_XXL), WAN_TEXT_LEN, _autoencoder("wan", {}), notes)
+        return _sizes(WAN[size], PipelineConfig(), _umt5(UMT5_XXL), WAN_TEXT_LEN, autoencoder_of("wan", {}), notes)
 
 
 def _umt5(config: dict[str, Any]) -> torch.nn.Module:
@@ -102,7 +104,8 @@ def _umt5(config: dict[str, Any]) -> torch.nn.Module:
     return UMT5EncoderModel(UMT5Config(**config))
 
 
-def _autoencoder(kind: str, config: dict[str, Any]) -> Any:
+def autoencoder_of(kind: str, config: dict[str, Any]) -> Any:
+    """The autoencoder of a config; on the device meta where that is the default."""
     if kind in EMBEDDED_AUTOENCODERS:
         return EMBEDDED_AUTOENCODERS[kind](**config)
     from diffusers import AutoencoderKLWan

@@ -1,4 +1,4 @@
-"""The paper's claims against a result of the miniature: met or not, computed from intervals.
+"""The paper's claims against a result of the reproduction: met or not, computed from intervals.
 
 A claim is met when the numbers show it: against the dense student two means differ when their 95 % intervals do not
 overlap, against ablations by the 95 % interval of the paired difference over prompts. A claim whose variants were not
@@ -109,9 +109,13 @@ def _paired_interval(result: Result, horizon: str, measure: str, other: str) -> 
 
 
 def _paired(
-    result: Result, horizon: str, measure: str, other: str, text: str,
+    result: Result,
+    horizon: str,
+    measure: str,
+    other: str,
+    text: str,
     shows: Callable[[float, float], bool] = lambda low, high: low > 0,
-) -> Claim:  # fmt: skip
+) -> Claim:
     text = f"{horizon}x: {text}"
     if not _measured(result, "sparse", other):
         return _missing(text, ["sparse", other])

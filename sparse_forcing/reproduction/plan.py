@@ -67,7 +67,7 @@ class Variant:
     student: str
     memory: dict[str, Any] = field(default_factory=dict)
 
-    def memory_of(self, sparse: MemoryConfig) -> MemoryConfig:
+    def adapt_memory(self, sparse: MemoryConfig) -> MemoryConfig:
         return replace(sparse, **{**STUDENTS[self.student].memory, **self.memory})
 
 
@@ -85,14 +85,14 @@ VARIANTS = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """What to train.
+    """A plan of trainings: the base model, the memory, and the stages that every student goes through.
 
     Args:
         model: the base model, an embedded one's name or a folder.
         memory: the sparse memory; every student's differs from it in one thing.
-        selector_weight: of the learned selector's distillation loss, in every stage that trains one.
-        teacher: makes a bidirectional teacher of the base model; None: the base model, causal, is the teacher.
-        start: prepares the base model for each student's memory; None: students are distilled right away.
+        selector_weight: weight of the learned selector's distillation loss, in every stage that trains one.
+        teacher: stage that makes a bidirectional teacher of the base model; None: the causal base model is the teacher.
+        start: stage that prepares the base model for each student's memory; None: students are distilled right away.
         long: long tuning of every student after its distillation; None for none.
     """
 
@@ -107,7 +107,7 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         if self.memory.kind != "sparse" or self.memory.positions != "relative":
-            raise ConfigError("memory: kind sparse and positions relative are what the variants differ from")
+            raise ConfigError("memory: needs kind sparse and positions relative, which the variants change")
         if self.memory.density == 1 or not self.memory.persistent_blocks:
             raise ConfigError(
                 "memory: density must be below 1 and persistent_blocks not 0, or two ablations change nothing"
@@ -149,6 +149,11 @@ class Training:
         return self.function(self.config, self.folder)
 
 
+def hash_settings(settings: Any) -> str:
+    """Eight hex digits for a file's name that change with any of the settings (plain data)."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def plan_trainings(plan: TrainingPlan, students: Sequence[str], out: Path) -> dict[str, list[Training]]:
     """The runs that lead to each student, in order. Nothing is trained here.
 
@@ -171,7 +176,7 @@ class _Planner:
         self.base_hash = model_hash(base)
         self.horizon = horizon_frames(base)
         for variant in VARIANTS.values():
-            check_memory(base, variant.memory_of(plan.memory))
+            check_memory(base, variant.adapt_memory(plan.memory))
 
     def student(self, name: str, teacher: Path | Training) -> Iterator[Training]:
         """Causal start, distillation and long tuning of one student."""
@@ -189,9 +194,15 @@ class _Planner:
             yield self.training(f"long-{name}", "distill", plan.long, last, teacher=teacher, **settings)
 
     def training(
-        self, name: str, stage: str, settings: StageSettings, model: Path | Training, *,
-        teacher: Path | Training | None = None, **changes: Any,
-    ) -> Training:  # fmt: skip
+        self,
+        name: str,
+        stage: str,
+        settings: StageSettings,
+        model: Path | Training,
+        *,
+        teacher: Path | Training | None = None,
+        **changes: Any,
+    ) -> Training:
         path = CONFIGS / settings.config
         try:
             config, function = load_stage(stage, path, [*settings.set, f"loop.steps={settings.steps}"])
@@ -203,8 +214,7 @@ class _Planner:
         paths = {key: str(parent.model if isinstance(parent, Training) else parent) for key, parent in parents.items()}
         config = replace(config, **paths, **changes, loop=replace(config.loop, seed=self.plan.seed))
         names = {key: p.folder.name if isinstance(p, Training) else self.base_hash for key, p in parents.items()}
-        key = json.dumps({**to_plain(config), **names}, sort_keys=True)
-        folder = self.out / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+        folder = self.out / f"{name}-{hash_settings({**to_plain(config), **names})}"
         trained = tuple(parent for parent in parents.values() if isinstance(parent, Training))
         return Training(folder=folder, parents=trained, config=config, function=function)
 

@@ -1,4 +1,4 @@
-"""Plots of the miniature (accuracy, drift and cache over the horizon) and a sheet of frames for the eye."""
+"""Plots of the reproduction (accuracy, drift and cache over the horizon) and a sheet of frames for the eye."""
 
 from __future__ import annotations
 
@@ -46,9 +46,16 @@ def _draw_intervals(
             means = 100 * np.array([cell["mean"] for cell in cells])
             ends = 100 * np.array([cell["interval"] or (cell["mean"],) * 2 for cell in cells]).T
             ax.errorbar(
-                x, means, yerr=np.abs(ends - means), label=name, color=color(number), marker="o", markersize=3,
-                capsize=2, linewidth=1,
-            )  # fmt: skip
+                x,
+                means,
+                yerr=np.abs(ends - means),
+                label=name,
+                color=color(number),
+                marker="o",
+                markersize=3,
+                capsize=2,
+                linewidth=1,
+            )
         ax.set_xticks(range(len(horizons)), [f"{h}x" for h in horizons])
         ax.set(xlabel="horizon, training lengths", ylabel=label, title=measure)
         ax.grid(alpha=0.3)

@@ -16,9 +16,9 @@ from sparse_forcing.eval.bench.judging import chunks_until
 from sparse_forcing.eval.bench.selector import measure_recall
 from sparse_forcing.files import atomic_write_json, read_json
 from sparse_forcing.reproduction.claims import FULL_CACHE
-from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, plan_trainings
-from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts, digest
-from sparse_forcing.reproduction.tables import write_miniature, write_selector
+from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, hash_settings, plan_trainings
+from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts
+from sparse_forcing.reproduction.tables import write_results, write_selector
 from sparse_forcing.reproduction.tasks import Task, run_tasks
 from sparse_forcing.scenes.held_out import held_out_prompts
 
@@ -63,9 +63,11 @@ class Reproduction:
         self.rollouts = {name: self._rollouts(name) for name in config.variants}
         timed = {name: rollouts.student for name, rollouts in self.rollouts.items() if name in TIMED}
         self.times = DecodingTimes(
-            students=timed, prompts=self.prompts[: config.evaluation.timing_prompts], config=config.evaluation,
+            students=timed,
+            prompts=self.prompts[: config.evaluation.timing_prompts],
+            config=config.evaluation,
             out=self.folder,
-        )  # fmt: skip
+        )
         self.recall = self._recall() if "sparse" in self.rollouts else None
 
     def _rollouts(self, name: str) -> StudentRollouts:
@@ -74,7 +76,7 @@ class Reproduction:
         student = Student(
             model=training.model,
             weights=training.folder.name,
-            memory=VARIANTS[name].memory_of(self.config.training.memory),
+            memory=VARIANTS[name].adapt_memory(self.config.training.memory),
         )
         prompts = self.prompts[: settings.prompts if name in MAIN else settings.ablation_prompts]
         return StudentRollouts(name=name, student=student, prompts=prompts, config=settings, out=self.folder)
@@ -104,9 +106,11 @@ class Reproduction:
             for first in rollouts.batches:
                 path = rollouts.path(first)
                 yield Task(
-                    name=f"{rollouts.folder.name}-{path.stem}", done=path.is_file, ready=trained,
+                    name=f"{rollouts.folder.name}-{path.stem}",
+                    done=path.is_file,
+                    ready=trained,
                     run=partial(rollouts.judge, first),
-                )  # fmt: skip
+                )
         if len(self.times.students) > 1:
             yield Task(name="timing", done=self.times.path.is_file, ready=self.trained, run=self.times.measure)
         if self.recall is not None:
@@ -131,7 +135,7 @@ class Reproduction:
             "recall": read_json(self.recall.path)["recall"] if self.recall else None,
         }
         shown = self.prompts[: self.config.evaluation.sheet_prompts]
-        write_miniature(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
+        write_results(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
         if self.recall:
             write_selector(read_json(self.recall.path), selector_results)
         print((results / "miniature.md").read_text(), end="")
@@ -149,7 +153,7 @@ class SelectorRecall:
 
     @cached_property
     def path(self) -> Path:
-        return self.out / f"recall-{digest(self.student.described(), self.prompts, self.seed)}.json"
+        return self.out / f"recall-{hash_settings([self.student.describe(), self.prompts, self.seed])}.json"
 
     def measure(self) -> int:
         pipe = self.student.load(self.device)

@@ -6,8 +6,6 @@ numbers depend on, so nothing measured under other settings is taken for an answ
 
 from __future__ import annotations
 
-import hashlib
-import json
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -26,22 +24,24 @@ from sparse_forcing.eval.bench.judging import JudgedBatch, RolloutSettings, judg
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json
 from sparse_forcing.media.images import read_image
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.reproduction.plan import hash_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What every student is judged on.
+    """Settings of the evaluation that every student gets.
 
     Args:
         prompts: held-out prompts; ablation_prompts: the first of them, for the variants that are ablations.
         batch_size: rollouts generated together.
         horizons: multiples of the training horizon.
         timing_prompts: prompts whose rollouts are timed, several students in turns.
-        recall_prompts: of the selector's recall.
+        recall_prompts: prompts of the selector's recall.
         sheet_prompts: the first prompts, whose frames are kept to look at.
         device: "auto" is the GPU where there is one.
-        timing_device: where rollouts are timed. At this size a GPU waits for its host and would not show what differs.
+        timing_device: device on which rollouts are timed. At this size a GPU waits for its host and would not show
+            what differs.
     """
 
     prompts: int = 200
@@ -67,8 +67,9 @@ class EvaluationConfig:
                 raise ConfigError(f"{name}: {getattr(self, name)} is more than prompts, {self.prompts}")
         self.rollouts()  # checks the horizons
         if min(self.horizons) != 1:
-            raise ConfigError(f"horizons: 1 (the training horizon) is what the others are compared with, got "
-                              f"{list(self.horizons)}")  # fmt: skip
+            raise ConfigError(
+                f"horizons: needs 1, the training horizon that others are compared with, got {list(self.horizons)}"
+            )
 
     def rollouts(self) -> RolloutSettings:
         return RolloutSettings(horizons=self.horizons, seed=self.seed)
@@ -86,13 +87,8 @@ class Student:
         """The model on a device ("auto": the GPU where there is one)."""
         return SparseForcingPipeline.from_pretrained(str(self.model)).to(resolve_device(device, "evaluation:"))
 
-    def described(self) -> list[Any]:
+    def describe(self) -> list[Any]:
         return [self.weights, to_plain(self.memory)]
-
-
-def digest(*parts: Any) -> str:
-    """Eight hex digits that change with any of the parts (plain data)."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +104,7 @@ class StudentRollouts:
     @cached_property
     def folder(self) -> Path:
         settings = to_plain(self.config.rollouts())
-        return self.out / f"{self.name}-{digest(self.student.described(), settings)}"
+        return self.out / f"{self.name}-{hash_settings([self.student.describe(), settings])}"
 
     @property
     def batches(self) -> list[int]:
@@ -120,7 +116,7 @@ class StudentRollouts:
 
     def path(self, first: int) -> Path:
         """Named after its prompts: judging more prompts goes on from the batches that are there."""
-        return self.folder / f"batch-{first:05d}-{digest(self.batch(first))}.json"
+        return self.folder / f"batch-{first:05d}-{hash_settings([self.batch(first)])}.json"
 
     def judge(self, first: int) -> int:
         """Roll out and judge a batch; its file appears last."""
@@ -174,7 +170,7 @@ def read_frames(folder: Path, number: int, prompt: str) -> np.ndarray:
 
 def _frames_path(folder: Path, number: int, prompt: str) -> Path:
     """Named after the prompt, as batches are: frames of other prompts in the same folder are not taken for its own."""
-    return folder / f"frames-{number:03d}-{digest(prompt)}.png"
+    return folder / f"frames-{number:03d}-{hash_settings([prompt])}.png"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,9 +189,9 @@ class DecodingTimes:
 
     @cached_property
     def path(self) -> Path:
-        described = {name: student.described() for name, student in self.students.items()}
+        described = {name: student.describe() for name, student in self.students.items()}
         settings = [to_plain(self.config.rollouts()), self.config.timing_device]
-        return self.out / f"timing-{digest(described, settings, self.prompts)}.json"
+        return self.out / f"timing-{hash_settings([described, settings, self.prompts])}.json"
 
     def measure(self) -> int:
         pipes = {name: s.load(self.config.timing_device) for name, s in self.students.items()}

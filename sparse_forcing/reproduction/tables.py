@@ -1,4 +1,4 @@
-"""The miniature's results as files: everything as JSON, one table, a line for each claim of the paper, the selector."""
+"""The reproduction's results as files: JSON of everything, a table, a line for each claim, the selector."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ COMMAND = "make reproduce"
 ROLLOUT_COLUMNS = ("attributes", "all")
 
 
-def write_miniature(result: Mapping[str, Any], folders: Mapping[str, Path], prompts: list[str], out: Path) -> None:
-    """miniature.json, miniature.md, plots and the contact sheet.
+def write_results(result: Mapping[str, Any], folders: Mapping[str, Path], prompts: list[str], out: Path) -> None:
+    """Write the results of a reproduction: miniature.json, miniature.md, plots and the contact sheet.
 
     Args:
-        result: `settings`, `variants` (without their folders), `timing`, `recall`; folders: of each variant's frames.
+        result: `settings`, `variants` (without their folders), `timing`, `recall`.
+        folders: folder of each variant's frames.
         prompts: those whose frames were kept.
     """
     claims = check_claims(result)
@@ -57,11 +58,21 @@ def _rollout_table(result: Mapping[str, Any]) -> Iterator[str]:
     for name, row in result["variants"].items():
         for horizon, cell in row["horizons"].items():
             accuracy = cell["accuracy"]
-            yield "| " + " | ".join([
-                name, f"{horizon}x", str(row["prompts"]), *(_percent(accuracy[a]["mean"]) for a in single),
-                *(_with_interval(accuracy[a]) for a in ROLLOUT_COLUMNS), _with_interval(cell["drift"]["mean"], 2),
-                f"{cell['cache_bytes_peak'] / 1024:.0f}",
-            ]) + " |"  # fmt: skip
+            yield (
+                "| "
+                + " | ".join(
+                    [
+                        name,
+                        f"{horizon}x",
+                        str(row["prompts"]),
+                        *(_percent(accuracy[a]["mean"]) for a in single),
+                        *(_with_interval(accuracy[a]) for a in ROLLOUT_COLUMNS),
+                        _with_interval(cell["drift"]["mean"], 2),
+                        f"{cell['cache_bytes_peak'] / 1024:.0f}",
+                    ]
+                )
+                + " |"
+            )
 
 
 def _speed_lines(result: Mapping[str, Any]) -> Iterator[str]:

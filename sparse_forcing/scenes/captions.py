@@ -305,7 +305,7 @@ def _take_phrases(words: list[str], names: dict[str, str]) -> tuple[list[str], l
 
 
 def _quote(text: str) -> str:
-    """On one line and short, for error messages."""
+    """Text on one line and short, for error messages."""
     return repr(text if len(text) <= 80 else text[:77] + "...")
 
 

@@ -119,9 +119,14 @@ class SceneBatch:
 
 
 def sample_scenes(
-    batch: int, generator: torch.Generator, *, two_object_fraction: float = 0.0, split: str = "train",
-    motion_weights: Mapping[str, float] | None = None, shape_weights: Mapping[str, float] | None = None,
-) -> SceneBatch:  # fmt: skip
+    batch: int,
+    generator: torch.Generator,
+    *,
+    two_object_fraction: float = 0.0,
+    split: str = "train",
+    motion_weights: Mapping[str, float] | None = None,
+    shape_weights: Mapping[str, float] | None = None,
+) -> SceneBatch:
     """Draw ``batch`` scenes on the generator's device.
 
     ``two_object_fraction`` is each scene's probability of holding two objects of different colours in lanes of

@@ -112,7 +112,12 @@ def test_convert_refuses_a_folder_in_use_and_writes_hashes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = types.ModuleType("sparse_forcing.model_folder.convert")
-    fake.convert_checkpoint = lambda source, target, **options: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
+
+    def convert(source: Path, target: Path, options: dict) -> types.SimpleNamespace:
+        (target / "config.json").write_text("{}")
+        return types.SimpleNamespace(tensors=1, preset=None, remarks=[])
+
+    fake.convert, fake.ConvertOptions = convert, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparse_forcing.model_folder.convert", fake)
     (tmp_path / "w.pt").write_bytes(b"x")
     assert main(["convert", str(tmp_path / "w.pt"), str(tmp_path / "out"), "--json"]) == 0

@@ -35,16 +35,29 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("model")
     transformer = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=16, in_channels=8, out_channels=8, text_dim=16,
-        ffn_dim=32, num_layers=2, chunk_frames=2, horizon_frames=8,
-    )  # fmt: skip
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=8,
+        out_channels=8,
+        text_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        chunk_frames=2,
+        horizon_frames=8,
+    )
     for parameter in transformer.parameters():  # as initialised, its output is zero whatever it sees
         torch.nn.init.normal_(parameter, std=0.3)
     config = PipelineConfig(
-        fps=16.0, height=32, width=32, num_frames=24, text_encoder="words", vae="patch",
+        fps=16.0,
+        height=32,
+        width=32,
+        num_frames=24,
+        text_encoder="words",
+        vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
         memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, density=0.5),
-    )  # fmt: skip
+    )
     text = WordTextEncoder(["a", "red", "ball"], dim=16, num_heads=2, text_len=4)
     SparseForcingPipeline(transformer, text, PatchAutoencoder(8), config).save_pretrained(folder)
     return folder

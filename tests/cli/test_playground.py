@@ -23,6 +23,8 @@ from sparse_forcing.cli.playground.visitors import Room, View, Visitors, read_fo
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.media.video import read_video
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.sampling import live as live_module
 from sparse_forcing.sampling.live import LivePicture, LiveVideo, Stall
 
@@ -47,7 +49,8 @@ class StubPipeline:
     """Four chunks of equal frames, numbered by their brightness; remembers what it was told."""
 
     fps = FPS
-    defaults = SimpleNamespace(height=8, width=8, num_frames=14, sampler=SimpleNamespace(steps=1, guidance_scale=1.0))
+    config = PipelineConfig(height=8, width=8, num_frames=14, sampler=SamplerConfig(steps=1))
+    geometry = SimpleNamespace(whole_video=False)
     default_memory = MemoryConfig()
 
     def __init__(self, on_chunk: Callable[[int], Any] = lambda index: None) -> None:

@@ -24,8 +24,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 def run_child(code: str, *arguments: object, preexec=None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=60, preexec_fn=preexec,
-    )  # fmt: skip
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=preexec,
+    )
 
 
 def test_write_replaces_whole_file_and_creates_folders(tmp_path: Path) -> None:

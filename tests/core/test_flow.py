@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.model.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma, x0_to_flow
+from sparse_forcing.model.flow import FlowSchedule, add_noise, flow_to_x0, shift_sigma
 
 
 def test_conversions_are_consistent_with_the_path() -> None:
@@ -14,13 +14,12 @@ def test_conversions_are_consistent_with_the_path() -> None:
     for sigma in (torch.tensor([0.1, 0.9], dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64) + 0.05):
         x_t, flow = add_noise(x0, noise, sigma), noise - x0
         torch.testing.assert_close(flow_to_x0(flow, x_t, sigma), x0)
-        torch.testing.assert_close(x0_to_flow(x0, x_t, sigma), flow)
 
 
 def test_low_precision_latents_keep_their_type() -> None:
     x = torch.randn(2, 3, 4, dtype=torch.bfloat16)
     sigma = torch.tensor([0.25, 0.5])
-    assert add_noise(x, x, sigma).dtype == flow_to_x0(x, x, sigma).dtype == x0_to_flow(x, x, sigma).dtype == x.dtype
+    assert add_noise(x, x, sigma).dtype == flow_to_x0(x, x, sigma).dtype == x.dtype
 
 
 def test_published_few_step_lists() -> None:
@@ -43,11 +42,11 @@ def test_shift_keeps_the_ends_and_moves_the_middle_towards_noise() -> None:
 
 
 def test_euler_follows_a_straight_line_to_the_data() -> None:
-    schedule = FlowSchedule(5.0)
+    sigmas = torch.cat([FlowSchedule(5.0).sigmas, torch.zeros(1)]).double()
     x0, noise = torch.randn(1, 4, dtype=torch.float64), torch.randn(1, 4, dtype=torch.float64)
     x = noise
-    for t in schedule.timesteps:
-        x = schedule.euler_step(noise - x0, x, t[None])
+    for step in sigmas.diff():
+        x = x + step * (noise - x0)
     torch.testing.assert_close(x, x0, atol=1e-5, rtol=0)
 
 

@@ -26,9 +26,18 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     transformer = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        freq_dim=8, ffn_dim=8, num_layers=2, chunk_frames=2, horizon_frames=4,
-    )  # fmt: skip
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=8,
+        num_layers=2,
+        chunk_frames=2,
+        horizon_frames=4,
+    )
     text = WordTextEncoder(["a", "ball"], dim=8, num_layers=1, num_heads=2, text_len=4)
     config = PipelineConfig(
         height=16, width=16, num_frames=8, text_encoder="words", vae="patch", memory=MemoryConfig(kind="full")

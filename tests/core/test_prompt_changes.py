@@ -30,17 +30,31 @@ CHUNK = 8  # pixel frames
 def pipe(request: pytest.FixtureRequest) -> SparseForcingPipeline:
     torch.manual_seed(0)
     transformer = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=12, in_channels=12, out_channels=12,
-        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, chunk_frames=2, horizon_frames=6,
-    )  # fmt: skip
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=12,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        chunk_frames=2,
+        horizon_frames=6,
+    )
     for parameter in transformer.parameters():  # as initialised, its output is zero whatever it sees
         torch.nn.init.normal_(parameter, std=0.3)
     vae = PatchAutoencoder(latent_channels=12)
     vae.fit(torch.rand(4, 3, 8, 16, 16) * 2 - 1)
     config = PipelineConfig(
-        fps=8.0, height=16, width=16, num_frames=32, text_encoder="words", vae="patch",
+        fps=8.0,
+        height=16,
+        width=16,
+        num_frames=32,
+        text_encoder="words",
+        vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, guidance_scale=request.param),
-    )  # fmt: skip
+    )
     text = WordTextEncoder(["a", "ball", "blue", "red"], dim=16, num_layers=1, text_len=6)
     return SparseForcingPipeline(transformer.eval(), text.eval(), vae, config)
 

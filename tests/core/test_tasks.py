@@ -22,12 +22,13 @@ class Work:
     def tasks(self, who: str) -> list[Task]:
         return [
             Task(
-                name=f"task-{number}", done=lambda number=number: number in self.finished,
+                name=f"task-{number}",
+                done=lambda number=number: number in self.finished,
                 ready=lambda number=number: number < 2 or number - 2 in self.finished,
                 run=lambda number=number: self.run(who, number),
             )
             for number in range(10)
-        ]  # fmt: skip
+        ]
 
     def run(self, who: str, number: int) -> int:
         assert number < 2 or number - 2 in self.finished

@@ -19,8 +19,13 @@ def test_threads_by_the_size_of_the_work(work, available, wanted):
 
 def child(code: str, **variables: str) -> str:
     """What a fresh process without variables of OpenMP prints."""
-    done = subprocess.run([sys.executable, "-c", code], env={"PATH": "", "PYTHONPATH": ":".join(sys.path)} | variables,
-                          capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={"PATH": "", "PYTHONPATH": ":".join(sys.path)} | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return done.stdout.strip()
 
 

@@ -12,9 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sparse_forcing.errors import VideoError
+from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.media import container
 from sparse_forcing.media.video import iter_frames, iterate_video, probe, read_video, write_video
+from sparse_forcing.model_folder.folder import find_model, read_defaults
+from sparse_forcing.sampling.generation.conditioning import read_start
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 RED = (220, 30, 20)
 
@@ -38,10 +41,17 @@ def corner(count: int = 10, height: int = 64, width: int = 96) -> np.ndarray:
 
 
 def encode(
-    path: Path, frames: np.ndarray, *, codec: str = "libx264", rate: int = 16, form: str = "yuv420p",
-    stamps: list[int] | None = None, aspect: Fraction | None = None, options: dict[str, str] | None = None,
+    path: Path,
+    frames: np.ndarray,
+    *,
+    codec: str = "libx264",
+    rate: int = 16,
+    form: str = "yuv420p",
+    stamps: list[int] | None = None,
+    aspect: Fraction | None = None,
+    options: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write RGB or RGBA frames; `stamps` count 1 / rate seconds."""
     with av.open(str(path), "w") as target:
         stream = target.add_stream(codec, rate=rate, options=options or {})
@@ -268,3 +278,24 @@ def test_any_flipped_bit_gives_frames_or_our_own_error(tmp_path: Path) -> None:
             assert "\n" not in str(error)
             refused += 1
     assert refused > 20
+
+
+def test_going_on_from_a_video_keeps_its_speed(tmp_path: Path) -> None:
+    """12 pixels a second at 30 frames/s became 4.1 with a model of 8; a slower video would have been hurried."""
+    own = read_defaults(find_model("tiny")).fps
+    for fps, said in ((30, "left out"), (4, "shown several times"), (own, None)):
+        path = tmp_path / f"{fps:g}.mp4"
+        write_video(path, np.stack([bar(number / fps, 8) for number in range(24)]), fps)
+        notes: list[str] = []
+        frames = read_start(GenerateConfig(prompts=("x",), video=path), notes.append)
+        assert frames is not None
+        assert len(frames) == pytest.approx(24 * own / fps, abs=1)
+        seconds = np.arange(len(frames)) / own
+        np.testing.assert_allclose([width(frame) for frame in frames], 8 * seconds, atol=8 / fps + 1)
+        assert [said in note for note in notes] == [True] * (said is not None)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("suffix", [".mpeg", ".MPEG", ".ts", ".flv", ".wmv", ".m2ts", ".ogv"])
+def test_no_other_kind_of_video_makes_a_folder(suffix: str) -> None:
+    with pytest.raises(ConfigError, match=r"only \.mp4 files are written"):
+        GenerateConfig(prompts=("x",), output=Path(f"clip{suffix}"))

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-from sparse_forcing.model_folder.convert import (
-    convert_checkpoint,
+from sparse_forcing.model_folder.convert import ConvertOptions, convert, load_transformer
+from sparse_forcing.model_folder.keys import (
     diffusers_to_wan_key,
     infer_config,
-    load_transformer,
     select_state,
     to_diffusers,
     to_wan,
@@ -63,6 +62,10 @@ def test_released_sizes_both_ways(sizes: dict[str, Any]) -> None:
         "model.{}",
         "model._fsdp_wrapped_module.{}",
         "_orig_mod.model.{}",
+        "module.{}",
+        "module.model.{}",
+        "model.diffusion_model.{}",
+        "diffusion_model.{}",
         "model._fsdp_wrapped_module._checkpoint_wrapped_module.{}",
     ],
 )
@@ -128,8 +131,10 @@ def test_files_and_folders(tmp_path: Path, wan: dict, diffusers: dict, layout: s
         source.mkdir()
         for i in range(2):
             save_file({key: wan[key] for key in sorted(wan)[i::2]}, source / f"part-{i}.safetensors")
-    folder = convert_checkpoint(source, tmp_path / "out", head_dim=HEAD_DIM)
-    model = CausalWanTransformer3DModel.from_pretrained(folder)
+    done = convert(source, tmp_path / "out", ConvertOptions(head_dim=HEAD_DIM))
+    assert done.tensors == len(diffusers)
+    assert done.preset == ("self-forcing" if layout == "pt" else "wan-1.3b")
+    model = CausalWanTransformer3DModel.from_pretrained(tmp_path / "out" / "transformer")
     assert same(dict(model.state_dict()), diffusers)
     assert model.config.attention_head_dim == HEAD_DIM
 
@@ -151,7 +156,7 @@ def test_misfits_are_named_and_nothing_is_written(tmp_path: Path, wan: dict, dam
     damage(wan)
     torch.save(wan, tmp_path / "bad.pt")
     with pytest.raises(WeightsError, match=message):
-        convert_checkpoint(tmp_path / "bad.pt", tmp_path / "out", head_dim=HEAD_DIM)
+        convert(tmp_path / "bad.pt", tmp_path / "out", ConvertOptions(head_dim=HEAD_DIM))
     assert not (tmp_path / "out").exists()
 
 

@@ -9,7 +9,8 @@ import torch
 
 from sparse_forcing.errors import OutputError
 from sparse_forcing.eval.bench import attention as bench_attention
-from sparse_forcing.eval.bench.attention import Inputs, Shape
+from sparse_forcing.eval.bench import timing
+from sparse_forcing.eval.bench.attention_inputs import Inputs, Shape
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention
 from sparse_forcing.kernels.block_sparse_attention.cpu import backend as cpu
 
@@ -72,15 +73,15 @@ def test_the_ideal_counts_the_persistent_set():
 
 def fake_clock(monkeypatch) -> None:
     """Everything takes 20 seconds, on any device."""
-    monkeypatch.setattr(bench_attention, "interleaved", lambda functions, *_: dict.fromkeys(functions, 20.0))
+    monkeypatch.setattr(timing, "time_in_turns", lambda functions, *_: dict.fromkeys(functions, 20.0))
 
 
 def test_graphs_come_before_eager_calls_and_count_single_calls(monkeypatch):
     fake_clock(monkeypatch)
-    monkeypatch.setattr(bench_attention, "captured", lambda function, _: function)
-    found = bench_attention.timings({"dense": print}, torch.device("cuda"), 1, graphs=True)
+    monkeypatch.setattr(timing, "capture_graph", lambda function, _: function)
+    found = timing.measure_seconds({"dense": print}, torch.device("cuda"), 1, graphs=True)
     assert list(found.items()) == [("graph", {"dense": 2.0}), ("eager", {"dense": 20.0})]
-    assert list(bench_attention.timings({"dense": print}, torch.device("cuda"), 1, graphs=False)) == ["eager"]
+    assert list(timing.measure_seconds({"dense": print}, torch.device("cuda"), 1, graphs=False)) == ["eager"]
 
 
 @pytest.mark.parametrize("device", ["xpu", "cuda"])
@@ -91,7 +92,7 @@ def test_where_nothing_can_be_captured_eager_calls_remain_and_a_line_says_so(dev
     fake_clock(monkeypatch)
     if device == "cuda":
         monkeypatch.setattr(torch.cuda, "device", refuses)
-    assert bench_attention.timings({"dense": print}, torch.device(device), 1, graphs=True) == {"eager": {"dense": 20.0}}
+    assert timing.measure_seconds({"dense": print}, torch.device(device), 1, graphs=True) == {"eager": {"dense": 20.0}}
     note = capsys.readouterr().out.splitlines()
     assert len(note) == 1
     assert note[0].startswith(f"no CUDA graph on {device}, eager calls only: ")
@@ -102,7 +103,7 @@ def test_every_way_of_timing_gets_its_rows(monkeypatch, capsys):
         ways = ("graph", "eager") if graphs else ("eager",)
         return {way: dict.fromkeys(functions, 1.0) for way in ways}
 
-    monkeypatch.setattr(bench_attention, "timings", both)
+    monkeypatch.setattr(bench_attention, "measure_seconds", both)
     arguments = SMALL, torch.float32, torch.device("cpu"), "cpu"
     rows = bench_attention.compare(*arguments, False, 1)
     assert [row["timing"] for row in rows] == ["graph"] * 3 + ["eager"] * 3

@@ -15,7 +15,7 @@ from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench import returns
 from sparse_forcing.eval.bench.options import RecallBenchConfig
-from sparse_forcing.eval.bench.recall import cells_of, plan_cell, summarize, table
+from sparse_forcing.eval.bench.recall import list_cells, plan_cell, summarize, table
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.parse import parse_memory
 
@@ -56,7 +56,7 @@ def test_words_that_mean_no_memory(text: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["revisit", "reappear"])
 def test_what_is_given_ends_before_the_object_shows_again(pipe: SparseForcingPipeline, kind: str) -> None:
     config = RecallBenchConfig(worlds=(kind,), gaps=(1.0,), count=12)
-    ((_, gap, grounds),) = [cell for cell in cells_of(config).values()]
+    ((_, gap, grounds),) = [cell for cell in list_cells(config).values()]
     tasks = plan_cell(pipe, config, kind, gap, grounds)
     assert len(tasks) == 12
     for task in tasks:

@@ -11,6 +11,7 @@ import torch
 
 from sparse_forcing.cli import main
 from sparse_forcing.eval.bench import stream as bench_stream
+from sparse_forcing.eval.bench import stream_report
 
 TINY = ("bench", "stream", "--model-size", "tiny", "--device", "cpu", "--height", "64", "--width", "64")
 
@@ -44,8 +45,10 @@ def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_p
     ("arguments", "message"),
     [
         (["--model-size", "wan-9b"], "--model-size: unknown 'wan-9b'; known are wan-1.3b, wan-14b, tiny, tiny-base"),
-        (["--memories", "full", "elephant"], "--memories: unknown elephant"),
-        (["--chunks", "0"], "--chunks: at least 1"),
+        (["--memories", "full", "elephant"], "memory 'elephant': the kind is one of"),
+        (["--chunks", "0"], "--chunks: must be at least 1"),
+        (["--memories", "window:x"], "memory 'window:x': window_frames is a number"),
+        (["--cuda-graphs"], "no CUDA graphs"),
         (["--height", "63"], "height: 63 pixels is not a positive multiple of 8"),
         (["--num-inference-steps", "0"], "num_inference_steps: expected 1 to 1000"),
         (["--device", "nowhere"], "--device nowhere: not usable"),
@@ -68,6 +71,27 @@ def test_latents_that_are_not_finite_end_the_run_without_a_report(capsys, monkey
     assert "not finite" in captured.err
     assert json.loads(captured.out.splitlines()[-1])["ok"] is False
     assert list(tmp_path.iterdir()) == []
+
+
+def test_any_memory_in_words_is_measured_and_decoding_apart(capsys, tmp_path: Path) -> None:
+    arguments = ["--memories", "window:2", "sparse:4,0.5,2", "--chunks", "3", "--decode", "--output", str(tmp_path)]
+    assert main([*TINY, *arguments]) == 0
+    report = last_line(capsys)
+    window, sparse = report["memories"]["window:2"], report["memories"]["sparse:4,0.5,2"]
+    assert window["memory"]["window_frames"] == 2
+    assert sparse["memory"]["persistent_blocks"] == 2
+    assert window["cache_bytes"] == 3 * window["cache_bytes"][:1]
+    for row in (window, sparse):
+        assert len(row["decode_seconds"]) == 3
+        assert row["first_frames_seconds_decoded"] == row["chunk_seconds"][0] + row["decode_seconds"][0]
+        assert min(row["chunk_seconds"][1:]) <= row["p50_seconds"] <= row["p95_seconds"] <= max(row["chunk_seconds"])
+    assert (tmp_path / "stream.png").stat().st_size > 1000
+
+
+def test_frames_per_second_over_a_horizon_need_a_rollout_that_long() -> None:
+    result = {"fps": 8.0, "chunk_pixel_frames": 8}
+    assert stream_report.horizons(result, [0.5] * 4) == {}
+    assert stream_report.horizons(result, [1.0] + [0.5] * 19) == {"5": 40 / 3.0, "20": 160 / 10.5}
 
 
 def test_weights_are_the_same_for_the_same_seed() -> None:

@@ -39,7 +39,8 @@ def result() -> dict[str, Any]:
         "timing": {
             "threads": 1,
             "students": {
-                "dense": {"rollouts": [2.0, 9.0, 2.6]}, "dense-absolute": {"rollouts": [1.9, 2.5, 2.5]},
+                "dense": {"rollouts": [2.0, 9.0, 2.6]},
+                "dense-absolute": {"rollouts": [1.9, 2.5, 2.5]},
                 "sparse": {"rollouts": [1.0, 2.0, 1.3]},
             },
         },
@@ -47,7 +48,7 @@ def result() -> dict[str, Any]:
             {"share": 0.25, "gap_closed": 0.5}
             | {name: {"mean": mean, "prompts": [mean, mean - 0.02]} for name, mean in row.items()}
         ],
-    }  # fmt: skip
+    }
 
 
 def verdicts(numbers: dict[str, Any]) -> dict[str, bool | None]:

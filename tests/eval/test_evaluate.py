@@ -360,8 +360,10 @@ def test_differences_that_stay_are_said_with_their_size(videos: Path) -> None:
     plain = config(videos, output=videos / "o")
     for given in (short, long, plain):
         evaluate(given)
-    sizes = {name: {entry["size"] for entry in results_of(given)["differences"]} for name, given in
-             (("short", short), ("long", long), ("plain", plain))}  # fmt: skip
+    sizes = {
+        name: {entry["size"] for entry in results_of(given)["differences"]}
+        for name, given in (("short", short), ("long", long), ("plain", plain))
+    }
     assert sizes == {"short": {1e-3, 8e-5}, "long": {1e-3, 8e-5, 5e-3, 8e-3}, "plain": set()}
     page = (long.output_folder / "report.html").read_text(encoding="utf-8")
     assert "Differences from VBench" in page

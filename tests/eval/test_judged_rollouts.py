@@ -11,7 +11,7 @@ import torch
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench import judging as judged_rollouts
-from sparse_forcing.eval.bench.judging import RolloutSettings, judge, judge_batch, mean_of, share_of
+from sparse_forcing.eval.bench.judging import RolloutSettings, judge, judge_batch, summarize_values, summarize_verdicts
 from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.held_out import held_out_prompts
 from sparse_forcing.scenes.render import render
@@ -59,18 +59,18 @@ def test_each_horizon_sees_its_own_frames(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_intervals() -> None:
-    found = share_of([1.0, 0.0, None, 1.0, 1.0])
+    found = summarize_verdicts([1.0, 0.0, None, 1.0, 1.0])
     assert found["prompts"] == 4
     assert found["mean"] == 0.75
     assert 0 <= found["interval"][0] < 0.75 < found["interval"][1] <= 1
-    assert share_of([None])["mean"] is None
-    assert mean_of([0.2])["interval"] is None
+    assert summarize_verdicts([None])["mean"] is None
+    assert summarize_values([0.2])["interval"] is None
     # No success in 200 says "at most 1.8 %", not "exactly none".
-    low, high = share_of([0.0] * 200)["interval"]
+    low, high = summarize_verdicts([0.0] * 200)["interval"]
     assert low == 0
     assert (1 - high) ** 200 == pytest.approx(0.025)
-    assert share_of([1.0] * 200)["interval"] == pytest.approx([1 - high, 1])
-    assert mean_of([0.0] * 200)["interval"] == [0, 0]
+    assert summarize_verdicts([1.0] * 200)["interval"] == pytest.approx([1 - high, 1])
+    assert summarize_values([0.0] * 200)["interval"] == [0, 0]
 
 
 def test_held_out_prompts_are_equal_for_equal_seeds() -> None:

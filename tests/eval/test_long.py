@@ -52,8 +52,10 @@ def test_subject_consistency_fuses_clips_and_their_first_frames() -> None:
     metric = all_metrics()["subject_consistency"]
     view = clip_of(frames).whole()
     alone = measure_clips(metric, view, Resources(networks={"dino": Colors()}))
-    parts = [metric.compute(view.part(a, b), Resources(networks={"dino": Colors()})).value for a, b in
-             clip_ranges(80, 16.0, 2)]  # fmt: skip
+    parts = [
+        metric.compute(view.part(a, b), Resources(networks={"dino": Colors()})).value
+        for a, b in clip_ranges(80, 16.0, 2)
+    ]
     assert alone.count == 3
     assert alone.value == pytest.approx(np.mean(parts))
     both = measure_clips(metric, view, Resources(networks={"dino": Colors(), "dinov2": Colors()}))

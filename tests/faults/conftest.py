@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,9 @@ import pytest
 import torch
 
 from sparse_forcing.memory.config import MemoryConfig
+from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.sampling.generation import generate
 
 
@@ -32,7 +34,8 @@ class StubPipeline:
     fps = 16.0
     chunk_frames = 8
     device, dtype = torch.device("cpu"), torch.float32
-    defaults = SimpleNamespace(num_frames=16, height=32, width=32, sampler=SimpleNamespace(steps=4, guidance_scale=2.0))
+    config = PipelineConfig(num_frames=16, height=32, width=32, sampler=SamplerConfig(guidance_scale=2.0))
+    geometry = VideoGeometry(temporal_stride=1, spatial_stride=1, first_frame_alone=False, chunk_frames=chunk_frames)
     weights_sha256 = "0" * 64
     default_memory = MemoryConfig(kind="sparse", window_frames=6, tile=(1, 4, 4))
 

@@ -84,9 +84,14 @@ class Sweep:
         command = [sys.executable, "-m", *(launcher if processes > 1 else []), "sparse_forcing", *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
         return subprocess.Popen(
-            command, cwd=self.folder, env=environment, start_new_session=True, text=True, stdout=subprocess.PIPE,
+            command,
+            cwd=self.folder,
+            env=environment,
+            start_new_session=True,
+            text=True,
+            stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-        )  # fmt: skip
+        )
 
     def run(self, arguments: Sequence[str], processes: int = 1) -> tuple[int, str]:
         """(exit code, what was said) of a command that is left alone. Raises Lost for a traceback."""

@@ -114,7 +114,12 @@ def test_what_a_killed_run_left_never_makes_convert_refuse(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake = types.ModuleType("sparse_forcing.model_folder.convert")
-    fake.convert_checkpoint = lambda source, target, **options: (target / "config.json").write_text("{}")  # type: ignore[attr-defined]
+
+    def convert(source: Path, target: Path, options: dict) -> types.SimpleNamespace:
+        (target / "config.json").write_text("{}")
+        return types.SimpleNamespace(tensors=1, preset=None, remarks=[])
+
+    fake.convert, fake.ConvertOptions = convert, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "sparse_forcing.model_folder.convert", fake)
     target = inputs / "out"
     (target / f".sf-tmp-{GONE}-transformer").mkdir(parents=True)

@@ -32,9 +32,12 @@ def child(code: str, cwd: Path, *blocked: str, **environment: str) -> subprocess
     """Run code in a new interpreter in which importing the `blocked` modules fails."""
     block = f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
     return subprocess.run(
-        [sys.executable, "-c", block + textwrap.dedent(code)], cwd=cwd, capture_output=True, text=True,
+        [sys.executable, "-c", block + textwrap.dedent(code)],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
         env={"PATH": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": str(cwd)} | environment,
-    )  # fmt: skip
+    )
 
 
 def test_without_triton_attention_runs_and_forcing_it_says_why(tmp_path: Path) -> None:

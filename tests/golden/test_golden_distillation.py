@@ -68,10 +68,12 @@ def test_dmd_loss(case: Case, dtype: torch.dtype) -> None:
         latents = inputs["latents"].requires_grad_()
         at = compared(settings, latents, inputs["noise"], expected["timestep"][:, 0].float())
         loss = dmd_loss(
-            at, **scores(case, dtype),
-            real_guidance=settings["real_guidance_scale"], fake_guidance=settings["fake_guidance_scale"],
+            at,
+            **scores(case, dtype),
+            real_guidance=settings["real_guidance_scale"],
+            fake_guidance=settings["fake_guidance_scale"],
             mask=inputs["gradient_mask"] if settings["gradient_mask"] else None,
-        )  # fmt: skip
+        )
         (gradient,) = torch.autograd.grad(loss, latents)
         assert_close(loss.reshape(1), expected["loss"], LOSS[dtype], f"{name} loss")
         assert_close(gradient, expected["dloss_dlatents"], GRADIENT[dtype], f"{name} gradient")
@@ -155,11 +157,14 @@ def generator_update(
     memory = make_memory(
         MemoryConfig(kind="full", positions="absolute"),
         MemoryGeometry(
-            rows=noise.shape[3] // 2, cols=noise.shape[4] // 2, num_layers=len(model.blocks), chunk_frames=3,
+            rows=noise.shape[3] // 2,
+            cols=noise.shape[4] // 2,
+            num_layers=len(model.blocks),
+            chunk_frames=3,
             horizon_frames=noise.shape[1],
         ),
         cache_gradient=cache_gradient,
-    )  # fmt: skip
+    )
     training = TrainingRollout(exit_steps=[j["exit_index"]] * len(chunks), context_noise=True)
     parts = rollout(
         model, inputs["ctx"], chunks, memory, RecordedNoise(noise, draws), SamplerConfig(steps=4), training=training

@@ -22,7 +22,7 @@ class RecordingModel:
     """Passes everything on and keeps (latents, timestep, flow) of every call, at pipeline level."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
+        self.model, self.encode_text = model, model.encode_text
         self.calls: list[tuple[Tensor, float, Tensor]] = []
 
     def __call__(self, x: Tensor, timestep: Tensor, text: Tensor, **kwargs: Any) -> Tensor:
@@ -72,16 +72,16 @@ def run(case: Case, dtype: torch.dtype) -> tuple[Tensor, RecordingModel, DenseMe
     renoise = list(renoise[0]) if case.name.startswith(KIND) else renoise
     given, (chunks, given_chunks) = inputs.get("initial_latent"), chunks_of(case)
     memory = memory_of(case, model.model, inputs["noise"])
+    parts = [] if given is None else [given]
     with torch.no_grad():
-        parts = [
-            chunk.latents
-            for chunk in rollout(
-                model, inputs["ctx"], chunks, memory, RecordedNoise(inputs["noise"], renoise), sampler_of(case),
-                initial_latents=given, initial_chunks=given_chunks,
-                context_timestep=float(case.json.get("context_noise", 0)),
-            )
-        ]  # fmt: skip
-    return torch.cat(([] if given is None else [given]) + parts, 1), model, memory
+        for chunk in rollout(
+            model, inputs["ctx"], chunks, memory, RecordedNoise(inputs["noise"], renoise), sampler_of(case),
+            initial_latents=given, initial_chunks=given_chunks,
+            context_timestep=float(case.json.get("context_noise", 0)),
+        ):  # fmt: skip
+            parts.append(chunk.latents)
+            chunk.remember()  # also the last one's clean pass was recorded
+    return torch.cat(parts, 1), model, memory
 
 
 def test_latents(case: Case, dtype: torch.dtype) -> None:

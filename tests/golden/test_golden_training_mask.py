@@ -36,9 +36,13 @@ def forward(case: Case, model, inputs: dict[str, Tensor]) -> Tensor:
         return model(inputs["x"], inputs["t"], inputs["ctx"], policy=policy)
     policy = ParallelAttention(2 * frames, frame_mask(case), torch.arange(frames).repeat(2))
     return model(
-        inputs["x"], inputs["t"], inputs["ctx"], policy=policy,
-        clean_hidden_states=inputs["clean_x"], clean_timestep=inputs.get("aug_t"),
-    )  # fmt: skip
+        inputs["x"],
+        inputs["t"],
+        inputs["ctx"],
+        policy=policy,
+        clean_hidden_states=inputs["clean_x"],
+        clean_timestep=inputs.get("aug_t"),
+    )
 
 
 def test_mask(case: Case) -> None:
@@ -71,10 +75,13 @@ def test_equals_the_cached_form(case: Case, dtype: torch.dtype) -> None:
     memory = make_memory(
         MemoryConfig(kind="full" if window is None else "window", window_frames=window or 1, positions="absolute"),
         MemoryGeometry(
-            rows=x.shape[3] // 2, cols=x.shape[4] // 2, num_layers=len(model.blocks),
-            chunk_frames=case.json["num_frame_per_block"], horizon_frames=case.json["frames"],
+            rows=x.shape[3] // 2,
+            cols=x.shape[4] // 2,
+            num_layers=len(model.blocks),
+            chunk_frames=case.json["num_frame_per_block"],
+            horizon_frames=case.json["frames"],
         ),
-    )  # fmt: skip
+    )
     start, outputs = 0, []
     with torch.no_grad():
         for frames in chunks_of(case):

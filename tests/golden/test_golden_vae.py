@@ -18,8 +18,9 @@ def autoencoder(case: Case) -> WanAutoencoder:
     recorded = case.tensors
     vae = AutoencoderKLWan(
         **case.json["config"],
-        latents_mean=recorded["out.latents_mean"].tolist(), latents_std=recorded["out.latents_std"].tolist(),
-    )  # fmt: skip
+        latents_mean=recorded["out.latents_mean"].tolist(),
+        latents_std=recorded["out.latents_std"].tolist(),
+    )
     vae.load_state_dict(load_file(case._beside("weights_vae_diffusers.safetensors")))
     return WanAutoencoder(vae)
 

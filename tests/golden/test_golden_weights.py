@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from sparse_forcing.model_folder.convert import to_diffusers, to_wan
+from sparse_forcing.model_folder.keys import to_diffusers, to_wan
 from tests.golden.golden_cases import wan_key_table
 
 

@@ -21,9 +21,11 @@ def test_opcheck(dtype, ragged, return_mass):
     p = problem(1, 2, 3, 4, 5, 4, 8, 3, dtype=dtype, ragged=ragged, short_lists=ragged)
     inputs = [x.clone().requires_grad_() for x in p.inputs]
     torch.library.opcheck(
-        forward_op, (*inputs, p.block_index, p.query_sizes, p.key_sizes, 0.3, 0, return_mass, True, "cpu"),
-        atol=1e-12, rtol=1e-12,
-    )  # fmt: skip
+        forward_op,
+        (*inputs, p.block_index, p.query_sizes, p.key_sizes, 0.3, 0, return_mass, True, "cpu"),
+        atol=1e-12,
+        rtol=1e-12,
+    )
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -22,9 +22,17 @@ class Rollout:
     def __init__(self) -> None:
         torch.manual_seed(0)
         self.model = CausalWanTransformer3DModel(
-            num_attention_heads=2, attention_head_dim=16, in_channels=CHANNELS, out_channels=CHANNELS, text_dim=8,
-            freq_dim=16, ffn_dim=48, num_layers=LAYERS, chunk_frames=CHUNK, horizon_frames=HORIZON,
-        ).double()  # fmt: skip
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=CHANNELS,
+            out_channels=CHANNELS,
+            text_dim=8,
+            freq_dim=16,
+            ffn_dim=48,
+            num_layers=LAYERS,
+            chunk_frames=CHUNK,
+            horizon_frames=HORIZON,
+        ).double()
         with torch.no_grad():
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter) * 0.15)

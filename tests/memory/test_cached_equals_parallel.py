@@ -7,10 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from sparse_forcing.memory import MemoryConfig, SparseMemory
+from sparse_forcing.memory.retention import RULES
 from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_mask
 from sparse_forcing.model.geometry import TileLayout
 
 from .conftest import CHANNELS, CHUNK, COLS, ROWS
+from .test_retention import selectors
 
 CHUNKS = 5
 FRAMES = CHUNK * CHUNKS
@@ -123,6 +125,19 @@ class RecordedMask(ParallelAttention):
 def test_sparse_memory(run, latents, config, backend):
     base = run.make(config)
     memory = RecordingMemory(config, base.geometry, backend=backend)
+    flows = cached_flows(run, memory, *latents)
+    expected = parallel_flow(run, RecordedMask(memory), *latents)
+    torch.testing.assert_close(flows, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", sorted(RULES))
+@torch.no_grad()
+def test_every_rule_of_retention(run, latents, name):
+    config = MemoryConfig(tile=(2, 3, 4), density=0.4, window_frames=6, persistent_blocks=4, retention=name)
+    learned = selectors(config, 16)
+    memory = RecordingMemory(
+        config, run.make(config, selectors=learned).geometry, backend="reference", selectors=learned
+    )
     flows = cached_flows(run, memory, *latents)
     expected = parallel_flow(run, RecordedMask(memory), *latents)
     torch.testing.assert_close(flows, expected, rtol=1e-9, atol=1e-9)

@@ -39,9 +39,12 @@ def saved_bytes(
     config = model.config
     _, ph, pw = config.patch_size
     geometry = MemoryGeometry(
-        rows=latent // ph, cols=width // pw, num_layers=layers, chunk_frames=config.chunk_frames,
+        rows=latent // ph,
+        cols=width // pw,
+        num_layers=layers,
+        chunk_frames=config.chunk_frames,
         horizon_frames=config.horizon_frames,
-    )  # fmt: skip
+    )
     state = make_memory(memory, geometry, cache_gradient="detached")
     text = torch.randn(1, 16, config.text_dim)
     weights = {p.untyped_storage()._cdata for p in model.parameters()}

@@ -175,9 +175,12 @@ def test_any_settings_give_what_was_asked_for_or_say_that_it_does_not_fit() -> N
     for index in range(1200):
         frames, least = rng.randint(18, 140), rng.randint(1, 70)
         config = WorldConfig(
-            frames=frames, gap=rng.choice((None, (least, least), (least, least + 9))), align=rng.choice((1, 4, 12)),
-            objects=rng.choice(((1, 2, 4, 8), (8,))), swaps=rng.choice((None, (2, 3))),
-        )  # fmt: skip
+            frames=frames,
+            gap=rng.choice((None, (least, least), (least, least + 9))),
+            align=rng.choice((1, 4, 12)),
+            objects=rng.choice(((1, 2, 4, 8), (8,))),
+            swaps=rng.choice((None, (2, 3))),
+        )
         try:
             (returns,) = sample_worlds(rng.choice(KINDS), 1, 0, config, start=index).returns
         except ConfigError:

@@ -24,9 +24,19 @@ def make_pipeline(**changes) -> SparseForcingPipeline:
     """A random model of 32 x 32 pixels, 4 x 4 tokens a frame, chunks of 2 latent frames."""
     torch.manual_seed(0)
     transformer = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=8, in_channels=CHANNELS, out_channels=CHANNELS,
-        text_dim=8, freq_dim=8, ffn_dim=16, num_layers=2, chunk_frames=CHUNK, horizon_frames=HORIZON, **changes,
-    )  # fmt: skip
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=8,
+        freq_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+        chunk_frames=CHUNK,
+        horizon_frames=HORIZON,
+        **changes,
+    )
     with torch.no_grad():
         for name, parameter in transformer.named_parameters():
             if "selector" in name:
@@ -34,9 +44,15 @@ def make_pipeline(**changes) -> SparseForcingPipeline:
             parameter.add_(torch.randn_like(parameter) * 0.05)
     text_encoder = WordTextEncoder(vocabulary_words(), dim=8, num_layers=1, num_heads=2, text_len=16)
     config = PipelineConfig(
-        fps=8.0, height=SIZE, width=SIZE, num_frames=4 * HORIZON, text_encoder="words", vae="patch", memory=SPARSE,
+        fps=8.0,
+        height=SIZE,
+        width=SIZE,
+        num_frames=4 * HORIZON,
+        text_encoder="words",
+        vae="patch",
+        memory=SPARSE,
         sampler=SamplerConfig(steps=2),
-    )  # fmt: skip
+    )
     return SparseForcingPipeline(transformer.eval(), text_encoder.eval(), PatchAutoencoder(CHANNELS), config)
 
 

@@ -52,9 +52,12 @@ class Run:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [*command, "-m", "tests.training.workers", str(settings)], cwd=ROOT, stdout=log, stderr=log,
+                [*command, "-m", "tests.training.workers", str(settings)],
+                cwd=ROOT,
+                stdout=log,
+                stderr=log,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-            )  # fmt: skip
+            )
 
     def terminate(self) -> None:
         os.kill(self.process.pid, signal.SIGTERM)

@@ -12,8 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparse_forcing import SparseForcingPipeline
+from sparse_forcing.config import build_config
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.vae import TokenAutoencoder
+from sparse_forcing.model_folder.folder import EMBEDDED_MODELS
 from sparse_forcing.training.data.procedural import procedural_batch
 from sparse_forcing.training.recipes.embedded import autoencoder as autoencode
 from sparse_forcing.training.recipes.embedded.autoencoder import (
@@ -150,9 +153,17 @@ def test_more_channels_begin_with_no_effect_and_leave_the_old_ones_as_they_were(
     run_folder: Path, tmp_path: Path
 ) -> None:
     config = replace(
-        CONFIG, init_from=str(run_folder / "pipeline" / "vae"), extra_channels=4, anchor=1.0, object_weight=4.0,
-        loop=AutoencoderLoop(steps=150), noise=0.1, warmup_steps=10, learning_rate=3e-3, shape_weights={"star": 3.0},
-    )  # fmt: skip
+        CONFIG,
+        init_from=str(run_folder / "pipeline" / "vae"),
+        extra_channels=4,
+        anchor=1.0,
+        object_weight=4.0,
+        loop=AutoencoderLoop(steps=150),
+        noise=0.1,
+        warmup_steps=10,
+        learning_rate=3e-3,
+        shape_weights={"star": 3.0},
+    )
     old = TokenAutoencoder.from_pretrained(run_folder / "pipeline" / "vae").eval()
     pixels, channels = clips(), CONFIG.latent_channels
     begun = autoencode.start(config)[0].eval()
@@ -216,19 +227,19 @@ def test_objects_count_more_and_by_their_contrast() -> None:
 def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="must be positive"):
         replace(CONFIG, sizes=())
-    with pytest.raises(ConfigError, match="fit_clips: from 1"):
+    with pytest.raises(ConfigError, match="fit_clips: must lie from 1"):
         replace(CONFIG, fit_clips=0)
     with pytest.raises(ConfigError, match="decoder_blocks"):
         replace(CONFIG, decoder_blocks=0)
     with pytest.raises(ConfigError, match="extra_channels: need"):
         replace(CONFIG, extra_channels=2)
-    with pytest.raises(ConfigError, match="goes on, and has 1"):
+    with pytest.raises(ConfigError, match="has 1; leave the setting out"):
         autoencode.start(
             replace(CONFIG, extra_channels=2, init_from=str(run_folder / "pipeline" / "vae"), decoder_blocks=2)
         )
     with pytest.raises(ConfigError, match="must not be negative"):
         replace(CONFIG, anchor=-1.0)
-    with pytest.raises(ConfigError, match="dim: from 1 to 4096, got 1000000"):
+    with pytest.raises(ConfigError, match="dim: must lie from 1 to 4096, got 1000000"):
         replace(CONFIG, dim=10**6)
     with pytest.raises(ConfigError, match="sizes: 36 pixels are not a multiple of 8"):
         train(replace(CONFIG, sizes=(36,)), tmp_path / "odd")
@@ -236,3 +247,27 @@ def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Pat
         replace(CONFIG, shape_weights={"heart": 1.0})
     with pytest.raises(ConfigError, match="train it first"):
         autoencode.start(replace(CONFIG, init_from=str(tmp_path)))
+
+
+def test_an_autoencoder_that_goes_on_learning_keeps_old_latents_and_leaves_a_whole_model(tmp_path: Path) -> None:
+    settings = {
+        "init_from": str(EMBEDDED_MODELS / "tiny-base"), "encoder_learns": True, "anchor": 1.0,
+        "worlds": {"revisit": 1}, "world_fraction": 0.5, "batch_size": 4, "sizes": [64], "loop": {"steps": 2},
+    }  # fmt: skip
+    config = build_config(AutoencoderConfig, settings)
+    assert autoencode.train(config, tmp_path) == 0
+    new, old = (SparseForcingPipeline.from_pretrained(name) for name in (str(tmp_path / "pipeline"), "tiny-base"))
+    assert not torch.equal(new.vae.encoder[0].weight, old.vae.encoder[0].weight.float())
+    torch.testing.assert_close(new.transformer.state_dict(), old.transformer.state_dict())
+
+
+def test_worlds_take_their_share_of_the_clips_and_are_not_held_to_old_latents() -> None:
+    config = AutoencoderConfig(worlds={"revisit": 1}, world_fraction=0.5, batch_size=16)
+    pixels = torch.zeros(16, 3, 4, 32, 32)
+    places = autoencode.put_worlds(config, pixels, 3)
+    drawn = pixels.flatten(1).std(1) > 0
+    assert 2 < len(places) < 14
+    assert drawn.nonzero().flatten().tolist() == places
+    again = torch.zeros(16, 3, 4, 32, 32)
+    assert autoencode.put_worlds(config, again, 3) == places
+    assert torch.equal(pixels, again)

@@ -219,10 +219,10 @@ def test_a_clip_too_short_for_a_world_is_refused() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"worlds": {"revisit": 1.0}}, "worlds and world_fraction: either has an effect only with the other"),
+        ({"worlds": {"revisit": 1.0}}, "worlds and world_fraction: each has an effect only with the other"),
         ({"world_fraction": 0.5}, "worlds and world_fraction"),
         ({"worlds": {"maze": 1.0}, "world_fraction": 0.5}, "unknown kind 'maze'"),
-        ({"worlds": {"revisit": 1.0}, "world_fraction": 1.5}, "world_fraction is a share"),
+        ({"worlds": {"revisit": 1.0}, "world_fraction": 1.5}, "world_fraction must lie in"),
         ({"worlds": {"revisit": 1.0}, "world_fraction": 0.5, "world_gap": (9, 3)}, "gap must be two numbers"),
         ({"worlds": {"revisit": 1.0}, "world_fraction": 0.5, "world_grounds": ("lava",)}, "grounds must be some of"),
         ({"kind": "videos", "path": Path("x"), "worlds": {"revisit": 1.0}}, "worlds: has no effect for kind"),

@@ -132,23 +132,21 @@ def test_shards_replaced_under_a_run_that_resumes(clips: Path, tmp_path: Path) -
     assert encode(out, clips) == 0
     save_checkpoint(run, 3, {"model": Holder(), "data": stored(out)}, {})
     config = DataConfig()
-    assert Resume().load(run, {"model": Holder(), "data": stored(out)}, config) == 3
+    assert Resume().load(run, {"model": Holder(), "data": stored(out)}, config).step == 3
     shutil.rmtree(out)
     add_clip(clips, 0, 211)
     assert encode(out, clips) == 0
     with pytest.raises(WeightsError, match="holds other data than this run began with"):
         Resume().load(run, {"model": Holder(), "data": stored(out)}, config)
-    assert Resume(allow_changes=True).load(run, {"model": Holder(), "data": stored(out)}, config) == 3
+    assert Resume(allow_changes=True).load(run, {"model": Holder(), "data": stored(out)}, config).step == 3
 
 
 def test_a_checkpoint_of_before_goes_on_with_a_warning(clips: Path, tmp_path: Path) -> None:
     assert encode(tmp_path / "encoded", clips) == 0
     save_checkpoint(tmp_path / "run", 3, {"model": Holder()}, {})
+    parts = {"model": Holder(), "data": stored(tmp_path / "encoded")}
     with pytest.warns(UserWarning, match="kept no 'data'"):
-        assert (
-            Resume().load(tmp_path / "run", {"model": Holder(), "data": stored(tmp_path / "encoded")}, DataConfig())
-            == 3
-        )
+        assert Resume().load(tmp_path / "run", parts, DataConfig()).step == 3
 
 
 def test_digests_tell_content_and_prompts_apart(clips: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ STAGE_OF = {
     "tiny": "pretrain", "tiny-fine": "pretrain", "tiny-sharp": "pretrain", "tiny-pairs": "pretrain",
     "tiny-bound": "pretrain",
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
+    "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",
     "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",
@@ -181,9 +182,13 @@ def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> Non
 )
 def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: str) -> None:
     config = ForcingConfig(
-        loop=ONE, model="tiny-base", mode="teacher", data=TINY["data"], memory=MEMORIES[kind],
+        loop=ONE,
+        model="tiny-base",
+        mode="teacher",
+        data=TINY["data"],
+        memory=MEMORIES[kind],
         cache_gradient=cache_gradient,
-    )  # fmt: skip
+    )
     recipe = ForcingRecipe(config, Accelerator(cpu=True))
     recipe.update(0)
     gc.collect()

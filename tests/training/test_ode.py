@@ -105,9 +105,11 @@ def test_the_stage_trains_on_matching_pairs_only(tmp_path: Path, model_folder: P
     make_pairs(pairs(model_folder), tmp_path / "pairs")
     loop = LoopConfig(steps=2, global_batch=2, micro_batch=2, trackers=())
     config = OdeConfig(
-        loop=loop, model=str(model_folder), sampler=STUDENT,
+        loop=loop,
+        model=str(model_folder),
+        sampler=STUDENT,
         data=DataConfig(kind="shards", path=tmp_path / "pairs", size=32, latent_frames=HORIZON),
-    )  # fmt: skip
+    )
     assert train(config, tmp_path / "out") == 0
     assert (tmp_path / "out" / "pipeline" / "transformer").is_dir()
     other = replace(config, sampler=SamplerConfig(steps=2, shift=8.0))

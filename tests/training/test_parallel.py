@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.model_folder.folder import load_transformer
-from sparse_forcing.training.engine.parallel import leaving_group, shard
+from sparse_forcing.training.engine.parallel import leave_group, shard
 from tests.training.conftest import CHANNELS
 from tests.training.helpers import (
     differences,
@@ -79,9 +79,14 @@ def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model
     """Weights are gathered in bfloat16, where replicated ones are rounded as they are used: nearly the same."""
     for processes, name in ((1, "replicate"), (2, "fsdp")):
         config = small_config(
-            model_folder, "distill", steps=2, parallel=name, dtype="bfloat16", validate_every=2,
+            model_folder,
+            "distill",
+            steps=2,
+            parallel=name,
+            dtype="bfloat16",
+            validate_every=2,
             gradient_checkpointing=True,
-        )  # fmt: skip
+        )
         code, output = run(tmp_path, config, tmp_path / name, stage="distill", processes=processes)
         assert code == 0, output
         assert len(list((tmp_path / name / "samples").glob("*.mp4"))) == 2
@@ -94,7 +99,7 @@ def test_sharded_bfloat16_learns_and_samples_as_replicated(tmp_path: Path, model
 def test_sharding_in_bfloat16_leaves_timesteps_and_positions_in_float32(tmp_path: Path, model_folder: Path) -> None:
     """In bfloat16 a timestep of 937.5 is 936."""
     seen = {}
-    with leaving_group():
+    with leave_group():
         dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
         model = shard(load_transformer(model_folder), param_dtype=torch.bfloat16)
         model.condition_embedder.register_forward_pre_hook(lambda _, inputs: seen.update(timestep=inputs[0]))

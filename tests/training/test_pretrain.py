@@ -460,8 +460,8 @@ def test_a_finished_run_leaves_a_model_of_averaged_weights_without_auxiliary_hea
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"pose_layer": 2}, "pose_layer: there are layers 0 to 1"),
-        ({"course_layer": -1}, "course_layer: there are layers 0 to 1"),
+        ({"pose_layer": 2}, "pose_layer: must be a layer from 0 to 1"),
+        ({"course_layer": -1}, "course_layer: must be a layer from 0 to 1"),
         ({"stages": (StageConfig(latent_frames=2, batch_size=1, steps=1, continuation=1.0),)}, "more than one chunk"),
         ({"stages": (StageConfig(latent_frames=3, batch_size=1, steps=1),)}, "not a multiple of chunk_frames"),
         ({"optimizer": "sgd"}, "expected muon or adamw"),
@@ -469,9 +469,9 @@ def test_a_finished_run_leaves_a_model_of_averaged_weights_without_auxiliary_hea
         ({"text_neighbours": 4}, "0 or an odd number from 3 on, got 4"),
         ({"fit_clips": 0}, "fit_clips: must be positive"),
         ({"stages": ()}, "at least one stage"),
-        ({"attention_head_dim": 10**9}, "attention_head_dim: from 6 to 1024"),
-        ({"num_layers": 10**6}, "num_layers: from 1 to 256"),
-        ({"num_attention_heads": 0}, "num_attention_heads: from 1"),
+        ({"attention_head_dim": 10**9}, "attention_head_dim: must lie from 6 to 1024"),
+        ({"num_layers": 10**6}, "num_layers: must lie from 1 to 256"),
+        ({"num_attention_heads": 0}, "num_attention_heads: must lie from 1"),
     ],
 )
 def test_configs_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -512,7 +512,7 @@ def test_the_export_takes_the_mean_with_the_model_it_was_tuned_from(tmp_path: Pa
     for weight, began in zip(got.transformer.parameters(), start.transformer.parameters(), strict=True):
         torch.testing.assert_close(weight, began + 0.25, atol=0.02, rtol=0.01)
     assert export.main([str(tmp_path / "tuned"), *mean, "tiny"]) == 2
-    assert "--mean-with: tiny has another transformer" in capsys.readouterr().err
+    assert "--mean-with: tiny has a transformer of other sizes" in capsys.readouterr().err
     tuned.text_encoder.norm.bias.data += 0.5
     tuned.save_pretrained(tmp_path / "other")
     assert export.main([str(tmp_path / "other"), *mean, str(model_folder)]) == 2

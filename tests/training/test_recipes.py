@@ -286,7 +286,7 @@ def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
     torch.testing.assert_close(window[:, :2], full[:, :2])
     assert not torch.allclose(window[:, 2:], full[:, 2:])
     torch.testing.assert_close(guided_flow("sparse", 2), window)
-    with pytest.raises(ConfigError, match="guidance_window: 2 must be positive, beside a guidance_scale"):
+    with pytest.raises(ConfigError, match="guidance_window: 2 must be positive and needs a guidance_scale"):
         ForcingConfig(loop=LOOP, guidance_window=2)
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from sparse_forcing.cli import run_module
 from sparse_forcing.errors import VideoError
-from sparse_forcing.reproduction import plan as miniature
+from sparse_forcing.reproduction import plan
 from sparse_forcing.reproduction import students as evaluation
 from sparse_forcing.reproduction.plan import CONFIGS, STUDENTS, VARIANTS
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -193,7 +193,7 @@ def test_a_stopped_training_is_reported_and_goes_on(
 ) -> None:
     config = settings(model_folder)
     config["variants"] = ["training-free"]
-    monkeypatch.setattr(miniature.Training, "run", lambda training: STOPPED)
+    monkeypatch.setattr(plan.Training, "run", lambda training: STOPPED)
     assert reproduce(tmp_path, config) == STOPPED
     assert not (tmp_path / "results/miniature/miniature.md").exists()
     monkeypatch.undo()
@@ -243,7 +243,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         (f"training.student.set=[{', '.join(CAUSAL_DISTILL)}]", "the trained one is bidirectional"),
         ("training.memory.window_frames=3", "window"),
         ("training.memory.density=1.0", "density must be below 1"),
-        ("evaluation.horizons=[2, 4]", "horizons: 1 (the training horizon)"),
+        ("evaluation.horizons=[2, 4]", "horizons: needs 1, the training horizon"),
         ("evaluation.horizons=[1, 1]", "horizons: different"),
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),
         ("evaluation.colour=red", "evaluation.colour"),
@@ -304,11 +304,15 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path) -> Non
     command = [sys.executable, "-m", "sparse_forcing.cli.reproduce", "--config", path, "--output", tmp_path / "run"]
     both = [
         subprocess.Popen(
-            [*command, "--results", tmp_path / f"results-{who}" / "miniature"], cwd=ROOT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            [*command, "--results", tmp_path / f"results-{who}" / "miniature"],
+            cwd=ROOT,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         for who in "ab"
-    ]  # fmt: skip
+    ]
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     trainings = [line for text in said for line in text.splitlines() if line.startswith("training ")]

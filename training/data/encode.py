@@ -29,7 +29,7 @@ _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What to encode, and with what.
+    """Settings of `data encode`: what to encode, and with what.
 
     Args:
         model: folder (or `tiny`) whose autoencoder and text encoder are used.
@@ -37,7 +37,7 @@ class EncodeConfig:
             caption_dropout belongs to training and must be 0 here.
         count: clips in all (procedural; of videos and prompts each comes once).
         text: store text embeddings too; negative_prompt: embedded beside the empty one, for distillation.
-        dtype: of what is stored.
+        dtype: type of what is stored.
         per_shard: clips of a file. The clips of one batch are one forward pass of the autoencoder.
     """
 
@@ -55,7 +55,7 @@ class EncodeConfig:
         if self.data.kind == "shards" or self.data.caption_dropout:
             raise ConfigError("data: encoding takes kind videos, procedural or prompts, without caption_dropout")
         if self.data.kind == "prompts" and not self.text:
-            raise ConfigError("text: nothing is left to store of prompts without it")
+            raise ConfigError("text: must be true for kind prompts, of which nothing else is stored")
         if self.dtype not in _TYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(_TYPES)}, got {self.dtype!r}")
         for name in ("count", "per_shard", "batch_size"):
@@ -128,10 +128,15 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     written = write_shards(
-        out, samples.count, shard, per_shard=config.per_shard, about=_about(config, folder, samples.listing()),
+        out,
+        samples.count,
+        shard,
+        per_shard=config.per_shard,
+        about=_about(config, folder, samples.listing()),
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
-        sources=samples.digests, progress=say,
-    )  # fmt: skip
+        sources=samples.digests,
+        progress=say,
+    )
     bad, budget = len(set(refused_samples(out))), config.data.max_bad_samples
     if bad > budget:  # found by several processes at the same time, each of which was within the budget
         raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")

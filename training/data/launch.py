@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.files import output_lock
-from sparse_forcing.training.engine.parallel import from_first, leaving_group
+from sparse_forcing.training.engine.parallel import from_first, leave_group
 
 PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the slowest one; one that dies ends the waiting at once."""
@@ -24,7 +24,7 @@ def data_launch(folder: Path) -> Iterator[torch.device]:
 
     Yields the device this process computes on. Raises InUseError, on every process, when another launch writes there.
     """
-    with leaving_group(), ExitStack() as stack:
+    with leave_group(), ExitStack() as stack:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             dist.init_process_group("gloo", timeout=PATIENCE)  # only a few numbers travel, so any device will do
         from_first(lambda: stack.enter_context(output_lock(folder)))

@@ -30,7 +30,7 @@ class PairsConfig:
 
     Args:
         teacher: pipeline folder of the bidirectional teacher.
-        data: where the prompts come from, and how long a clip is.
+        data: source of the prompts, and length of a clip.
         sampler: the student's; its steps are the noise levels that are kept.
         steps: Euler steps of the teacher; guidance_scale: classifier-free weight w of u + w (c - u).
         dtype: float32 or bfloat16, of what is stored and of the teacher's arithmetic (its steps add up in float32).

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.render import render
 from sparse_forcing.scenes.sample import SceneBatch, sample_scenes
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES
-from sparse_forcing.scenes.worlds.batch import WorldBatch, sample_mixture
+from sparse_forcing.scenes.worlds.batch import WorldBatch, check_weights, sample_mixture
 from sparse_forcing.scenes.worlds.config import WorldConfig
 
 
@@ -64,6 +65,16 @@ def procedural_batch(
     scenes, start = scenes.to(device), start.to(device)
     video = render(scenes, num_frames, size, start=start)
     return ClipBatch(video.transpose(1, 2), captions, scenes, start)
+
+
+def check_world_share(worlds: Mapping[str, float] | None, fraction: float) -> None:
+    """Raise ConfigError unless kinds of worlds and the share of clips that are worlds go together."""
+    if not 0 <= fraction <= 1:
+        raise ConfigError(f"world_fraction must lie in [0, 1], got {fraction}")
+    if (fraction > 0) != (worlds is not None):
+        raise ConfigError("worlds and world_fraction: each has an effect only with the other; give both or neither")
+    if worlds is not None:
+        check_weights(worlds)
 
 
 def worlds_in_batch(

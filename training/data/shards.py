@@ -57,11 +57,16 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def write_shards(
-    folder: Path, count: int, make: Callable[[range], ShardContent], *, per_shard: int, about: dict[str, Any],
+    folder: Path,
+    count: int,
+    make: Callable[[range], ShardContent],
+    *,
+    per_shard: int,
+    about: dict[str, Any],
     loose_text: tuple[list[str], Callable[[list[str]], Tensor]] | None = None,
     sources: Callable[[range], list[str | None]] = lambda samples: [],
     progress: Callable[[str], None] = lambda line: None,
-) -> int:  # fmt: skip
+) -> int:
     """Make and write what is missing; returns the number of shards written now, by all processes of the launch.
 
     Args:
@@ -89,9 +94,13 @@ def write_shards(
         content = make(samples)
         digest = _write(path, content.tensors) if content.prompts else None
         record = {
-            "prompts": content.prompts, "sha256": digest, "covers": len(samples), "refused": list(content.refused),
-            "sources": present, "shapes": {name: list(x.shape) for name, x in content.tensors.items()},
-        }  # fmt: skip
+            "prompts": content.prompts,
+            "sha256": digest,
+            "covers": len(samples),
+            "refused": list(content.refused),
+            "sources": present,
+            "shapes": {name: list(x.shape) for name, x in content.tensors.items()},
+        }
         atomic_write_json(path.with_suffix(".json"), record)
         written += 1
         progress(f"shard {number + 1} of {len(starts)}")

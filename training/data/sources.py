@@ -16,9 +16,8 @@ from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.scenes.sample import motion_table, shape_table
-from sparse_forcing.scenes.worlds.batch import check_weights
 from sparse_forcing.scenes.worlds.config import GROUNDS, WorldConfig
-from sparse_forcing.training.data.procedural import procedural_batch, worlds_in_batch
+from sparse_forcing.training.data.procedural import check_world_share, procedural_batch, worlds_in_batch
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.videos import BadSamples, encode_pixels, list_videos, read_clip, videos_digest
 
@@ -72,7 +71,7 @@ class DataConfig:
         if (self.path is None) != (self.kind == "procedural"):
             raise ConfigError(f"path: {'needed' if self.path is None else 'has no effect'} for kind {self.kind!r}")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.two_object_fraction <= 1:
-            raise ConfigError("caption_dropout and two_object_fraction are shares in [0, 1]")
+            raise ConfigError("caption_dropout and two_object_fraction must lie in [0, 1]")
         if self.latent_frames < 1 or self.max_bad_samples < 0:
             raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
         for kind, names in (
@@ -90,12 +89,7 @@ class DataConfig:
             motion_table(self.motion_weights)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
-        if not 0 <= self.world_fraction <= 1:
-            raise ConfigError(f"world_fraction is a share in [0, 1], got {self.world_fraction}")
-        if (self.world_fraction > 0) != (self.worlds is not None):
-            raise ConfigError("worlds and world_fraction: either has an effect only with the other")
-        if self.worlds is not None:
-            check_weights(self.worlds)
+        check_world_share(self.worlds, self.world_fraction)
         self.world_config(1)
 
     def world_config(self, num_frames: int) -> WorldConfig:
@@ -137,10 +131,7 @@ def make_source(config: DataConfig, seed: int, vae: VideoAutoencoder, own: Video
 
 def pixel_frames(vae: VideoAutoencoder, latent_frames: int) -> int:
     """Pixel frames of a clip."""
-    geometry = VideoGeometry(
-        temporal_stride=vae.temporal_stride, spatial_stride=vae.spatial_stride, patch_size=(1, 1, 1), chunk_frames=1,
-        first_frame_alone=vae.first_frame_alone,
-    )  # fmt: skip
+    geometry = VideoGeometry.of(vae, {"patch_size": (1, 1, 1), "chunk_frames": 1})  # of which pixels do not depend
     return geometry.pixel_frames(latent_frames)
 
 

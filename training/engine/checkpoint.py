@@ -111,16 +111,22 @@ def _sync_folder(folder: Path) -> None:
 
 
 def save_checkpoint(
-    out: Path, step: int, parts: dict[str, Stateful], config: dict, *, keep: int = 2, random_state: bool = False,
+    out: Path,
+    step: int,
+    parts: dict[str, Stateful],
+    config: dict,
+    *,
+    keep: int = 2,
+    random_state: bool = False,
     window: Sequence[dict[str, float]] = (),
-) -> Path:  # fmt: skip
+) -> Path:
     """Write every part's state under `out/step-N`; older checkpoints go only after the new one is complete.
 
     Every process must call it; when one fails, all raise and the checkpoints before are untouched.
 
     Args:
         keep: complete checkpoints that stay, at least two.
-        random_state: also save every process's random state.
+        random_state: whether to save, too, every process's random state.
         window: numbers of the steps since the last row of metrics, for the manifest.
 
     Raises:
@@ -225,17 +231,21 @@ def newest_checkpoint(out: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def load_checkpoint(
-    folder: Path, parts: dict[str, Stateful], *, manifest: dict[str, Any] | None = None, random_state: bool = False,
+    folder: Path,
+    parts: dict[str, Stateful],
+    *,
+    manifest: dict[str, Any] | None = None,
+    random_state: bool = False,
     allow_missing_random: bool = False,
-) -> int:  # fmt: skip
+) -> int:
     """Load every part; returns the step. Every process must call it; when one fails, all raise.
 
     The first process alone compares the files with their hashes.
 
     Args:
-        manifest: of the folder, when its files were already found to match it (`newest_checkpoint`).
-        random_state: also restore this process's random state.
-        allow_missing_random: go on with the present one when the checkpoint has none for this process.
+        manifest: manifest of the folder, when its files were already found to match it (`newest_checkpoint`).
+        random_state: whether to restore, too, this process's random state.
+        allow_missing_random: whether to go on with the present one when the checkpoint has none for this process.
 
     Raises:
         WeightsError: damaged, of another model, or without the random state of this process.
@@ -252,9 +262,13 @@ def load_checkpoint(
 
 
 def _load(
-    folder: Path, manifest: dict[str, Any], parts: dict[str, Stateful], *, random_state: bool,
+    folder: Path,
+    manifest: dict[str, Any],
+    parts: dict[str, Stateful],
+    *,
+    random_state: bool,
     allow_missing_random: bool,
-) -> None:  # fmt: skip
+) -> None:
     for name, part in parts.items():
         path = folder / f"{name}.pt"
         if path.name not in manifest["files"] and getattr(part, "waivable", False):

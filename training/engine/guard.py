@@ -76,8 +76,8 @@ def explained_failures(when: str, relief: str, saved: int = 0) -> Iterator[None]
     """Say what to do about a step that failed; nothing is retried with other settings behind the user's back.
 
     Args:
-        when: what was being computed, after "out of memory".
-        relief: what takes less memory.
+        when: words for what was being computed, after "out of memory".
+        relief: advice on what takes less memory.
         saved: step of the newest checkpoint, 0 without one.
 
     Raises:

@@ -25,7 +25,7 @@ from sparse_forcing.files import output_lock
 from sparse_forcing.training.engine.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.engine.guard import STOPPED, StopRequest, explained_failures, stop_with_launcher
 from sparse_forcing.training.engine.metrics import RunLog
-from sparse_forcing.training.engine.parallel import leaving_group, rank
+from sparse_forcing.training.engine.parallel import leave_group, rank
 from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig
 
@@ -35,7 +35,7 @@ before they take it for dead; NCCL's default is ten minutes."""
 
 
 class Recipe(Protocol):
-    """What trains: see above.
+    """A recipe, as the loop sees it (above).
 
     parts: what a checkpoint holds; steps: optimizer steps from first to last; geometry: what a step computes, in words.
     """
@@ -86,10 +86,10 @@ def run(
     """Train to the end or to SIGTERM; returns 0, or 143 after a stop that saved.
 
     Args:
-        build: makes the recipe once the processes are known.
+        build: function that makes the recipe once the processes are known.
         config: the whole stage's config, for the checkpoint's manifest.
         out: folder of checkpoints, `metrics.jsonl`, `samples` and the exported model, `pipeline`.
-        resume: from what, the newest checkpoint of `out` by default.
+        resume: checkpoint to go on from, the newest checkpoint of `out` by default.
 
     Raises:
         ConfigError: the launch does not fit the config, or memory is not enough.
@@ -97,7 +97,7 @@ def run(
         NotFiniteError: a loss or gradient is NaN or infinite; nothing of that step is saved.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with leaving_group():
+    with leave_group():
         return _run(build, loop, config, out, resume or Resume())
 
 
@@ -126,9 +126,14 @@ def _run(build: Callable[[Accelerator], Recipe], loop: RunConfig, config: Any, o
             stopping = stop.requested()
             if stopping or step == recipe.steps or step % loop.checkpoint_every == 0:
                 save_checkpoint(
-                    out, step, recipe.parts, to_plain(config), keep=loop.keep_checkpoints, random_state=True,
+                    out,
+                    step,
+                    recipe.parts,
+                    to_plain(config),
+                    keep=loop.keep_checkpoints,
+                    random_state=True,
                     window=log.window,
-                )  # fmt: skip
+                )
                 saved = step
             if stopping and step < recipe.steps:
                 log.note(f"stopped at step {step}; run the same command to go on")

@@ -27,7 +27,7 @@ class LoraConfig:
     """Adapters of one network.
 
     Args:
-        rank: of the change of every layer; alpha: the change is scaled by alpha / rank.
+        rank: rank of the change of every layer; alpha: the change is scaled by alpha / rank.
         targets: ends of the names of the linear layers that get one.
     """
 
@@ -48,6 +48,7 @@ class LoraConfig:
         return {n: m for n, m in linear.items() if any(_answers(n, target) for target in self.targets)}
 
     def parameter_count(self, model: nn.Module) -> int:
+        """Numbers that the adapters add to `model`."""
         return sum(self.rank * (x.in_features + x.out_features) for x in self.adapted(model).values())
 
 
@@ -110,7 +111,7 @@ class AdapterState:
             parameter.copy_(shard_like(state[name], parameter))
 
 
-def merged(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
+def merge_adapters(state: dict[str, Tensor], config: LoraConfig) -> dict[str, Tensor]:
     """A state dict with adapters -> the plain model's: every adapted weight W + (alpha / rank) B A in W's type."""
     plain = {}
     for name, value in state.items():

@@ -69,14 +69,21 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def apply_gradients(
-    module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], step: int, *, name: str, loss: float, rate: float,
-    max_grad_norm: float | None, ema: ParameterEma | None = None,
-) -> dict[str, float]:  # fmt: skip
+    module: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    *,
+    name: str,
+    loss: float,
+    rate: float,
+    max_grad_norm: float | None,
+    ema: ParameterEma | None = None,
+) -> dict[str, float]:
     """Average and clip the gradients of a network, refuse numbers that are not finite, update; every process calls it.
 
     Args:
-        optimizers: of the network's parameters; all take `rate`.
-        name: of the network in metrics and messages.
+        optimizers: optimizers of the network's parameters; all take `rate`.
+        name: name of the network in metrics and messages.
         loss: that the gradients are of.
         ema: average of the network to update, too.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 # Before there is a process group: functions of torch.distributed that are defined later keep it as a default argument.
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sparse_forcing.errors import SparseForcingError
@@ -30,7 +30,7 @@ BUCKET_ELEMENTS = 1 << 25
 
 
 @contextmanager
-def leaving_group() -> Iterator[None]:
+def leave_group() -> Iterator[None]:
     """Leave the process group that the block joined, however it ends; afterwards no thread of the group is alive.
 
     A gloo worker thread drops the tensors of a collective a moment after whoever waited for it goes on. If the
@@ -157,7 +157,9 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
         )
     for block in model.get_submodule("blocks").children():
         fully_shard(block, **options)
+        register_fsdp_forward_method(block, "encode_text")
     fully_shard(model, **options)
+    register_fsdp_forward_method(model, "encode_text")
     return model
 
 

@@ -16,11 +16,21 @@ from sparse_forcing.training.engine.parallel import from_first, rank
 
 FREE = frozenset(
     {
-        "compile", "loop.steps", "loop.device", "loop.micro_batch", "loop.processes", "loop.parallel",
-        "loop.gradient_checkpointing", "loop.checkpoint_every", "loop.keep_checkpoints", "loop.log_every",
-        "loop.validate_every", "loop.trackers", "loop.allow_missing_random",
+        "compile",
+        "loop.steps",
+        "loop.device",
+        "loop.micro_batch",
+        "loop.processes",
+        "loop.parallel",
+        "loop.gradient_checkpointing",
+        "loop.checkpoint_every",
+        "loop.keep_checkpoints",
+        "loop.log_every",
+        "loop.validate_every",
+        "loop.trackers",
+        "loop.allow_missing_random",
     }
-)  # fmt: skip
+)
 """Settings that say how long and on which machine a run trains and what it tells, not what it learns."""
 
 
@@ -45,7 +55,7 @@ class Resume:
     Args:
         checkpoint: folder `step-N` of any run to go on from; None: the newest complete one of the output folder. Once
             the output folder has later ones of this course, the newest of those, so that the same command resumes.
-        allow_changes: go on with settings other than the checkpoint's; they are named in a warning.
+        allow_changes: whether to go on with settings other than the checkpoint's; they are named in a warning.
     """
 
     checkpoint: Path | None = None
@@ -56,7 +66,7 @@ class Resume:
 
         Args:
             config: the stage's, to be compared with the checkpoint's.
-            options: of `load_checkpoint`.
+            options: options of `load_checkpoint`.
 
         Raises:
             ConfigError: the settings differ, or a checkpoint was named and `out` has checkpoints of its own.

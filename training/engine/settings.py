@@ -22,7 +22,7 @@ class RunConfig:
     """How a run is kept and told, whatever it trains. Such a stage trains in one process.
 
     Args:
-        device: what computes, "auto" for the GPU where there is one; under torchrun each process has its own GPU.
+        device: device that computes, "auto" for the GPU where there is one; under torchrun a process has its own GPU.
         max_grad_norm: gradients are clipped to it; null for none.
         checkpoint_every, log_every, validate_every: optimizer steps between checkpoints, rows of metrics and sample
             videos (0: no videos).
@@ -43,7 +43,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._at_least_one("checkpoint_every", "keep_checkpoints", "log_every")
         if not 0 <= self.seed <= LARGEST_SEED:
-            raise ConfigError(f"seed: from 0 to {LARGEST_SEED}, got {self.seed}")
+            raise ConfigError(f"seed: must lie from 0 to {LARGEST_SEED}, got {self.seed}")
         if self.validate_every < 0:
             raise ConfigError(f"validate_every: must not be negative, got {self.validate_every}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:
@@ -75,15 +75,15 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig(RunConfig):
-    """The same for a stage whose processes share every step's samples.
+    """Settings of the loop for a stage whose processes share every step's samples.
 
     Args:
         steps: optimizer steps of the stage.
         global_batch: samples per step over all processes; micro_batch: samples per forward pass. The rest accumulates.
-        processes: how many a launch must have; another number is refused (None: any that shares the batch evenly).
+        processes: number that a launch must have; another number is refused (None: any that shares the batch evenly).
         parallel: "replicate" (every process holds the weights) or "fsdp" (sharded per block).
-        dtype: of computation (float32, bfloat16, or auto: bfloat16 where that saves time); weights and optimizers stay
-            float32.
+        dtype: type of computation (float32, bfloat16, or auto: bfloat16 where that saves time); weights and optimizers
+            stay float32.
     """
 
     steps: int
@@ -146,4 +146,4 @@ def bounded(settings: Any, limits: dict[str, tuple[int, int]]) -> None:
     """Raise ConfigError for the first of the named whole-number settings that is outside its (least, greatest)."""
     for name, (least, greatest) in limits.items():
         if not least <= getattr(settings, name) <= greatest:
-            raise ConfigError(f"{name}: from {least} to {greatest}, got {getattr(settings, name)}")
+            raise ConfigError(f"{name}: must lie from {least} to {greatest}, got {getattr(settings, name)}")

@@ -36,7 +36,7 @@ class Compared:
     """Generated latents, and where scores are compared.
 
     Args:
-        latents: [B, F, C, H, W]; noise: of their shape; timestep: [B], one per sample.
+        latents: [B, F, C, H, W]; noise: noise of their shape; timestep: [B], one per sample.
         schedule: adds the noise.
         score_schedule: turns a score's flow into x0; `schedule` when None. Use one for both; Self-Forcing's released
             weights were trained with shift 5 and shift 8 (a mismatch of up to 19 % at t = 20).
@@ -86,9 +86,14 @@ def surrogate_loss(latents: Tensor, gradient: Tensor, mask: Tensor | None = None
 
 
 def dmd_loss(
-    at: Compared, real: Score, fake: Score, *, real_guidance: float = 3.0, fake_guidance: float = 0.0,
+    at: Compared,
+    real: Score,
+    fake: Score,
+    *,
+    real_guidance: float = 3.0,
+    fake_guidance: float = 0.0,
     mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """DMD loss of generated latents; gradients reach these only. mask: as in `surrogate_loss`."""
     with torch.no_grad():
         x_t = at.x_t
@@ -129,14 +134,15 @@ def critic_loss(at: Compared, fake: Score) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreConfig:
-    """How scores are compared.
+    """Settings of the comparison of scores.
 
     Args:
-        real_guidance, fake_guidance: added on top of the conditional prediction; classifier-free weight minus one.
-        shift: of the levels at which scores are compared; schedule_shift: of the score networks' own table, when it
-            differs (Self-Forcing's released weights: 8), None for the generator's.
+        real_guidance, fake_guidance: classifier-free weights minus one, added on top of the conditional prediction.
+        shift: shift of the levels at which scores are compared.
+        schedule_shift: shift of the score networks' own table, when it differs (Self-Forcing's released weights: 8),
+            None for the generator's.
         low, high: timesteps are clamped to this range.
-        sid_alpha: of the SiD loss.
+        sid_alpha: alpha of the SiD loss.
         causal_window: None for a bidirectional teacher: all frames of a clip, equally noisy, see each other. A number
             for a causal one, such as the student's own start: every noisy chunk sees itself and the finished chunks
             before it, that many latent frames in all.
@@ -166,7 +172,7 @@ class Context:
     policy: ParallelAttention
 
 
-def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
+def make_context(clip: Tensor, chunk_frames: int, window: int | None) -> Context | None:
     """What a causal teacher sees beside the noisy clip, within `window` latent frames; None: a bidirectional one."""
     if window is None:
         return None
@@ -174,7 +180,7 @@ def context_of(clip: Tensor, chunk_frames: int, window: int | None) -> Context |
     return Context(clip.detach(), ParallelAttention.teacher_forcing(chunks, window=window))
 
 
-def score_of(
+def make_score(
     network: CausalWanTransformer3DModel, text: Tensor, negative: Tensor, context: Context | None = None
 ) -> Score:
     """A transformer as a score of one micro-batch's prompts; without a context all frames see each other."""

@@ -27,11 +27,11 @@ class Work:
     Args:
         frames: latent frames that carry gradients at the same time; rows, cols: tokens of each.
         context_frames: clean frames that carry gradients beside them (teacher forcing).
-        memory: of a rollout, chunk by chunk; None when all frames are computed at once.
-        cache_gradient: of that memory, as in sparse_forcing.memory.
+        memory: memory of a rollout, chunk by chunk; None when all frames are computed at once.
+        cache_gradient: gradient of that memory, as in sparse_forcing.memory.
         windows: latent frames of each window of a rollout that goes on after a backward pass; one of `frames` if empty.
         text_len: tokens of a prompt.
-        number_bytes: of a number in computation.
+        number_bytes: size of a number in computation.
     """
 
     frames: int

@@ -66,10 +66,18 @@ class MemoryEstimate:
 
 
 def estimate_distillation(
-    generator: dict[str, Any], critic: dict[str, Any], teacher: dict[str, Any], work: Work, *, shards: int = 1,
-    encoders: int = 0, lora: LoraConfig | None = None, critic_lora: LoraConfig | None = None, score_context: int = 0,
+    generator: dict[str, Any],
+    critic: dict[str, Any],
+    teacher: dict[str, Any],
+    work: Work,
+    *,
+    shards: int = 1,
+    encoders: int = 0,
+    lora: LoraConfig | None = None,
+    critic_lora: LoraConfig | None = None,
+    score_context: int = 0,
     real_passes: int = 0,
-) -> MemoryEstimate:  # fmt: skip
+) -> MemoryEstimate:
     """Estimate of three networks. The two updates of a step follow each other: the gradients and graphs of one are gone
     when the other begins.
 
@@ -77,8 +85,8 @@ def estimate_distillation(
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
         score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
-        real_passes: of the teacher that gradients of the generator flow through, beside one of the critic (SiD); none
-            otherwise (DMD).
+        real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
+            none otherwise (DMD).
     """
     trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
@@ -101,9 +109,14 @@ def estimate_distillation(
 
 
 def estimate_one_network(
-    config: dict[str, Any], work: Work, *, shards: int = 1, encoders: int = 0, lora: LoraConfig | None = None,
+    config: dict[str, Any],
+    work: Work,
+    *,
+    shards: int = 1,
+    encoders: int = 0,
+    lora: LoraConfig | None = None,
     guided: bool = False,
-) -> MemoryEstimate:  # fmt: skip
+) -> MemoryEstimate:
     """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
     weights are kept, frozen, to learn from."""
     trained = trained_count(config, lora)
@@ -132,7 +145,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
     if isinstance(config, AutoencoderConfig):
         return estimate_autoencoder(config), []
     if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
-        raise ConfigError(f"{type(config).__name__}: what this stage needs is not estimated")
+        raise ConfigError(f"{type(config).__name__}: there is no estimate of what this stage needs")
     if config.loop.micro_batches % processes:
         raise ConfigError(
             f"loop.global_batch: {config.loop.micro_batches} micro-batches cannot be shared by {processes} processes"
@@ -180,9 +193,15 @@ def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:
         context = stage.latent_frames if stage.latent_frames > config.chunk_frames else 0
         side = stage.sizes[0] // PatchAutoencoder(1).spatial_stride  # batches of all sizes have as many tokens
         work = Work(
-            frames=stage.latent_frames, context_frames=context, rows=side, cols=side, text_len=config.text_len,
-            micro_batch=stage.batch_size, checkpointing=False, number_bytes=_number_bytes("auto"),
-        )  # fmt: skip
+            frames=stage.latent_frames,
+            context_frames=context,
+            rows=side,
+            cols=side,
+            text_len=config.text_len,
+            micro_batch=stage.batch_size,
+            checkpointing=False,
+            number_bytes=_number_bytes("auto"),
+        )
         activations.append(activation_bytes(sizes, work))
     return MemoryEstimate(state, state, moments, state, 0, 0, 0, max(activations))
 
@@ -211,7 +230,7 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
 
 
 def _fit_bytes(clips: int, temporal_stride: int) -> int:
-    """Of fitting patches (`fit_patches`): all pixels and half as much to render them, and some clips in float64."""
+    """Bytes of fitting patches (`fit_patches`): all pixels, half as much to render them, some clips in float64."""
     numbers = 3 * 2 * temporal_stride * FIT_SIZE**2
     return numbers * (6 * clips + 24 * min(clips, CLIPS_AT_ONCE))
 
@@ -221,7 +240,7 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _number_bytes(dtype: str) -> int:
-    """Of an activation, on the device that a training started here would use."""
+    """Bytes of a number of an activation, on the device that a training started here would use."""
     return compute_dtype(dtype, torch.device(resolve_device("auto"))).itemsize
 
 
@@ -239,8 +258,15 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) 
         elif config.cache_gradient == "clean":  # every chunk's clean pass but the last, which nothing reads
             context = frames - on_meta(model.transformer).config.chunk_frames
     return Work(
-        frames=frames, context_frames=context, memory=memory, windows=windows, rows=model.rows, cols=model.cols,
-        cache_gradient=getattr(config, "cache_gradient", "detached"), micro_batch=config.loop.micro_batch,
-        text_len=model.text_len, number_bytes=_number_bytes(config.loop.dtype),
+        frames=frames,
+        context_frames=context,
+        memory=memory,
+        windows=windows,
+        rows=model.rows,
+        cols=model.cols,
+        cache_gradient=getattr(config, "cache_gradient", "detached"),
+        micro_batch=config.loop.micro_batch,
+        text_len=model.text_len,
+        number_bytes=_number_bytes(config.loop.dtype),
         checkpointing=config.loop.gradient_checkpointing,
-    )  # fmt: skip
+    )

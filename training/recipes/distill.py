@@ -48,10 +48,10 @@ from sparse_forcing.training.losses.distribution_matching import (
     Compared,
     Score,
     ScoreConfig,
-    context_of,
     critic_loss,
     dmd_loss,
-    score_of,
+    make_context,
+    make_score,
     score_timestep,
     sid_loss,
 )
@@ -63,13 +63,13 @@ from sparse_forcing.training.recipes.shared import (
     export_pipeline,
     generators,
     load_pipeline,
+    make_own_source,
     noise_like,
     optimizer_step,
     prepare,
-    source_of,
     trained_part,
 )
-from sparse_forcing.training.recipes.validation import averaged, write_samples
+from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 from sparse_forcing.weights.manifest import model_hash
 
 LOSSES = ("dmd", "sid")
@@ -87,7 +87,7 @@ class DistillConfig:
         critic_start: weights that the fake score starts from: "teacher"; "model" when the student knows what the
             teacher does not (guidance, after tiny-guided.yaml) and a fake score would first have to catch up on that;
             or another pipeline folder (Self-Forcing's critic of a 14B teacher is the 1.3B model).
-        memory: of the rollouts; the model's default when None.
+        memory: memory of the rollouts; the model's default when None.
         sampler: few_step; its steps are the student's.
         critic_ratio: critic updates per generator update.
         rollout_frames: latent frames of the first window (the horizon of both scores).
@@ -98,7 +98,7 @@ class DistillConfig:
         ema_start: step from which averages are kept.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
-        selector_weight: of the selector's distillation loss (sparse memory with a learned selector).
+        selector_weight: weight of the selector's distillation loss (sparse memory with a learned selector).
         lora, critic_lora: train adapters of the generator, of the critic, instead of all their weights.
     """
 
@@ -143,9 +143,9 @@ class DistillConfig:
         if self.cache_gradient not in ("detached", "straight_through"):
             raise ConfigError(f"cache_gradient: expected detached or straight_through, got {self.cache_gradient!r}")
         if self.windows > 1 and self.cache_gradient != "detached":
-            raise ConfigError("cache_gradient: long tuning frees each window's graph, which needs detached")
+            raise ConfigError("cache_gradient: must be detached in long tuning, which frees each window's graph")
         if self.loss == "sid" and (self.score.fake_guidance or self.windows > 1):
-            raise ConfigError("loss: sid takes no fake_guidance and one window")
+            raise ConfigError("loss: sid needs fake_guidance 0 and windows 1")
         if self.window_frames is not None and not 0 < self.window_frames <= self.rollout_frames:
             raise ConfigError(f"window_frames: must be in 1..rollout_frames, got {self.window_frames}")
 
@@ -176,7 +176,7 @@ class DistillRecipe(Recipe):
             "critic": make_optimizer(self.fake, config.critic),
         }
         self.ema = ParameterEma(self.model, config.ema_decay)
-        self.source = source_of(config.data, loop.seed + 1, self.pipe)
+        self.source = make_own_source(config.data, loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
@@ -302,9 +302,10 @@ class DistillRecipe(Recipe):
                 mask = torch.ones_like(clip, dtype=torch.bool)
                 mask[:, : kept.shape[1]] = False
             losses = memory.selector_losses
-            context = context_of(clip, self.model.config.chunk_frames, config.score.causal_window)
+            context = make_context(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
-                name: score_of(net, text, negative, context) for name, net in (("real", self.real), ("fake", self.fake))
+                name: make_score(net, text, negative, context)
+                for name, net in (("real", self.real), ("fake", self.fake))
             }
             yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
             losses.clear()
@@ -330,7 +331,7 @@ class DistillRecipe(Recipe):
             defaults=replace(self.pipe.defaults, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
         # Sharded weights arrive in the type of the computation.
-        with self._autocast(), averaged(self.model, self.ema):
+        with self._autocast(), swap_in_average(self.model, self.ema):
             write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:

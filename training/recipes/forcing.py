@@ -55,23 +55,23 @@ class ForcingConfig:
 
     Args:
         model: pipeline folder (or `tiny`) that gives text encoder, autoencoder and the starting weights.
-        memory: what a chunk sees of the past; the model's default when None.
-        shift: of the noise grid that levels are drawn from.
+        memory: memory of the past that a chunk sees; the model's default when None.
+        shift: shift of the noise grid that levels are drawn from.
         weighting: "schedule" (Self-Forcing's bell around t = 500), or "unit_variance" (squared error of the
             preconditioned network output, for models with latent_std).
         context_noise: share of the range up to which the clean context is noised (teacher forcing), 0 for none.
         cache_gradient: through a memory, "detached" (the clean chunks' keys and values are constants: half the
             activations) or "clean" (they learn too, as in the parallel form, which a `full` memory always takes).
-        guidance_scale: of the starting weights, whose flow with classifier-free guidance is then the target of teacher
-            forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
+        guidance_scale: scale of the starting weights, whose flow with classifier-free guidance is then the target of
+            teacher forcing (Meng et al., arXiv 2210.03142); the result needs no guidance. 1 for the data's flow.
         guidance_window: latent frames that the starting weights see for it, the predicted chunk included; as many as
             the memory when None.
-        sampler: of the trained model; the starting model's when None.
+        sampler: sampler of the trained model; the starting model's when None.
         sampler_level_fraction: share of the chunks whose noise level is one of a few_step sampler's, not any of the
             grid. Needs weighting unit_variance: the bell gives pure noise, where a sampler begins, no weight.
         learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
             and through its distillation loss when `selector_weight` is not 0.
-        selector_weight: of the selector's distillation loss; needs a sparse memory and a model with a learned selector.
+        selector_weight: weight of the selector's distillation loss; needs a sparse memory and a learned selector.
         selector_layers: layers the distillation loss looks at per step, drawn anew each time.
         lora: train adapters instead of all weights.
     """
@@ -108,13 +108,15 @@ class ForcingConfig:
         if self.cache_gradient not in ("detached", "clean"):
             raise ConfigError(f"cache_gradient: expected detached or clean, got {self.cache_gradient!r}")
         if self.guidance_window is not None and (self.guidance_window < 1 or self.guidance_scale == 1):
-            raise ConfigError(f"guidance_window: {self.guidance_window} must be positive, beside a guidance_scale")
+            raise ConfigError(f"guidance_window: {self.guidance_window} must be positive and needs a guidance_scale")
         if not 0 <= self.sampler_level_fraction <= 1:
-            raise ConfigError(f"sampler_level_fraction: is a share in [0, 1], got {self.sampler_level_fraction:g}")
+            raise ConfigError(f"sampler_level_fraction: must lie in [0, 1], got {self.sampler_level_fraction:g}")
         if self.sampler_level_fraction and (self.sampler is None or self.sampler.kind != "few_step"):
             raise ConfigError("sampler_level_fraction: needs a sampler of kind few_step")
         if self.sampler_level_fraction and self.weighting == "schedule":
-            raise ConfigError("sampler_level_fraction: needs weighting: unit_variance; schedule gives pure noise none")
+            raise ConfigError(
+                "sampler_level_fraction: needs weighting: unit_variance; schedule gives pure noise no weight"
+            )
         if self.mode != "teacher" and self.memory is not None and not self.memory.sees_whole_frames:
             kind = self.memory.kind
             raise ConfigError(f"memory.kind: {kind} is trained chunk by chunk, which only mode: teacher does")

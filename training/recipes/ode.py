@@ -50,6 +50,7 @@ class OdeConfig:
 
     @property
     def shift(self) -> float:
+        """Shift of the noise grid, which is the sampler's."""
         return self.sampler.shift
 
 

@@ -18,6 +18,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.identity import DataIdentity
@@ -26,11 +27,11 @@ from sparse_forcing.training.data.sources import DataConfig, Source, VideoFormat
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
 from sparse_forcing.training.engine.loop import Recipe
-from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merged, save_adapters
+from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merge_adapters, save_adapters
 from sparse_forcing.training.engine.optim import OptimizerConfig, apply_gradients, make_optimizer
 from sparse_forcing.training.engine.parallel import full_state, rank, shard, shard_layers
 from sparse_forcing.training.engine.settings import LoopConfig
-from sparse_forcing.training.recipes.validation import averaged, write_samples
+from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 
 Metrics = dict[str, float]
 
@@ -68,6 +69,8 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert data.path is not None
         stored = StoredText(Shards(data.path))
     pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
+    if pipe.defaults.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
+        pipe = pipe.with_defaults(PipelineConfig())
     width = pipe.transformer.config.text_dim
     if stored is not None and stored.dim != width:
         raise ConfigError(
@@ -82,14 +85,14 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
     return pipe
 
 
-def source_of(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
+def make_own_source(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
     """The data of a stage, in the format of the pipeline's own videos."""
     own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
     return make_source(data, seed, pipe.autoencoder, own)
 
 
 def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
-    """Of gathered weights; None: that of the shards, which is float32."""
+    """Type of gathered weights; None: that of the shards, which is float32."""
     dtype = compute_dtype(loop.dtype, device)
     return None if dtype == torch.float32 else dtype
 
@@ -149,7 +152,7 @@ def optimizer_step(
     Args:
         losses: micro-batch number -> terms whose sum is the micro-batch's loss; each is backpropagated at once, so
             that its graph is freed before the next is built.
-        name: of the network in metrics and messages.
+        name: name of the network in metrics and messages.
     """
     own = loop.own_micro_batches()
     total = 0.0
@@ -172,7 +175,7 @@ def export_pipeline(
     Args:
         source: the model folder that training started from; its text encoder and autoencoder, which did not train, are
             linked or copied into the new one.
-        lora: of the transformer; the adapters alone go into `folder`'s neighbour `adapter` too.
+        lora: adapters of the transformer; the adapters alone go into `folder`'s neighbour `adapter` too.
         changes: fields of the pipeline's config that training changed (sampler, memory).
     """
     state = full_state({**model.state_dict(), **(ema.shadow if ema is not None else {})})
@@ -180,7 +183,7 @@ def export_pipeline(
         return
     if lora is not None:
         save_adapters(folder.parent / "adapter", state, model)
-        state = merged(state, lora)
+        state = merge_adapters(state, lora)
     fresh = CausalWanTransformer3DModel(**constructor_settings(model.config))
     fresh.load_state_dict(state)
     frozen = find_model(source)
@@ -218,7 +221,7 @@ class OneNetwork(Recipe):
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
-        self.source = source_of(config.data, config.loop.seed + 1, self.pipe)
+        self.source = make_own_source(config.data, config.loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.shift)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
@@ -253,7 +256,7 @@ class OneNetwork(Recipe):
 
     def validate(self, step: int, folder: Path) -> None:
         # Sharded weights arrive in the type of the computation.
-        with autocast(self.device, self.config.loop), averaged(self.model, self.ema):
+        with autocast(self.device, self.config.loop), swap_in_average(self.model, self.ema):
             write_samples(self.pipe, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""Sample videos of the present weights, at intervals, so that eyes can follow a run."""
+"""Sample videos of the present weights, written at intervals: how a run goes, to be watched."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PROMPTS = ("a red circle moves to the right on a white background", "a small blu
 
 
 @contextmanager
-def averaged(module: nn.Module, ema: ParameterEma) -> Iterator[None]:
-    """A module with its averaged weights inside the block, with the trained ones after it."""
+def swap_in_average(module: nn.Module, ema: ParameterEma) -> Iterator[None]:
+    """Put the averaged weights into a module for the block, and the trained ones back after it."""
     trained = {name: p.detach().clone() for name, p in module.named_parameters() if name in ema.shadow}
     ema.copy_to(module)
     try:
@@ -34,8 +34,8 @@ def averaged(module: nn.Module, ema: ParameterEma) -> Iterator[None]:
 
 
 @contextmanager
-def evaluated(module: nn.Module) -> Iterator[None]:
-    """A module in evaluation inside the block, every part of it as it was after it."""
+def switch_to_eval(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation for the block, and every submodule back to what it was after it."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -75,7 +75,7 @@ def intersection_over_union(first: Box, second: Box) -> float:
 def relation_score(first: Box, second: Box, relationship: str, *, directed: bool) -> float:
     """1 when `first` stands to `second` as said and they hardly overlap, 0.1 / IoU when they overlap, 0 otherwise.
 
-    directed: also require the right side; VBench only compares the axis, so left passes for right.
+    directed: whether the right side is required, too; VBench only compares the axis, so left passes for right.
     """
     dx = (first[0] + first[2] - second[0] - second[2]) / 2
     dy = (first[1] + first[3] - second[1] - second[3]) / 2

@@ -7,16 +7,22 @@ writes the selected positions. README.md counts them for the 4680 x 32760 case.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection import reference
-from sparse_forcing.kernels.block_selection.gpu.launch import plan_choose, plan_pool, plan_select, plan_update
+from sparse_forcing.kernels.block_selection.gpu.launch import (
+    plan_choose,
+    plan_pool,
+    plan_select,
+    plan_store,
+    plan_update,
+)
+from sparse_forcing.kernels.block_selection.reference import Pools
 from sparse_forcing.kernels.block_sparse_attention.reference import valid_tokens
-from sparse_forcing.kernels.triton_runtime import Launch, active, why_unfit
+from sparse_forcing.kernels.triton_runtime import LIBRARY, Launch, active, register_op, why_unfit
 
 MAX_WINDOW = 2048  # blocks whose scores fit in registers; a longer window is scored and selected in torch
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -36,6 +42,13 @@ def pool_blocks(x: Tensor, sizes: Tensor | None, weights: Tensor | None, project
     if projection is not None:
         pooled = torch.einsum("bhnd,hde->bhne", pooled, projection.to(pooled.dtype))
     return pooled.to(x.dtype)
+
+
+def store_blocks(
+    keys: Tensor, values: Tensor, rows: Tensor, pools: Pools, sizes: Tensor | None, weights: Tensor | None
+) -> None:
+    """Blocks [B, H, n, T, D] into the rows [B, H, n] of the pools, with their means, in one launch."""
+    store_op(keys, values, rows, *pools, sizes, weights)
 
 
 def select_blocks(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
@@ -83,20 +96,7 @@ def _run(launch: Launch, device: torch.device) -> None:
         launch.run()
 
 
-# Every op is known to torch.compile and FakeTensor by its shapes, not by its launches. Choices have no gradient: their
-# inputs are detached above. They are registered as the attention is (block_sparse_attention/ops.py), because a call
-# through custom_op costs the host three times as much and a rollout makes three in every layer of every pass.
-
-_LIBRARY = torch.library.Library("sparse_forcing", "FRAGMENT")
-
-
-def _register(schema: str, kernel: Callable, fake: Callable) -> Any:
-    """The op of this schema."""
-    name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"sparse_forcing::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.sparse_forcing, name).default
+# Choices have no gradient: their inputs are detached above.
 
 
 def _pool(x: Tensor, sizes: Tensor | None, weights: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -135,6 +135,16 @@ def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Te
         dw = (du - w.sign() * (du * u).sum(-1, keepdim=True)) / total
         grad_w = (dw if valid is None else dw * valid).sum(dim=(0, 2)).to(weights.dtype)
     return grad_x, None, grad_w, None
+
+
+def _store(
+    keys: Tensor, values: Tensor, rows: Tensor, key_pool: Tensor, value_pool: Tensor, pooled_keys: Tensor,
+    pooled_values: Tensor | None, sizes: Tensor | None, weights: Tensor | None,
+) -> None:  # fmt: skip
+    """See `store_blocks`."""
+    if keys.numel():
+        pools = Pools(key_pool, value_pool, pooled_keys, pooled_values)
+        _run(plan_store(keys, values, rows, pools, sizes, weights), keys.device)
 
 
 def _select(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
@@ -181,17 +191,23 @@ def _update_fake(candidate_slots: Tensor, importance: Tensor, kept: int) -> tupl
     return candidate_slots.new_empty((*lead, kept)), candidate_slots.new_empty((*lead, candidates - kept))
 
 
-pool_op = _register(
+store_op = register_op(
+    "store_blocks(Tensor keys, Tensor values, Tensor rows, Tensor(a!) key_pool, Tensor(b!) value_pool, "
+    "Tensor(c!) pooled_keys, Tensor(d!)? pooled_values, Tensor? sizes, Tensor? weights) -> ()",
+    _store,
+    lambda *_: None,
+)
+pool_op = register_op(
     "pool_blocks(Tensor x, Tensor? sizes, Tensor? weights, ScalarType dtype) -> Tensor", _pool, _pool_fake
 )
-torch.library.register_autograd(pool_op, _pool_differentiate, setup_context=_pool_save, lib=_LIBRARY)
-select_op = _register("select_blocks(Tensor scores, int top_k, Tensor? own) -> Tensor", _select, _select_fake)
-choose_op = _register(
+torch.library.register_autograd(pool_op, _pool_differentiate, setup_context=_pool_save, lib=LIBRARY)
+select_op = register_op("select_blocks(Tensor scores, int top_k, Tensor? own) -> Tensor", _select, _select_fake)
+choose_op = register_op(
     "choose_blocks(Tensor query_blocks, Tensor key_blocks, Tensor? persistent_slots, Tensor? window_slots, int top_k, "
     "Tensor? own, float scale) -> Tensor",
     _choose,
     _choose_fake,
 )
-update_op = _register(
+update_op = register_op(
     "update_persistent(Tensor candidate_slots, Tensor importance, int kept) -> (Tensor, Tensor)", _update, _update_fake
 )

@@ -43,6 +43,51 @@ def pool_kernel(
 
 
 @triton.jit
+def _weighted_mean(values, w):
+    """[D] of values [T, D] by weights [T]."""
+    total = tl.sum(tl.abs(w), 0)
+    return tl.sum(values * w[:, None], 0) / tl.where(total == 0, 1.0, total)
+
+
+@triton.jit(do_not_specialize=["blocks"])
+def store_kernel(
+    keys, values, rows, sizes, weights, key_pool, value_pool, pooled_keys, pooled_values,
+    skb, skh, skn, skt, svb, svh, svn, svt, heads, blocks,
+    T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
+    RAGGED: tl.constexpr, WEIGHTED: tl.constexpr, POOL_VALUES: tl.constexpr,
+):  # fmt: skip
+    """Copy one block of keys and values [B, H, n, T, D] to its row of the pools, and its means to those of the pooled
+    ones: each is read once. rows [B*H, n]; sizes [n]; weights [H, T] of keys."""
+    head, block = program_head(), tl.program_id(0).to(tl.int64)
+    batch, of_batch = head // heads, head % heads
+    tokens, dims = tl.arange(0, BLOCK_T).to(tl.int64), tl.arange(0, BLOCK_D)
+    tile = (tokens < T)[:, None] & (dims < D)[None, :]
+    size = tl.load(sizes + block) if RAGGED else T
+    real = tokens < tl.minimum(size, T)
+    row = tl.load(rows + head * blocks + block).to(tl.int64)
+    inside = tokens[:, None] * D + dims[None, :]
+
+    k = tl.load(
+        keys + batch * skb + of_batch * skh + block * skn + tokens[:, None] * skt + dims[None, :], mask=tile, other=0.0
+    )
+    tl.store(key_pool + row * T * D + inside, k, mask=tile)
+    w = real.to(tl.float32)
+    if WEIGHTED:
+        w = tl.load(weights + of_batch * T + tokens, mask=real, other=0.0).to(tl.float32)
+    k = tl.where(real[:, None], k.to(tl.float32), 0.0)  # padding may hold NaN, which no weight of 0 removes
+    tl.store(pooled_keys + row * D + dims, _weighted_mean(k, w), mask=dims < D)
+
+    v = tl.load(
+        values + batch * svb + of_batch * svh + block * svn + tokens[:, None] * svt + dims[None, :], mask=tile,
+        other=0.0,
+    )  # fmt: skip
+    tl.store(value_pool + row * T * D + inside, v, mask=tile)
+    if POOL_VALUES:
+        v = tl.where(real[:, None], v.to(tl.float32), 0.0)
+        tl.store(pooled_values + row * D + dims, _weighted_mean(v, real.to(tl.float32)), mask=dims < D)
+
+
+@triton.jit
 def _ordered(scores):
     """float32 -> uint32 with the same order; -0 equals 0, NaN is above all, whatever its sign. The smallest real number
     maps above 0."""

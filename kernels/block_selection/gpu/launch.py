@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.gpu import kernels
+from sparse_forcing.kernels.block_selection.reference import Pools
 from sparse_forcing.kernels.triton_runtime import Launch, power_of_two, prepare, target
 
 _ONE_STAGE = {"num_stages": 1}
@@ -25,6 +26,25 @@ def plan_pool(
         **{f"sx{axis}": stride for axis, stride in zip("bhntd", x.stride())},
     }  # fmt: skip
     return prepare(kernels.pool_kernel, N, B * H, args, num_warps=4, **_ONE_STAGE), pooled
+
+
+def plan_store(
+    keys: Tensor, values: Tensor, rows: Tensor, pools: Pools, sizes: Tensor | None, weights: Tensor | None
+) -> Launch:
+    """The launch that writes a chunk's blocks [B, H, n, T, D] into its pools."""
+    B, H, N, T, D = keys.shape
+    keys, values = (x if x.stride(-1) == 1 else x.contiguous() for x in (keys, values))
+    args = {
+        "keys": keys, "values": values, "rows": rows.contiguous(), "sizes": sizes,
+        "weights": None if weights is None else weights.contiguous(), "key_pool": pools.keys,
+        "value_pool": pools.values, "pooled_keys": pools.representatives, "pooled_values": pools.value_representatives,
+        **{f"sk{axis}": step for axis, step in zip("bhnt", keys.stride())},
+        **{f"sv{axis}": step for axis, step in zip("bhnt", values.stride())},
+        "heads": H, "blocks": N, "T": T, "D": D, "BLOCK_T": power_of_two(T), "BLOCK_D": power_of_two(D),
+        "RAGGED": sizes is not None, "WEIGHTED": weights is not None,
+        "POOL_VALUES": pools.value_representatives is not None,
+    }  # fmt: skip
+    return prepare(kernels.store_kernel, N, B * H, args, num_warps=4, **_ONE_STAGE)
 
 
 def _rows_and_warps(window: int) -> tuple[int, int, int]:

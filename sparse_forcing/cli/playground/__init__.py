@@ -24,9 +24,12 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine only)")
     parser.add_argument("--port", type=whole_number, default=7860, metavar="N", help="default: 7860")
     parser.add_argument(
-        "--cache-gigabytes", type=number, default=CACHE_GIGABYTES, metavar="X",
+        "--cache-gigabytes",
+        type=number,
+        default=CACHE_GIGABYTES,
+        metavar="X",
         help="memory for the caches of all videos together; who finds no room waits in line (default: 4)",
-    )  # fmt: skip
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

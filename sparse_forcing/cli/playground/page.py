@@ -28,9 +28,13 @@ def serve(visitors: Visitors, host: str, port: int) -> None:
     """Serve the page until interrupted."""
     page = make_page(visitors)
     page.launch(
-        server_name=host, server_port=port, theme=gradio.themes.Default(font=FONT), footer_links=[], show_error=True,
+        server_name=host,
+        server_port=port,
+        theme=gradio.themes.Default(font=FONT),
+        footer_links=[],
+        show_error=True,
         prevent_thread_lock=True,
-    )  # fmt: skip
+    )
     try:
         threading.Event().wait()  # gradio's own waiting swallows signals
     finally:
@@ -96,9 +100,14 @@ def make_page(visitors: Visitors) -> gradio.Blocks:
                 overlay = gradio.Checkbox(label="Light up what is kept (sparse, heavy_hitter)")
         # Values come as they are: what cannot be used is refused by `read_form`, in its words.
         begin.click(
-            buttons.start, [prompt, minutes, seed, memory, overlay], [screen, line, curve, file],
-            show_progress="hidden", concurrency_limit=None, trigger_mode="multiple", preprocess=False,
-        )  # fmt: skip
+            buttons.start,
+            [prompt, minutes, seed, memory, overlay],
+            [screen, line, curve, file],
+            show_progress="hidden",
+            concurrency_limit=None,
+            trigger_mode="multiple",
+            preprocess=False,
+        )
         for event in (change.click, prompt.submit):
             event(buttons.say, [prompt], None, show_progress="hidden", preprocess=False, concurrency_limit=None)
         end.click(buttons.stop)

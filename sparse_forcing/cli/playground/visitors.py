@@ -147,9 +147,15 @@ class Visitors:
         place, began = self.room.ask(self._size_of(settings)), False
         try:
             video = LiveVideo(
-                self.pipe, prompt, settings, seed=config.seed, overlay=config.overlay, save_to=file,
-                on_end=place.leave, **self.options,
-            )  # fmt: skip
+                self.pipe,
+                prompt,
+                settings,
+                seed=config.seed,
+                overlay=config.overlay,
+                save_to=file,
+                on_end=place.leave,
+                **self.options,
+            )
             self.videos[session], self._files[session] = (video, place), file
             for number in self._in_line(place):
                 yield View(line=f"Waiting for room: number {number} in line.")
@@ -185,10 +191,12 @@ class Visitors:
             if event.prompt != prompt:
                 prompt, remarks = event.prompt, tuple(self.pipe.prompt_remarks([event.prompt]))
             view = View(
-                picture=event, points=tuple(points), remarks=remarks,
+                picture=event,
+                points=tuple(points),
+                remarks=remarks,
                 line=f"{event.second:.1f} s of video at {self.pipe.fps:g} frames/s, made at "
                 f"{event.frames_per_second:.1f} frames/s, cache {event.cache_bytes / 1e6:.1f} MB",
-            )  # fmt: skip
+            )
             yield view
         if self._files.get(session) != file:
             return  # another video has taken the screen

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -31,7 +32,8 @@ class BlockView:
     """What a rule sees of N blocks of one layer, in the order of time; nothing in it may be written to.
 
     Args:
-        layer: number of the layer; chunk: number of the chunk that was finished last.
+        layer: number of the layer, -1 where the samples are those of all layers (`RetentionRule.layers_at_once`).
+        chunk: number of the chunk that was finished last.
         frame_blocks: blocks that lie beside each other in time: block i + frame_blocks follows block i at its place,
             as long as both are in the window.
         num_persistent: how many of the N, the first ones, have left the window before.
@@ -84,19 +86,29 @@ class BlockView:
         """[B, H, N, T, D] values."""
         return self.suppliers["values"]()
 
+    @cached_property
+    def head(self) -> Tensor:
+        """Weights of the layer's retention head (`RetentionHead.packed`), for a rule that says it is `learned`."""
+        return self.suppliers["head"]()
+
 
 class RetentionRule(ABC):
     """Says which blocks stay when there are more than the persistent set holds.
 
     Class attributes:
-        reads: what the clean pass must leave behind for it: "attention", "mass", or neither.
+        reads: what the clean pass must leave behind for it: "attention", "mass", both or neither.
+        learned: whether it needs the retention head of the model's selectors.
         state_size: numbers it remembers of each block (R); 0 for a rule without memory, whose `observe` is not called.
         fresh: their value for a block that has just been written.
+        layers_at_once: whether all layers may be given to it at once, as more samples: for rules that treat every
+            sample and head alike and do not read `BlockView.layer`.
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
+    learned: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     fresh: ClassVar[float] = 0.0
+    layers_at_once: ClassVar[bool] = False
 
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
@@ -109,6 +121,12 @@ class RetentionRule(ABC):
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         """[B, H, N] of the candidates: the `capacity` highest stay, the earlier of two equals. A rule that chooses sets
         instead of ranking blocks gives 1 to those it keeps and 0 to the rest."""
+
+
+def age_order(blocks: BlockView) -> Tensor:
+    """[B, H, N] float32, rising with time."""
+    order = torch.arange(blocks.origin.shape[2], dtype=torch.float32, device=blocks.origin.device)
+    return order.expand(blocks.origin.shape)
 
 
 Rule = TypeVar("Rule", bound=type[RetentionRule])

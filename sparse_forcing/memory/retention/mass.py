@@ -14,6 +14,7 @@ class MassRule(RetentionRule):
     Window blocks count only for the query blocks that selected them.
     """
 
+    layers_at_once = True
     reads = frozenset({"mass"})
 
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:

@@ -14,6 +14,7 @@ class PaperRule(RetentionRule):
     A block that a single chunk does not look at is gone for good.
     """
 
+    layers_at_once = True
     reads = frozenset({"attention"})
 
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:

@@ -111,6 +111,15 @@ def draw_world(kind: str, seed: int, index: int, config: WorldConfig | None = No
         prompts = {0: before, plan.question: again}
     ground = Ground(kind=ground_kind, seed=ground_seed, sign=sign, span=(min(camera), max(camera)))
     return World(
-        kind=kind, frames=config.frames, seed=seed, index=index, ground=ground, camera=camera, items=tuple(plan.items),
-        panels=tuple(plan.panels), story=story, prompts=prompts, frame_noise=config.frame_noise,
-    )  # fmt: skip
+        kind=kind,
+        frames=config.frames,
+        seed=seed,
+        index=index,
+        ground=ground,
+        camera=camera,
+        items=tuple(plan.items),
+        panels=tuple(plan.panels),
+        story=story,
+        prompts=prompts,
+        frame_noise=config.frame_noise,
+    )

@@ -14,7 +14,7 @@ MOST_OBJECTS = 8  # of a parade: as many as have an ordinal
 
 @dataclass(frozen=True, kw_only=True)
 class WorldConfig:
-    """What is drawn; all times in pixel frames.
+    """Settings of the worlds that are drawn; all times in pixel frames.
 
     Args:
         frames: length of a clip; paths and gaps adapt to it.
@@ -26,8 +26,8 @@ class WorldConfig:
         split: "train" has no held-out (colour, shape) pair anywhere, "heldout" has one in everything that returns,
             "all" ignores the split.
         distractor_fraction: share of gaps, where there is time, in which an object passes that never returns.
-        objects: how many objects a parade may have.
-        swaps: how many swaps of cups, least and most; None: from one up to what fits.
+        objects: numbers of objects that a parade may have.
+        swaps: numbers of swaps of cups, least and most; None: from one up to what fits.
         align: a prompt changes at a multiple of this.
     """
 

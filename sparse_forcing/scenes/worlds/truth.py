@@ -60,9 +60,17 @@ def _entry(
     boxes = tuple(box for box in map(thing.box, range(*full)) if box is not None)
     identity = thing.identity
     return Return(
-        item=item, colour=identity.colour, shape=identity.shape, size=identity.size, first_seen=whole[0],
-        seen_before=whole[-1], last_seen=last_seen, gap=gap, frames=full, boxes=boxes,
-    )  # fmt: skip
+        item=item,
+        colour=identity.colour,
+        shape=identity.shape,
+        size=identity.size,
+        first_seen=whole[0],
+        seen_before=whole[-1],
+        last_seen=last_seen,
+        gap=gap,
+        frames=full,
+        boxes=boxes,
+    )
 
 
 def _runs(values: list[bool]) -> Iterator[tuple[bool, tuple[int, int]]]:

@@ -20,6 +20,8 @@ from sparse_forcing.kernels.block_selection.gpu import backend as selection  # n
 from sparse_forcing.kernels.block_sparse_attention import block_sparse_attention  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention.gpu.launch import plan_forward  # noqa: E402
 from sparse_forcing.kernels.block_sparse_attention.gpu.lists import inverse_lists  # noqa: E402
+from sparse_forcing.kernels.token_rows import reference as rows_reference  # noqa: E402
+from sparse_forcing.kernels.token_rows.gpu import backend as rows  # noqa: E402
 from tests.kernels.triton_jobs.common import (  # noqa: E402
     TOLERANCE,
     answer,
@@ -347,3 +349,83 @@ def test_products_do_not_depend_on_the_order_of_their_factors():
 
     a, b = torch.randn(16, 32), torch.randn(32, 16)
     assert torch.equal(product(a, b), product(b.T.contiguous(), a.T.contiguous()).T)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize(("shape", "heads"), [((2, 5, 48), 3), ((1, 3, 96), 2), ((1, 2, 10), 1)])
+def test_norm_rotate_is_the_norm_then_the_rotation(dtype, shape, heads):
+    B, L, C = shape
+    x = torch.randn(B, L + 1, C + 3).to(dtype)[:, 1:, :C]
+    weight = torch.randn(C).to(dtype)
+    angles = torch.randn(L, C // heads // 2)
+    wanted = rows_reference.norm_rotate(x.double(), weight.double(), 1e-6, angles.cos().double(), angles.sin().double())
+    with guarded():
+        found = rows.norm_rotate(x, weight, 1e-6, angles.cos(), angles.sin())
+    assert found.dtype == dtype
+    assert found.shape == wanted.shape
+    assert error(found, wanted) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("modulates", [True, False])
+@pytest.mark.parametrize("gated", [True, False])
+def test_add_norm_is_the_sum_and_its_norm(dtype, modulates, gated):
+    B, L, C = 2, 3, 45
+    x, update = (torch.randn(B, L, C + 1).to(dtype)[..., :C] for _ in range(2))
+    table = torch.randn(B, 1, 3, C).to(dtype)
+    gate, shift, scale = table.unbind(2)
+    if not modulates:
+        shift, scale = shift[0, 0], scale[0, 0]
+    inputs = (x, update, gate if gated else None, shift, scale)
+    wanted = rows_reference.add_norm(
+        *(None if part is None else part.double() for part in inputs), 1e-6, modulates=modulates
+    )
+    with guarded():
+        found = rows.add_norm(*inputs, 1e-6, modulates=modulates)
+    for part, expected in zip(found, wanted):
+        assert part.dtype == dtype
+        assert error(part, expected) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_keys_are_turned_in_place_and_nothing_else_is(dtype):
+    frequencies = 10_000.0 ** (-torch.arange(3, dtype=torch.float64) / 3)
+    pool = torch.randn(2, 3, 5, 4, 9).to(dtype)
+    cases = [(pool, torch.randint(-9, 9, (2, 3, 5))[..., None]), (pool[:, :, :, 0], torch.randint(-9, 9, (2, 3, 5)))]
+    cases.append((pool[:, 0, :4], torch.tensor([[0], [-3], [-3], [5]])))  # whole rows, as a dense cache has
+    for keys, frames in cases:
+        before = pool.clone()
+        wanted = keys.double().clone()
+        wanted[..., :6] = rows_reference.turn_time(wanted, frames, frequencies)
+        rows.turn_time_(keys, frames, frequencies)
+        assert error(keys, wanted) <= TOLERANCE[dtype]
+        keys.copy_(torch.zeros_like(keys))
+        where = torch.zeros_like(pool).copy_(pool) == 0
+        assert torch.equal(pool[~where], before[~where]), "something beside the keys was written to"
+        pool.copy_(before)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("ragged", [True, False])
+@pytest.mark.parametrize("selector", [True, False])
+def test_blocks_are_stored_with_their_means(dtype, ragged, selector):
+    B, H, n, S, T, D = 2, 3, 2, 4, 7, 10
+    keys, values = (
+        torch.randn(B, n * T, H, D + 2).to(dtype)[..., :D].transpose(1, 2).unflatten(2, (n, T)) for _ in "kv"
+    )
+    slots = torch.rand(B, H, S).argsort(-1)[..., :n]
+    places = slots + S * torch.arange(B * H).view(B, H, 1)
+    sizes = torch.tensor([T, 3], dtype=torch.int32) if ragged else None
+    weights = torch.randn(H, T).to(dtype) if selector else None
+
+    def pools(of: torch.dtype) -> selection_reference.Pools:
+        block, mean = torch.full((B, H, S, T, D), 5.0, dtype=of), torch.full((B, H, S, D), 5.0, dtype=of)
+        return selection_reference.Pools(block, block.clone(), mean, mean.clone() if selector else None)
+
+    found, wanted = pools(dtype), pools(torch.float64)
+    selection.store_blocks(keys, values, places, found, sizes, weights)
+    selection_reference.store_blocks(
+        keys.double(), values.double(), places, wanted, sizes, None if weights is None else weights.double()
+    )
+    for part, expected in zip(found, wanted):
+        assert part is None or error(part, expected) <= TOLERANCE[dtype]

@@ -11,6 +11,7 @@ leave the old ones (nearly) as they are, so that those models have only the new 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,9 +28,11 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.media.video import write_video
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.model_folder.folder import write_autoencoder
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.sample import shape_table
 from sparse_forcing.scenes.vocabulary import CLIP_FRAMES, FRAME_RATE
-from sparse_forcing.training.data.procedural import procedural_batch, step_seed
+from sparse_forcing.scenes.worlds.config import WorldConfig
+from sparse_forcing.training.data.procedural import check_world_share, procedural_batch, step_seed, worlds_in_batch
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.optim import apply_gradients
@@ -37,7 +40,7 @@ from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig, bounded
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.tiny import TINY
-from sparse_forcing.training.recipes.validation import evaluated, sample_path
+from sparse_forcing.training.recipes.validation import sample_path, switch_to_eval
 
 FIT_SIZE = 64  # pixels to the side of the clips on which patches are fitted
 LARGEST_SIZE = 4096  # pixels
@@ -75,11 +78,14 @@ class AutoencoderConfig:
         init_from: model, or folder `vae` of one, with a trained autoencoder (its `latent_channels`, `components`, `dim`
             and `num_blocks` hold): only a new decoder is trained for its latents, unless there are `extra_channels`.
         extra_channels: numbers per token to add to a trained autoencoder's, all of which then goes on learning.
-        anchor: beside `extra_channels`: weight of the squared distance of the old channels from what they were.
+        encoder_learns: beside `init_from`: all of a trained autoencoder goes on learning; `pipeline` then holds the
+            whole model that `init_from` names.
+        anchor: beside either: weight of the squared distance of the old channels from what they were, in old scenes.
         object_weight: how much more than the background objects and their surroundings count. With it errors are
             relative to the contrast of the clip's objects, so that a green star on gray has its points drawn as well as
             a yellow one on black.
         shape_weights: how much likelier than the rest a shape is.
+        worlds, world_fraction: kinds of worlds by weight, and the share of clips that are cut from one.
         fit_clips: clips that the fixed linear transform is fitted on; without effect beside `init_from`, which has one.
     """
 
@@ -98,9 +104,12 @@ class AutoencoderConfig:
     decoder_blocks: int | None = None
     init_from: str | None = None
     extra_channels: int = 0
+    encoder_learns: bool = False
     anchor: float = 0.1
     object_weight: float = 0.0
     shape_weights: dict[str, float] | None = None
+    worlds: dict[str, float] | None = None
+    world_fraction: float = 0.0
     fit_clips: int = 1024
     noise: float = 0.3
     learning_rate: float = 2e-3
@@ -120,6 +129,9 @@ class AutoencoderConfig:
             raise ConfigError("anchor, object_weight and noise must not be negative")
         if self.extra_channels and self.init_from is None:
             raise ConfigError("extra_channels: need an autoencoder to add them to (init_from)")
+        if self.encoder_learns and (self.init_from is None or self.extra_channels):
+            raise ConfigError("encoder_learns: goes with init_from, and without extra_channels, which imply it")
+        check_world_share(self.worlds, self.world_fraction)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
 
@@ -166,10 +178,10 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
         fit_patches(vae.patches, config.loop.seed, config.fit_clips)
         return vae, None
     trained = trained_autoencoder(config.init_from, "init_from")
-    if config.extra_channels:
+    if config.extra_channels or config.encoder_learns:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
         if config.decoder_blocks not in (None, blocks):
-            raise ConfigError(f"decoder_blocks: that of {config.init_from} goes on, and has {blocks}")
+            raise ConfigError(f"decoder_blocks: the decoder of {config.init_from} has {blocks}; leave the setting out")
         return with_channels(trained, config.extra_channels).train(), trained
     vae = TokenAutoencoder(**constructor_settings(trained.config) | {"decoder_blocks": config.decoder_blocks})
     for part in ("patches", "encoder", "normalize"):
@@ -205,7 +217,7 @@ def object_weights(pixels: Tensor, weight: float) -> Tensor:
 class Reconstruction:
     """Losses of clips drawn again.
 
-    total: what is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
+    total: loss that is learned from; error: mean squared pixel error; drift: squared distance from the anchor, or 0.
     """
 
     total: Tensor
@@ -215,10 +227,10 @@ class Reconstruction:
 
 def reconstruction_losses(
     vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator, *, object_weight: float = 0.0,
-    anchor: TokenAutoencoder | None = None, anchor_weight: float = 0.0,
+    anchor: TokenAutoencoder | None = None, anchor_weight: float = 0.0, anchored: Tensor | None = None,
 ) -> Reconstruction:  # fmt: skip
     """Losses after noise on the latents. Errors count by `object_weights` where that is not 0; the first channels are
-    held near those of an `anchor`."""
+    held near those of an `anchor`, in the clips that are `anchored` ([B] bool, None: all)."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=multiplies_bfloat16(pixels.device)):
         latents = vae.encode(pixels)
         level = noise * torch.rand(len(pixels), 1, 1, 1, 1, generator=generator)
@@ -229,7 +241,8 @@ def reconstruction_losses(
         drift = torch.zeros((), device=latents.device)
         if anchor is not None:
             held = anchor.encode(pixels)
-            drift = (latents[:, : held.shape[1]] - held).square().mean()
+            apart = (latents[:, : held.shape[1]] - held).square().flatten(1).mean(1)
+            drift = apart.mean() if anchored is None else (apart * anchored).mean()
         return Reconstruction(total + anchor_weight * drift, error.mean().detach(), drift.detach())
 
 
@@ -243,11 +256,28 @@ def step_losses(
         num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
         caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights, device=vae.device,
     )  # fmt: skip
+    pixels, places = clips.pixels, put_worlds(config, clips.pixels, step)
+    anchored = torch.ones(len(pixels), dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.long), False)
     generator = torch.Generator().manual_seed(step_seed(seed, step, stream=1))
     return reconstruction_losses(
-        vae, clips.pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor,
-        anchor_weight=config.anchor,
+        vae, pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor,
+        anchor_weight=config.anchor, anchored=anchored.to(pixels.device),
     )  # fmt: skip
+
+
+def put_worlds(config: AutoencoderConfig, pixels: Tensor, step: int) -> list[int]:
+    """Replace a share of clips [B, 3, F, S, S] by pieces of worlds, from any moment on; returns which."""
+    frames, size, settings = pixels.shape[2], pixels.shape[3], WorldConfig()
+    places, worlds, _ = worlds_in_batch(
+        config.loop.seed + 1, step, batch_size=len(pixels), fraction=config.world_fraction,
+        weights=config.worlds or {}, config=settings, caption_dropout=0.0,
+    )  # fmt: skip
+    if worlds is not None:
+        seed = step_seed(config.loop.seed, step, stream=2)
+        begin = random.Random(seed).randrange(settings.frames - frames + 1)
+        drawn = worlds.render(size, frames=range(begin, begin + frames), device=pixels.device)
+        pixels[places] = drawn.transpose(1, 2)
+    return places
 
 
 class AutoencoderRecipe(Recipe):
@@ -292,7 +322,7 @@ class AutoencoderRecipe(Recipe):
             self.config.loop.seed, 0, batch_size=SAMPLES, num_frames=CLIP_FRAMES, size=self.config.sizes[0],
             two_object_fraction=self.config.two_object_fraction, caption_dropout=0.0, device=self.vae.device,
         ).pixels  # fmt: skip
-        with evaluated(self.vae):
+        with switch_to_eval(self.vae):
             drawn = self.vae.decode(self.vae.encode(pixels))
         folder.mkdir(parents=True, exist_ok=True)
         pairs = torch.cat([pixels, drawn], -1).clamp(-1, 1).add(1).div(2)
@@ -300,9 +330,15 @@ class AutoencoderRecipe(Recipe):
             write_video(sample_path(folder, step, number), frames, fps=FRAME_RATE)
 
     def export(self, folder: Path) -> None:
-        write_autoencoder(folder, self.vae.eval(), TINY)
+        """The autoencoder alone; the whole model whose autoencoder has gone on learning."""
+        if self.config.encoder_learns and (Path(str(self.config.init_from)) / "transformer").is_dir():
+            pipe = SparseForcingPipeline.from_pretrained(str(self.config.init_from))
+            pipe.vae = self.vae.eval()
+            pipe.save_pretrained(folder)
+        else:
+            write_autoencoder(folder, self.vae.eval(), TINY)
 
 
 def train(config: AutoencoderConfig, out: Path, resume: Resume | None = None) -> int:
-    """Run or resume the stage, whose `pipeline` holds an autoencoder alone; returns 0, or 143 after SIGTERM."""
+    """Run or resume the stage; returns 0, or 143 after SIGTERM."""
     return run(lambda accelerator: AutoencoderRecipe(config, accelerator), config.loop, config, out, resume)

@@ -1,4 +1,4 @@
-"""What pretraining learns, and when: its settings, the stages of its curriculum, their parts and learning rates."""
+"""What pretraining learns, and when: its settings, the stages of its curriculum, what each step of them draws."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StageConfig:
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
         if not 0 <= self.continuation <= 1:
-            raise ConfigError(f"stages: continuation is a share in [0, 1], got {self.continuation}")
+            raise ConfigError(f"stages: continuation must lie in [0, 1], got {self.continuation}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +158,7 @@ class PretrainConfig:
                 raise ConfigError(f"stages.{number}: a continuation needs more than one chunk of {self.chunk_frames}")
         for name, layer in (("pose_layer", self.pose_layer), ("course_layer", self.course_layer)):
             if not 0 <= layer < self.num_layers:
-                raise ConfigError(f"{name}: there are layers 0 to {self.num_layers - 1}, got {layer}")
+                raise ConfigError(f"{name}: must be a layer from 0 to {self.num_layers - 1}, got {layer}")
 
 
 def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
@@ -171,7 +171,7 @@ def stage_at(config: PretrainConfig, step: int) -> tuple[StageConfig, int]:
 
 
 def part_at(config: PretrainConfig, step: int) -> StageConfig:
-    """What a global step learns: one size of its stage, and one of the two parts of a stage with continuations."""
+    """What a global step learns: one size of its stage; where that has continuations, first chunks or those after."""
     stage, _ = stage_at(config, step)
     size = random.Random(step_seed(config.loop.seed, step, stream=4)).choice(stage.sizes)
     pixels = (size / stage.sizes[0]) ** 2

@@ -26,9 +26,9 @@ def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
     mine, its = pipe.transformer.state_dict(), other.transformer.state_dict()
     text, its_text = _rounded(pipe.text_encoder), _rounded(other.text_encoder)
     if {name: x.shape for name, x in mine.items()} != {name: x.shape for name, x in its.items()}:
-        raise ConfigError(f"--mean-with: {folder} has another transformer")
+        raise ConfigError(f"--mean-with: {folder} has a transformer of other sizes; only equal models have a mean")
     if text.keys() != its_text.keys() or any(not torch.equal(x, its_text[name]) for name, x in text.items()):
-        raise ConfigError(f"--mean-with: {folder} has another text encoder")
+        raise ConfigError(f"--mean-with: {folder} has another text encoder; only equal models have a mean")
     for name, weight in mine.items():
         weight.lerp_(its[name].to(weight.dtype), 0.5)
 

@@ -20,12 +20,14 @@ def load_leading(
     """
     grown = module.state_dict()
     if grown.keys() != state.keys():
-        raise ConfigError(f"{min(grown.keys() ^ state.keys())} is in one of them only")
+        raise ConfigError(
+            f"{min(grown.keys() ^ state.keys())}: only one of the two models has this tensor; both need the same layers"
+        )
     for name, value in state.items():
         target = grown[name]
         fits = value.ndim == target.ndim and all(old <= new for old, new in zip(value.shape, target.shape))
         if value.shape != target.shape and not (fits and name.startswith((*readers, *writers))):
-            raise ConfigError(f"{name} is {list(value.shape)} in one and {list(target.shape)} in the other")
+            raise ConfigError(f"{name}: shape {list(value.shape)} cannot grow into {list(target.shape)}")
     for name, value in state.items():
         target = grown[name]
         if value.shape != target.shape and name.startswith(readers):

@@ -17,7 +17,7 @@ class LevelBalance(nn.Module):
 
     Args:
         kinds: tasks with errors of their own.
-        shift, spread: of the distribution that levels are drawn from (`sample_sigma`).
+        shift, spread: shift and spread of the distribution that levels are drawn from (`sample_sigma`).
         bins: noise levels that are told apart, of equal probability.
     """
 

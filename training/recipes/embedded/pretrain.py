@@ -56,7 +56,7 @@ from sparse_forcing.training.recipes.embedded.pretrain_model import (
 )
 from sparse_forcing.training.recipes.embedded.scene_targets import course_targets, pose_targets
 from sparse_forcing.training.recipes.embedded.tiny import TINY
-from sparse_forcing.training.recipes.validation import averaged, evaluated, write_samples
+from sparse_forcing.training.recipes.validation import swap_in_average, switch_to_eval, write_samples
 
 
 def make_optimizers(model: nn.Module, config: PretrainConfig) -> list[torch.optim.Optimizer]:
@@ -125,7 +125,7 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 @dataclass(frozen=True)
 class PretrainLosses:
-    """flow: squared error of the flow, for people to read; balanced: the same by noise level, to learn from; pose,
+    """flow: squared error of the flow, for people to read; balanced: that error by noise level, to learn from; pose,
     course and attribute: of the other heads."""
 
     flow: Tensor
@@ -184,19 +184,32 @@ def train_step(
     finite."""
     part = part_at(config, step)
     clips = procedural_batch(
-        config.loop.seed + 1, step, batch_size=part.batch_size, num_frames=part.latent_frames * vae.temporal_stride,
-        size=part.sizes[0], two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-        late_start_fraction=0.8 if part.continuation else 0.0, motion_weights=part.motion_weights,
-        shape_weights=part.shape_weights, device=model.transformer.device,
-    )  # fmt: skip
+        config.loop.seed + 1,
+        step,
+        batch_size=part.batch_size,
+        num_frames=part.latent_frames * vae.temporal_stride,
+        size=part.sizes[0],
+        two_object_fraction=config.two_object_fraction,
+        caption_dropout=config.caption_dropout,
+        late_start_fraction=0.8 if part.continuation else 0.0,
+        motion_weights=part.motion_weights,
+        shape_weights=part.shape_weights,
+        device=model.transformer.device,
+    )
     losses = training_loss(model, vae, clips, config, part, step)
     total = losses.balanced + config.pose_weight * losses.pose + config.course_weight * losses.course
     total = total + config.attribute_weight * losses.attribute
     total.backward()
     apply_gradients(
-        model, optimizers, step, name="model", loss=total.item(), rate=learning_rate(*stage_at(config, step)),
-        max_grad_norm=config.loop.max_grad_norm, ema=ema,
-    )  # fmt: skip
+        model,
+        optimizers,
+        step,
+        name="model",
+        loss=total.item(),
+        rate=learning_rate(*stage_at(config, step)),
+        max_grad_norm=config.loop.max_grad_norm,
+        ema=ema,
+    )
     name = "continuation_loss" if part.continuation else "loss"
     name += f"_{part.sizes[0]}" if part.sizes[0] != model.sizes[0] else ""
     others = {"pose_loss": losses.pose, "course_loss": losses.course, "attribute_loss": losses.attribute}
@@ -238,11 +251,15 @@ class PretrainRecipe(Recipe):
         return SparseForcingPipeline(self.model.transformer, self.model.text_encoder, self.vae, defaults)
 
     def validate(self, step: int, folder: Path) -> None:
-        with averaged(self.model, self.ema), evaluated(self.model), torch.compiler.set_stance("force_eager"):
+        with (
+            swap_in_average(self.model, self.ema),
+            switch_to_eval(self.model),
+            torch.compiler.set_stance("force_eager"),
+        ):
             write_samples(self.pipeline(), step, folder, memory=TINY.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
-        with averaged(self.model, self.ema):
+        with swap_in_average(self.model, self.ema):
             self.pipeline().save_pretrained(folder)
 
 

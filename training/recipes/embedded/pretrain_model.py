@@ -137,9 +137,14 @@ def make_models(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVide
 def check_leading_latents(new: EmbeddedAutoencoder, known: EmbeddedAutoencoder, config: PretrainConfig) -> None:
     """Refuse (ConfigError) an autoencoder whose first channels are not those that the model of `init_from` knows."""
     pixels = procedural_batch(
-        config.loop.seed, 0, batch_size=8, num_frames=known.temporal_stride, size=config.stages[0].sizes[0],
-        two_object_fraction=0.0, caption_dropout=0.0,
-    ).pixels  # fmt: skip
+        config.loop.seed,
+        0,
+        batch_size=8,
+        num_frames=known.temporal_stride,
+        size=config.stages[0].sizes[0],
+        two_object_fraction=0.0,
+        caption_dropout=0.0,
+    ).pixels
     before, after = known.encode(pixels), new.encode(pixels)[:, : known.latent_channels]
     if before.shape != after.shape or (after - before).square().mean() > LARGEST_LATENT_DRIFT * before.square().mean():
         raise ConfigError(

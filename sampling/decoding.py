@@ -1,0 +1,135 @@
+"""Latent chunks to frames, as they come: decoded beside the rollout where the device can do two things at once."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sparse_forcing.memory import RolloutMemory
+from sparse_forcing.model.vae import VideoAutoencoder
+from sparse_forcing.sampling.rollout import RolloutChunk
+
+
+@dataclass(frozen=True)
+class VideoChunk:
+    """Frames as soon as they exist.
+
+    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
+    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    """
+
+    index: int
+    frames: np.ndarray
+    latents: Tensor
+    seconds: float
+    decode_seconds: float
+    cache_bytes: int
+    persistent: np.ndarray | None
+
+
+class SideStream:
+    """A second CUDA stream for work that nothing on the current one waits for; elsewhere there is one stream of work.
+
+    Between `enter` and `leave` everything is launched on it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._main: torch.cuda.Stream | None = None
+
+    def enter(self, *inputs: Tensor) -> None:
+        """`inputs` were made on the current stream, which may forget them before this one has read them; without any
+        there is nothing to wait for."""
+        if self._side is None or self._main is not None:
+            return
+        self._main = torch.cuda.current_stream(self._side.device)
+        if inputs:
+            self._side.wait_stream(self._main)
+        for x in inputs:
+            x.record_stream(self._side)
+        torch.cuda.set_stream(self._side)
+
+    def leave(self) -> None:
+        if self._main is not None:
+            torch.cuda.set_stream(self._main)
+            self._main = None
+
+
+@torch.no_grad()
+def decode_chunks(
+    vae: VideoAutoencoder,
+    parts: Iterator[RolloutChunk],
+    memory: RolloutMemory,
+    *,
+    count: int,
+    device: torch.device,
+    given: Tensor | None,
+    single: bool,
+    not_finite: Callable[[int], Exception],
+) -> Iterator[VideoChunk]:
+    """Decode the `count` chunks of a rollout, timing model and decoder apart.
+
+    On a GPU the decoder works on a stream of its own while the clean pass runs, so a chunk is handed out when both have
+    been launched and the decoder is done; elsewhere before the clean pass.
+
+    Args:
+        memory: of the rollout. given: [B, F, C, h, w] latents that only lead the decoder in. single: leave out the
+            dimension of the batch. not_finite: what to raise for a chunk of this number with NaN or infinity in it.
+    """
+    arrived: list[tuple[RolloutChunk, float]] = []
+    side = SideStream(device)
+
+    def latents() -> Iterator[Tensor]:
+        if given is not None:
+            yield given.transpose(1, 2)
+        for part in parts:
+            arrived.append((part, time.perf_counter()))
+            side.enter(part.latents)
+            yield part.latents.transpose(1, 2)
+
+    stream = vae.decode_stream(latents())
+    if given is not None:
+        next(stream)
+    try:
+        for pixels in stream:
+            part, came = arrived.pop()
+            finite = part.latents.isfinite().all() & pixels.isfinite().all()
+            shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            side.leave()
+            lit = memory.persistent_map()
+            persistent = None if lit is None else _to_pixels(lit, shown.shape[1:4])
+            if device.type == "cuda" and part.index < count - 1:
+                part.remember()
+            frames = _on_host(shown, side)
+            if not bool(_on_host(finite, side)):
+                raise not_finite(part.index)
+            yield VideoChunk(
+                index=part.index,
+                frames=frames[0] if single else frames,
+                latents=part.latents,
+                seconds=part.seconds,
+                decode_seconds=time.perf_counter() - came,
+                cache_bytes=part.cache_bytes,
+                persistent=persistent,
+            )
+    finally:
+        side.leave()
+
+
+def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:
+    """Copied by the stream that decoded them: it does not wait for the clean pass."""
+    side.enter()
+    try:
+        return frames.cpu().numpy()
+    finally:
+        side.leave()
+
+
+def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
+    """[f, rows, cols] -> [F, H, W] by repetition."""
+    return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()

@@ -1,0 +1,121 @@
+"""What a video needs, told before anything is loaded: counted parts equal what is really held, advice really fits."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_forcing.cli import main
+from sparse_forcing.model_folder.live_bytes import peak_bytes
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.preflight import GIB, cache_numbers, needs, outline, shortage
+from sparse_forcing.sampling.generation.settings import resolve_settings
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from tests.wan_folder import VIDEO, write_wan
+
+PUBLISHED = GenerateConfig(model="wan-1.3b", preset="self-forcing", device="cuda")
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wan(tmp_path_factory.mktemp("wan"))
+
+
+def test_peak_is_what_lives_at_once() -> None:
+    def work() -> torch.Tensor:
+        x = torch.empty(1000, device="meta")
+        for _ in range(5):
+            x = x + 1  # two at a time
+        y = x.view(10, 100)[:, :50]  # no bytes of its own
+        del x
+        return y.contiguous() * 2
+
+    assert peak_bytes(work) == 2 * 4000
+    scores = torch.empty(1, 1, 5000, 8, device="meta")
+    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores)) == scores.nbytes
+
+
+@pytest.mark.parametrize(
+    ("memory", "knobs"),
+    [("full", {}), ("window", {"window_frames": 6}), ("sink", {"window_frames": 6, "sink_frames": 1}),
+     ("heavy_hitter", {"window_frames": 3, "persistent_blocks": 2, "tile": (1, 2, 2)}),
+     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (1, 2, 2)})],
+)  # fmt: skip
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_cache_is_what_a_rollout_holds(wan: Path, memory: str, knobs: dict, guidance: float) -> None:
+    config = GenerateConfig(
+        model=str(wan), preset="self-forcing", memory=memory, guidance_scale=guidance, height=32, width=32,
+        num_frames=45, **knobs,
+    )  # fmt: skip
+    model = outline(config)
+    settings = resolve_settings(config, model)  # type: ignore[arg-type]
+    pipe = SparseForcingPipeline.from_pretrained(str(wan)).with_defaults(model.config)
+    chunks = list(
+        pipe.stream(
+            "a cat", memory=settings.memory, num_inference_steps=1, guidance_scale=guidance, height=settings.height,
+            width=settings.width, num_frames=settings.num_frames,
+        )
+    )  # fmt: skip
+    held = max(chunk.cache_bytes for chunk in chunks)
+    counted = 4 * (2 if guidance > 1 else 1) * cache_numbers(model, settings, 12)
+    assert counted == held if memory in ("full", "window", "sink") else 0.8 * held < counted < 1.05 * held
+
+
+def test_weights_are_those_that_are_loaded(wan: Path) -> None:
+    config = GenerateConfig(model=str(wan), **VIDEO)
+    need, pipe = needs(config, outline(config), "cpu"), SparseForcingPipeline.from_pretrained(str(wan))
+    for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
+        assert getattr(need, name) == sum(x.nbytes for x in part.parameters())  # type: ignore[attr-defined]
+    assert need.cache == 0  # plain Wan
+    half = needs(replace(config, dtype="bfloat16"), outline(config), "cpu")
+    assert half.transformer == need.transformer // 2
+    assert half.activations < need.activations
+    longer = replace(config, num_frames=81)
+    assert needs(longer, outline(longer), "cpu").activations > 3 * need.activations
+
+
+def test_published_sizes_are_known_before_they_are_downloaded() -> None:
+    need = needs(PUBLISHED, outline(PUBLISHED))
+    assert need.transformer == 2 * 1_418_996_800
+    assert need.cache == 21 * 1560 * 184_320  # spec: 184,320 bytes a token
+    assert 10 * GIB < need.text_encoder < 11 * GIB
+    large = replace(PUBLISHED, model="wan-14b")
+    assert needs(large, outline(large)).transformer == 2 * 14_288_491_584
+
+
+def test_advice_makes_a_video_fit() -> None:
+    said = shortage(PUBLISHED, 10 * GIB)
+    assert said is not None
+    flags = dict(zip(*[iter(shlex.split(said.partition("it fits with ")[2]))] * 2, strict=True))
+    changes = {name[2:].replace("-", "_"): int(x) if x.isdigit() else x for name, x in flags.items()}
+    assert changes["text_encoder_device"] == "cpu"
+    assert shortage(replace(PUBLISHED, **changes), 10 * GIB) is None
+    assert shortage(PUBLISHED, 200 * GIB) is None
+    assert "no setting" in str(shortage(PUBLISHED, GIB))
+
+
+def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", "wan-14b", "--vram", "16", "--json"]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["fits"], answer["fits_with"], answer["kernels"]) == (False, [], ["dense"])
+    assert answer["total"] > answer["bytes"]["transformer"]
+    assert (
+        main(["doctor", "--model", str(wan), "--seconds", "2", "--height", "32", "--width", "32", "--vram", "1"]) == 0
+    )
+    assert "fits into 1.0 GiB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--vram", "16"], "--vram has no effect without --model"), (["--seconds", "3"], "without --model"),
+     (["--model", "nowhere/at/all"], "not an embedded model"),
+     (["--model", "wan-1.3b", "--height", "7"], "not a positive multiple")],
+)  # fmt: skip
+def test_questions_without_an_answer(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    assert main(["doctor", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -136,17 +136,8 @@ class SparseForcingPipeline(PipelineComponents):
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
         memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
-        negative = (
-            config.negative_prompt if negative_prompt is None else instance_of("negative_prompt", negative_prompt, str)
-        )
-        if negative_prompt and sampler.guidance_scale == 1.0:
-            warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=2)
-        if self.geometry.whole_video and (image is not None or video is not None):
-            raise ConfigError(
-                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
-                "chunk_frames (--chunk-frames) they can, which they were not trained for"
-            )
-        start = start_frames(image, video, self.geometry, size)
+        negative = self._negative_prompt(negative_prompt, guided=sampler.guidance_scale != 1.0)
+        start = self._start_frames(image, video, size)
         frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
         chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
@@ -185,6 +176,23 @@ class SparseForcingPipeline(PipelineComponents):
             single=single, not_finite=self._not_finite,
         )  # fmt: skip
         return self._until_the_end(stream)
+
+    def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
+        """What guidance leads away from; warns where there is none to do so."""
+        if given is None:
+            return self.defaults.negative_prompt
+        if instance_of("negative_prompt", given, str) and not guided:
+            warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=3)
+        return given
+
+    def _start_frames(self, image: Any, video: Any, size: tuple[int, int]) -> np.ndarray | None:
+        """[B, F, H, W, 3] that videos start from, where these weights can go on from anything."""
+        if self.geometry.whole_video and (image is not None or video is not None):
+            raise ConfigError(
+                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
+                "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            )
+        return start_frames(image, video, self.geometry, size)
 
     def _until_the_end(self, stream: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
         """The stream; offloaded parts leave the device after it."""

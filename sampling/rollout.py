@@ -159,12 +159,7 @@ def rollout(
     if record is not None and why_not_recorded(model, memory, training is not None) is None:
         network.passes = RecordedPasses(memory, record)
     network.read(text)
-    start = 0
-    if initial_latents is not None:
-        for given in initial_latents.split(initial_chunks or chunks[:1], 1):
-            memory.begin_chunk(given.shape[1])
-            network.clean(given, 0.0)
-            start += given.shape[1]
+    start = 0 if initial_latents is None else network.take(initial_latents, initial_chunks or chunks[:1])
     owed = CleanPass()
     for index, frames in enumerate(chunks):
         owed.run()
@@ -242,6 +237,13 @@ class _Network:
                 kept_in_place(self.text_keys_values, keys_values),
             )
         self.text, self.text_keys_values = text, keys_values
+
+    def take(self, latents: Tensor, chunks: list[int]) -> int:
+        """Leave given frames [B, F0, C, H, W] in the memory, chunk by chunk; returns how many they are."""
+        for given in latents.split(chunks, 1):
+            self.memory.begin_chunk(given.shape[1])
+            self.clean(given, 0.0)
+        return latents.shape[1]
 
     def begin(self, index: int, start: int) -> None:
         self.index, self.start = index, start

@@ -55,13 +55,13 @@ def store_blocks(
     keys: Tensor, values: Tensor, rows: Tensor, pools: Pools, sizes: Tensor | None, weights: Tensor | None
 ) -> None:
     """Write blocks [B, H, n, T, D] and what is pooled of them into the rows [B, H, n] of contiguous pools, in place."""
-    pooled = pool_blocks(keys, sizes, weights, None)
-    blocks = [keys, values, pooled]
+    pairs = [(pools.keys, keys), (pools.values, values)]
+    pairs.append((pools.representatives, pool_blocks(keys, sizes, weights, None)))
     if pools.value_representatives is not None:
-        blocks.append(pool_blocks(values, sizes, None, None))
-    index = rows.flatten()
-    for pool, new in zip(pools, blocks):
-        pool.view(pool.shape[:3].numel(), -1).index_copy_(0, index, new.to(pool.dtype).flatten(3).flatten(0, 2))
+        pairs.append((pools.value_representatives, pool_blocks(values, sizes, None, None)))
+    for pool, new in pairs:
+        table = pool.view(pool.shape[:3].numel(), -1)
+        table.index_copy_(0, rows.flatten(), new.to(pool.dtype).flatten(3).flatten(0, 2))
 
 
 def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float) -> Tensor:

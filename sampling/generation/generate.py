@@ -103,8 +103,8 @@ def _generate_all(
     start = read_start(config, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
-    if remark := _shortage(config):
-        progress.note(f"warning: {remark}")
+    if too_small := _shortage(config):
+        progress.note(f"warning: {too_small}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -127,7 +127,7 @@ def _shortage(config: GenerateConfig) -> str | None:
     """What to say before a model is loaded onto a GPU that is too small for the video."""
     import torch
 
-    if torch.device(resolve_device(config.device)).type != "cuda":
+    if not resolve_device(config.device).startswith("cuda"):
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 
@@ -174,13 +174,14 @@ def generate_video(
     import torch
 
     clip = _Clip(config, settings, job, pipe.fps)
+    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
             generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
             prompt_changes=settings.prompt_changes, **given,
-            **({} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}),
+            **graphs,
         )  # fmt: skip
         for chunk in stream:
             clip.add(chunk)

@@ -154,8 +154,9 @@ class DenseMemory(RolloutMemory):
         if old is not None:
             grown.keys[:, :start], grown.values[:, :start] = old.keys[:, :start], old.values[:, :start]
         parts = zip(grown.keys.chunk(layers), grown.values.chunk(layers))
-        self.layers = [DenseLayer(keys, values) for keys, values in parts]
-        return self.layers[layer]
+        made = [DenseLayer(keys, values) for keys, values in parts]
+        self.layers = list(made)
+        return made[layer]
 
     @property
     def _known_capacity(self) -> int:

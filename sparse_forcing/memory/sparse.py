@@ -96,10 +96,12 @@ class SparseMemory(RolloutMemory):
 
     @property
     def shapes(self) -> Hashable:
-        if self._all is None or self._observer is not None:
-            return None
+        return None if self._all is None or self._observer is not None else self._sharing(self._all)
+
+    def _sharing(self, everything: SparseLayer) -> Hashable:
+        """What the parts of `everything` depend on."""
         plan = self.plan
-        return plan.layout.frames, plan.num_persistent, self._all.num_window, self._all.keys.data_ptr()
+        return plan.layout.frames, plan.num_persistent, everything.num_window, everything.keys.data_ptr()
 
     def distil_selectors(self, layers: frozenset[int]) -> None:
         if self.selection.selectors is None:
@@ -148,10 +150,10 @@ class SparseMemory(RolloutMemory):
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape
             everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
-        shapes = self.shapes
-        if shapes != self._shared_out:
+        sharing = self._sharing(everything)
+        if sharing != self._shared_out:
             self.layers = [everything.layer(number, layers) for number in range(layers)]
-            self._shared_out = shapes
+            self._shared_out = sharing
 
     @torch.no_grad()
     def _update(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:

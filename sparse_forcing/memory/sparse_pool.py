@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -190,7 +190,9 @@ class SparseLayer:
 
     def layer(self, number: int, layers: int) -> SparseLayer:
         """One of the `layers` that this is the state of: its tensors are parts of this one's."""
-        part = {name: x.chunk(layers)[number] for name, x in vars(self).items() if isinstance(x, Tensor)}
+        part: dict[str, Any] = {
+            name: x.chunk(layers)[number] for name, x in vars(self).items() if isinstance(x, Tensor)
+        }
         for name in ("key_projection", "retention_head"):
             if name in part:
                 part[name] = getattr(self, name)[number]

@@ -1,4 +1,4 @@
-"""Layers around the transformer's attention: embeddings of patches, places, timesteps and text; norms and feed-forward."""
+"""Layers around the transformer's attention: embeddings of patches, places, timesteps, text; norms, feed-forward."""
 
 from __future__ import annotations
 

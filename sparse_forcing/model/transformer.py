@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -19,20 +18,19 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate, rms_norm
+from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate
 from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, dense_attention
+from sparse_forcing.model.layers import (
+    ConditionEmbedder,
+    FeedForward,
     PatchEmbedding,
+    RMSNorm,
+    WideLayerNorm,
     constant_tensor,
     frame_position_waves,
-    is_hooked,
-    timestep_sinusoid,
-)
-from sparse_forcing.model.layers import (
-    ConditionEmbedder, FeedForward, PatchEmbedding, RMSNorm, WideLayerNorm, constant_tensor, frame_position_waves,
     is_hooked,
 )
 from sparse_forcing.model.rope import Rotary, apply_rotary
@@ -268,8 +266,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             clean_hidden_states: [B, C, G, H, W] clean latents that precede the noisy ones in the token sequence
                 (teacher forcing); the policy must then cover G + F frames.
             clean_timestep: [B] or [B, G] of the clean part; 0 when None.
-            attention_kwargs: what diffusers' pipelines pass on; without effect.
-            return_dict: whether to return what diffusers' transformers do, a tuple (False) or an output object (True).
+            attention_kwargs, return_dict: those of diffusers' transformers; the first one has no effect, and the bare
+                tensor is returned where the second one is None.
 
         Returns:
             [B, out_channels, F, H, W] flow of the noisy part.

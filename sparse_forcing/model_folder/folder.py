@@ -114,7 +114,7 @@ def usual_dtype(folder: Path, device: str) -> torch.dtype:
     CPU; the embedded models in float32, in which they were trained. Raises WeightsError."""
     if read_defaults(folder).vae in EMBEDDED_AUTOENCODERS:
         return torch.float32
-    if torch.device(device).type != "cpu":
+    if not device.startswith("cpu"):
         return torch.bfloat16
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in _STORED]

@@ -182,7 +182,7 @@ def test_a_grid_that_cannot_be_is_refused(model: Path, tmp_path: Path, capsys: p
     Image.new("RGB", (32, 32)).save(start)
     refused = {
         "lower --scale": [str(tmp_path / "large.webp"), "--num-samples", "9", "--scale", "64"],
-        "would replace": [str(start), "--image", str(start)],
+        "which this run reads": [str(start), "--image", str(start)],
     }
     for message, flags in refused.items():
         assert main([*arguments, *flags]) == 2

@@ -71,7 +71,9 @@ def video(run: Rollout, config: MemoryConfig, *, records: bool, guidance: float 
     return torch.cat([part.latents for part in parts], 1), recorder
 
 
-@pytest.mark.parametrize(("kind", "guidance"), [("sparse", 1.0), ("sparse", 3.0), ("window", 1.0)])
+@pytest.mark.parametrize(
+    ("kind", "guidance"), [("sparse", 1.0), pytest.param("sparse", 3.0, marks=pytest.mark.slow), ("window", 1.0)]
+)
 def test_a_replayed_rollout_is_the_rollout(run: Rollout, kind: str, guidance: float) -> None:
     text = run.text.clone()
     config = SPARSE if kind == "sparse" else MemoryConfig(kind=kind)

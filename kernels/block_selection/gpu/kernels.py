@@ -54,11 +54,11 @@ def store_kernel(
     keys, values, rows, sizes, weights, key_pool, value_pool, pooled_keys, pooled_values,
     skb, skh, skn, skt, svb, svh, svn, svt, heads, blocks,
     T: tl.constexpr, D: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
-    RAGGED: tl.constexpr, WEIGHTED: tl.constexpr, POOL_VALUES: tl.constexpr,
+    RAGGED: tl.constexpr, WEIGHTED: tl.constexpr, POOL_VALUES: tl.constexpr, MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Copy one block of keys and values [B, H, n, T, D] to its row of the pools, and its means to those of the pooled
     ones: each is read once. rows [B*H, n]; sizes [n]; weights [H, T] of keys."""
-    head, block = program_head(), tl.program_id(0).to(tl.int64)
+    head, block = program_head(MANY_HEADS), tl.program_id(0).to(tl.int64)
     batch, of_batch = head // heads, head % heads
     tokens, dims = tl.arange(0, BLOCK_T).to(tl.int64), tl.arange(0, BLOCK_D)
     tile = (tokens < T)[:, None] & (dims < D)[None, :]

@@ -14,11 +14,11 @@ from sparse_forcing.kernels.triton_runtime import program_head
 @triton.jit(do_not_specialize=["tokens"])
 def norm_rotate_kernel(
     x, weight, cos, sin, out, eps, tokens, sxb, sxl,
-    C: tl.constexpr, PAIRS: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, PAIRS: tl.constexpr, BLOCK_C: tl.constexpr, MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """out [B, L, C] of one row: RMS norm over C times weight [C], then its interleaved pairs turned by cos and sin
     [L, PAIRS], each head alike. Sums and angles in float32, rounded once."""
-    batch, token = program_head(), tl.program_id(0).to(tl.int64)
+    batch, token = program_head(MANY_HEADS), tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     row = tl.load(x + batch * sxb + token * sxl + columns, mask=inside, other=0.0).to(tl.float32)
@@ -36,13 +36,13 @@ def norm_rotate_kernel(
 @triton.jit(do_not_specialize=["tokens"])
 def add_norm_kernel(
     x, update, gate, shift, scale, y, h, eps, tokens, sxb, sxl, sub, sul, sgate, sshift, sscale,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr, MODULATES: tl.constexpr,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, GATED: tl.constexpr, MODULATES: tl.constexpr, MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """y = x + update * gate and h = layer norm of y * scale + shift, one row [C]; vectors per sample by their strides.
 
     h is made of y before it is rounded: one rounding less than the plain calls have.
     """
-    batch, token = program_head(), tl.program_id(0).to(tl.int64)
+    batch, token = program_head(MANY_HEADS), tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_C)
     inside = columns < C
     added = tl.load(update + batch * sub + token * sul + columns, mask=inside, other=0.0).to(tl.float32)
@@ -63,14 +63,14 @@ def add_norm_kernel(
 @triton.jit(do_not_specialize=["inner", "rows"])
 def turn_time_kernel(
     keys, frames, frequencies, inner, rows, ska, skb, skc, sfa, sfb, sfc,
-    PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr, MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
     """Turn the first PAIRS pairs of ROWS keys, in place, by frames * frequencies.
 
     keys [A, B, C, D] and frames [A, B, C] by their strides; a program has rows of one A, `rows` = B * C of them and
     `inner` = C.
     """
-    a = program_head()
+    a = program_head(MANY_HEADS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     b, c = row // inner, row % inner
     pair = tl.arange(0, BLOCK_P)

@@ -38,11 +38,13 @@ def plan_add_norm(
     B, L, C = x.shape
     x, update = (part if part.stride(-1) == 1 else part.contiguous() for part in (x, update))
     y, h = (torch.empty((B, L, C), dtype=x.dtype, device=x.device) for _ in range(2))
-    vectors = {"gate": gate, "shift": shift, "scale": scale}
-    steps = {}
-    for name, vector in vectors.items():
-        vectors[name] = None if vector is None else vector if vector.stride(-1) == 1 else vector.contiguous()
-        steps[f"s{name}"] = 0 if vector is None or vector.dim() == 1 or len(vector) == 1 else vectors[name].stride(0)
+    vectors: dict[str, Tensor | None] = {}
+    steps: dict[str, int] = {}
+    for name, vector in {"gate": gate, "shift": shift, "scale": scale}.items():
+        if vector is not None and vector.stride(-1) != 1:
+            vector = vector.contiguous()
+        vectors[name] = vector
+        steps[f"s{name}"] = 0 if vector is None or vector.dim() == 1 or len(vector) == 1 else vector.stride(0)
     args = {
         "x": x, "update": update, **vectors, "y": y, "h": h, "eps": eps, "tokens": L, "sxb": x.stride(0),
         "sxl": x.stride(1), "sub": update.stride(0), "sul": update.stride(1), **steps, "C": C,

@@ -23,7 +23,6 @@ PARTS = ("sparse_forcing", *AREAS)
 RUNTIME_DATA = {".json", ".yaml", ".txt", ".safetensors", ".typed", ".md"}
 TOO_LARGE = {
     "sparse_forcing/memory/sparse.py": 412,
-    "sparse_forcing/model/transformer.py": 447,
     "sampling/generation/generate.py: generate_video": 64,
     "sampling/pipeline.py: stream": 95,
     "sampling/rollout.py: rollout": 62,

@@ -81,7 +81,7 @@ class Tiny:
     def __init__(self, chunks: int, seed: int) -> None:
         self.pipe, self.chunks, self.seed = SparseForcingPipeline.from_pretrained("tiny"), chunks, seed
         self.memory = self.pipe.default_memory
-        self.latent_size = self.pipe.geometry.latent_size(self.pipe.config.height, self.pipe.config.width)
+        self.latent_size = self.pipe.geometry.latent_size(self.pipe.defaults.height, self.pipe.defaults.width)
 
     def geometry(self) -> MemoryGeometry:
         rows, cols = self.pipe.geometry.token_size(*self.latent_size)
@@ -99,13 +99,13 @@ class Tiny:
         """Generate through `memory`, chunk by chunk."""
         noise = SeededNoise(
             [torch.Generator().manual_seed(self.seed)],
-            (self.pipe.vae.latent_channels, *self.latent_size),
+            (self.pipe.autoencoder.latent_channels, *self.latent_size),
             self.pipe.device,
             self.pipe.dtype,
         )
         chunks = [self.pipe.geometry.chunk_frames] * self.chunks
         yield from rollout(
-            self.pipe.transformer, self.pipe.encode_prompt([PROMPT]), chunks, memory, noise, self.pipe.config.sampler
+            self.pipe.transformer, self.pipe.encode_prompt([PROMPT]), chunks, memory, noise, self.pipe.defaults.sampler
         )
 
 

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
         num_frames = round(options.seconds * pipe.fps)
         frames = pipe(PROMPT, num_frames=num_frames, memory=memory, generator=generator).frames[0]
         clip = torch.from_numpy((frames * 255).round().astype("uint8")).permute(0, 3, 1, 2)
-        last = clip[-pipe.config.num_frames :]
+        last = clip[-pipe.defaults.num_frames :]
         print(f"{name}: the last {len(last)} frames are {'right' if check_clip(last, PROMPT).all else 'wrong'}")
     return 0
 

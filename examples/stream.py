@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         generator=torch.Generator().manual_seed(0),
     )
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    height, width = pipe.config.height, pipe.config.width
+    height, width = pipe.defaults.height, pipe.defaults.width
     with VideoWriter(options.output, width=width, height=height, fps=pipe.fps, scale=4) as writer:
         for chunk in chunks:
             writer.write(to_uint8(chunk.frames))

@@ -89,6 +89,13 @@ def dtype_of(value: Any) -> torch.dtype | None:
     return dtype
 
 
+def dtypes_of(value: Any) -> Any:
+    """`torch_dtype`, which may be a table {part or "default": type}, with types of torch. Raises ConfigError."""
+    if isinstance(value, Mapping):
+        return {name: dtype_of(each) for name, each in value.items()}
+    return dtype_of(value)
+
+
 def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
     """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
     in diffusers: the conditional prediction alone."""

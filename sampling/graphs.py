@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import RolloutMemory
+from sparse_forcing.model.layers import is_hooked
 
 Pass = Callable[[Tensor, Tensor], Tensor]
 """Flow of latents [B, C, f, H, W] at timesteps [B]; the rest is bound."""
@@ -126,7 +127,7 @@ def why_not_recorded(model: nn.Module, memory: RolloutMemory, training: bool) ->
         return "training needs its gradients"
     if memory.config.kind == "full":
         return "a full memory grows with every chunk"
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+    if any(each._forward_hooks or each._forward_pre_hooks or is_hooked(each) for each in model.modules()):
         return "modules of the model have hooks, which a replay would not call"
     return None
 

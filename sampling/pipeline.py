@@ -9,97 +9,69 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from sparse_forcing.devices import memory_explained
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.memory.whole import WholeVideo
-from sparse_forcing.model.geometry import VideoGeometry
-from sparse_forcing.model.text import TextEncoder
-from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-from sparse_forcing.model.vae import VideoAutoencoder
-from sparse_forcing.model_folder.fit import check_fit, not_finite_error
-from sparse_forcing.model_folder.folder import (
-    PIPELINE_FILE,
-    PipelineConfig,
-    find_model,
-    load_autoencoder,
-    load_text_encoder,
-    load_transformer,
-    read_defaults,
-    save_part,
-)
+from sparse_forcing.model_folder.fit import not_finite_error
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
     changed_chunks,
     changed_sampler,
     check_embeddings,
-    dtype_of,
     instance_of,
     noise_source,
     prompt_list,
     start_frames,
     whole_number,
 )
+from sparse_forcing.sampling.components import MODELS, PipelineComponents
 from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
-from sparse_forcing.sampling.rollout import rollout
-from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.parts import explained
+from sparse_forcing.sampling.rollout import DenoisingStep, StepCallback, rollout
 
 OUTPUT_TYPES = ("np", "pt", "latent")
-PARTS = ("transformer", "text_encoder", "vae")
 
 
-@dataclass(frozen=True)
-class SparseForcingPipelineOutput:
+@dataclass
+class SparseForcingPipelineOutput(BaseOutput):
     """frames: one video per prompt and sample: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents."""
 
     frames: Any
 
 
-class SparseForcingPipeline:
-    """A transformer, its text encoder and its autoencoder, bound to a geometry and defaults."""
+class SparseForcingPipeline(PipelineComponents):
+    """Videos from prompts, chunk by chunk. What belongs to a diffusers pipeline is inherited: components, loading and
+    saving, offloading, adapters."""
 
-    def __init__(
-        self,
-        transformer: CausalWanTransformer3DModel,
-        text_encoder: TextEncoder,
-        vae: VideoAutoencoder,
-        config: PipelineConfig,
-        weights_sha256: str | None = None,
-    ) -> None:
-        self.transformer, self.text_encoder, self.vae = transformer, text_encoder, vae
-        self.config, self.weights_sha256 = config, weights_sha256
-        self.geometry = config.fitted(VideoGeometry.of(vae, transformer.config))
-
-    def with_defaults(self, config: PipelineConfig) -> SparseForcingPipeline:
-        """The same parts with other defaults."""
-        return type(self)(self.transformer, self.text_encoder, self.vae, config, self.weights_sha256)
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+    _interrupt = False
+    _num_chunks = _num_timesteps = _current_chunk = 0
 
     @property
-    def fps(self) -> float:
-        """Frames per second of the model's videos."""
-        return self.config.fps
+    def interrupt(self) -> bool:
+        """Whether a callback set `_interrupt`, as diffusers' callbacks do, to end the video with the present chunk and
+        its latents as they are."""
+        return self._interrupt
 
     @property
-    def default_memory(self) -> MemoryConfig:
-        """The memory that a prompt alone means."""
-        return self.config.memory
+    def num_timesteps(self) -> int:
+        """Denoising steps of each chunk of the video that was begun last."""
+        return self._num_timesteps
 
     @property
-    def device(self) -> torch.device:
-        """Where the transformer is."""
-        return next(self.transformer.parameters()).device
+    def current_chunk(self) -> int:
+        """Number of the chunk that a callback is called in."""
+        return self._current_chunk
 
     def pass_operations(self, height: int, width: int) -> float:
         """Operations of one pass over a chunk of so many pixels: two for each parameter and token.
@@ -109,66 +81,6 @@ class SparseForcingPipeline:
         rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
         parameters = sum(x.numel() for x in self.transformer.parameters())
         return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Number format of the transformer's weights."""
-        return next(self.transformer.parameters()).dtype
-
-    def to(
-        self, device: str | torch.device, *, text_encoder_device: str | torch.device | None = None
-    ) -> SparseForcingPipeline:
-        """Move the model; the text encoder elsewhere if it would take too much memory there (umT5 is four times as
-        large as Wan 2.1 1.3B)."""
-        for part in (self.transformer, self.text_encoder, self.vae):
-            assert isinstance(part, torch.nn.Module)
-            where = (text_encoder_device or device) if part is self.text_encoder else device
-            with memory_explained(f"the model was moved to {where}"):
-                part.to(where)
-        return self
-
-    @classmethod
-    def from_pretrained(
-        cls, model: str, torch_dtype: torch.dtype | str | None = None, text_encoder: TextEncoder | None = None
-    ) -> SparseForcingPipeline:
-        """Load an embedded model by name, a folder that `save_pretrained` wrote, or a diffusers Wan folder.
-
-        Args:
-            torch_dtype: type of the weights, also by name ("bfloat16"); the model's own when None.
-            text_encoder: takes the place of the folder's own, which is then not loaded.
-
-        Raises:
-            WeightsError: unknown model, missing or damaged file, parts that do not fit together.
-            SparseForcingError: out of memory.
-        """
-        dtype, folder = dtype_of(torch_dtype), find_model(model)
-        with memory_explained(f"model {model} was loaded"):
-            with explained(folder):
-                digest = model_hash(folder)
-            transformer = load_transformer(folder, dtype)
-            text = load_text_encoder(folder, dtype) if text_encoder is None else text_encoder
-            vae, defaults = load_autoencoder(folder, dtype), read_defaults(folder)
-            check_fit(folder, transformer, text if text_encoder is None else None, vae)
-            with explained(folder, "its parts do not fit together"):
-                return cls(transformer, text, vae, defaults, digest)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `from_pretrained` loads, hashes included (embedded kinds of parts only)."""
-        folder = Path(folder)
-        for name in PARTS:
-            save_part(getattr(self, name), folder / name)
-        atomic_write_json(folder / PIPELINE_FILE, asdict(self.config))
-        write_manifest(folder)
-
-    def prompt_remarks(self, prompts: list[str]) -> list[str]:
-        """What of the prompts has no effect, or not the one meant: unknown words, or more than the encoder reads."""
-        return self.text_encoder.remarks(prompts)
-
-    @torch.no_grad()
-    def encode_prompt(self, prompts: list[str]) -> Tensor:
-        """[B, text_len, dim]; warns with `prompt_remarks`."""
-        with memory_explained("the text encoder read the prompt"):
-            return self.text_encoder.encode(prompts)
 
     def stream(
         self,
@@ -189,7 +101,8 @@ class SparseForcingPipeline:
         video: np.ndarray | None = None,
         memory: MemoryConfig | None = None,
         reserve_cache: bool = True,
-        callback_on_step_end: Callable[[int, int, Tensor], None] | None = None,
+        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cuda_graphs: bool | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
@@ -206,6 +119,10 @@ class SparseForcingPipeline:
             guidance_scale: 1 or less is none, as in diffusers.
             memory: kind of memory; the model's default when None.
             reserve_cache: take the memory of a `full` cache at once, instead of as it grows.
+            callback_on_step_end: called as diffusers' pipelines do after every denoising step, with the pipeline, the
+                step within the chunk (`current_chunk` of `num_timesteps` steps), the timestep and those tensors
+                [B, f, C, h, w] or [B, T, text_dim] that `callback_on_step_end_tensor_inputs` names. What it returns
+                takes their place; setting `_interrupt` ends the video with this chunk.
             cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
                 device and nothing rules it out.
 
@@ -213,30 +130,21 @@ class SparseForcingPipeline:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
                 function in `prompt_changes` returns: with its chunk).
         """
-        config = self.config
-        graphs = check_cuda_graphs(self.device, cuda_graphs)
+        config = self.defaults
+        graphs = check_cuda_graphs(self._execution_device, cuda_graphs)
         sampler = changed_sampler(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         size = whole_number("height", height, config.height), whole_number("width", width, config.width)
         latent_size = self.geometry.latent_size(*size)
         memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
-        negative = (
-            config.negative_prompt if negative_prompt is None else instance_of("negative_prompt", negative_prompt, str)
-        )
-        if negative_prompt and sampler.guidance_scale == 1.0:
-            warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=2)
-        if self.geometry.whole_video and (image is not None or video is not None):
-            raise ConfigError(
-                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
-                "chunk_frames (--chunk-frames) they can, which they were not trained for"
-            )
-        start = start_frames(image, video, self.geometry, size)
+        negative = self._negative_prompt(negative_prompt, guided=sampler.guidance_scale != 1.0)
+        start = self._start_frames(image, video, size)
         frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
         chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
         starts = self.geometry.chunk_starts(chunks, continued=continued)
-        shape = (len(text), sum(chunks), self.vae.latent_channels, *latent_size)
-        noise = noise_source(generator, latents, shape, self.device, self.dtype)
+        shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
+        noise = noise_source(generator, latents, shape, self._execution_device, self.dtype)
         initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
@@ -257,18 +165,75 @@ class SparseForcingPipeline:
             initial_latents=initial,
             initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             context_timestep=config.context_timestep,
-            callback=callback_on_step_end,
+            callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            scheduler=self.scheduler,
             record=cuda_recorder() if graphs else None,
         )
         single = isinstance(prompt, str) and repeats == 1
-        return decode_chunks(
-            self.vae, parts, state, count=len(chunks), device=self.device, given=initial, single=single,
-            not_finite=self._not_finite,
+        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
+        stream = decode_chunks(
+            self.autoencoder, parts, state, count=len(chunks), device=self._execution_device, given=initial,
+            single=single, not_finite=self._not_finite,
         )  # fmt: skip
+        return self._until_the_end(stream)
+
+    def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
+        """What guidance leads away from; warns where there is none to do so."""
+        if given is None:
+            return self.defaults.negative_prompt
+        if instance_of("negative_prompt", given, str) and not guided:
+            warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=3)
+        return given
+
+    def _start_frames(self, image: Any, video: Any, size: tuple[int, int]) -> np.ndarray | None:
+        """[B, F, H, W, 3] that videos start from, where these weights can go on from anything."""
+        if self.geometry.whole_video and (image is not None or video is not None):
+            raise ConfigError(
+                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
+                "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            )
+        return start_frames(image, video, self.geometry, size)
+
+    def _until_the_end(self, stream: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
+        """The stream; offloaded parts leave the device after it."""
+        try:
+            yield from stream
+        finally:
+            self.maybe_free_model_hooks()
 
     def _not_finite(self, index: int) -> Exception:
         """What to raise when a chunk is not finite, with the part to blame."""
-        return not_finite_error({name: getattr(self, name) for name in PARTS}, f"chunk {index + 1} of the video")
+        return not_finite_error({name: getattr(self, name) for name in MODELS}, f"chunk {index + 1} of the video")
+
+    def _step_callback(self, callback: Any, names: Sequence[str]) -> StepCallback | None:
+        """The rollout's callback for one of diffusers' form."""
+        if callback is None:
+            return None
+        if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
+            names = callback.tensor_inputs
+        if unknown := sorted(set(names) - set(self._callback_tensor_inputs)):
+            raise ConfigError(
+                f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} not among "
+                f"{', '.join(self._callback_tensor_inputs)}"
+            )
+
+        def after(made: DenoisingStep) -> None:
+            self._current_chunk = made.chunk
+            tensors: dict[str, Any] = dict(
+                zip(self._callback_tensor_inputs, (made.latents, made.text, made.unconditional_text))
+            )
+            changed = tensors | dict(callback(self, made.step, made.timestep, {x: tensors[x] for x in names}) or {})
+            latents = changed["latents"]
+            assert isinstance(latents, Tensor)
+            if latents.shape != made.latents.shape:
+                raise ConfigError(
+                    f"callback_on_step_end: returned latents of shape {list(latents.shape)}, expected "
+                    f"{list(made.latents.shape)}"
+                )
+            made.latents, made.text, made.unconditional_text = (changed[x] for x in self._callback_tensor_inputs)
+            made.interrupt = self._interrupt
+
+        return after
 
     def _empty_memory(
         self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int | None
@@ -295,8 +260,8 @@ class SparseForcingPipeline:
             raise ConfigError(f"num_videos_per_prompt: at least 1, got {repeats}")
         if prompt_embeds is None:
             prompt_embeds = self.encode_prompt(prompt_list(prompt))
-        prompt_embeds = check_embeddings(prompt_embeds, self.text_encoder.text_len, self.transformer.config.text_dim)
-        return prompt_embeds.to(self.device, self.dtype).repeat_interleave(repeats, 0)
+        prompt_embeds = check_embeddings(prompt_embeds, self.text_len, self.transformer.config.text_dim)
+        return prompt_embeds.to(self._execution_device, self.dtype).repeat_interleave(repeats, 0)
 
     def _text_changes(
         self, changes: PromptChanges | None, starts: list[int], num_prompts: int, repeats: int
@@ -322,23 +287,44 @@ class SparseForcingPipeline:
         if len(frames) != 1 and batch % len(frames):
             raise ConfigError(f"video: {len(frames)} videos for {batch} that are to go on from them")
         pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
-        latents = self.vae.encode(pixels.to(self.device)).transpose(1, 2).to(self.dtype)
+        latents = self.autoencoder.encode(pixels.to(self._execution_device)).transpose(1, 2).to(self.dtype)
         return latents.repeat_interleave(batch // len(latents), 0)
 
     def __call__(
-        self, prompt: str | list[str] | None = None, *, output_type: str = "np", **kwargs: Any
-    ) -> SparseForcingPipelineOutput:
+        self,
+        prompt: str | list[str] | None = None,
+        *,
+        output_type: str = "np",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        **kwargs: Any,
+    ) -> Any:
         """Generate whole videos: the arguments of `stream`, the chunks joined and cut to `num_frames` (latents
-        are not cut)."""
+        are not cut). Returns a SparseForcingPipelineOutput, or a tuple of its one field with `return_dict` False."""
         if output_type not in OUTPUT_TYPES:
             raise ConfigError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
-        batch = [prompt] if isinstance(prompt, str) else prompt
-        chunks = list(self.stream(batch, **kwargs))
+        names = callback_on_step_end_tensor_inputs
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            names = callback_on_step_end.tensor_inputs
+
+        def counted(*step: Any) -> Mapping[str, Tensor] | None:
+            changed = None if callback_on_step_end is None else callback_on_step_end(*step)
+            bar.update()
+            return changed
+
+        stream = self.stream(
+            [prompt] if isinstance(prompt, str) else prompt,
+            callback_on_step_end=counted, callback_on_step_end_tensor_inputs=names, **kwargs,
+        )  # fmt: skip
+        with self.progress_bar(total=self._num_chunks * self._num_timesteps) as bar:
+            frames = self._joined(list(stream), output_type, kwargs.get("num_frames"))
+        return SparseForcingPipelineOutput(frames) if return_dict else (frames,)
+
+    def _joined(self, chunks: list[VideoChunk], output_type: str, num_frames: int | None) -> Any:
+        """The frames of a video, cut to length, or its latents."""
         if output_type == "latent":
-            return SparseForcingPipelineOutput(torch.cat([chunk.latents for chunk in chunks], 1))
+            return torch.cat([chunk.latents for chunk in chunks], 1)
         frames = np.concatenate([chunk.frames for chunk in chunks], 1)
-        wanted = kwargs.get("num_frames")
-        frames = frames[:, : self.config.num_frames if wanted is None else wanted]
-        if output_type == "pt":
-            return SparseForcingPipelineOutput(torch.from_numpy(frames).permute(0, 1, 4, 2, 3))
-        return SparseForcingPipelineOutput(frames)
+        frames = frames[:, : self.defaults.num_frames if num_frames is None else num_frames]
+        return frames if output_type == "np" else torch.from_numpy(frames).permute(0, 1, 4, 2, 3)

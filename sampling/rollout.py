@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -23,10 +23,27 @@ from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
-from sparse_forcing.sampling.samplers import guided, sample_chunk
+from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
-StepCallback = Callable[[int, int, Tensor], None]
-"""Called after every denoising step with (chunk, step, latents [B, f, C, H, W] it led to); they are a copy."""
+
+@dataclass(kw_only=True)
+class DenoisingStep:
+    """A denoising step that was just made, and what to go on with, which its callback may change.
+
+    latents: [B, f, C, H, W] it led to; text, unconditional_text: [B, T, text_dim] to follow from the next step on;
+    interrupt: end the chunk with the latents as they are, and the video with the chunk.
+    """
+
+    chunk: int
+    step: int
+    timestep: Tensor
+    latents: Tensor
+    text: Tensor
+    unconditional_text: Tensor | None
+    interrupt: bool = False
+
+
+StepCallback = Callable[[DenoisingStep], None]
 
 
 class NoiseSource(Protocol):
@@ -74,6 +91,10 @@ class GivenNoise:
         return self.seeded.fresh(frames)
 
 
+def nothing_to_remember() -> None:
+    """The clean pass of a chunk that owes none."""
+
+
 @dataclass(frozen=True)
 class RolloutChunk:
     """A finished chunk.
@@ -89,7 +110,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
-    remember: Callable[[], None] = field(default=lambda: None, repr=False, compare=False)
+    remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,6 +145,7 @@ def rollout(
     training: TrainingRollout | None = None,
     callback: StepCallback | None = None,
     record: Recorder | None = None,
+    scheduler: Any = None,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
 
@@ -134,18 +156,14 @@ def rollout(
         chunks: latent frames of each chunk to generate.
         initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
         context_timestep: timestep of the clean pass.
+        scheduler: a diffusers scheduler to take the sampler's steps with, in place of the sampler's own.
         record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
     if record is not None and why_not_recorded(model, memory, training is not None) is None:
         network.passes = RecordedPasses(memory, record)
     network.read(text)
-    start = 0
-    if initial_latents is not None:
-        for given in initial_latents.split(initial_chunks or chunks[:1], 1):
-            memory.begin_chunk(given.shape[1])
-            network.clean(given, 0.0)
-            start += given.shape[1]
+    start = 0 if initial_latents is None else network.take(initial_latents, initial_chunks or chunks[:1])
     owed = CleanPass()
     for index, frames in enumerate(chunks):
         owed.run()
@@ -154,10 +172,12 @@ def rollout(
         if changed is not None:
             network.read(changed)
         memory.begin_chunk(frames)
-        network.begin(index, start, callback)
+        network.begin(index, start)
+        after = go_on if callback is None else partial(network.report, callback)
         exit_step = training.exit_steps[index] if training else None
-        latents = sample_chunk(sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step)
-        network.report(latents)
+        latents = sample_chunk(
+            sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
+        )
         context = latents.detach()
         if training and training.context_noise:  # drawn after the last chunk, too: whoever draws next counts on it
             sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
@@ -169,6 +189,8 @@ def rollout(
             torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
         seconds = time.perf_counter() - began
         yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run)
+        if network.interrupted:
+            return
         start += frames
 
 
@@ -201,8 +223,7 @@ class _Network:
         self.model, self.memory, self.training = model, memory, training
         self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
         self.unconditional_text = unconditional_text
-        self.index, self.start, self.step = 0, 0, 0
-        self.callback: StepCallback | None = None
+        self.index, self.start, self.interrupted = 0, 0, False
         self.passes: RecordedPasses | None = None
         self.text: Tensor | None = None
         self.text_keys_values: TextKeysValues | None = None
@@ -221,8 +242,15 @@ class _Network:
             )
         self.text, self.text_keys_values = text, keys_values
 
-    def begin(self, index: int, start: int, callback: StepCallback | None) -> None:
-        self.index, self.start, self.callback = index, start, callback
+    def take(self, latents: Tensor, chunks: list[int]) -> int:
+        """Leave given frames [B, F0, C, H, W] in the memory, chunk by chunk; returns how many they are."""
+        for given in latents.split(chunks, 1):
+            self.memory.begin_chunk(given.shape[1])
+            self.clean(given, 0.0)
+        return latents.shape[1]
+
+    def begin(self, index: int, start: int) -> None:
+        self.index, self.start = index, start
 
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
@@ -231,18 +259,25 @@ class _Network:
 
     def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
         """v of the current chunk x [B, f, C, H, W]."""
-        if step > 0:
-            self.report(x)  # what a step led to is what the next one starts from
-        self.step = step
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
             return self._run(x, timestep, False, None if gradient else self.text_keys_values)
 
-    def report(self, x: Tensor) -> None:
-        """Tell the callback what the last step led to: a copy, so that writing into it leaves the video alone."""
-        if self.callback is not None:
-            self.callback(self.index, self.step, x.detach().clone())
+    def report(self, callback: StepCallback, step: int, timestep: Tensor, x: Tensor) -> tuple[Tensor, bool]:
+        """Tell the callback what a step led to, and take what it changed: a hook of the samplers."""
+        assert self.text is not None
+        text = self.text if self.guidance_scale is None else self.text.chunk(2)[0]
+        made = DenoisingStep(
+            chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
+            unconditional_text=self.unconditional_text,
+        )  # fmt: skip
+        callback(made)
+        if made.text is not text or made.unconditional_text is not self.unconditional_text:
+            self.unconditional_text = made.unconditional_text
+            self.read(made.text)
+        self.interrupted = made.interrupt
+        return made.latents, not made.interrupt
 
     @torch.no_grad()
     def clean(self, x0: Tensor, timestep: float) -> None:

@@ -41,7 +41,7 @@ def run(config: ChangeBenchConfig) -> int:
     """Every memory over the same changes; writes change.json and change.md, prints JSON last."""
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
-    length = pipe.config.num_frames
+    length = pipe.defaults.num_frames
     if pipe.geometry.whole_chunk_frames(length) != length:
         raise ConfigError(
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
@@ -88,7 +88,7 @@ def judge_changes(
     config: ChangeBenchConfig,
 ) -> dict[str, list[Measurements]]:
     """Records of a batch of changes, the first of them number `first`, by what is judged."""
-    clip = pipe.config.num_frames
+    clip = pipe.defaults.num_frames
     befores, afters = [change.before for change in changes], [change.after for change in changes]
 
     def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:

@@ -77,7 +77,7 @@ def stream(
         prompts,
         height=settings.size,
         width=settings.size,
-        num_frames=max(settings.horizons) * pipe.config.num_frames,
+        num_frames=max(settings.horizons) * pipe.defaults.num_frames,
         memory=memory,
         prompt_changes=prompt_changes,
         generator=[torch.Generator().manual_seed(settings.seed * 100_003 + first + i) for i in range(len(prompts))],
@@ -90,7 +90,7 @@ def judge_batch(
     pipe: SparseForcingPipeline, memory: MemoryConfig, prompts: list[str], first: int, settings: RolloutSettings
 ) -> JudgedBatch:
     """Roll out and judge a batch. Only the judged segments are kept while it runs."""
-    clip, at = pipe.config.num_frames, 0
+    clip, at = pipe.defaults.num_frames, 0
     pieces: dict[int, list[np.ndarray]] = {horizon: [] for horizon in settings.horizons}
     seconds, cache_bytes = [], []
     for chunk in stream(pipe, memory, prompts, first, settings):
@@ -127,7 +127,7 @@ def judge(frames: np.ndarray, prompt: str, start_frame: int) -> Measurements:
 
 def chunks_until(pipe: SparseForcingPipeline, horizon: int) -> int:
     """Chunks that a video of `horizon` clips is made of."""
-    return len(pipe.geometry.chunks(pipe.geometry.latent_frames(horizon * pipe.config.num_frames)))
+    return len(pipe.geometry.chunks(pipe.geometry.latent_frames(horizon * pipe.defaults.num_frames)))
 
 
 def summarize_rollouts(pipe: SparseForcingPipeline, batches: Sequence[JudgedBatch]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def answer_tasks(
         members = list(group)
         for first in range(0, len(members), batch_size):
             batch = members[first : first + batch_size]
-            truth = np.stack([_truth(task.world, pipe.config.height) for task in batch])
+            truth = np.stack([_truth(task.world, pipe.defaults.height) for task in batch])
             chunks = pipe.stream(
                 [task.world.story for task in batch],
                 video=truth[:, : batch[0].given],

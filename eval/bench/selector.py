@@ -107,8 +107,8 @@ def _observe(
     pipe: SparseForcingPipeline, prompts: list[str], memory: MemoryConfig, chunks: int, seed: int
 ) -> dict[tuple[str, float], Tensor]:
     """Recall on the rollouts of one batch; guidance's second half of a doubled batch does not count."""
-    height, width = pipe.geometry.latent_size(pipe.config.height, pipe.config.width)
-    shape = (pipe.vae.latent_channels, height, width)
+    height, width = pipe.geometry.latent_size(pipe.defaults.height, pipe.defaults.width)
+    shape = (pipe.autoencoder.latent_channels, height, width)
     text = pipe.encode_prompt(prompts)
     state = make_model_memory(pipe.transformer, memory, torch.zeros(len(text), 0, *shape))
     meter = RecallMeter(pipe.transformer.selectors)
@@ -116,9 +116,9 @@ def _observe(
     noise = SeededNoise(
         [torch.Generator().manual_seed(seed + i) for i in range(len(text))], shape, pipe.device, pipe.dtype
     )
-    sampler, unconditional = pipe.config.sampler, None
+    sampler, unconditional = pipe.defaults.sampler, None
     if sampler.guidance_scale != 1:
-        unconditional = pipe.text_encoder.encode([pipe.config.negative_prompt] * len(text))
+        unconditional = pipe.text.encode([pipe.defaults.negative_prompt] * len(text))
     sizes = [pipe.geometry.chunk_frames] * chunks
     for _ in rollout(pipe.transformer, text, sizes, state, noise, sampler, unconditional_text=unconditional):
         pass

@@ -30,7 +30,7 @@ def read_start(config: GenerateConfig, note: Callable[[str], None]) -> np.ndarra
     if config.image is not None:
         return read_image(config.image)[None]
     if config.video is not None:
-        fps, own = chosen_defaults(config).fps, probe(config.video).fps
+        own, fps = probe(config.video).fps, chosen_defaults(config).fps
         if abs(own - fps) > SAME_RATE * fps:
             what = "frames in between are left out" if own > fps else "its frames are shown several times"
             note(f"{config.video}: {own:g} frames/s, the model makes {fps:g}: {what}")

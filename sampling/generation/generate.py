@@ -103,8 +103,8 @@ def _generate_all(
     start = read_start(config, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
-    if remark := _shortage(config):
-        progress.note(f"warning: {remark}")
+    if too_small := _shortage(config):
+        progress.note(f"warning: {too_small}")
     began = time.perf_counter()
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
@@ -127,7 +127,7 @@ def _shortage(config: GenerateConfig) -> str | None:
     """What to say before a model is loaded onto a GPU that is too small for the video."""
     import torch
 
-    if torch.device(resolve_device(config.device)).type != "cuda":
+    if not resolve_device(config.device).startswith("cuda"):
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 
@@ -189,6 +189,18 @@ def generate_video(
     if clip.trimmed:
         progress.note(f"{clip.written} frames do not fill whole chunks: {clip.trimmed} more were made and cut off")
     record = {
+        **_describe_run(pipe, config, settings, job),
+        **clip.summary(),
+        "model_load_seconds": model_load_seconds,
+        "warnings": messages,
+    }
+    atomic_write_json(job.sidecar, record)
+    return record | {"path": str(job.video)}
+
+
+def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings: Settings, job: Job) -> dict[str, Any]:
+    """What the sidecar says of what was asked for and what it was made with."""
+    return {
         "video": job.video.name,
         "prompt": job.prompt,
         "original_prompt": job.original_prompt,
@@ -204,10 +216,10 @@ def generate_video(
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
-            "negative_prompt": pipe.config.negative_prompt,
-            "preset": pipe.config.preset,
-            "sampler": pipe.config.sampler.kind,
-            "shift": pipe.config.sampler.shift,
+            "negative_prompt": pipe.defaults.negative_prompt,
+            "preset": pipe.defaults.preset,
+            "sampler": pipe.defaults.sampler.kind,
+            "shift": pipe.defaults.sampler.shift,
             "chunk_frames": None if pipe.geometry.whole_video else pipe.geometry.chunk_frames,
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
@@ -216,12 +228,7 @@ def generate_video(
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },
-        **clip.summary(),
-        "model_load_seconds": model_load_seconds,
-        "warnings": messages,
     }
-    atomic_write_json(job.sidecar, record)
-    return record | {"path": str(job.video)}
 
 
 class _Clip:

@@ -123,7 +123,7 @@ def cache_numbers(model: Outline, settings: Settings, latent_frames: int) -> int
         return 0
     sizes, memory = on_meta(model.sizes.transformer).config, settings.memory
     rows, cols = model.geometry.token_size(*model.geometry.latent_size(settings.height, settings.width))
-    tokens = min(memory.window or latent_frames, latent_frames) * rows * cols
+    tokens: float = min(memory.window or latent_frames, latent_frames) * rows * cols
     if memory.kind == "sparse":
         layout = TileLayout(model.geometry.chunk_frames, rows, cols, memory.tile)
         blocks = memory.window_frames // model.geometry.chunk_frames * layout.num_blocks + memory.persistent_blocks
@@ -137,7 +137,8 @@ def _activations(model: Outline, frames: int, latent: tuple[int, int], batch: in
     """Of one pass over the largest chunk."""
     sizes = model.sizes.transformer
     with torch.device("meta"):
-        network = CausalWanTransformer3DModel(**{**sizes, "num_layers": 1}).to(dtype)
+        network = CausalWanTransformer3DModel(**{**sizes, "num_layers": 1})
+        torch.nn.Module.to(network, dtype)  # diffusers' own warns of what only a rounding of weights would matter to
         x = torch.empty(batch, network.config.in_channels, frames, *latent, dtype=dtype)
         text = torch.empty(batch, model.sizes.text_len, network.config.text_dim, dtype=dtype)
         time = torch.empty(batch)
@@ -147,7 +148,8 @@ def _activations(model: Outline, frames: int, latent: tuple[int, int], batch: in
 def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch.dtype) -> int:
     """Of one chunk: what the decoder makes of its first latent frames, and the pixels of all of them."""
     some = min(frames, _DECODED)
-    autoencoder = model.autoencoder.to(dtype)
+    autoencoder = model.autoencoder
+    torch.nn.Module.to(autoencoder, dtype)
     with torch.device("meta"):
         z = torch.empty(1, autoencoder.latent_channels, some, *latent, dtype=dtype)
     stride = autoencoder.spatial_stride

@@ -84,7 +84,7 @@ def chunk_remarks(defaults: PipelineConfig) -> list[str]:
 
 def resolve_settings(config: GenerateConfig, pipe: SparseForcingPipeline) -> Settings:
     """The settings of every video of the run. Raises ConfigError for what this model cannot take."""
-    defaults = pipe.config
+    defaults = pipe.defaults
     _check_guidance(config, defaults)
     height, width = config.height or defaults.height, config.width or defaults.width
     guidance, num_frames = config.guidance_scale, _num_frames(config, pipe)
@@ -125,7 +125,7 @@ def _check_whole(config: GenerateConfig, pipe: SparseForcingPipeline) -> MemoryC
 
 def _num_frames(config: GenerateConfig, pipe: SparseForcingPipeline) -> int:
     if config.seconds is None:
-        return config.num_frames or pipe.config.num_frames
+        return config.num_frames or pipe.defaults.num_frames
     wanted = max(1.0, config.seconds * pipe.fps)
     if wanted > MAX_FRAMES:
         raise ConfigError(f"--seconds {config.seconds:g} are {wanted:g} frames; at most {MAX_FRAMES} are made")

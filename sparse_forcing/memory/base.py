@@ -74,6 +74,7 @@ class MemoryPass:
         self._choices: dict[int, Tensor] | None = {} if keeps_history else None
 
     def token_order(self, device: torch.device) -> TokenOrder | None:
+        """The memory's order of the chunk's tokens."""
         return self.memory.token_order(device)
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:

@@ -21,9 +21,6 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import (
-    block_importance,
-    block_scores,
-    pool_blocks,
     update_persistent,
 )
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
@@ -35,9 +32,10 @@ from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
+from sparse_forcing.memory.sparse_view import view_blocks
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
-from sparse_forcing.model.selector import BlockSelector, map_heads
+from sparse_forcing.model.selector import BlockSelector
 
 
 class SparseMemory(RolloutMemory):
@@ -96,10 +94,12 @@ class SparseMemory(RolloutMemory):
 
     @property
     def shapes(self) -> Hashable:
-        if self._all is None or self._observer is not None:
-            return None
+        return None if self._all is None or self._observer is not None else self._sharing(self._all)
+
+    def _sharing(self, everything: SparseLayer) -> Hashable:
+        """What the parts of `everything` depend on."""
         plan = self.plan
-        return plan.layout.frames, plan.num_persistent, self._all.num_window, self._all.keys.data_ptr()
+        return plan.layout.frames, plan.num_persistent, everything.num_window, everything.keys.data_ptr()
 
     def distil_selectors(self, layers: frozenset[int]) -> None:
         if self.selection.selectors is None:
@@ -148,10 +148,10 @@ class SparseMemory(RolloutMemory):
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape
             everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
-        shapes = self.shapes
-        if shapes != self._shared_out:
+        sharing = self._sharing(everything)
+        if sharing != self._shared_out:
             self.layers = [everything.layer(number, layers) for number in range(layers)]
-            self._shared_out = shapes
+            self._shared_out = sharing
 
     @torch.no_grad()
     def _update(self, layer: int, state: SparseLayer, move: Move, chunk: int) -> None:
@@ -174,51 +174,11 @@ class SparseMemory(RolloutMemory):
     ) -> Tensor:
         """The rule's answer about the blocks in `slots` [B, H, N], layer by layer unless it takes all at once."""
         if state is not self._all or self.rule.layers_at_once:
-            return question(self._view(layer, state, slots, chunk))
+            return question(view_blocks(self.plan, layer, state, slots, chunk))
         layers = len(self.layers)
         parts = zip(range(layers), slots.chunk(layers))
-        return torch.cat([question(self._view(i, state.layer(i, layers), part, chunk)) for i, part in parts])
-
-    def _view(self, layer: int, state: SparseLayer, slots: Tensor, chunk: int) -> BlockView:
-        """What the rule sees of the blocks in `slots` [B, H, N], after the clean pass of `chunk`."""
-        sizes = None if state.sizes is None else gather_slots(state.sizes, slots)
-
-        def attention() -> Tensor:
-            assert state.queries is not None, "blocks are ranked after a clean pass"
-            keys = gather_slots(state.representatives, slots)
-            projection = state.key_projection
-            if projection is not None and projection.dim() == 4:  # of all layers
-                keys = map_heads(keys.unflatten(0, (len(projection), -1)), projection[:, None]).flatten(0, 1)
-            elif projection is not None:
-                keys = map_heads(keys, projection)
-            return block_importance(block_scores(state.queries, keys))
-
-        def mass() -> Tensor:
-            assert state.mass is not None, "blocks are ranked after a clean pass"
-            return gather_slots(state.mass, slots)
-
-        def head() -> Tensor:
-            assert state.retention_head is not None, "blocks are ranked after a clean pass"
-            return state.retention_head
-
-        return BlockView(
-            layer=layer,
-            chunk=chunk,
-            frame_blocks=self.plan.frame_blocks,
-            num_persistent=state.persistent.shape[2],
-            origin=gather_slots(state.origin, slots),
-            first_frame=gather_slots(state.position, slots),
-            state=gather_slots(state.retained, slots),
-            sizes=sizes,
-            suppliers={
-                "attention": attention,
-                "mass": mass,
-                "head": head,
-                "pooled_keys": lambda: gather_slots(state.representatives, slots),
-                "pooled_values": lambda: pool_blocks(state.read("values", slots), sizes),
-                "keys": lambda: state.read("keys", slots),
-                "values": lambda: state.read("values", slots),
-            },
+        return torch.cat(
+            [question(view_blocks(self.plan, i, state.layer(i, layers), part, chunk)) for i, part in parts]
         )
 
     def _move_positions(self, frames: int) -> None:

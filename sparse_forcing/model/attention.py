@@ -5,6 +5,7 @@ Legend: B batch, L tokens, H heads, D head dimension, F latent frames, N tokens 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import groupby
 from typing import NamedTuple, Protocol
 
@@ -46,7 +47,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     dtype = query.dtype
     if query.device.type == "cpu" and dtype == torch.bfloat16:
         query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast(query.device.type, enabled=False):
+    plain = nullcontext() if query.device.type == "meta" else torch.autocast(query.device.type, enabled=False)
+    with plain:
         out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
     return out.transpose(1, 2).to(dtype)
 
@@ -72,6 +74,7 @@ class ParallelAttention:
         return cls(2 * frames, teacher_forcing_mask(chunks, window=window), torch.arange(frames).repeat(2))
 
     def token_order(self, device: torch.device) -> None:
+        """None: frame-major."""
         return None
 
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:

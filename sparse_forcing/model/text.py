@@ -6,7 +6,6 @@ Every encoder returns embeddings [B, text_len, dim] whose padded rows are exactl
 from __future__ import annotations
 
 import html
-import re
 import warnings
 from functools import cached_property
 from importlib.util import find_spec
@@ -17,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.torch_utils import get_module_execution_device
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.model.word_tokenizer import PAD, WordTokenizer
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.scenes.roles import role_remarks
 from sparse_forcing.weights.parts import explained, require_part
@@ -27,10 +28,8 @@ from sparse_forcing.weights.parts import explained, require_part
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
 
-PAD, UNKNOWN, EMPTY = 0, 1, 2
 WAN_TEXT_LEN = 512
 """Tokens of a prompt after padding, in Wan 2.1."""
-_SPECIAL = ("<pad>", "<unknown>", "<empty>")
 
 
 class TextEncoder(Protocol):
@@ -52,36 +51,6 @@ class TextEncoder(Protocol):
         ...
 
 
-class WordTokenizer:
-    """Lower-cased words over a fixed vocabulary; the empty prompt is a token of its own (unconditional)."""
-
-    def __init__(self, words: list[str], text_len: int) -> None:
-        self.ids = {word: i for i, word in enumerate((*_SPECIAL, *words))}
-        self.text_len = text_len
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def words(self, prompt: str) -> list[str]:
-        return re.findall(r"[a-z]+", prompt.lower())
-
-    def unknown_words(self, prompt: str) -> list[str]:
-        """Words and numbers of any script, as they are written, that the vocabulary lacks."""
-        return [word for word in re.findall(r"[^\W_]+", prompt.lower()) if word not in self.ids]
-
-    def knows(self, prompt: str) -> bool:
-        """Whether a single word of the prompt is in the vocabulary."""
-        return any(word in self.ids for word in self.words(prompt))
-
-    def __call__(self, prompts: list[str]) -> Tensor:
-        """[B, text_len] ids; longer prompts are cut."""
-        rows = []
-        for prompt in prompts:
-            ids = [self.ids.get(word, UNKNOWN) for word in self.words(prompt)][: self.text_len] or [EMPTY]
-            rows.append(ids + [PAD] * (self.text_len - len(ids)))
-        return torch.tensor(rows, dtype=torch.long)
-
-
 class WordTextEncoder(ModelMixin, ConfigMixin):
     """Word embeddings and a few transformer layers, trained together with the video model.
 
@@ -92,6 +61,8 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
         neighbours: words that a convolution before every layer spans, 0 for none. Attention alone did not learn which
             of two objects a shape or a motion belongs to.
     """
+
+    _supports_group_offloading = False  # a few megabytes
 
     @register_to_config
     def __init__(
@@ -138,7 +109,7 @@ class WordTextEncoder(ModelMixin, ConfigMixin):
 
     def encode(self, prompts: list[str]) -> Tensor:
         _warn(self.remarks(prompts))
-        return self(self.tokenizer(prompts).to(self.token_embedding.weight.device))
+        return self(self.tokenizer.token_ids(prompts).to(self.token_embedding.weight.device))
 
     def remarks(self, prompts: list[str]) -> list[str]:
         """Words the model never learned, words in roles it never learned, and prompts longer than it reads."""
@@ -174,6 +145,21 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(prompt)).split())
 
 
+def load_tokenizer(folder: Path, vocab_size: int) -> Any:
+    """The tokenizer of a model folder with an encoder of so many tokens. Raises WeightsError."""
+    from transformers import AutoTokenizer
+
+    require_part(folder / "tokenizer")
+    with explained(folder / "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
+    if len(tokenizer) > vocab_size:
+        raise WeightsError(
+            f"{folder}: tokenizer has {len(tokenizer)} tokens, text_encoder only {vocab_size}; they are of different "
+            "models"
+        )
+    return tokenizer
+
+
 class UMT5TextEncoder(nn.Module):
     """Wan's text encoder: umT5 through transformers, embeddings zeroed beyond the prompt's tokens.
 
@@ -194,7 +180,7 @@ class UMT5TextEncoder(nn.Module):
         cls, folder: str | Path, *, text_len: int = WAN_TEXT_LEN, torch_dtype: torch.dtype | None = None
     ) -> UMT5TextEncoder:
         """Load `text_encoder` and `tokenizer` of a local diffusers Wan folder. Raises WeightsError."""
-        from transformers import AutoTokenizer, UMT5EncoderModel
+        from transformers import UMT5EncoderModel
 
         folder = Path(folder)
         require_part(folder / "text_encoder")
@@ -210,14 +196,7 @@ class UMT5TextEncoder(nn.Module):
                 raise WeightsError(
                     f"{folder / 'text_encoder'}: does not fit the model; missing: {', '.join(missing[:5])}"
                 )
-            require_part(folder / "tokenizer")
-            tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-        if len(tokenizer) > encoder.config.vocab_size:
-            raise WeightsError(
-                f"{folder}: tokenizer has {len(tokenizer)} tokens, text_encoder only {encoder.config.vocab_size}; they "
-                "are of different models"
-            )
-        return cls(encoder, tokenizer, text_len)
+        return cls(encoder, load_tokenizer(folder, encoder.config.vocab_size), text_len)
 
     @property
     def dim(self) -> int:
@@ -227,7 +206,8 @@ class UMT5TextEncoder(nn.Module):
     def encode(self, prompts: list[str]) -> Tensor:
         """[B, text_len, dim]; longer prompts are cut, with a warning."""
         batch = self._tokens(prompts, self.text_len)
-        ids, used = (batch[name].to(self.encoder.device) for name in ("input_ids", "attention_mask"))
+        device = get_module_execution_device(self.encoder)
+        ids, used = (batch[name].to(device) for name in ("input_ids", "attention_mask"))
         _warn(self._cut([prompt for prompt, full in zip(prompts, used[:, -1].tolist(), strict=True) if full]))
         return self.encoder(ids, used).last_hidden_state * used[..., None]
 

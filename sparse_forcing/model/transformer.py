@@ -7,150 +7,37 @@ Legend: B batch, C channels, F latent frames, G groups of tokens that share a ti
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
+from diffusers.models.cache_utils import CacheMixin
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from einops import rearrange
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate, rms_norm
+from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate
 from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, dense_attention
-from sparse_forcing.model.rope import Rotary
+from sparse_forcing.model.layers import (
+    ConditionEmbedder,
+    FeedForward,
+    PatchEmbedding,
+    RMSNorm,
+    WideLayerNorm,
+    constant_tensor,
+    frame_position_waves,
+    is_hooked,
+)
+from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
 
-_GELU = 2 * math.sqrt(2 / math.pi)
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: cross-attention keys and values [B, text tokens, H, D]."""
-
-
-def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
-    """[..., dim] = [cos | sin] of timestep * 10000^(-j / (dim/2)), computed in float64."""
-    half = dim // 2
-    frequencies = torch.pow(10_000.0, -torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
-    angles = timestep.double()[..., None] * frequencies
-    return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-@lru_cache(maxsize=16)
-def _constants(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Remembered, because bringing numbers to a GPU waits for it."""
-    return torch.tensor(values, dtype=dtype, device=device)
-
-
-@lru_cache(maxsize=16)
-def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
-    """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
-
-    They depend on the share of the frame, not on its size in tokens.
-    """
-    turns = torch.arange(1, harmonics + 1, device=device)
-    across, down = (2 * math.pi * (torch.arange(n, device=device) + 0.5) / n for n in (cols, rows))
-    x, y = (torch.cat([(a[:, None] * turns).sin(), (a[:, None] * turns).cos()], -1) for a in (across, down))
-    return torch.cat([x.repeat(rows, 1), y.repeat_interleave(cols, 0)], -1)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the whole last dimension (all heads together), computed in at least float32."""
-
-    def __init__(self, dim: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(dim))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU in its tanh form.
-
-    x / 2 (1 + tanh u) = x sigmoid(2 u) with u = sqrt(2 / pi) (x + 0.044715 x^3): torch's sigmoid takes half as long as
-    its tanh form on a CPU. In place, so only where no gradient is wanted.
-    """
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
-        return F.gelu(x, approximate="tanh")
-    twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
-
-
-def ends_products(device: torch.device) -> bool:
-    """Whether the device's matrix products end with the bias and GELU, in its tanh form, in the same launch."""
-    return device.type == "cuda"
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a linear layer is nothing but its weight and bias: not quantised or adapted, no hooks, as offloading and
-    sharding have."""
-    plain = type(module) is nn.Linear and module.bias is not None and not parametrize.is_parametrized(module)
-    return plain and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (tanh), Linear, with diffusers' names."""
-
-    def __init__(self, dim_in: int, dim: int) -> None:
-        super().__init__()
-        self.linear_1 = nn.Linear(dim_in, dim)
-        self.linear_2 = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(gelu(self.linear_1(x)))
-
-
-class TimeMlp(Mlp):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class GeluProjection(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, ffn_dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        proj = self.proj
-        if ends_products(x.device) and is_plain(proj) and not torch.is_grad_enabled():
-            found = torch._addmm_activation(proj.bias, x.flatten(0, -2), proj.weight.t(), use_gelu=True)
-            return found.unflatten(0, x.shape[:-1])
-        return gelu(proj(x))
-
-
-class FeedForward(nn.Module):
-    def __init__(self, dim: int, ffn_dim: int) -> None:
-        super().__init__()
-        self.net = nn.Sequential(GeluProjection(dim, ffn_dim), nn.Identity(), nn.Linear(ffn_dim, dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.net(x)
-
-
-class ConditionEmbedder(nn.Module):
-    """Timestep and text embeddings. `pooled_text` also adds the mean of the text tokens to the time embedding, which
-    small models need to follow a caption; Wan has none."""
-
-    def __init__(self, dim: int, freq_dim: int, text_dim: int, pooled_text: bool) -> None:
-        super().__init__()
-        self.freq_dim = freq_dim
-        self.time_embedder = TimeMlp(freq_dim, dim)
-        self.time_proj = nn.Linear(dim, 6 * dim)
-        self.text_embedder = Mlp(text_dim, dim)
-        self.pooled_text_embedder = nn.Linear(text_dim, dim) if pooled_text else None
-
-    def forward(self, timestep: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
-        """timestep [B, G], text [B, T, text_dim] -> embedding [B, G, dim], modulation [B, G, 6, dim]."""
-        weight = self.time_embedder.linear_1.weight
-        embedding = self.time_embedder(timestep_sinusoid(timestep, self.freq_dim).to(weight.dtype))
-        if self.pooled_text_embedder is not None:
-            used = (text != 0).any(-1, keepdim=True)
-            pooled = (text * used).sum(1) / used.sum(1).clamp(min=1)
-            embedding = embedding + self.pooled_text_embedder(pooled)[:, None]
-        return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
 
 
 class Attention(nn.Module):
@@ -172,6 +59,8 @@ class Attention(nn.Module):
     def _normed(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
             return self._heads(norm(x))
+        if is_hooked(norm):
+            return apply_rotary(self._heads(norm(x)), rotary)
         return norm_rotate(x, norm.weight, norm.eps, rotary.cos, rotary.sin)
 
     def queries(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
@@ -198,7 +87,7 @@ class CausalWanBlock(nn.Module):
             self.selector = BlockSelector(heads, selector_tokens, dim // heads, learned_retention=learned_retention)
         self.attn1 = Attention(dim, heads, eps)
         self.attn2 = Attention(dim, heads, eps)
-        self.norm2 = nn.LayerNorm(dim, eps) if cross_attn_norm else None
+        self.norm2 = WideLayerNorm(dim, eps) if cross_attn_norm else None
         self.ffn = FeedForward(dim, ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -225,6 +114,9 @@ class CausalWanBlock(nn.Module):
         update, gate, norm2 = self.attn1.output(attended), gate1, self.norm2
         if norm2 is None:
             h = x = add_gated(x, update, gate)
+        elif is_hooked(norm2):
+            x = add_gated(x, update, gate)
+            h = norm2(x)
         else:
             x, h = add_norm(x, update, gate, norm2.bias, norm2.weight, self.eps, modulates=False)
         text_keys_values = text if isinstance(text, tuple) else self.attn2.keys_values(text)
@@ -233,7 +125,13 @@ class CausalWanBlock(nn.Module):
         return add_gated(x, self.ffn(h), gate2)
 
 
-class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
+def _as_output(flow: Tensor, return_dict: bool | None) -> Any:
+    if return_dict is None:
+        return flow
+    return Transformer2DModelOutput(sample=flow) if return_dict else (flow,)
+
+
+class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, CacheMixin):
     """Wan 2.1 with per-frame timesteps and a self-attention that a policy decides (Self-Forcing, arXiv 2506.08009).
 
     Args beyond diffusers' WanTransformer3DModel:
@@ -251,6 +149,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("CausalWanBlock",)
+    _repeated_blocks = ("CausalWanBlock",)
+    _skip_layerwise_casting_patterns = (
+        "patch_embedding",
+        "position_embedder",
+        "condition_embedder",
+        "norm",
+        "selector",
+    )
 
     @register_to_config
     def __init__(
@@ -295,7 +201,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             raise ConfigError(f"latent_std: {len(latent_std)} values for {in_channels} channels")
         dim = num_attention_heads * attention_head_dim
         patch = (int(patch_size[0]), int(patch_size[1]), int(patch_size[2]))
-        self.patch_embedding = nn.Conv3d(in_channels, dim, patch, patch)
+        self.patch_embedding = PatchEmbedding(in_channels, dim, patch, patch)
         self.position_embedder = nn.Linear(4 * position_harmonics, dim) if position_harmonics else None
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, pooled_text)
         self.blocks = nn.ModuleList(
@@ -328,8 +234,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             return None
         return [block.selector for block in self.blocks if isinstance(block, CausalWanBlock) and block.selector]
 
-    def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues:
-        """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout."""
+    def encode_text(self, encoder_hidden_states: Tensor) -> TextKeysValues | None:
+        """Cross-attention keys and values of every layer for text [B, T, text_dim]; constant through a rollout. None
+        where hooks bring weights for the time of a pass: then every pass makes its own."""
+        if any(is_hooked(module) for module in self.modules()):
+            return None
         text = self.condition_embedder.text_embedder(encoder_hidden_states)
         return [block.encode_text(text) for block in self.blocks]  # type: ignore[operator]
 
@@ -343,7 +252,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         text_keys_values: TextKeysValues | None = None,
         clean_hidden_states: Tensor | None = None,
         clean_timestep: Tensor | None = None,
-    ) -> Tensor:
+        attention_kwargs: Mapping[str, Any] | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
         """Flow v = noise - x0 of every latent.
 
         Args:
@@ -355,6 +266,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
             clean_hidden_states: [B, C, G, H, W] clean latents that precede the noisy ones in the token sequence
                 (teacher forcing); the policy must then cover G + F frames.
             clean_timestep: [B] or [B, G] of the clean part; 0 when None.
+            attention_kwargs, return_dict: those of diffusers' transformers; the first one has no effect, and the bare
+                tensor is returned where the second one is None.
 
         Returns:
             [B, out_channels, F, H, W] flow of the noisy part.
@@ -385,7 +298,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
-        return self._to_flow(out, hidden_states, sigma)
+        return _as_output(self._to_flow(out, hidden_states, sigma), return_dict)
 
     def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
         """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
@@ -417,10 +330,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
         return timestep.expand(-1, frames) if expand else timestep
 
     def _embed_patches(self, x: Tensor) -> Tensor:
-        """[B, C, F, H, W] -> tokens [B, F*R*C, dim]: the patch convolution as one matrix product."""
+        """[B, C, F, H, W] -> tokens [B, F*R*C, dim]."""
         _, ph, pw = self.config.patch_size
-        patches = rearrange(x, "b c f (r p) (s q) -> b (f r s) (c p q)", p=ph, q=pw)
-        tokens = F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
         if self.position_embedder is None:
             return tokens
         waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)
@@ -429,7 +341,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin):
 
     def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
-        std = _constants(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
+        std = constant_tensor(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
         return std, ((1 - sigma) * std) ** 2 + sigma**2
 
     def _scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -57,6 +58,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     """
 
     first_frame_alone = False
+    _supports_group_offloading = False  # a few megabytes
 
     @register_to_config
     def __init__(self, latent_channels: int = 96, temporal_stride: int = 4, spatial_stride: int = 8) -> None:
@@ -96,14 +98,16 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             getattr(self, name).copy_(value)
         return std.sqrt().tolist()
 
+    @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, F, H, W] with F a multiple of temporal_stride -> [B, C, F/t, H/s, W/s]."""
         for name, size, step in zip("FHW", pixels.shape[2:], (self.temporal_stride, *[self.spatial_stride] * 2)):
             if size % step:
                 raise ConfigError(f"pixels: {name} = {size} is not a multiple of {step}")
-        latents = ((self._to_patches(pixels) - self.mean) @ self.basis.T) / self.scale
+        latents = ((self._to_patches(pixels.to(self.mean.dtype)) - self.mean) @ self.basis.T) / self.scale
         return latents.movedim(-1, 1).contiguous()
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, f, h, w] -> pixels [B, 3, f*t, h*s, w*s], clamped to [-1, 1]."""
         patches = (latents.movedim(1, -1).to(self.basis.dtype) * self.scale) @ self.basis + self.mean
@@ -148,6 +152,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
     """
 
     first_frame_alone = False
+    _supports_group_offloading = False  # a few megabytes
 
     @register_to_config
     def __init__(
@@ -173,14 +178,18 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
             nn.LayerNorm(dim), nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
         )  # fmt: skip
 
+    @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, F, H, W] with F a multiple of temporal_stride -> [B, C, F/t, H/s, W/s]."""
         batch = len(pixels)
         patches = self.patches.encode(pixels).movedim(1, -1).flatten(0, 1)
         codes = self.encoder(patches)
-        codes = self.normalize(codes.flatten(0, 2).float()).view_as(codes)
+        mean = self.normalize.running_mean
+        assert mean is not None
+        codes = self.normalize(codes.flatten(0, 2).to(mean.dtype)).view_as(codes)
         return codes.unflatten(0, (batch, -1)).movedim(-1, 1).contiguous()
 
+    @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, f, h, w] -> pixels [B, 3, f*t, h*s, w*s], clamped to [-1, 1]."""
         return self.draw(latents).clamp(-1, 1)
@@ -238,7 +247,7 @@ class WanAutoencoder(nn.Module):
                 f"{self.temporal_stride}, {pixels.shape[2] - extra} for example"
             )
         mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
-        return ((mean - self.mean) / self.std).to(pixels.dtype)
+        return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(pixels.dtype)
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, f, h, w] -> pixels [B, 3, 1 + t (f - 1), h*s, w*s] in [-1, 1]."""
@@ -250,10 +259,18 @@ class WanAutoencoder(nn.Module):
         cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
         first = True
         for chunk in chunks:
-            z = (chunk.float() * self.std + self.mean).to(self.vae.dtype)
+            self._onload()
+            wide = chunk.float()
+            z = (wide * self.std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
             frames = []
             for latent in z.split(1, 2):
                 hidden = self.vae.post_quant_conv(latent)
                 frames.append(self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first))
                 first = False
             yield torch.cat(frames, 2).clamp(-1, 1).to(chunk.dtype)
+
+    def _onload(self) -> None:
+        """Bring an offloaded autoencoder back, as diffusers does in its `decode`, which is not called here."""
+        hook: Any = getattr(self.vae, "_hf_hook", None)
+        if hasattr(hook, "pre_forward"):
+            hook.pre_forward(self.vae)

@@ -29,26 +29,33 @@ from sparse_forcing.model_folder.recognise import (
     folder_remarks,
     recognised_defaults,
 )
+from sparse_forcing.weights.hub import fetch_model, is_hub_id
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, check_safetensors, not_finite
 
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
 _STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+_ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
 
 
-def find_model(model: str) -> Path:
-    """Folder of an embedded model's name or of a path. Raises WeightsError naming what is known."""
+def find_model(model: str, **hub_options: Any) -> Path:
+    """Folder of an embedded model's name, of a path, or of a model of the hub (`hub_options`: see `fetch_model`).
+    Raises WeightsError naming what is known."""
     for folder in (EMBEDDED_MODELS / model, Path(model)):
         if any(is_file(folder / name, WeightsError) for name in (PIPELINE_FILE, "transformer/config.json")):
             if folder.parent != EMBEDDED_MODELS:
                 check_supported(folder)
             return folder
+    if is_hub_id(model) and not Path(model).exists():
+        folder = fetch_model(model, **hub_options)
+        check_supported(folder)
+        return folder
     known = sorted(path.parent.name for path in EMBEDDED_MODELS.glob(f"*/{PIPELINE_FILE}"))
     raise WeightsError(
-        f"model {model!r}: not an embedded model ({', '.join(known)}) and not a folder with {PIPELINE_FILE} "
-        "or a diffusers transformer"
+        f"model {model!r}: not an embedded model ({', '.join(known)}), not a folder with {PIPELINE_FILE} "
+        "or a diffusers transformer, and not an owner/name of the hub"
     )
 
 
@@ -69,6 +76,13 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWa
     """The transformer of a model folder, kept adapters added to its weights; warns of what the folder says and nothing
     here uses. Raises WeightsError."""
     model = load_part(CausalWanTransformer3DModel, folder / "transformer", dtype or torch.float32)
+    finish_transformer(model, folder)
+    return model
+
+
+def finish_transformer(model: CausalWanTransformer3DModel, folder: Path) -> None:
+    """What is left to do with a transformer that was read from a model folder: check its numbers, add kept adapters,
+    warn of what nothing here uses. Raises WeightsError."""
     # Attention on a CPU makes zeros of queries that are NaN: no video would tell.
     if bad := not_finite(model.state_dict()):
         raise WeightsError(
@@ -77,7 +91,6 @@ def load_transformer(folder: Path, dtype: torch.dtype | None = None) -> CausalWa
     add_kept_adapters(model, folder)
     for remark in folder_remarks(folder):
         warnings.warn(remark, stacklevel=2)
-    return model
 
 
 def load_text_encoder(folder: Path, dtype: torch.dtype | None = None) -> TextEncoder:
@@ -101,7 +114,7 @@ def usual_dtype(folder: Path, device: str) -> torch.dtype:
     CPU; the embedded models in float32, in which they were trained. Raises WeightsError."""
     if read_defaults(folder).vae in EMBEDDED_AUTOENCODERS:
         return torch.float32
-    if torch.device(device).type != "cpu":
+    if not device.startswith("cpu"):
         return torch.bfloat16
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in _STORED]
@@ -132,9 +145,13 @@ def write_autoencoder(folder: Path, vae: PatchAutoencoder | TokenAutoencoder, co
 def save_part(part: Any, folder: Path) -> None:
     """Write one embedded part of a model."""
     part.save_pretrained(folder)
-    settings = read_json(folder / "config.json")
-    settings.pop("_name_or_path", None)  # where its maker kept it is nobody's business, and would change hashes
-    atomic_write_json(folder / "config.json", settings)
+    forget_origin(folder / "config.json")
+
+
+def forget_origin(path: Path) -> None:
+    """Take out of a config where its part came from: that is nobody's business, and would change hashes."""
+    settings = read_json(path)
+    atomic_write_json(path, {name: value for name, value in settings.items() if name not in _ORIGIN})
 
 
 def kind_of(vae: VideoAutoencoder) -> str:

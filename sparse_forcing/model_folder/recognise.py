@@ -120,8 +120,8 @@ def window_memory(window: int, sink: int) -> MemoryConfig:
     """Self-Forcing's `local_attn_size` (-1 or 0 for none) and LongLive's `sink_size`, in latent frames."""
     if window <= 0:
         return PRESETS["self-forcing"].memory
-    sinks = {"sink_frames": sink} if sink else {}
-    return MemoryConfig(kind="sink" if sink else "window", window_frames=window, positions="absolute", **sinks)
+    memory = MemoryConfig(kind="window", window_frames=window, positions="absolute")
+    return replace(memory, kind="sink", sink_frames=sink) if sink else memory
 
 
 def folder_remarks(folder: Path) -> list[str]:

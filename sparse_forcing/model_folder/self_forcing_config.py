@@ -108,7 +108,7 @@ def _sampler(settings: _Settings, shift: float) -> tuple[SamplerConfig, list[str
     return sampler, remarks
 
 
-def _size(settings: _Settings) -> dict[str, int]:
+def _size(settings: _Settings) -> dict[str, Any]:
     """Pixels and pixel frames of the latent shape [videos, frames, channels, rows, columns] that a config names."""
     shape = settings.get("image_or_video_shape", list)
     frames = settings.get("num_output_frames", int)

@@ -95,7 +95,15 @@ def check_counts(folder: Path, tensors: int) -> None:
 
 
 def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
-    """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored.
+    """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored. Raises
+    WeightsError as `check_model` does."""
+    check_model(cls, folder)
+    with explained(folder):
+        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+
+
+def check_model(cls: Any, folder: Path) -> None:
+    """Check a diffusers model's folder before it is loaded. Tensors of a quantized model are left to its quantizer.
 
     Raises:
         WeightsError: there is no such folder, the config or a file cannot be read, or tensors are missing, surplus or
@@ -108,9 +116,8 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
         _check_sizes(cls, config, folder)
         with torch.device("meta"):
             expected = cls.from_config(config).state_dict()
-        if found:  # without any file the loader says which one it looked for
+        if found and "quantization_config" not in config:  # without any file the loader says which one it looked for
             check_state_dict(expected, found, source=str(folder))
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
 def _check_sizes(cls: Any, config: dict[str, Any], folder: Path) -> None:

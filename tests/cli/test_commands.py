@@ -159,7 +159,7 @@ def test_doctor_checks_every_embedded_model(
 ) -> None:
     from sparse_forcing.weights.manifest import write_manifest
 
-    monkeypatch.setattr(doctor, "EMBEDDED_MODELS", tmp_path)
+    monkeypatch.setattr("sparse_forcing.model_folder.folder.EMBEDDED_MODELS", tmp_path)
     monkeypatch.setattr(doctor, "CHECKS", (doctor._embedded_models, doctor._video))
     assert main(["doctor"]) == 1
     assert "no embedded model" in capsys.readouterr().out

@@ -150,7 +150,7 @@ def test_a_preset_is_written_and_generated_by(
     framewise = "self-forcing-framewise"
     assert run(capsys, "convert", checkpoint, tmp_path / "m", "--base", wan, "--preset", framewise)[0] == 0
     pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "m"))
-    assert (pipe.config.preset, pipe.geometry.chunk_frames) == (framewise, 1)
+    assert (pipe.defaults.preset, pipe.geometry.chunk_frames) == (framewise, 1)
     assert pipe.transformer.config.chunk_frames == 1
     assert len(list(pipe.stream("a cat", **VIDEO))) == 3
 
@@ -164,7 +164,7 @@ def test_yaml_settings_are_read_into_the_folder(
     assert "not used here: lr, trainer" in err
     assert "guidance_scale 3 is the teacher's" in err
     pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "m"))
-    config = pipe.config
+    config = pipe.defaults
     assert (config.sampler.step_list, config.sampler.shift, config.context_timestep) == ((1000, 500), 5.0, 10.0)
     assert (config.height, config.width, config.num_frames) == (32, 32, 81)
     assert (config.memory.kind, config.memory.window_frames, config.memory.sink_frames) == ("sink", 6, 1)

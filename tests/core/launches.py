@@ -22,7 +22,7 @@ import sparse_forcing
 from sparse_forcing.kernels.block_selection.gpu import backend as selection_backend
 from sparse_forcing.kernels.block_sparse_attention.gpu import backend as attention_backend
 from sparse_forcing.kernels.token_rows.gpu import backend as rows_backend
-from sparse_forcing.model import rope, transformer
+from sparse_forcing.model import layers, rope, transformer
 from sparse_forcing.sampling import samplers
 
 ROOT = str(Path(sparse_forcing.__file__).resolve().parents[1])
@@ -145,7 +145,7 @@ _LIBRARY.impl("rms_norm", lambda x, weight: torch.empty_like(x), "Meta")
 def forget_constants() -> None:
     """Drop what the package remembers by device: numbers without data are of no use to anybody else."""
     rope._frequencies.cache_clear()
-    for remembered in (transformer._constants, transformer.frame_position_waves):
+    for remembered in (layers.constant_tensor, layers.frame_position_waves):
         remembered.cache_clear()
     for remembered in (samplers.few_step_levels, samplers.euler_levels):
         remembered.cache_clear()
@@ -157,7 +157,7 @@ def meta_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     are there (meta tensors would take them apart)."""
     for backend in (attention_backend, selection_backend, rows_backend):
         monkeypatch.setattr(backend, "why_unavailable", lambda tensor: None)
-    monkeypatch.setattr(transformer, "ends_products", lambda device: device.type == "meta")
+    monkeypatch.setattr(layers, "ends_products", lambda device: device.type == "meta")
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # knows no meta device
     monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
     attention, rms_norm = torch.ops.launch_test.attention, torch.ops.launch_test.rms_norm

@@ -88,7 +88,8 @@ def test_config_that_does_not_describe_the_weights_is_one_line(
 ) -> None:
     path = model / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-    assert main(["generate", "a ball", "--model", str(model), "--output", str(model / "out.mp4")]) == 2
+    output = model.with_name("out.mp4")
+    assert main(["generate", "a ball", "--model", str(model), "--output", str(output)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error

@@ -125,20 +125,6 @@ def test_bytes_and_pictures_are_scaled_to_the_range_of_floats(pipe):
         np.testing.assert_array_equal(frames, expected)
 
 
-def test_callback_gets_a_copy_of_what_each_step_led_to(pipe):
-    expected = pipe(PROMPT, num_frames=16, generator=seeded(), output_type="latent").frames
-    seen = {}
-
-    def spoil(chunk, step, latents):
-        seen[chunk, step] = latents.clone()
-        latents.zero_()
-
-    result = pipe(PROMPT, num_frames=16, generator=seeded(), output_type="latent", callback_on_step_end=spoil).frames
-    assert list(seen) == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    torch.testing.assert_close(result, expected, rtol=0, atol=0)
-    torch.testing.assert_close(torch.cat([seen[0, 1], seen[1, 1]], 1), expected, rtol=0, atol=0)
-
-
 def test_a_million_frames_are_cut_into_chunks_at_once():
     geometry = VideoGeometry(
         temporal_stride=4, spatial_stride=8, first_frame_alone=False, chunk_frames=3, first_chunk_frames=1
@@ -259,7 +245,7 @@ def test_impossible_defaults_are_refused(changes):
 def test_saved_folder_loads_and_generates_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     loaded = SparseForcingPipeline.from_pretrained(str(tmp_path / "model"))
-    assert loaded.config == pipe.config
+    assert loaded.defaults == pipe.defaults
     assert len(loaded.weights_sha256) == 64
     expected = pipe(PROMPT, num_frames=8, generator=seeded()).frames
     np.testing.assert_array_equal(loaded(PROMPT, num_frames=8, generator=seeded()).frames, expected)
@@ -281,7 +267,7 @@ def test_a_flipped_bit_or_a_missing_file_is_named(pipe, tmp_path):
     with pytest.raises(WeightsError, match="missing"):
         SparseForcingPipeline.from_pretrained(str(folder))
     (folder / MANIFEST).unlink()
-    with pytest.raises(WeightsError, match="transformer: cannot be loaded"):
+    with pytest.raises(WeightsError, match=r"transformer: cannot be loaded \(no .safetensors file"):
         SparseForcingPipeline.from_pretrained(str(folder))
 
 

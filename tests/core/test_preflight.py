@@ -75,8 +75,10 @@ def test_weights_are_those_that_are_loaded(wan: Path) -> None:
     half = needs(replace(config, dtype="bfloat16"), outline(config), "cpu")
     assert half.transformer == need.transformer // 2
     assert half.activations < need.activations
-    longer = replace(config, num_frames=81)
-    assert needs(longer, outline(longer), "cpu").activations > 3 * need.activations
+    short, long = (replace(config, num_frames=frames, height=256, width=256) for frames in (9, 81))
+    first, second = (needs(each, outline(each), "cpu") for each in (short, long))
+    assert second.activations > 3 * first.activations  # seven times as many tokens, and as much text
+    assert second.decoding > first.decoding
 
 
 def test_published_sizes_are_known_before_they_are_downloaded() -> None:

@@ -70,7 +70,7 @@ def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPi
     found = pipe(
         "a red ball", negative_prompt="blue", latents=noise, output_type="latent", num_inference_steps=STEPS, **VIDEO
     ).frames
-    assert pipe.config.sampler == SamplerConfig(kind="unipc", steps=50, shift=SHIFT, guidance_scale=GUIDANCE)
+    assert pipe.defaults.sampler == SamplerConfig(kind="unipc", steps=50, shift=SHIFT, guidance_scale=GUIDANCE)
     torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-4, rtol=0)
 
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
-from sparse_forcing.model.transformer import CausalWanTransformer3DModel, frame_position_waves
+from sparse_forcing.model.layers import frame_position_waves
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 SMALL = {
     "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 4, "out_channels": 4, "text_dim": 8,

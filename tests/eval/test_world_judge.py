@@ -139,7 +139,7 @@ def test_every_return_of_a_clip_is_judged_and_bytes_do_as_well() -> None:
 
 def test_clips_that_cannot_be_judged_are_refused() -> None:
     world, entry = _worlds("parade", 1)[0]
-    with pytest.raises(ConfigError, match="the clip has 0 to 3"):
+    with pytest.raises(ConfigError, match="outside the clip, which has frames 0 to 3"):
         see_return(torch.zeros(4, 8, 8, 3), world, entry)
     with pytest.raises(VideoError, match="expected"):
         see_return(torch.zeros(80, 3, 8, 8), world, entry)

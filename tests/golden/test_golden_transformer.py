@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from sparse_forcing.model.transformer import timestep_sinusoid
+from sparse_forcing.model.layers import timestep_sinusoid
 from tests.golden.golden_cases import Case, assert_close, assert_gradient_norms
 
 KIND = "wan_bidirectional"

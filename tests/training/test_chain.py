@@ -130,6 +130,6 @@ def test_from_nothing_to_a_shipped_student(tmp_path: Path) -> None:
         export.main([str(student), "--mean-with", str(start), "--out", str(shipped), "--set", "sampler.steps=3"]) == 0
     )
     pipe = SparseForcingPipeline.from_pretrained(str(shipped))
-    assert pipe.config.sampler.steps == 3
+    assert pipe.defaults.sampler.steps == 3
     assert pipe.vae.latent_channels == 12
     assert pipe("a red square", num_frames=16, height=32, width=32).frames[0].shape == (16, 32, 32, 3)

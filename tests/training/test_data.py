@@ -20,6 +20,7 @@ from sparse_forcing.config import load_config
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import output_lock
 from sparse_forcing.media.video import write_video
+from sparse_forcing.model.text import WordTextEncoder
 from sparse_forcing.model.vae import PatchAutoencoder
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import parse_caption
@@ -257,10 +258,10 @@ def test_encoded_videos_are_what_the_source_and_the_encoder_give(
     for item in (0, 3, 4):
         pixels = read_clip(videos[item].path, frames=FRAMES, size=(SIZE, SIZE), fps=8.0)
         latents, _ = shards[[item]]
-        torch.testing.assert_close(latents, pipe.vae.encode(pixels[None]).transpose(1, 2))
+        torch.testing.assert_close(latents, pipe.autoencoder.encode(pixels[None]).transpose(1, 2))
     stored = StoredText(shards)
     for prompt in ("", "blurry", videos[3].prompt):
-        torch.testing.assert_close(stored.encode([prompt]), pipe.text_encoder.encode([prompt]).detach())
+        torch.testing.assert_close(stored.encode([prompt]), pipe.text.encode([prompt]).detach())
     with pytest.raises(ConfigError, match="no embedding of the prompt 'another'"):
         stored.encode(["another"])
 
@@ -310,8 +311,6 @@ def test_encoding_skips_bad_files_within_the_budget_over_all_runs(
 def test_training_from_shards_loads_no_text_encoder(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from sparse_forcing.sampling import pipeline
-
     encode(encoding(model_folder), tmp_path / "data")
     data = DataConfig(kind="shards", path=tmp_path / "data", latent_frames=HORIZON, caption_dropout=0.5)
     loop = LoopConfig(steps=2, global_batch=2, micro_batch=2, trackers=())
@@ -322,10 +321,10 @@ def test_training_from_shards_loads_no_text_encoder(
 
     (expected,) = recipe(stored_text=False).losses(0, 0)
 
-    def refuse(*args: Any) -> Any:
+    def refuse(*args: Any, **settings: Any) -> Any:
         raise AssertionError("the text encoder was loaded")
 
-    monkeypatch.setattr(pipeline, "load_text_encoder", refuse)
+    monkeypatch.setattr(WordTextEncoder, "from_pretrained", refuse)
     trained = recipe()
     (loss,) = trained.losses(0, 0)
     torch.testing.assert_close(loss, expected)

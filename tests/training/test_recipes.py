@@ -132,7 +132,7 @@ def test_a_causal_teacher_scores_every_chunk_after_the_finished_ones(model_folde
     clip, _, scores, *_ = next(recipe.clips(0, 0, _CRITIC))
     timestep = torch.tensor([300.0, 800.0])
     noisy = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
-    text = recipe.pipe.text_encoder.encode(recipe.source.prompts(0, 2))
+    text = recipe.pipe.text.encode(recipe.source.prompts(0, 2))
     together = scores["real"](noisy, timestep, True)
     for start in (0, 2):
         part = slice(start, start + 2)
@@ -252,7 +252,7 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
         return ForcingRecipe(config, Accelerator(cpu=True))
 
     guided = recipe(30.0)
-    clip, text = torch.randn(2, HORIZON, CHANNELS, 4, 4), guided.pipe.text_encoder.encode(["a red circle", ""])
+    clip, text = torch.randn(2, HORIZON, CHANNELS, 4, 4), guided.pipe.text.encode(["a red circle", ""])
     x, time, chunks = torch.randn_like(clip), torch.full((2, HORIZON), 500.0), guided.chunks(HORIZON)
     found = guided.guided_flow(x, clip, time, text, chunks)
     assert not torch.allclose(found[0], found[1])
@@ -279,7 +279,7 @@ def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
         )  # fmt: skip
         recipe, generator = ForcingRecipe(config, Accelerator(cpu=True)), torch.Generator().manual_seed(0)
         clip, x = torch.randn(2, 2, HORIZON, CHANNELS, 4, 4, generator=generator)
-        text = recipe.pipe.text_encoder.encode(["a red circle", "a blue ring"])
+        text = recipe.pipe.text.encode(["a red circle", "a blue ring"])
         return recipe.guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
 
     full, window = guided_flow("full", None), guided_flow("full", 2)
@@ -329,7 +329,7 @@ def test_exported_student_generates(tmp_path: Path, model_folder: Path) -> None:
     recipe.update(0)
     recipe.export(tmp_path / "pipeline")
     pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline"))
-    assert pipe.config.sampler == recipe.config.sampler
+    assert pipe.defaults.sampler == recipe.config.sampler
     for name, shadow in recipe.ema.shadow.items():
         assert torch.equal(shadow, pipe.transformer.state_dict()[name])
     frames = pipe("a red circle", num_frames=8, generator=torch.Generator().manual_seed(0)).frames[0]

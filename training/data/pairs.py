@@ -81,16 +81,16 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     sigmas, kept = kept_steps(config)  # refuses a bad grid before anything is loaded
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = SparseForcingPipeline.from_pretrained(config.teacher).to(device)
-    own = VideoFormat(height=pipe.config.height, width=pipe.config.width, fps=pipe.config.fps)
-    source = make_source(config.data, config.seed, pipe.vae, own)
-    height, width = pipe.geometry.latent_size(pipe.config.height, pipe.config.width)
-    shape = (config.data.latent_frames, pipe.vae.latent_channels, height, width)
+    own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
+    source = make_source(config.data, config.seed, pipe.autoencoder, own)
+    height, width = pipe.geometry.latent_size(pipe.defaults.height, pipe.defaults.width)
+    shape = (config.data.latent_frames, pipe.autoencoder.latent_channels, height, width)
     dtype = getattr(torch, config.dtype)
 
     def trajectories(items: range) -> ShardContent:
         prompts = [prompt for item in items for prompt in source.prompts(item, 1)]
-        text, states = pipe.text_encoder.encode(prompts), []
-        negative = pipe.text_encoder.encode([config.negative_prompt])
+        text, states = pipe.text.encode(prompts), []
+        negative = pipe.text.encode([config.negative_prompt])
         for first in range(0, len(items), config.batch_size):
             batch = items[first : first + config.batch_size]
             noise = torch.stack([torch.randn(shape, generator=_generator(config.seed, item)) for item in batch])
@@ -107,7 +107,7 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     return write_shards(
         out, config.count, trajectories, per_shard=config.per_shard, about=about,
-        loose_text=(loose, lambda prompts: pipe.text_encoder.encode(prompts).to(dtype)), progress=say,
+        loose_text=(loose, lambda prompts: pipe.text.encode(prompts).to(dtype)), progress=say,
     )  # fmt: skip
 
 

@@ -200,7 +200,7 @@ class DistillRecipe(Recipe):
         for name, frames in (("rollout_frames", config.rollout_frames), ("window_frames", later)):
             if frames % size:
                 raise ConfigError(f"{name}: {frames} is not a multiple of the model's chunk of {size} frames")
-        if config.windows > 1 and self.pipe.vae.first_frame_alone and later == config.rollout_frames:
+        if config.windows > 1 and self.pipe.autoencoder.first_frame_alone and later == config.rollout_frames:
             raise ConfigError(
                 f"window_frames: must be below rollout_frames, {later}: this autoencoder's clips start with a picture, "
                 "which is a frame kept of the window before"
@@ -272,7 +272,7 @@ class DistillRecipe(Recipe):
         draw = draw_number(config.loop, step, micro_batch)
         prompts = self.source.prompts(2 * draw + train, config.loop.micro_batch)
         with torch.no_grad():
-            text, negative = (self.pipe.text_encoder.encode(p) for p in (prompts, [config.negative_prompt]))
+            text, negative = (self.pipe.text.encode(p) for p in (prompts, [config.negative_prompt]))
         negative = negative.expand_as(text)
         sources = generators(config.loop.seed, draw, len(prompts), stream=stream)
         # One exit step for all chunks, samples and processes of an update.
@@ -314,21 +314,21 @@ class DistillRecipe(Recipe):
     def _as_start(self, past: Tensor, kept: Tensor) -> Tensor:
         """The frames that a window keeps of the clip `past` before it, [B, F, C, H, W], as the start of a clip: where
         the first latent frame of a clip is one picture (Wan's autoencoder), the first kept one becomes its last."""
-        if not (self.pipe.vae.first_frame_alone and kept.shape[1]):
+        if not (self.pipe.autoencoder.first_frame_alone and kept.shape[1]):
             return kept
         until = past[:, : past.shape[1] - kept.shape[1] + 1]
-        picture = self.pipe.vae.decode(until.transpose(1, 2))[:, :, -1:]
-        return torch.cat([self.pipe.vae.encode(picture).transpose(1, 2).to(kept), kept[:, 1:]], 1)
+        picture = self.pipe.autoencoder.decode(until.transpose(1, 2))[:, :, -1:]
+        return torch.cat([self.pipe.autoencoder.encode(picture).transpose(1, 2).to(kept), kept[:, 1:]], 1)
 
     def _start(self, batch: int) -> Tensor:
         """An empty [B, 0, C, H, W] that carries the sizes of a rollout, those of the model's own videos."""
-        height, width = self.pipe.geometry.latent_size(self.pipe.config.height, self.pipe.config.width)
-        return torch.zeros(batch, 0, self.pipe.vae.latent_channels, height, width, device=self.device)
+        height, width = self.pipe.geometry.latent_size(self.pipe.defaults.height, self.pipe.defaults.width)
+        return torch.zeros(batch, 0, self.pipe.autoencoder.latent_channels, height, width, device=self.device)
 
     def validate(self, step: int, folder: Path) -> None:
         sampled = SparseForcingPipeline(
-            self.model, self.pipe.text_encoder, self.pipe.vae,
-            replace(self.pipe.config, sampler=self.config.sampler, memory=self.memory),
+            **{**self.pipe.components, "transformer": self.model},
+            defaults=replace(self.pipe.defaults, sampler=self.config.sampler, memory=self.memory),
         )  # fmt: skip
         # Sharded weights arrive in the type of the computation.
         with self._autocast(), swap_in_average(self.model, self.ema):

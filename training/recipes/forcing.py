@@ -150,7 +150,7 @@ class ForcingRecipe(OneNetwork):
         latents, prompts = self.source.clips(draw, config.loop.micro_batch)
         latents = latents.to(self.device)
         with torch.no_grad():
-            text = self.pipe.text_encoder.encode(prompts)
+            text = self.pipe.text.encode(prompts)
         sources = generators(config.loop.seed, draw, len(latents), stream=2)
         chunks = self.chunks(latents.shape[1])
         timestep, noise = self.levels(sources, chunks), noise_like(latents, sources)
@@ -199,7 +199,7 @@ class ForcingRecipe(OneNetwork):
         assert self.guide is not None
         window = self.config.guidance_window or self.memory.window
         policy = ParallelAttention.teacher_forcing(chunks, window=window)
-        texts = torch.cat([text, self.pipe.text_encoder.encode([""] * len(text)).to(text)])
+        texts = torch.cat([text, self.pipe.text.encode([""] * len(text)).to(text)])
         x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
         flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)
         return guided(flow.transpose(1, 2), self.config.guidance_scale)
@@ -247,7 +247,7 @@ class ForcingRecipe(OneNetwork):
         return (error * (weight.to(error) if isinstance(weight, Tensor) else weight)).mean()
 
     def export(self, folder: Path) -> None:
-        sampler = self.config.sampler or self.pipe.config.sampler
+        sampler = self.config.sampler or self.pipe.defaults.sampler
         if self.guide is not None:
             sampler = replace(sampler, guidance_scale=1.0)
         changes: dict[str, object] = {"memory": self.memory, "sampler": sampler}

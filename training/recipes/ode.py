@@ -61,7 +61,9 @@ class OdeRecipe(OneNetwork):
 
     def __init__(self, config: OdeConfig, accelerator: Accelerator) -> None:
         super().__init__(config, accelerator)
-        self.pipe.config = replace(self.pipe.config, sampler=config.sampler)  # what it learns is what it samples with
+        self.pipe.defaults = replace(
+            self.pipe.defaults, sampler=config.sampler
+        )  # what it learns is what it samples with
         self.timesteps = few_step_timesteps(config.sampler)
         assert isinstance(self.source, StoredSource)
         assert self.source.shards is not None
@@ -81,7 +83,7 @@ class OdeRecipe(OneNetwork):
         frames = trajectory.shape[2]
         chunks = self.chunks(frames)
         with torch.no_grad():
-            text = self.pipe.text_encoder.encode(prompts)
+            text = self.pipe.text.encode(prompts)
         sources = generators(loop.seed, draw, len(trajectory), stream=2)
         draws = torch.stack([torch.randint(0, len(self.timesteps), (frames,), generator=g) for g in sources])
         index = per_chunk(draws, chunks).to(self.device)

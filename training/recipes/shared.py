@@ -69,7 +69,7 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert data.path is not None
         stored = StoredText(Shards(data.path))
     pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
-    if pipe.config.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
+    if pipe.defaults.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
         pipe = pipe.with_defaults(PipelineConfig())
     width = pipe.transformer.config.text_dim
     if stored is not None and stored.dim != width:
@@ -80,15 +80,15 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
         assert isinstance(part, nn.Module)
         part.requires_grad_(False)
         if loop.parallel == "fsdp" and part is pipe.text_encoder and stored is None:
-            shard_layers(getattr(part, "encoder", part), param_dtype=_shard_dtype(loop, device))
+            shard_layers(part, param_dtype=_shard_dtype(loop, device))
         part.to(device)
     return pipe
 
 
 def make_own_source(data: DataConfig, seed: int, pipe: SparseForcingPipeline) -> Source:
     """The data of a stage, in the format of the pipeline's own videos."""
-    own = VideoFormat(height=pipe.config.height, width=pipe.config.width, fps=pipe.config.fps)
-    return make_source(data, seed, pipe.vae, own)
+    own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
+    return make_source(data, seed, pipe.autoencoder, own)
 
 
 def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
@@ -188,7 +188,7 @@ def export_pipeline(
     fresh.load_state_dict(state)
     frozen = find_model(source)
     parts = [path for name in ("text_encoder", "tokenizer", "vae") if (path := frozen / name).is_dir()]
-    write_pipeline(folder, fresh, replace(base.config, **changes), parts)  # type: ignore[arg-type]
+    write_pipeline(folder, fresh, replace(base.defaults, **changes), parts)  # type: ignore[arg-type]
 
 
 class OneNetworkConfig(Protocol):

@@ -52,7 +52,7 @@ def write_samples(
 
     Where the text encoder is a table of stored embeddings, the prompts are the first of those.
     """
-    paths, text = [], pipe.text_encoder
+    paths, text = [], pipe.text
     prompts = text.shards.prompts[: len(PROMPTS)] if isinstance(text, StoredText) else PROMPTS
     for number, prompt in enumerate(prompts):
         generator = torch.Generator().manual_seed(seed + number)

@@ -29,9 +29,6 @@ from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import Lists
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
-AT_ONCE = 4 << 20
-"""Bytes of listed keys and values, copies counted, up to which calls cost more than arithmetic."""
-
 __all__ = ["backward", "forward", "why_unavailable"]
 
 
@@ -49,10 +46,6 @@ def forward(problem: Problem, return_mass: bool, keep_rest: bool) -> tuple[Tenso
     query, block_index = problem.query, problem.block_index
     padding = _padded_rows(problem.query_sizes, query)
     lists = Lists(block_index, problem.key_sizes, problem.key_pool.shape[3])
-    if not (return_mass or keep_rest) and _at_once(problem, lists):
-        problem = problem._replace(num_persistent=0)  # the same few calls for every entry
-        out, lse = cpu_fused.forward(problem, lists, padding, piece_bytes=AT_ONCE)
-        return out, lse, lse.new_zeros((*block_index.shape[:3], 0)), query.new_zeros(rest_shape(query, False))
     if _fused(query, lists) and not (return_mass or keep_rest):
         out, lse = cpu_fused.forward(problem, lists, padding)
         return out, lse, lse.new_zeros((*block_index.shape[:3], 0)), query.new_zeros(rest_shape(query, False))
@@ -65,15 +58,6 @@ def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
     if query_sizes is None or int(query_sizes.amin()) == Tq:
         return None
     return (torch.arange(Tq) >= query_sizes.unsqueeze(-1)).repeat(B * H, 1)
-
-
-def _at_once(problem: Problem, lists: Lists) -> bool:
-    """Whether all that is listed is so little that one call of torch's fused attention over it is faster."""
-    query = problem.query
-    if query.dtype not in (torch.float32, torch.float64) or lists.sizes is not None:
-        return False
-    listed = problem.block_index.numel() * lists.tokens * query.shape[-1]
-    return 2 * listed * query.element_size() <= AT_ONCE
 
 
 def _fused(query: Tensor, lists: Lists) -> bool:

@@ -26,26 +26,20 @@ def has_matrix_units() -> bool:
     return bool(torch.cpu._is_amx_tile_supported())
 
 
-def forward(
-    problem: Problem, lists: Lists, padding: Tensor | None, piece_bytes: int | None = None
-) -> tuple[Tensor, Tensor]:
-    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32 or better) of lists without padded keys.
-
-    Args:
-        padding: [B * H * Nq, Tq] marks padded rows. piece_bytes: gathered keys and values of a piece.
-    """
+def forward(problem: Problem, lists: Lists, padding: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] in float32) of lists without padded keys; padding [B * H * Nq, Tq]
+    marks padded rows."""
     query, scale = problem.query, problem.scale
     B, H, Nq, Tq, D = query.shape
     entries = (problem.num_persistent, lists.slots.shape[1])
     cuts = cut_lists(
         (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
-        budget=piece_bytes or PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
+        budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
     )  # fmt: skip
     merged = any(len(cut.entries) > 1 or cut.entries.start for cut in cuts)
     q = query.flatten(0, 2)
-    work = torch.promote_types(query.dtype, torch.float32)
-    out = torch.empty(q.shape, dtype=work if merged else query.dtype)
-    lse = torch.empty(q.shape[:-1], dtype=work)
+    out = torch.empty(q.shape, dtype=torch.float32 if merged else query.dtype)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32)
     keys, values = BlockTable(problem.key_pool, lists), BlockTable(problem.value_pool, lists)
     k_buffer, v_buffer = (Buffer.of(purpose, query.dtype) for purpose in ("stored keys", "stored values"))
     for cut in cuts:
@@ -66,5 +60,5 @@ def forward(
 
 def _merge(out: Tensor, lse: Tensor, part: Tensor, part_lse: Tensor) -> None:
     """Take a part [n, R, D], [n, R] of the softmax into what is there of its rows."""
-    out.lerp_(part.to(out.dtype), torch.sigmoid(part_lse - lse).unsqueeze(-1))
+    out.lerp_(part.float(), torch.sigmoid(part_lse - lse).unsqueeze(-1))
     torch.logaddexp(lse, part_lse, out=lse)

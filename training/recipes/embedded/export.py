@@ -44,11 +44,11 @@ def export(model: str, mean_with: str | None, changes: list[str], out: Path) -> 
     pipe = SparseForcingPipeline.from_pretrained(model)
     if mean_with is not None:
         take_mean(pipe, mean_with)
-    config = build_config(PipelineConfig, to_plain(pipe.config), changes, source="--set")
+    config = build_config(PipelineConfig, to_plain(pipe.defaults), changes, source="--set")
     for name in ("vae", "text_encoder"):
-        if getattr(config, name) != getattr(pipe.config, name):
+        if getattr(config, name) != getattr(pipe.defaults, name):
             raise ConfigError(f"--set: {name} says what the folder holds and cannot be changed")
-    pipe.config = config
+    pipe.defaults = config
     # Half the bytes; the model was trained in bfloat16 arithmetic and loses nothing that can be seen.
     learned: list = [pipe.transformer, pipe.text_encoder]
     if isinstance(pipe.vae, TokenAutoencoder):

@@ -1,0 +1,293 @@
+"""The parts of a pipeline as diffusers keeps them, so that what diffusers does with parts works: offloading, device
+maps, quantization, adapters, sharing. Loading verifies hashes and tensors first and runs no code of a model's folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.loaders import WanLoraLoaderMixin
+from diffusers.utils import logging
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from sparse_forcing.devices import memory_explained
+from sparse_forcing.errors import ConfigError
+from sparse_forcing.files import atomic_write_json
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.text import WAN_TEXT_LEN, TextEncoder, UMT5TextEncoder, WordTextEncoder
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
+from sparse_forcing.model_folder.defaults import PipelineConfig
+from sparse_forcing.model_folder.fit import check_fit
+from sparse_forcing.model_folder.folder import (
+    find_model,
+    finish_transformer,
+    forget_origin,
+    kind_of,
+    read_defaults,
+)
+from sparse_forcing.model_folder.recognise import PIPELINE_FILE
+from sparse_forcing.sampling.arguments import dtypes_of
+from sparse_forcing.sampling.loading import (
+    check_components,
+    component_dtypes,
+    component_index,
+    load_component_tokenizer,
+)
+from sparse_forcing.weights.manifest import model_hash, write_manifest
+from sparse_forcing.weights.parts import explained
+
+MODELS = ("transformer", "text_encoder", "vae")
+HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
+_CODE = ("trust_remote_code", "custom_pipeline", "custom_revision", "use_onnx", "use_flashpack")
+
+
+class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
+    """A transformer, its text encoder and its autoencoder, bound to a geometry and defaults.
+
+    Args:
+        text_encoder, tokenizer: umT5's of transformers, or an embedded model's encoder, which has its own tokenizer.
+        vae: diffusers' AutoencoderKLWan, or an embedded model's.
+        defaults: what a prompt alone means.
+        weights_sha256: hash of the folder that the parts are from.
+        scheduler: one of diffusers that predicts flows, to sample every chunk with; the defaults' sampler when None.
+    """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"
+    _optional_components: ClassVar[list[str]] = ["text_encoder", "tokenizer", "scheduler"]
+
+    def __init__(
+        self,
+        transformer: CausalWanTransformer3DModel,
+        text_encoder: nn.Module | None,
+        vae: nn.Module,
+        defaults: PipelineConfig | None = None,
+        weights_sha256: str | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        scheduler: SchedulerMixin | None = None,
+    ) -> None:
+        super().__init__()
+        own = getattr(text_encoder, "tokenizer", None)
+        self.register_modules(
+            transformer=transformer,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer or (own if isinstance(own, PreTrainedTokenizerBase) else None),
+            vae=vae,
+            scheduler=scheduler,
+        )
+        self._wan: WanAutoencoder | None = None
+        self.defaults = defaults or self._plain_defaults()
+        self.weights_sha256 = weights_sha256
+        self.geometry = self.defaults.fitted(VideoGeometry.of(self.autoencoder, transformer.config))
+
+    def with_defaults(self, defaults: PipelineConfig) -> Any:
+        """The same parts with other defaults."""
+        return type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
+
+    def _plain_defaults(self) -> PipelineConfig:
+        """Wan's defaults, for these kinds of parts."""
+        words, wan = isinstance(self.text_encoder, WordTextEncoder), isinstance(self.autoencoder, WanAutoencoder)
+        return PipelineConfig(
+            text_encoder="words" if words else "umt5", vae="wan" if wan else kind_of(self.autoencoder)
+        )
+
+    @property
+    def autoencoder(self) -> VideoAutoencoder:
+        """The `vae` as this project uses it: latents normalised, decoded as they come."""
+        if hasattr(self.vae, "decode_stream"):
+            return cast("VideoAutoencoder", self.vae)
+        if self._wan is None or self._wan.vae is not self.vae:
+            self._wan = WanAutoencoder(self.vae)
+        return self._wan
+
+    @property
+    def text(self) -> TextEncoder:
+        """The `text_encoder` and `tokenizer` as this project uses them: from prompts to embeddings."""
+        if hasattr(self.text_encoder, "encode"):
+            return cast("TextEncoder", self.text_encoder)
+        if self.text_encoder is None or self.tokenizer is None:
+            raise ConfigError("prompt: this pipeline has no text_encoder and tokenizer; give prompt_embeds")
+        return UMT5TextEncoder(self.text_encoder, self.tokenizer)
+
+    @property
+    def text_len(self) -> int:
+        """Tokens of a prompt after padding."""
+        return getattr(self.text_encoder, "text_len", WAN_TEXT_LEN)
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of the model's videos."""
+        return self.defaults.fps
+
+    @property
+    def default_memory(self) -> MemoryConfig:
+        """The memory that a prompt alone means."""
+        return self.defaults.memory
+
+    @property
+    def device(self) -> torch.device:
+        """Where the transformer is."""
+        return next(self.transformer.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the transformer computes in."""
+        return self.transformer.dtype
+
+    @property
+    def _small(self) -> list[str]:
+        """Parts that are too small to be taken apart: they stay where the others compute."""
+        return [name for name in MODELS if not getattr(getattr(self, name), "_supports_group_offloading", True)]
+
+    def to(self, *args: Any, text_encoder_device: str | torch.device | None = None, **kwargs: Any) -> Any:
+        """Move the model, change its type, or both, as in diffusers; the text encoder elsewhere if it would take too
+        much memory there (umT5 is four times as large as Wan 2.1 1.3B)."""
+        with memory_explained(f"the model was moved to {', '.join(map(str, (*args, *kwargs.values())))}"):
+            if text_encoder_device is None:
+                return super().to(*args, **kwargs)
+            for name in MODELS:
+                where = (text_encoder_device, *args[1:]) if name == "text_encoder" else args
+                getattr(self, name).to(*where, **kwargs)
+        return self
+
+    def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
+        """Offload module by module, as in diffusers; small parts are moved as a whole.
+
+        Raises:
+            ConfigError: the transformer has learned block selectors.
+        """
+        self._check_leaves("enable_sequential_cpu_offload")
+        self._exclude_from_cpu_offload = self._small
+        super().enable_sequential_cpu_offload(*args, **kwargs)
+
+    def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
+        """Offload groups of layers, as in diffusers; small parts are moved as a whole.
+
+        Raises:
+            ConfigError: leaves are to be moved one by one, and the transformer has learned block selectors.
+        """
+        if kwargs.get("offload_type") == "leaf_level" or "leaf_level" in args:
+            self._check_leaves("offload_type leaf_level")
+        given = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
+        super().enable_group_offload(*args, exclude_modules=[*given, *self._small], **kwargs)
+
+    def _check_leaves(self, what: str) -> None:
+        """Raise ConfigError for a transformer whose parts are not all called: a memory reads selectors' weights."""
+        if self.transformer.selectors:
+            raise ConfigError(
+                f"{what}: learned block selectors are not modules that could be moved one by one; use "
+                "enable_group_offload with offload_type block_level, or enable_model_cpu_offload"
+            )
+
+    @classmethod
+    def load_config(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
+        """What diffusers loads each part of a folder as; for the defaults' kinds, whatever `model_index.json` names."""
+        return component_index(Path(folder))
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None, **options: Any
+    ) -> Any:
+        """Load an embedded model by name, a folder that `save_pretrained` wrote, a diffusers Wan folder, or a model of
+        the hub (or its local cache) by its id.
+
+        Args:
+            torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); the
+                model's own when None.
+            text_encoder: takes the place of the folder's own, which is then not loaded.
+            options: those of diffusers' pipelines: other parts, `variant`, `device_map`, `quantization_config`,
+                `revision`, `cache_dir`, `local_files_only`, ...
+
+        Raises:
+            WeightsError: unknown model, missing or damaged file, parts that do not fit together.
+            ConfigError: an option that would run code of the model's folder or unpickle its weights.
+            SparseForcingError: out of memory.
+        """
+        _refuse_code(options)
+        dtype = dtypes_of(options.pop("dtype", torch_dtype))
+        folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
+        given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None}
+        given |= {"text_encoder", "tokenizer"} if text_encoder is not None else set()
+        with memory_explained(f"model {model} was loaded"):
+            with explained(folder):
+                digest = model_hash(folder)
+            check_components(folder, given)
+            with explained(folder), _quiet():
+                pipe = super().from_pretrained(
+                    str(folder), torch_dtype=component_dtypes(folder, dtype), use_safetensors=True,
+                    defaults=read_defaults(folder), weights_sha256=digest,
+                    **options | ({"text_encoder": None} if text_encoder is not None else {}),
+                )  # fmt: skip
+            if "transformer" not in given:
+                finish_transformer(pipe.transformer, folder)
+            if text_encoder is not None:  # of any kind
+                pipe.register_modules(text_encoder=text_encoder)
+            elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):
+                pipe.register_modules(tokenizer=tokenizer)
+            check_fit(folder, pipe.transformer, None if "text_encoder" in given else pipe.text, pipe.autoencoder)
+        return pipe
+
+    def save_pretrained(self, folder: str | Path, safe_serialization: bool = True, **options: Any) -> None:
+        """Write a folder that `from_pretrained` loads, hashes included.
+
+        Args:
+            options: those of diffusers' pipelines, `variant` and `max_shard_size` for example.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization: weights are written as safetensors only; pickles can hold code")
+        if options.pop("push_to_hub", False):
+            raise ConfigError("push_to_hub: call pipe.push_to_hub(name), which uploads the hashes, too")
+        folder = Path(folder)
+        self.register_modules(**self.components)  # diffusers does not note the class of what was None before
+        super().save_pretrained(folder, **options)
+        for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
+            forget_origin(path)
+        atomic_write_json(folder / PIPELINE_FILE, asdict(self.defaults))
+        write_manifest(folder)
+
+    @classmethod
+    def lora_state_dict(cls, source: Any, **options: Any) -> Any:
+        """As in diffusers, without unpickling: adapters are read from safetensors."""
+        if not options.get("use_safetensors", True):
+            raise ConfigError("use_safetensors: adapters are read from safetensors only; pickles can hold code")
+        return super().lora_state_dict(source, **options | {"use_safetensors": True})
+
+    def prompt_remarks(self, prompts: list[str]) -> list[str]:
+        """What of the prompts has no effect, or not the one meant: unknown words, or more than the encoder reads."""
+        return self.text.remarks(prompts)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompts: str | list[str]) -> Tensor:
+        """[B, text_len, dim]; warns with `prompt_remarks`."""
+        with memory_explained("the text encoder read the prompt"):
+            return self.text.encode([prompts] if isinstance(prompts, str) else prompts)
+
+
+def _refuse_code(options: dict[str, Any]) -> None:
+    """Raise ConfigError for options that would run a model's code or unpickle its weights."""
+    if found := [name for name in _CODE if options.get(name)]:
+        raise ConfigError(f"{found[0]}: code that comes with a model is never run")
+    if not options.pop("use_safetensors", True):
+        raise ConfigError("use_safetensors: weights are read from safetensors only; pickles can hold code")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of parts that are loaded: they are not this project's, and short."""
+    shown: list[Any] = [each for each in (logging, transformers_logging) if each.is_progress_bar_enabled()]
+    for each in shown:
+        each.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for each in shown:
+            each.enable_progress_bar()

@@ -178,10 +178,7 @@ def rollout(
         latents = sample_chunk(
             sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
         )
-        context = latents.detach()
-        if training and training.context_noise:  # drawn after the last chunk, too: whoever draws next counts on it
-            sigma = FlowSchedule(sampler.shift).sigma_at(torch.zeros(len(context)))
-            context = add_noise(context, noise.fresh(frames), sigma.to(context.device))
+        context = _context(latents.detach(), noise, sampler.shift, training)
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
@@ -192,6 +189,15 @@ def rollout(
         if network.interrupted:
             return
         start += frames
+
+
+def _context(latents: Tensor, noise: NoiseSource, shift: float, training: TrainingRollout | None) -> Tensor:
+    """What later chunks see of finished latents. Noise is drawn after the last chunk, too: whoever draws next counts on
+    it."""
+    if training is None or not training.context_noise:
+        return latents
+    sigma = FlowSchedule(shift).sigma_at(torch.zeros(len(latents)))
+    return add_noise(latents, noise.fresh(latents.shape[1]), sigma.to(latents.device))
 
 
 class CleanPass:

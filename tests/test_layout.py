@@ -22,10 +22,7 @@ AREAS = ("kernels", "training", "sampling", "eval")
 PARTS = ("sparse_forcing", *AREAS)
 RUNTIME_DATA = {".json", ".yaml", ".txt", ".safetensors", ".typed", ".md"}
 TOO_LARGE = {
-    "sparse_forcing/memory/sparse.py": 412,
-    "sampling/generation/generate.py: generate_video": 64,
     "sampling/pipeline.py: stream": 95,
-    "sampling/rollout.py: rollout": 62,
 }
 """What is above the limits today, in lines; nothing may be added, and what has shrunk must leave."""
 

@@ -57,18 +57,18 @@ class Needs:
 class Outline:
     """As much of a pipeline as settings are checked against."""
 
-    config: PipelineConfig
+    defaults: PipelineConfig
     geometry: VideoGeometry
     sizes: ModelSizes
     autoencoder: Any
 
     @property
     def fps(self) -> float:
-        return self.config.fps
+        return self.defaults.fps
 
     @property
     def default_memory(self) -> MemoryConfig:
-        return self.config.memory
+        return self.defaults.memory
 
 
 def outline(config: GenerateConfig) -> Outline:
@@ -175,7 +175,7 @@ def _changes(config: GenerateConfig, model: Outline) -> Iterator[tuple[GenerateC
     if not model.geometry.whole_video and (config.memory or model.default_memory.kind) == "full":
         config, flags = dataclasses.replace(config, memory="sparse"), [*flags, "--memory sparse"]
         yield config, flags
-    height = config.height or model.config.height
+    height = config.height or model.defaults.height
     for smaller in _SMALLER:
         if smaller[0] < height:
             sized = dataclasses.replace(config, height=smaller[0], width=smaller[1])

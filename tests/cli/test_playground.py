@@ -49,7 +49,7 @@ class StubPipeline:
     """Four chunks of equal frames, numbered by their brightness; remembers what it was told."""
 
     fps = FPS
-    config = PipelineConfig(height=8, width=8, num_frames=14, sampler=SamplerConfig(steps=1))
+    defaults = PipelineConfig(height=8, width=8, num_frames=14, sampler=SamplerConfig(steps=1))
     geometry = SimpleNamespace(whole_video=False)
     default_memory = MemoryConfig()
 

@@ -54,7 +54,7 @@ def test_cache_is_what_a_rollout_holds(wan: Path, memory: str, knobs: dict, guid
     )  # fmt: skip
     model = outline(config)
     settings = resolve_settings(config, model)  # type: ignore[arg-type]
-    pipe = SparseForcingPipeline.from_pretrained(str(wan)).with_defaults(model.config)
+    pipe = SparseForcingPipeline.from_pretrained(str(wan)).with_defaults(model.defaults)
     chunks = list(
         pipe.stream(
             "a cat", memory=settings.memory, num_inference_steps=1, guidance_scale=guidance, height=settings.height,

@@ -88,7 +88,7 @@ def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
         return [SimpleNamespace(frames=part) for part in np.array_split(film(shown), 5, axis=1)]
 
     monkeypatch.setattr(bench_change, "stream", stream)
-    pipe: Any = SimpleNamespace(config=SimpleNamespace(num_frames=CLIP_FRAMES))
+    pipe: Any = SimpleNamespace(defaults=SimpleNamespace(num_frames=CLIP_FRAMES))
     judged = bench_change.judge_changes(pipe, None, [change], 3, ChangeBenchConfig())  # type: ignore[arg-type]
     right = {clip: records[0]["all"] for clip, records in judged.items()}
     after = {"1st after": follows, "2nd after": follows}

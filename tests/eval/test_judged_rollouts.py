@@ -43,7 +43,7 @@ def test_each_horizon_sees_its_own_frames(monkeypatch: pytest.MonkeyPatch) -> No
     """Chunks of 3 frames, clips of 4: segments begin and end inside chunks."""
     video = np.arange(12, dtype=np.float32)[None, :, None, None, None] / 12 * np.ones((2, 1, 2, 2, 3), np.float32)
     chunks = [SimpleNamespace(frames=video[:, at : at + 3], seconds=2.0, cache_bytes=10 * at) for at in range(0, 12, 3)]
-    pipe: Any = SimpleNamespace(config=SimpleNamespace(num_frames=4), stream=lambda *a, **k: iter(chunks))
+    pipe: Any = SimpleNamespace(defaults=SimpleNamespace(num_frames=4), stream=lambda *a, **k: iter(chunks))
     seen: list[tuple[list[float], int]] = []
 
     def noted(frames: np.ndarray, prompt: str, start: int) -> dict[str, float | None]:

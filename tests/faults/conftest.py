@@ -34,7 +34,7 @@ class StubPipeline:
     fps = 16.0
     chunk_frames = 8
     device, dtype = torch.device("cpu"), torch.float32
-    config = PipelineConfig(num_frames=16, height=32, width=32, sampler=SamplerConfig(guidance_scale=2.0))
+    defaults = PipelineConfig(num_frames=16, height=32, width=32, sampler=SamplerConfig(guidance_scale=2.0))
     geometry = VideoGeometry(temporal_stride=1, spatial_stride=1, first_frame_alone=False, chunk_frames=chunk_frames)
     weights_sha256 = "0" * 64
     default_memory = MemoryConfig(kind="sparse", window_frames=6, tile=(1, 4, 4))

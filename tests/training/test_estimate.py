@@ -33,7 +33,7 @@ STAGE_OF = {
     "tiny": "pretrain", "tiny-fine": "pretrain", "tiny-sharp": "pretrain", "tiny-pairs": "pretrain",
     "tiny-bound": "pretrain",
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
-    "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing",
+    "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing", "tiny-revisit": "forcing",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",
     "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",

@@ -153,6 +153,7 @@ def test_a_target_without_a_layer_and_a_missing_package_are_named(
     with pytest.raises(ConfigError, match=r"targets: no linear layer .*\.to_x"):
         forcing(model_folder, lora=LoraConfig(targets=("to_q", "to_x")))
     monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("diffusers.utils.import_utils._peft_available", False)  # diffusers looked when it was imported
     with pytest.raises(ConfigError, match=r"pip install .*sparse-forcing\[train\]"):
         forcing(model_folder)
 

@@ -497,7 +497,7 @@ def test_the_export_changes_defaults(tmp_path: Path, model_folder: Path) -> None
     assert export.main([str(model_folder), "--out", str(tmp_path), "--set", "sampler.steps=7"]) == 0
     before, after = read_defaults(model_folder), read_defaults(tmp_path)
     assert after == replace(before, sampler=replace(before.sampler, steps=7))
-    assert SparseForcingPipeline.from_pretrained(str(tmp_path)).config == after
+    assert SparseForcingPipeline.from_pretrained(str(tmp_path)).defaults == after
 
 
 def test_the_export_takes_the_mean_with_the_model_it_was_tuned_from(tmp_path: Path, model_folder: Path, capsys) -> None:

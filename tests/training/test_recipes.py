@@ -267,7 +267,7 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
     assert losses[-1] < losses[0]
     assert all(torch.equal(a, b) for a, b in zip(before, guided.guide.parameters()))
     guided.export(tmp_path / "pipeline")
-    assert SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline")).config.sampler.guidance_scale == 1
+    assert SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline")).defaults.sampler.guidance_scale == 1
     assert recipe(1.0).guide is None
 
 

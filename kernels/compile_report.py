@@ -177,7 +177,7 @@ def row_examples(head_dim: int, dtype: torch.dtype) -> list[Any]:
     return [
         plans.plan_norm_rotate(x, x[0, 0], 1e-6, angles, angles)[0],
         plans.plan_add_norm(x, x, x[:, :1], x[:, :1], x[:, :1], 1e-6, modulates=True)[0],
-        plans.plan_turn_time(keys, torch.zeros(8, dtype=torch.long), angles[0, :22]),
+        plans.plan_turn_time(keys, *(torch.empty(1, 12, 8, 22) for _ in range(2))),
     ]
 
 

@@ -154,7 +154,7 @@ class DenseMemory(RolloutMemory):
         if old is not None:
             grown.keys[:, :start], grown.values[:, :start] = old.keys[:, :start], old.values[:, :start]
         parts = zip(grown.keys.chunk(layers), grown.values.chunk(layers))
-        made = [DenseLayer(keys, values) for keys, values in parts]
+        made = [DenseLayer(keys.data, values.data) for keys, values in parts]  # to autograd tensors of their own
         self.layers = list(made)
         return made[layer]
 

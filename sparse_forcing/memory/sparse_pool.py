@@ -189,13 +189,14 @@ class SparseLayer:
         return state
 
     def layer(self, number: int, layers: int) -> SparseLayer:
-        """One of the `layers` that this is the state of: its tensors are parts of this one's."""
+        """One of the `layers` that this is the state of: its tensors are parts of this one's, to autograd tensors of
+        their own: a pass with gradients may hold one layer's while another's is written."""
         part: dict[str, Any] = {
-            name: x.chunk(layers)[number] for name, x in vars(self).items() if isinstance(x, Tensor)
+            name: x.chunk(layers)[number].data for name, x in vars(self).items() if isinstance(x, Tensor)
         }
         for name in ("key_projection", "retention_head"):
             if name in part:
-                part[name] = getattr(self, name)[number]
+                part[name] = getattr(self, name)[number].data
         return replace(self, **part)
 
     @property

@@ -84,7 +84,10 @@ def test_no_tensor_of_a_steady_memory_moves(run: Rollout, name: str) -> None:
     assert shapes[0] != shapes[-1], "the first chunk has no past"
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    ["window", "sparse", *(pytest.param(x, marks=pytest.mark.slow) for x in CONFIGS if x not in ("window", "sparse"))],
+)
 @torch.no_grad()
 def test_recorded_passes_of_a_steady_chunk_are_those_of_the_next_ones(run: Rollout, name: str) -> None:
     """Bitwise: a pass is recorded as a graph of calls and replayed for later chunks, without any Python of ours."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch import Tensor
@@ -15,7 +13,7 @@ from .conftest import CHANNELS, CHUNK, COLS, ROWS
 TILES = {"even": (3, 2, 2), "ragged": (3, 3, 4)}
 
 
-def gradients(run, memory: SparseMemory, chunks: int, *, keep_pool_at_last: bool) -> list[Tensor]:
+def gradients(run, memory: SparseMemory, chunks: int) -> list[Tensor]:
     """Gradients of every parameter from the last chunk's pass alone, after a rollout on fixed latents."""
     torch.manual_seed(5)
     latents = torch.randn(chunks, 2, CHANNELS, CHUNK, 2 * ROWS, 2 * COLS, dtype=torch.float64)
@@ -23,10 +21,6 @@ def gradients(run, memory: SparseMemory, chunks: int, *, keep_pool_at_last: bool
     for chunk, x in enumerate(latents):
         memory.begin_chunk(CHUNK)
         last = chunk == chunks - 1
-        if last and keep_pool_at_last:
-            memory.cache_gradient = "straight_through"  # writes a new pool that carries the gradient; the past has none
-            memory.layers = [replace(state, in_place=False) if state else None for state in memory.layers]
-            memory._all = None
         with torch.set_grad_enabled(last):
             out = run.model(x, time, run.text, policy=memory.denoising_pass())
         with torch.no_grad():
@@ -45,11 +39,12 @@ def test_history_gives_the_gradients_of_the_pool(run, chunks: int, tile: str, ch
     config = MemoryConfig(
         kind="sparse", window_frames=6, tile=TILES[tile], persistent_blocks=2, density=0.5, positions="relative"
     )
-    expected = gradients(run, run.make(config, cache_gradient="none"), chunks, keep_pool_at_last=True)
+    # Writes new pools that carry the gradient; the past, whose passes have none, carries none either.
+    expected = gradients(run, run.make(config, cache_gradient="straight_through"), chunks)
     memory = run.make(config, cache_gradient="detached")
     run.model.gradient_checkpointing = checkpointing
     try:
-        found = gradients(run, memory, chunks, keep_pool_at_last=False)
+        found = gradients(run, memory, chunks)
     finally:
         run.model.gradient_checkpointing = False
     for a, b in zip(found, expected, strict=True):
@@ -62,7 +57,7 @@ def test_history_gives_the_gradients_of_the_pool(run, chunks: int, tile: str, ch
 def test_passes_without_gradients_keep_no_graph(run) -> None:
     config = MemoryConfig(kind="sparse", window_frames=6, tile=TILES["even"], persistent_blocks=2, density=0.5)
     memory = run.make(config, cache_gradient="detached")
-    gradients(run, memory, 3, keep_pool_at_last=False)
+    gradients(run, memory, 3)
     for state in memory.layers:
         assert state is not None
         assert not any(x.requires_grad for x in (state.keys, state.values, *state.history.keys, *state.history.values))

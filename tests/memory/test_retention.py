@@ -149,7 +149,7 @@ def test_checkpointed_gradients_see_the_blocks_of_their_pass(run, name: str) -> 
         run.model.gradient_checkpointing = checkpointing
         try:
             memory = run.make(config(name), cache_gradient="detached", horizon=9, selectors=selectors(config(name), 16))
-            found.append(gradients(run, memory, 5, keep_pool_at_last=False))
+            found.append(gradients(run, memory, 5))
         finally:
             run.model.gradient_checkpointing = False
     for a, b in zip(*found, strict=True):

@@ -34,11 +34,15 @@ def add_norm(
 
 
 def turn_time_(keys: Tensor, frames: Tensor, frequencies: Tensor) -> None:
-    """In place, of keys [..., D] with two to four dimensions before D."""
-    frames = frames.expand(keys.shape[:-1])
+    """In place, of keys [..., D] with three or four dimensions before D.
+
+    Angles are computed here, in float64 and once for all keys that share them: in a kernel cosines of any angle spill.
+    """
+    angles = frames.double()[..., None] * frequencies
+    cos, sin = (turn.float().expand(*keys.shape[:-1], -1) for turn in (angles.cos(), angles.sin()))
     if keys.dim() == 5:  # [B, H, S, T, D], whose samples and heads lie one after the other
-        keys, frames = keys.flatten(0, 1), frames.flatten(0, 1)
-    _turn_time_op(keys, frames, frequencies.float())
+        keys, cos, sin = (x.flatten(0, 1) for x in (keys, cos, sin))
+    _turn_time_op(keys, cos, sin)
 
 
 def _norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
@@ -67,10 +71,10 @@ def _add_norm_fake(x: Tensor, *others: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
-def _turn_time(keys: Tensor, frames: Tensor, frequencies: Tensor) -> None:
+def _turn_time(keys: Tensor, cos: Tensor, sin: Tensor) -> None:
     if keys.numel():
         with active(keys.device):
-            plan_turn_time(keys, frames, frequencies).run()
+            plan_turn_time(keys, cos, sin).run()
 
 
 _norm_rotate_op = register_op(
@@ -82,6 +86,4 @@ _add_norm_op = register_op(
     _add_norm,
     _add_norm_fake,
 )
-_turn_time_op = register_op(
-    "turn_time_(Tensor(a!) keys, Tensor frames, Tensor frequencies) -> ()", _turn_time, lambda *_: None
-)
+_turn_time_op = register_op("turn_time_(Tensor(a!) keys, Tensor cos, Tensor sin) -> ()", _turn_time, lambda *_: None)

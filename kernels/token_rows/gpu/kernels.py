@@ -62,25 +62,23 @@ def add_norm_kernel(
 
 @triton.jit(do_not_specialize=["inner", "rows"])
 def turn_time_kernel(
-    keys, frames, frequencies, inner, rows, ska, skb, skc, sfa, sfb, sfc,
+    keys, cos, sin, inner, rows, ska, skb, skc, sta, stb, stc,
     PAIRS: tl.constexpr, BLOCK_P: tl.constexpr, ROWS: tl.constexpr, MANY_HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Turn the first PAIRS pairs of ROWS keys, in place, by frames * frequencies.
+    """Turn the first PAIRS pairs of ROWS keys, in place, by cos and sin.
 
-    keys [A, B, C, D] and frames [A, B, C] by their strides; a program has rows of one A, `rows` = B * C of them and
-    `inner` = C.
+    keys [A, B, C, D], cos and sin [A, B, C, PAIRS] by their strides (0 where several keys share a turn); a program has
+    rows of one A, `rows` = B * C of them and `inner` = C.
     """
     a = program_head(MANY_HEADS)
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    b, c = row // inner, row % inner
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # 32 bits: a division of 64 is a call
+    b, c = (row // inner).to(tl.int64), (row % inner).to(tl.int64)
     pair = tl.arange(0, BLOCK_P)
     listed = (row < rows)[:, None] & (pair < PAIRS)[None, :]
-    by = tl.load(frames + a * sfa + b * sfb + c * sfc, mask=row < rows, other=0).to(tl.float32)
-    frequency = tl.load(frequencies + pair, mask=pair < PAIRS, other=0.0)
-    angle = by[:, None] * frequency[None, :]
-    cos, sin = tl.cos(angle), tl.sin(angle)
+    turn = (a * sta + b * stb + c * stc)[:, None] + pair[None, :]
+    x, y = tl.load(cos + turn, mask=listed, other=0.0), tl.load(sin + turn, mask=listed, other=0.0)
     place = keys + (a * ska + b * skb + c * skc)[:, None] + 2 * pair[None, :]
     even = tl.load(place, mask=listed, other=0.0).to(tl.float32)
     odd = tl.load(place + 1, mask=listed, other=0.0).to(tl.float32)
-    tl.store(place, even * cos - odd * sin, mask=listed)
-    tl.store(place + 1, even * sin + odd * cos, mask=listed)
+    tl.store(place, even * x - odd * y, mask=listed)
+    tl.store(place + 1, even * y + odd * x, mask=listed)

@@ -9,7 +9,7 @@ from sparse_forcing.kernels.token_rows.gpu import kernels
 from sparse_forcing.kernels.triton_runtime import Launch, power_of_two, prepare
 
 _ONE_STAGE = {"num_stages": 1}
-TURN_ROWS = 64
+TURN_ROWS = 32
 
 
 def _warps(channels: int) -> int:
@@ -53,15 +53,15 @@ def plan_add_norm(
     return prepare(kernels.add_norm_kernel, L, B, args, num_warps=_warps(C), **_ONE_STAGE), y, h
 
 
-def plan_turn_time(keys: Tensor, frames: Tensor, frequencies: Tensor) -> Launch:
-    """The launch, which writes into keys [A, B, C, D]; frames broadcasts to [A, B, C]."""
+def plan_turn_time(keys: Tensor, cos: Tensor, sin: Tensor) -> Launch:
+    """The launch, which writes into keys [A, B, C, D]; cos and sin [A, B, C, P] float32, of equal strides."""
     A, B, C, _ = keys.shape
-    assert keys.stride(-1) == 1, "keys lie along their head dim"
-    frames = frames.expand(A, B, C)
+    assert B * C + TURN_ROWS < 2**31, "rows of one sample and head are counted in 32 bits"
+    assert keys.stride(-1) == cos.stride(-1) == 1, "keys and turns lie along their last dimension"
     args = {
-        "keys": keys, "frames": frames, "frequencies": frequencies, "inner": C, "rows": B * C,
+        "keys": keys, "cos": cos, "sin": sin, "inner": C, "rows": B * C,
         **{f"sk{axis}": step for axis, step in zip("abc", keys.stride())},
-        **{f"sf{axis}": step for axis, step in zip("abc", frames.stride())},
-        "PAIRS": len(frequencies), "BLOCK_P": power_of_two(len(frequencies)), "ROWS": TURN_ROWS,
+        **{f"st{axis}": step for axis, step in zip("abc", cos.stride())},
+        "PAIRS": cos.shape[-1], "BLOCK_P": power_of_two(cos.shape[-1]), "ROWS": TURN_ROWS,
     }  # fmt: skip
     return prepare(kernels.turn_time_kernel, -(-B * C // TURN_ROWS), A, args, num_warps=4, **_ONE_STAGE)

@@ -18,6 +18,7 @@ MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/video.py,
 MAX_BLOCKS = 1_000_000
 MAX_JOBS = 100_000
 MAX_GRID = 64  # videos side by side
+USUAL_CHECKPOINTS = 20  # chunks between them in a run that can be resumed
 Preset = Literal[
     "wan-1.3b", "wan-14b", "self-forcing", "self-forcing-framewise", "causvid", "longlive", "sparse-forcing"
 ]
@@ -29,6 +30,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE), "shift": (0.01, 100), "chunk_frames": (1, MAX_FRAMES), "fps": (0.1, 1000),
+    "checkpoint_every": (1, MAX_FRAMES),
 }  # fmt: skip
 _OTHER_SUFFIXES = frozenset(
     ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
@@ -66,6 +68,8 @@ class GenerateConfig:
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
+    resume: go on where a killed run of the same settings left a video; implies skip_existing.
+    checkpoint_every: chunks between what a killed run can go on from; None: a usual number with `resume`, else never.
     cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
         with torch.compile.
     """
@@ -108,6 +112,8 @@ class GenerateConfig:
     overlay: bool = False
     grid: Path | None = None
     skip_existing: bool = False
+    resume: bool = False
+    checkpoint_every: int | None = None
     cuda_graphs: bool | None = None
     compile: bool = False
 
@@ -118,6 +124,8 @@ class GenerateConfig:
             raise ConfigError("give prompts or --prompt-file, not both")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
+        if self.resume:
+            object.__setattr__(self, "skip_existing", True)
         for name in BOUNDS:
             _check_bounds(name, getattr(self, name))
         for name in ("model", "image", "video"):
@@ -143,6 +151,11 @@ class GenerateConfig:
             raise ConfigError(f"--grid {self.grid}: only {' and '.join(GRID_SUFFIXES)} files are written")
         if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
+
+    @property
+    def checkpoints(self) -> int | None:
+        """Chunks between checkpoints; None where none are made."""
+        return self.checkpoint_every or (USUAL_CHECKPOINTS if self.resume else None)
 
     @property
     def to_file(self) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import check_target, is_file, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
+from sparse_forcing.sampling.generation.checkpoints import checkpoint_folder
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 
 OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
@@ -32,6 +33,8 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
         paths += map(overlay_path, jobs)
     if config.grid is not None:
         paths.append(config.grid)
+    if config.checkpoints:
+        paths += [checkpoint_folder(job).with_name(job.video.name) for job in jobs]  # beside the folder: no such file
     return list(dict.fromkeys(check_target(path).parent for path in paths))
 
 
@@ -44,6 +47,8 @@ def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
         inputs += [config.video.with_suffix(".json"), config.video.parent / OVERLAY_FOLDER / config.video.name]
     if config.grid is not None:
         targets.append(config.grid)
+    if config.checkpoints:
+        targets += map(checkpoint_folder, jobs)
     check_targets(targets, inputs, sealed=model_folders([config.model]))
 
 

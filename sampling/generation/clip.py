@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.errors import OutputError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
-from sparse_forcing.sampling.generation.outputs import overlay_path, remove_old
+from sparse_forcing.sampling.generation.outputs import live_path, overlay_path, remove_live, remove_old
 
 if TYPE_CHECKING:
     import numpy as np
@@ -96,7 +96,8 @@ class Clip:
         if self._keep_in is not None:
             tail = None if self._begun is None else self._begun.tails[name]
             self._kept[name] = kept = KeptSegments(self._keep_in, name, self.written, tail)
-        return VideoWriter(path, fps=self.fps, height=height, width=width, scale=scale, kept=kept)
+        live = live_path(self.job) if self.config.live and name == "video" else None
+        return VideoWriter(path, fps=self.fps, height=height, width=width, scale=scale, kept=kept, live=live)
 
     def _remove_old(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is None:
@@ -106,6 +107,8 @@ class Clip:
         if kind is None and not self._writers:
             raise OutputError(f"cannot write {self.job.video}: the model produced no frames")
         self._stack.__exit__(kind, error, trace)
+        if kind is None and self.config.live:
+            remove_live(self.job)
         self._wall = self.wall
 
     def state(self) -> dict[str, Any]:

@@ -66,6 +66,7 @@ class GenerateConfig:
     text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
+    live: also write live/NAME.mp4, which can be watched while it grows; it goes when the video is complete.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
     resume: go on where a killed run of the same settings left a video; implies skip_existing.
@@ -110,6 +111,7 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scale: int | None = None
     overlay: bool = False
+    live: bool = False
     grid: Path | None = None
     skip_existing: bool = False
     resume: bool = False

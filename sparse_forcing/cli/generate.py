@@ -52,6 +52,7 @@ FLAGS = {
     "dtype": "number format of the weights (default: the model's)",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "live": "also write live/NAME.mp4, which plays while it is made; it goes when the video is complete",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already, however they were made",
     "resume": "go on where a killed run of this command left its videos; videos that are there are left out",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -107,6 +107,9 @@ class VideoWriter:
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
+            with suppress(Exception):  # what the coder holds back can still be watched
+                for file in self._files[1:]:
+                    file.add(self._coder.finish())
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:

@@ -15,6 +15,7 @@ import pytest
 
 from sparse_forcing.cli import main
 from sparse_forcing.media import coded, encode
+from sparse_forcing.media.video import read_video
 from sparse_forcing.sampling.generation import generate
 from sparse_forcing.sampling.generation.clip import Clip
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -189,3 +190,19 @@ def test_killed(model: Path, tmp_path: Path) -> None:
     assert "goes on from frame" in said
     assert_same(video, plain)
     assert files_below(tmp_path) == ["c.json", "c.mp4", "plain.json", "plain.mp4"]
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_live_file_is_there_while_the_video_is_made_and_when_it_was_stopped(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, live = tmp_path / "c.mp4", tmp_path / "live" / "c.mp4"
+    with monkeypatch.context() as patched:
+        interrupt_after(patched, 4)
+        assert main(command(model, video, "--live", "--checkpoint-every", "1")) == 130
+    assert len(read_video(live)[0]) == 32
+    assert not video.exists()
+    assert main(command(model, video, "--live", "--resume")) == 0
+    assert files_below(tmp_path) == ["c.json", "c.mp4"]
+    assert main(command(model, tmp_path / "plain.mp4")) == 0
+    assert_same(video, tmp_path / "plain.mp4")

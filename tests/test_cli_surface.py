@@ -74,7 +74,7 @@ def test_flags_are_frozen(command: str) -> None:
 @pytest.mark.parametrize(
     ("config", "texts", "arguments"),
     [
-        (GenerateConfig, generate_command.FLAGS, {"prompts", "then"}),
+        (GenerateConfig, generate_command.FLAGS, {"prompts", "then", "shard"}),
         (EvaluateConfig, evaluate_command.FLAGS, {"target"}),
     ],
 )

@@ -53,8 +53,11 @@ FLAGS = {
     "dtype": "number format of the weights (default: the model's)",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "live": "also write live/NAME.mp4, which plays while it is made; it goes when the video is complete",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already, however they were made",
+    "resume": "go on where a killed run of this command left its videos; videos that are there are left out",
+    "checkpoint_every": "chunks between checkpoints that --resume goes on from (default: 20 with --resume, else none)",
     "cuda_graphs": "replay the passes of a chunk as CUDA graphs (default: on a CUDA GPU, where nothing rules it out)",
     "compile": "compile the model with torch.compile: minutes before the first video, faster passes after",
 }

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,17 @@ class SparseMemory(RolloutMemory):
         assert isinstance(twin, SparseMemory)
         twin.plan = copy.copy(self.plan)
         return twin
+
+    def _own_state(self) -> dict[str, Any]:
+        layers = None if self._all is None else dict(vars(self._all))
+        return {"plan": self.plan.state_dict(), "shifted": self._shifted, "layers": layers}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.plan.load_state_dict(state["plan"], self.chunk_frames)
+        self._shifted = state["shifted"]
+        if state["layers"] is not None:
+            self._all = SparseLayer(**state["layers"])
+            self._share_out(self._all)
 
     # Between two chunks.
 

@@ -6,8 +6,8 @@ them leaves a video without a sidecar, which `--skip-existing` takes for unfinis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError

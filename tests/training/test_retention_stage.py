@@ -9,8 +9,8 @@ import torch
 from sparse_forcing import SparseForcingPipeline
 from sparse_forcing.config import build_config
 from sparse_forcing.training.recipes.retention import RetentionConfig, train
-from tests.training.helpers import small_config
 from tests.training.helpers import losses as read_losses
+from tests.training.helpers import small_config
 
 MEMORY = {"kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 2}
 

@@ -57,18 +57,19 @@ def _row(line: str, where: str, folder: Path) -> PromptRow:
         raise ConfigError(f"{where}: unknown field {unknown[0]!r:.60}; the fields are {', '.join(FIELDS)}")
     if {"image", "video"} <= row.keys():
         raise ConfigError(f"{where}: image and video: give one of them")
-    texts = {name: _text(row[name], name, where) for name in FIELDS if name in row and name not in ("seed", "then")}
-    for name in ("prompt", "original_prompt", "negative_prompt"):
-        if name in texts:
-            texts[name] = check_prompt(texts[name], f"{where}: {name}" if name != "prompt" else where)
-    return PromptRow(
-        where=where,
-        **{name: text for name, text in texts.items() if name not in ("image", "video", "output")},
-        **{name: folder / texts[name] for name in ("image", "video") if name in texts},
-        output=_inside(texts["output"], where) if "output" in texts else None,
-        seed=_seed(row["seed"], where) if "seed" in row else None,
-        then=tuple(_change(change, where) for change in _list(row.get("then", []), where)),
-    )
+    found: dict[str, Any] = {}
+    for name in row.keys() - {"seed", "then"}:
+        found[name] = _text(row[name], name, where)
+        if name in ("image", "video"):
+            found[name] = folder / found[name]
+        elif name == "output":
+            found[name] = _inside(found[name], where)
+        else:
+            found[name] = check_prompt(found[name], where if name == "prompt" else f"{where}: {name}")
+    if "seed" in row:
+        found["seed"] = _seed(row["seed"], where)
+    then = tuple(_change(change, where) for change in _list(row.get("then", []), where))
+    return PromptRow(where=where, then=then, **found)
 
 
 def _text(value: Any, name: str, where: str) -> str:

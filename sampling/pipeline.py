@@ -35,9 +35,9 @@ from sparse_forcing.sampling.arguments import (
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
-from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
-from sparse_forcing.sampling.rollout import DenoisingStep, StepCallback, rollout
+from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 
@@ -144,7 +144,7 @@ class SparseForcingPipeline(PipelineComponents):
         text = self._texts(prompt, prompt_embeds, repeats)
         starts = self.geometry.chunk_starts(chunks, continued=continued)
         shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
-        noise = noise_source(generator, latents, shape, self._execution_device, self.dtype)
+        noise = noise_source(self._generator(generator), latents, shape, self._execution_device, self.dtype)
         initial = None if start is None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
@@ -171,11 +171,25 @@ class SparseForcingPipeline(PipelineComponents):
         )
         single = isinstance(prompt, str) and repeats == 1
         self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
-        stream = decode_chunks(
-            self.autoencoder, parts, state, count=len(chunks), device=self._execution_device, given=initial,
-            single=single, not_finite=self._not_finite,
+        return self._until_the_end(self._decoded(parts, state, len(chunks), size, given=initial, single=single))
+
+    def _decoded(
+        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, count: int, size: tuple[int, int], *,
+        given: Tensor | None, single: bool,
+    ) -> Iterator[VideoChunk]:  # fmt: skip
+        """The video's chunks; of several processes that make it together, the first one decodes."""
+        parallel = self.transformer.sequence_parallel
+        if parallel is not None and parallel.rank > 0:
+            return undecoded_chunks(parts, size, single=single)
+        return decode_chunks(
+            self.autoencoder, parts, memory, count=count, device=self._execution_device, given=given, single=single,
+            not_finite=self._not_finite,
         )  # fmt: skip
-        return self._until_the_end(stream)
+
+    def _generator(self, given: Any) -> Any:
+        """The caller's generator; where there is none, one that draws the same in all processes of a video."""
+        parallel = self.transformer.sequence_parallel
+        return parallel.same_generator(self._execution_device) if parallel is not None and given is None else given
 
     def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
         """What guidance leads away from; warns where there is none to do so."""
@@ -251,7 +265,12 @@ class SparseForcingPipeline(PipelineComponents):
         )  # fmt: skip
         if self.geometry.whole_video:
             return WholeVideo(geometry)
-        return make_memory(config, geometry, selectors=self.transformer.selectors)
+        selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
+        if parallel is not None:
+            if config.kind == "sparse" and config.retention == "random":
+                raise ConfigError("memory.retention: random counts all heads, of which a process of several has a part")
+            selectors = parallel.own_selectors(selectors)
+        return make_memory(config, geometry, selectors=selectors)
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

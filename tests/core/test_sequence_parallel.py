@@ -77,6 +77,7 @@ def test_a_group_of_one_computes_the_same_bits_and_refuses_what_it_cannot_share(
         ([], "--sequence-parallel needs several processes; start them as in: torchrun"),
         (["--overlay"], "--overlay needs the whole model in one process"),
         (["--cuda-graphs"], "--cuda-graphs needs the whole model in one process"),
+        (["--resume"], "--resume needs the whole model in one process"),
         (["--compile"], "--compile needs the whole model in one process"),
         (["--retention", "random"], "--retention random counts all heads"),
     ],

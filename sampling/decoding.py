@@ -142,6 +142,17 @@ def _state(part: RolloutChunk, carried: list[Any]) -> dict[str, Any]:
     return {**part.state(), "decoder": list(carried)}
 
 
+@torch.no_grad()
+def undecoded_chunks(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
+    """The chunks of a rollout that another process decodes: videos of this size without frames."""
+    for part in parts:
+        frames = np.empty((len(part.latents), 0, *size, 3), np.float32)
+        yield VideoChunk(
+            index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
+            decode_seconds=0.0, cache_bytes=part.cache_bytes, persistent=None,
+        )  # fmt: skip
+
+
 def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:
     """Copied by the stream that decoded them: it does not wait for the clean pass."""
     side.enter()

@@ -35,9 +35,9 @@ from sparse_forcing.sampling.arguments import (
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
-from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
-from sparse_forcing.sampling.rollout import DenoisingStep, StepCallback, rollout
+from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
 from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, given_frames
 
 OUTPUT_TYPES = ("np", "pt", "latent")
@@ -147,7 +147,7 @@ class SparseForcingPipeline(PipelineComponents):
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
         shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
-        noise = noise_source(generator, latents, shape, self._execution_device, self.dtype)
+        noise = noise_source(self._generator(generator), latents, shape, self._execution_device, self.dtype)
         initial = None if given is None or resumed is not None else self._encoded(given, len(text))
         before = 0 if given is None else given.latent_frames
         reserved = None if before is None or not reserve_cache else before + sum(chunks)
@@ -169,11 +169,26 @@ class SparseForcingPipeline(PipelineComponents):
             resumed=(resumed := on_device(resumed, self._execution_device)),
         )  # fmt: skip
         self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
-        stream = decode_chunks(
-            self.autoencoder, parts, state, count=len(chunks), device=self._execution_device, given=initial,
-            single=isinstance(prompt, str) and repeats == 1, not_finite=self._not_finite, resumed=resumed,
+        single = isinstance(prompt, str) and repeats == 1
+        return self._until_the_end(self._decoded(parts, state, len(chunks), size, initial, resumed, single=single))
+
+    def _decoded(
+        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, count: int, size: tuple[int, int],
+        given: EncodedStart | None, resumed: Mapping[str, Any] | None, *, single: bool,
+    ) -> Iterator[VideoChunk]:  # fmt: skip
+        """The video's chunks; of several processes that make it together, the first one decodes."""
+        parallel = self.transformer.sequence_parallel
+        if parallel is not None and parallel.rank > 0:
+            return undecoded_chunks(parts, size, single=single)
+        return decode_chunks(
+            self.autoencoder, parts, memory, count=count, device=self._execution_device, given=given, single=single,
+            not_finite=self._not_finite, resumed=resumed,
         )  # fmt: skip
-        return self._until_the_end(stream)
+
+    def _generator(self, given: Any) -> Any:
+        """The caller's generator; where there is none, one that draws the same in all processes of a video."""
+        parallel = self.transformer.sequence_parallel
+        return parallel.same_generator(self._execution_device) if parallel is not None and given is None else given
 
     def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
         """What guidance leads away from; warns where there is none to do so."""
@@ -244,7 +259,12 @@ class SparseForcingPipeline(PipelineComponents):
         )  # fmt: skip
         if self.geometry.whole_video:
             return WholeVideo(geometry)
-        return make_memory(config, geometry, selectors=self.transformer.selectors)
+        selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
+        if parallel is not None:
+            if config.kind == "sparse" and config.retention == "random":
+                raise ConfigError("memory.retention: random counts all heads, of which a process of several has a part")
+            selectors = parallel.own_selectors(selectors)
+        return make_memory(config, geometry, selectors=selectors)
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

@@ -22,8 +22,8 @@ SURFACE = {
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --live --grid --skip-existing --resume --checkpoint-every --cuda-graphs "
-    "--no-cuda-graphs --compile "
+    "--dtype --scale --overlay --live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "
+    "--cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --merge --aggregate --json --weights --mode "

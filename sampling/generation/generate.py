@@ -42,6 +42,7 @@ from sparse_forcing.sampling.generation.settings import (
     chunk_remarks,
     explained_out_of_memory,
     resolve_settings,
+    stream_arguments,
 )
 from sparse_forcing.shards import hold_shard
 from sparse_forcing.threads import limited_threads
@@ -72,7 +73,7 @@ def generate(
     """
     if not jobs:
         return
-    progress = progress or Progress()
+    progress = Progress() if progress is None or launch.follows else progress
     folders = output_folders(config, jobs)
     waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
     check_inputs(config, waiting)
@@ -82,7 +83,7 @@ def generate(
         with launch.hold(lambda: hold_shard(config.output, config.shard)):
             waiting = launch.from_first(lambda: _waiting_jobs(config, jobs, folders, progress))
             if own := launch.share(waiting):
-                yield from _generate_all(config, own, progress, shown=len(jobs))
+                yield from _generate_all(config, own, progress, shown=len(jobs), launch=launch)
             launch.wait()
             if config.grid is not None and launch.number == 0:
                 from sparse_forcing.media.grid import write_grid
@@ -109,14 +110,17 @@ def _waiting_jobs(
 
 
 def _generate_all(
-    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int, launch: Launch
 ) -> Iterator[dict[str, Any]]:
     """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.memory.retention import find_rule
     from sparse_forcing.sampling.generation.conditioning import Starts
+    from sparse_forcing.sampling.generation.together import check_launch, follow_video, join_processes
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
+    if config.sequence_parallel:
+        check_launch(config, launch)
     starts = Starts(config, jobs, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
@@ -126,6 +130,8 @@ def _generate_all(
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
+    if config.sequence_parallel:
+        join_processes(pipe)
     if config.grid is not None:
         from sparse_forcing.media.grid import check_grid
 
@@ -135,12 +141,15 @@ def _generate_all(
         resolve_settings(job.config(config), pipe)
     with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
         for number, job in enumerate(jobs, 1):
-            progress.begin(job, number, len(jobs))
             own = job.config(config)
             settings = resolve_settings(own, pipe)
             given = starts.arguments(own, settings, pipe)
             if job.negative_prompt is not None:
                 given["negative_prompt"] = job.negative_prompt
+            if launch.follows:
+                follow_video(pipe, own, settings, job, given)
+                continue
+            progress.begin(job, number, len(jobs))
             record = generate_video(pipe, own, settings, job, progress, given, model_load_seconds=loaded)
             progress.end()
             yield record
@@ -150,7 +159,7 @@ def _shortage(config: GenerateConfig) -> str | None:
     """What to say before a model is loaded onto a GPU that is too small for the video."""
     import torch
 
-    if not resolve_device(config.device).startswith("cuda"):
+    if not resolve_device(config.device).startswith("cuda") or config.sequence_parallel:  # it counts one process alone
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 
@@ -194,22 +203,13 @@ def generate_video(
 
     `config` is the job's (`Job.config`); `given`: further arguments of `pipe.stream`, what the video starts from.
     """
-    import torch
-
     described = _describe_run(pipe, config, settings, job)
     checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
-    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
+    resumed = None if begun is None else begun.stream
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
-        stream = pipe.stream(
-            job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
-            prompt_changes=settings.prompt_changes, resumed=None if begun is None else begun.stream, **given,
-            **graphs,
-        )  # fmt: skip
-        for chunk in stream:
+        for chunk in pipe.stream(job.prompt, **stream_arguments(config, settings, job), resumed=resumed, **given):
             clip.add(chunk)
             progress.frames(clip.written, settings.num_frames)
             if checkpoints is not None and clip.written < settings.num_frames and checkpoints.is_due(chunk):
@@ -253,6 +253,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
             "image": to_plain(config.image),
             "video": to_plain(config.video),

@@ -74,6 +74,7 @@ class GenerateConfig:
     resume: go on where a killed run of the same settings left a video; implies skip_existing.
     checkpoint_every: chunks between what a killed run can go on from; None: a usual number with `resume`, else never.
     shard: (i, n): every n-th video from the i-th on, so that n machines share a list of prompts.
+    sequence_parallel: all processes of a launch make each video together, instead of sharing the videos.
     cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
         with torch.compile.
     """
@@ -120,6 +121,7 @@ class GenerateConfig:
     resume: bool = False
     checkpoint_every: int | None = None
     shard: tuple[int, int] | None = None
+    sequence_parallel: bool = False
     cuda_graphs: bool | None = None
     compile: bool = False
 
@@ -157,12 +159,26 @@ class GenerateConfig:
             raise ConfigError(f"--grid {self.grid}: only {' and '.join(GRID_SUFFIXES)} files are written")
         if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
+        if self.sequence_parallel:
+            self._check_together()
         if self.shard is not None:
             check_shard(self.shard)
             if self.to_file:
                 raise ConfigError(f"--output {self.output} is one video, of which --shard makes no part; give a folder")
             if self.grid is not None:
                 raise ConfigError("--grid shows all videos of a list; leave it or --shard out")
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for what one process of several, which has the cache of its heads, cannot do."""
+        for name in ("overlay", "resume", "checkpoint_every", "cuda_graphs", "compile"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{flag(name)} needs the whole model in one process; leave it or --sequence-parallel out"
+                )
+        if self.retention == "random":
+            raise ConfigError(
+                "--retention random counts all heads, of which each process of --sequence-parallel has some"
+            )
 
     @property
     def checkpoints(self) -> int | None:

@@ -255,6 +255,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "dtype": str(pipe.dtype).removeprefix("torch."),
             "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
+            "recache": config.recache,
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },

@@ -131,7 +131,7 @@ class SparseForcingPipeline(PipelineComponents):
                 device and nothing rules it out.
             resumed: `VideoChunk.state` of an earlier stream with the same arguments, to go on from; what it began with
                 is in it.
-            recache: write the window again when the prompt changes, with the new one (`window` and `sparse` memories).
+            recache: write the window again when the prompt changes, with the new one (`window`, `sink`, `sparse`).
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a

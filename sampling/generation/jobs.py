@@ -49,7 +49,7 @@ MEMORY_KNOBS = {
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
-REWRITTEN = ("window", "sparse")  # that in sparse_forcing/memory/base.py, which is too heavy to import here
+REWRITTEN = ("window", "sink", "sparse")  # that in sparse_forcing/memory/base.py, which is too heavy to import here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +61,7 @@ class GenerateConfig:
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
     then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
-    recache: at such a change, write what the window holds again with the new prompt (window and sparse memories).
+    recache: at such a change, write what the window holds again with the new prompt (window, sink and sparse memories).
     image, video: the first frame, or a video whose last whole chunks are gone on from; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     preset: how weights that others published are sampled, by name; what is given beside it changes it.

@@ -21,7 +21,7 @@ from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.rope import Rotary, rotary_table
 
-REWRITTEN = ("window", "sparse")
+REWRITTEN = ("window", "sink", "sparse")
 """Kinds of memory whose window can be written again."""
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
 

@@ -76,10 +76,10 @@ class DenseMemory(RolloutMemory):
     def _rewind(self, chunks: Sequence[int]) -> int:
         if self.config.kind not in REWRITTEN:
             return super()._rewind(chunks)
-        held, count = self.cached_frames + self.chunk_frames, 0
-        while count < len(chunks) and sum(chunks[-count - 1 :]) <= held:
+        frames, count = self.cached_frames + self.chunk_frames, 0
+        while count < len(chunks) and sum(chunks[-count - 1 :]) <= frames - self.config.sink:
             count += 1
-        kept = held - sum(chunks[-count:]) if count else self.cached_frames
+        kept = frames - sum(chunks[-count:]) if count else self.cached_frames
         del self.positions[kept:], self._floors[kept:]
         return count
 

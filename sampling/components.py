@@ -4,7 +4,7 @@ maps, quantization, adapters, sharing. Loading verifies hashes and tensors first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -43,6 +43,7 @@ from sparse_forcing.sampling.loading import (
     component_index,
     load_component_tokenizer,
 )
+from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
 
@@ -85,13 +86,16 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler=scheduler,
         )
         self._wan: WanAutoencoder | None = None
+        self.known_texts = KnownTexts()
         self.defaults = defaults or self._plain_defaults()
         self.weights_sha256 = weights_sha256
         self.geometry = self.defaults.fitted(VideoGeometry.of(self.autoencoder, transformer.config))
 
     def with_defaults(self, defaults: PipelineConfig) -> Any:
         """The same parts with other defaults."""
-        return type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
+        pipe = type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
+        pipe.known_texts = self.known_texts
+        return pipe
 
     def _plain_defaults(self) -> PipelineConfig:
         """Wan's defaults, for these kinds of parts."""
@@ -156,7 +160,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 return super().to(*args, **kwargs)
             for name in MODELS:
                 where = (text_encoder_device, *args[1:]) if name == "text_encoder" else args
-                getattr(self, name).to(*where, **kwargs)
+                if (part := getattr(self, name)) is not None:
+                    part.to(*where, **kwargs)
         return self
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
@@ -195,8 +200,10 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None, **options: Any
-    ) -> Any:
+        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None,
+        prompts: Iterable[str] | None = None, prompt_cache: Path | None = None,
+        text_encoder_device: str | torch.device = "cpu", **options: Any,
+    ) -> Any:  # fmt: skip
         """Load an embedded model by name, a folder that `save_pretrained` wrote, a diffusers Wan folder, or a model of
         the hub (or its local cache) by its id.
 
@@ -204,6 +211,9 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); the
                 model's own when None.
             text_encoder: takes the place of the folder's own, which is then not loaded.
+            prompts: all that will be asked for. umT5 reads them, and the default negative prompt, on
+                `text_encoder_device` and is gone before the other parts are loaded. None: it stays.
+            prompt_cache: folder that keeps what they were read as; a prompt that is in it needs no umT5.
             options: those of diffusers' pipelines: other parts, `variant`, `device_map`, `quantization_config`,
                 `revision`, `cache_dir`, `local_files_only`, ...
 
@@ -220,12 +230,18 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         with memory_explained(f"model {model} was loaded"):
             with explained(folder):
                 digest = model_hash(folder)
+            texts, types = None, component_dtypes(folder, dtype)
+            if prompts is not None and text_encoder is None:
+                wanted = [*prompts, read_defaults(folder).negative_prompt]
+                with _quiet():
+                    texts = read_first(folder, wanted, types["text_encoder"], text_encoder_device, prompt_cache)
+                given |= set() if texts is None else {"text_encoder"}
             check_components(folder, given)
             with explained(folder), _quiet():
                 pipe = super().from_pretrained(
-                    str(folder), torch_dtype=component_dtypes(folder, dtype), use_safetensors=True,
+                    str(folder), torch_dtype=types, use_safetensors=True,
                     defaults=read_defaults(folder), weights_sha256=digest,
-                    **options | ({"text_encoder": None} if text_encoder is not None else {}),
+                    **options | ({"text_encoder": None} if "text_encoder" in given else {}),
                 )  # fmt: skip
             if "transformer" not in given:
                 finish_transformer(pipe.transformer, folder)
@@ -233,7 +249,9 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 pipe.register_modules(text_encoder=text_encoder)
             elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):
                 pipe.register_modules(tokenizer=tokenizer)
-            check_fit(folder, pipe.transformer, None if "text_encoder" in given else pipe.text, pipe.autoencoder)
+            text = texts or (None if "text_encoder" in given else pipe.text)
+            check_fit(folder, pipe.transformer, None if text is None else text.dim, pipe.autoencoder)
+            pipe.known_texts = texts or pipe.known_texts
         return pipe
 
     def save_pretrained(self, folder: str | Path, safe_serialization: bool = True, **options: Any) -> None:
@@ -267,9 +285,26 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
-        """[B, text_len, dim]; warns with `prompt_remarks`."""
+        """[B, text_len, dim]; warns with `prompt_remarks`. What umT5 read before is not read again."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with memory_explained("the text encoder read the prompt"):
-            return self.text.encode([prompts] if isinstance(prompts, str) else prompts)
+            encoder = None if self.text_encoder is None and self.known_texts.dim else self.text
+            if encoder is not None and not isinstance(encoder, UMT5TextEncoder):
+                return encoder.encode(prompts)
+            return self.known_texts.read(prompts, encoder).to(self._execution_device)
+
+    def free_text_encoder(self, prompts: Iterable[str] = ()) -> None:
+        """Read `prompts` and the default negative prompt, and let the text encoder go: from then on no others can be
+        asked for. Raises ConfigError for an embedded model's, which is small."""
+        if not isinstance(encoder := self.text, UMT5TextEncoder):
+            raise ConfigError("free_text_encoder: an embedded model's text encoder is a few megabytes; it stays")
+        self.known_texts.limit = None
+        with torch.no_grad(), memory_explained("the text encoder read the prompts"):
+            self.known_texts.learn([*prompts, self.defaults.negative_prompt], encoder)
+        del encoder
+        self.register_modules(text_encoder=None)
+        self.maybe_free_model_hooks()  # which hold the parts that they move
+        release_memory()
 
 
 def _refuse_code(options: dict[str, Any]) -> None:

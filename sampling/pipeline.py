@@ -203,7 +203,8 @@ class SparseForcingPipeline(PipelineComponents):
 
     def _not_finite(self, index: int) -> Exception:
         """What to raise when a chunk is not finite, with the part to blame."""
-        return not_finite_error({name: getattr(self, name) for name in MODELS}, f"chunk {index + 1} of the video")
+        parts = {name: part for name in MODELS if (part := getattr(self, name)) is not None}
+        return not_finite_error(parts, f"chunk {index + 1} of the video")
 
     def _step_callback(self, callback: Any, names: Sequence[str]) -> StepCallback | None:
         """The rollout's callback for one of diffusers' form."""

@@ -22,7 +22,7 @@ SURFACE = {
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
+    "--prompt-cache --dtype --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "

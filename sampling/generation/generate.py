@@ -106,7 +106,7 @@ def _generate_all(
     if too_small := _shortage(config):
         progress.note(f"warning: {too_small}")
     began = time.perf_counter()
-    pipe = load_pipeline(config)
+    pipe = load_pipeline(config, [*(job.prompt for job in jobs), *(prompt.strip() for _, prompt in config.then)])
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
     if config.grid is not None:
@@ -134,8 +134,9 @@ def _shortage(config: GenerateConfig) -> str | None:
     return shortage(config, torch.cuda.get_device_properties(0).total_memory)
 
 
-def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
-    """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
+def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) -> SparseForcingPipeline:
+    """The pipeline of `config.model`, on its device; without umT5 where all `prompts` of the run are known. Raises
+    ConfigError or WeightsError."""
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
@@ -151,7 +152,10 @@ def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
         check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
-    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    pipe = SparseForcingPipeline.from_pretrained(
+        config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
+        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device,
+    ).with_defaults(defaults)  # fmt: skip
     if config.compile:
         pipe.transformer.compile()
     return pipe.to(device, text_encoder_device=text_encoder_device)

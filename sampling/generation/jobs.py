@@ -61,7 +61,8 @@ class GenerateConfig:
     preset: how weights that others published are sampled, by name; what is given beside it changes it.
     sampler, shift, negative_prompt, chunk_frames (latent frames at a time), fps (of the file): see PipelineConfig.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
-    text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
+    text_encoder_device: where umT5 reads the prompts of the run, if not on `device`; it is gone before the video begins.
+    prompt_cache: folder that keeps what umT5 read prompts as, so that it is not loaded for them again.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
@@ -103,6 +104,7 @@ class GenerateConfig:
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"
     text_encoder_device: str | None = None
+    prompt_cache: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scale: int | None = None
     overlay: bool = False

@@ -37,7 +37,10 @@ _SMALLER = ((480, 832), (320, 576), (256, 448))
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile."""
+    """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile.
+
+    text_stays: whether the text encoder is still there then; umT5 reads the prompts first and goes.
+    """
 
     transformer: int
     text_encoder: int
@@ -45,12 +48,19 @@ class Needs:
     cache: int
     activations: int
     decoding: int
+    text_stays: bool = False
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what takes them."""
+        return {name: size for name, size in dataclasses.asdict(self).items() if name != "text_stays"}
 
     @property
     def total(self) -> int:
-        """Weights, cache and the larger of what a pass and decoding make: they never run at once."""
-        kept = self.transformer + self.text_encoder + self.autoencoder + self.cache
-        return round(HEADROOM * (kept + max(self.activations, self.decoding)))
+        """Weights, cache and the larger of what a pass and decoding make, which never run at once; or umT5 alone."""
+        video = self.transformer + self.autoencoder + self.cache + max(self.activations, self.decoding)
+        most = video + self.text_encoder if self.text_stays else max(video, self.text_encoder)
+        return round(HEADROOM * most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +115,7 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
         cache=batch * size * cache_numbers(model, settings, sum(chunks)),
         activations=_activations(model, max(chunks), latent, batch, dtype),
         decoding=_decoding(model, max(chunks), latent, dtype),
+        text_stays=model.defaults.text_encoder == "words",
     )
 
 

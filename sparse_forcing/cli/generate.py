@@ -49,6 +49,7 @@ FLAGS = {
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
     "device": "cpu, cuda, ... (default: the GPU if there is one)",
     "text_encoder_device": "where prompts are read, if elsewhere: cpu leaves a GPU's memory to the video model",
+    "prompt_cache": "folder that keeps what prompts were read as: umT5 is not loaded for a prompt again",
     "dtype": "number format of the weights (default: the model's)",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",

@@ -79,7 +79,7 @@ class SparseForcingPipeline(PipelineComponents):
         Attention, a small part of small models, is left out.
         """
         rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
-        parameters = sum(x.numel() for x in self.transformer.parameters())
+        parameters = sum(x.numel() for x in self.transformer.state_dict().values())
         return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
 
     def stream(

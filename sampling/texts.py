@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, check_writable
+from sparse_forcing.model.quantized import Storage, quantize_
 from sparse_forcing.model.text import WAN_TEXT_LEN, UMT5TextEncoder
 from sparse_forcing.model_folder.folder import load_text_encoder, read_defaults
 from sparse_forcing.weights.parts import check_part, require_part
@@ -108,7 +109,7 @@ class KnownTexts:
 
     def _forget_others(self, encoder: UMT5TextEncoder) -> None:
         """What another encoder read, or this one in another type, is not what this one reads."""
-        model = encoder.encoder
+        model: Any = encoder.encoder
         if self._reader is None or self._reader[0]() is not model or self._reader[1] != model.dtype:
             self._known.clear()
             self._reader = weakref.ref(model), model.dtype
@@ -120,21 +121,30 @@ class KnownTexts:
 
 
 def read_first(
-    folder: Path, prompts: list[str], dtype: torch.dtype | None, device: Any, cache: Path | None = None
+    folder: Path,
+    prompts: list[str],
+    dtype: torch.dtype | None,
+    device: Any,
+    cache: Path | None = None,
+    storage: Storage | None = None,
 ) -> KnownTexts | None:
-    """The `prompts` of a model folder, read by a text encoder that is loaded for them alone and gone afterwards, or not
-    loaded at all where `cache` knows them; None for an embedded model.
+    """The `prompts` and the default negative prompt of a model folder, read by a text encoder that is loaded for them
+    alone and gone afterwards, or not loaded at all where `cache` knows them; None for an embedded model.
 
     Raises:
         WeightsError, OutputError: the text encoder or the cache cannot be read or written.
     """
-    if read_defaults(folder).text_encoder == "words":
+    defaults = read_defaults(folder)
+    if defaults.text_encoder == "words":
         return None
-    origin = "" if cache is None else f"{fingerprint(folder)} {dtype}"
+    prompts = [*prompts, defaults.negative_prompt]
+    origin = "" if cache is None else f"{fingerprint(folder)} {dtype} {storage}"
     texts = KnownTexts(None if cache is None else check_writable(cache, folder=True), origin, limit=None)
     if unread := [prompt for prompt in prompts if texts.find(prompt) is None]:
         encoder = load_text_encoder(folder, dtype)
         assert isinstance(encoder, UMT5TextEncoder)
+        if storage is not None:
+            quantize_(encoder.encoder, storage)
         texts.learn(unread, encoder.to(device))
         for prompt in prompts:  # those of earlier runs, which this encoder made, too
             texts.find(prompt)

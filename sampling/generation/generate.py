@@ -140,6 +140,7 @@ def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) 
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.generation.placement import check_placement, place
     from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -151,14 +152,16 @@ def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) 
     if config.compile:
         check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
+    check_placement(config, defaults, device)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
     pipe = SparseForcingPipeline.from_pretrained(
         config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
-        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device,
+        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device, weights=config.weights,
     ).with_defaults(defaults)  # fmt: skip
     if config.compile:
         pipe.transformer.compile()
-    return pipe.to(device, text_encoder_device=text_encoder_device)
+    place(pipe, config, device, text_encoder_device)
+    return pipe
 
 
 def generate_video(
@@ -179,7 +182,7 @@ def generate_video(
 
     clip = _Clip(config, settings, job, pipe.fps)
     graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
-    with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
+    with explained_out_of_memory(settings, config), _collected_warnings(progress) as messages, clip:
         stream = pipe.stream(
             job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
             num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
@@ -228,6 +231,10 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "weights": config.weights,
+            "offload": config.offload,
+            "tiny_vae": to_plain(config.tiny_vae),
+            "tiled_decoding": config.tiled_decoding,
             "memory": to_plain(settings.memory),
             "image": to_plain(config.image),
             "video": to_plain(config.video),

@@ -1,4 +1,4 @@
-"""umT5 reads prompts once and goes: the same video as with it beside the model, and no umT5 for a prompt that is known."""
+"""umT5 reads prompts once and goes: the same video as with it beside the model, and none for a prompt that is known."""
 
 from __future__ import annotations
 
@@ -117,7 +117,9 @@ def test_the_command_reads_all_its_prompts_first(
     seen: list[Any] = []
     stream = SparseForcingPipeline.stream
     monkeypatch.setattr(
-        SparseForcingPipeline, "stream", lambda pipe, *a, **k: (seen.append(pipe.text_encoder), stream(pipe, *a, **k))[1]
+        SparseForcingPipeline,
+        "stream",
+        lambda pipe, *a, **k: (seen.append(pipe.text_encoder), stream(pipe, *a, **k))[1],
     )
     words = ["generate", "a cat", "a dog", "--model", str(wan), "--output", str(tmp_path), "--num-inference-steps", "1"]
     size = ["--height", "32", "--width", "32", "--num-frames", "5", "--prompt-cache", str(tmp_path / "texts")]

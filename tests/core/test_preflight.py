@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
+from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.model_folder.live_bytes import peak_bytes
+from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, cache_numbers, needs, outline, shortage
-from sparse_forcing.sampling.generation.settings import resolve_settings
+from sparse_forcing.sampling.generation.settings import explained_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO, write_wan
 
@@ -99,6 +101,22 @@ def test_advice_makes_a_video_fit() -> None:
     assert shortage(replace(PUBLISHED, **changes), 10 * GIB) is None
     assert shortage(PUBLISHED, 200 * GIB) is None
     assert "no setting" in str(shortage(PUBLISHED, GIB))
+
+
+def test_running_out_of_memory_names_what_took_it_and_two_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "resolve_device", lambda name: name)
+    took, flags = preflight.relief(PUBLISHED)
+    assert took == " (cache 5.6 GiB and decoding 3.8 GiB of 13.5 GiB)" or took.startswith(
+        " (cache 5.6 GiB and decoding"
+    )
+    assert flags == ["--memory sparse", "--tiled-decoding"]
+    _, on_a_cpu = preflight.relief(replace(PUBLISHED, device="cpu", dtype="bfloat16"))
+    assert on_a_cpu == ["--memory sparse", "--height 256 --width 448"]
+    settings = resolve_settings(PUBLISHED, outline(PUBLISHED))  # type: ignore[arg-type]
+    with pytest.raises(SparseForcingError) as error, explained_out_of_memory(settings, PUBLISHED):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert f"with --memory full{took}; use --memory sparse, or use --tiled-decoding, or lower" in str(error.value)
+    assert preflight.relief(replace(PUBLISHED, model="nowhere/at/all")) == ("", [])
 
 
 def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -268,12 +268,13 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             text = texts or (None if "text_encoder" in given else pipe.text)
             check_fit(folder, pipe.transformer, None if text is None else text.dim, pipe.autoencoder)
             pipe.known_texts = texts or pipe.known_texts
-            if storage is not None:
-                pipe._quantize(storage, given)
+            pipe._quantize(storage, given)
         return pipe
 
-    def _quantize(self, storage: Storage, given: Collection[str]) -> None:
-        """Store the linear layers of what is not `given` in 8 bits."""
+    def _quantize(self, storage: Storage | None, given: Collection[str]) -> None:
+        """Store the linear layers of what is not `given` in 8 bits, where that is asked for."""
+        if storage is None:
+            return
         if "transformer" not in given:
             quantize_(self.transformer, storage)
         if "text_encoder" not in given and isinstance(self.text, UMT5TextEncoder):

@@ -110,7 +110,8 @@ class KnownTexts:
     def _forget_others(self, encoder: UMT5TextEncoder) -> None:
         """What another encoder read, or this one in another type, is not what this one reads."""
         model: Any = encoder.encoder
-        if self._reader is None or self._reader[0]() is not model or self._reader[1] != model.dtype:
+        known, dtype = (None, None) if self._reader is None else (self._reader[0](), self._reader[1])
+        if known is not model or dtype != model.dtype:
             self._known.clear()
             self._reader = weakref.ref(model), model.dtype
 

@@ -29,7 +29,7 @@ SURFACE = {
     "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "
     "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
-    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --frames-around "
+    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --num-frames "
     "--split --positions --model-size --height --width --chunks --dtype --decode "
     "--cuda-graphs --no-cuda-graphs --output",
     "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
@@ -73,7 +73,7 @@ def test_flags_are_frozen(command: str) -> None:
 @pytest.mark.parametrize(
     ("config", "texts", "arguments"),
     [
-        (GenerateConfig, generate_command.FLAGS, {"prompts", "then"}),
+        (GenerateConfig, generate_command.FLAGS, {"prompts", "then", "shard"}),
         (EvaluateConfig, evaluate_command.FLAGS, {"target"}),
     ],
 )

@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_forcing import __version__
@@ -23,14 +24,15 @@ from sparse_forcing.errors import OutputError
 from sparse_forcing.files import (
     atomic_write_json,
     check_writable,
-    output_lock,
     sweep_temporaries,
     without_empty_folders,
 )
+from sparse_forcing.launch import ALONE, Launch
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
     check_inputs,
     check_sidecar,
+    held_output,
     is_finished,
     output_folders,
     overlay_path,
@@ -60,12 +62,19 @@ class Progress:
     def end(self) -> None: ...
 
 
-def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+def generate(
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None, launch: Launch = ALONE
+) -> Iterator[dict[str, Any]]:
     """Generate every job; yields its sidecar record (and `path`) as soon as its files are complete.
+
+    Args:
+        launch: the processes that share the jobs; each yields its own.
 
     Raises:
         SparseForcingError: bad settings, weights or output; all that can be known before loading is checked before.
     """
+    if not jobs:
+        return
     progress = progress or Progress()
     folders = output_folders(config, jobs)
     waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
@@ -73,22 +82,31 @@ def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | N
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
-        with output_lock(config.output):
-            for folder in folders:
-                sweep_temporaries(folder)
-            waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
-            check_inputs(config, waiting)  # another run may have moved files meanwhile
-            for job in waiting:
-                check_sidecar(job)
-            if len(waiting) < len(jobs):
-                progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
-            if waiting:
-                yield from _generate_all(config, waiting, progress, shown=len(jobs))
-            if config.grid is not None:
+        with launch.hold(lambda: held_output(config)):
+            waiting = launch.from_first(lambda: _waiting_jobs(config, jobs, folders, progress))
+            if own := launch.share(waiting):
+                yield from _generate_all(config, own, progress, shown=len(jobs))
+            launch.wait()
+            if config.grid is not None and launch.number == 0:
                 from sparse_forcing.media.grid import write_grid
 
                 write_grid([job.video for job in jobs], config.grid)
                 progress.note(f"{config.grid}: {len(jobs)} videos side by side")
+
+
+def _waiting_jobs(
+    config: GenerateConfig, jobs: Sequence[Job], folders: Sequence[Path], progress: Progress
+) -> list[Job]:
+    """The jobs that are to be done, once nobody else writes there."""
+    for folder in folders:
+        sweep_temporaries(folder)
+    waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+    check_inputs(config, waiting)  # another run may have moved files meanwhile
+    for job in waiting:
+        check_sidecar(job)
+    if len(waiting) < len(jobs):
+        progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
+    return waiting
 
 
 def _generate_all(
@@ -131,7 +149,7 @@ def _shortage(config: GenerateConfig) -> str | None:
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 
-    return shortage(config, torch.cuda.get_device_properties(0).total_memory)
+    return shortage(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) -> SparseForcingPipeline:

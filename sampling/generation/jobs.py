@@ -12,6 +12,7 @@ from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
 from sparse_forcing.media.listing import VIDEO_SUFFIXES
 from sparse_forcing.sampling.generation.prompts import check_prompt, check_prompts, read_prompts
+from sparse_forcing.shards import check_shard, take_shard
 
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/video.py, which is too heavy to import here
@@ -70,6 +71,7 @@ class GenerateConfig:
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
+    shard: (i, n): every n-th video from the i-th on, so that n machines share a list of prompts.
     cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
         with torch.compile.
     """
@@ -117,6 +119,7 @@ class GenerateConfig:
     overlay: bool = False
     grid: Path | None = None
     skip_existing: bool = False
+    shard: tuple[int, int] | None = None
     cuda_graphs: bool | None = None
     compile: bool = False
 
@@ -154,6 +157,12 @@ class GenerateConfig:
             raise ConfigError(f"--grid {self.grid}: only {' and '.join(GRID_SUFFIXES)} files are written")
         if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
+        if self.shard is not None:
+            check_shard(self.shard)
+            if self.to_file:
+                raise ConfigError(f"--output {self.output} is one video, of which --shard makes no part; give a folder")
+            if self.grid is not None:
+                raise ConfigError("--grid shows all videos of a list; leave it or --shard out")
 
     @property
     def to_file(self) -> bool:
@@ -221,4 +230,4 @@ def plan(config: GenerateConfig) -> list[Job]:
                     sidecar=video.with_suffix(".json"),
                 )
             )
-    return jobs
+    return take_shard(jobs, config.shard)

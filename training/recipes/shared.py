@@ -20,6 +20,7 @@ from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
+from sparse_forcing.processes import rank
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards, StoredText
@@ -29,7 +30,7 @@ from sparse_forcing.training.engine.ema import ParameterEma
 from sparse_forcing.training.engine.loop import Recipe
 from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merge_adapters, save_adapters
 from sparse_forcing.training.engine.optim import OptimizerConfig, apply_gradients, make_optimizer
-from sparse_forcing.training.engine.parallel import full_state, rank, shard, shard_layers
+from sparse_forcing.training.engine.parallel import full_state, shard, shard_layers
 from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 

@@ -1,0 +1,25 @@
+"""Shards of a list: which part of it one of several machines takes that know nothing of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from sparse_forcing.errors import ConfigError
+
+T = TypeVar("T")
+MAX_SHARDS = 1_000_000
+
+
+def check_shard(shard: tuple[int, int]) -> tuple[int, int]:
+    """The shard itself. Raises ConfigError unless it is one of n, counted from 0."""
+    number, count = shard
+    if not 0 <= number < count <= MAX_SHARDS:
+        raise ConfigError(f"--shard {number}/{count}: expected I/N with I from 0 to N - 1, and N up to {MAX_SHARDS}")
+    return shard
+
+
+def take_shard(items: Sequence[T], shard: tuple[int, int] | None) -> list[T]:
+    """Every n-th item from the i-th on; all of them when there are no shards."""
+    number, count = shard or (0, 1)
+    return list(items[number::count])

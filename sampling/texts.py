@@ -110,10 +110,10 @@ class KnownTexts:
     def _forget_others(self, encoder: UMT5TextEncoder) -> None:
         """What another encoder read, or this one in another type, is not what this one reads."""
         model: Any = encoder.encoder
-        known, dtype = (None, None) if self._reader is None else (self._reader[0](), self._reader[1])
-        if known is not model or dtype != model.dtype:
+        reader = weakref.ref(model), model.dtype
+        if self._reader != reader:
             self._known.clear()
-            self._reader = weakref.ref(model), model.dtype
+            self._reader = reader
 
     def _path(self, prompt: str) -> Path:
         assert self.folder is not None

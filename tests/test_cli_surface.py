@@ -22,7 +22,8 @@ SURFACE = {
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--prompt-cache --dtype --weights --offload --tiny-vae --tiled-decoding --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
+    "--prompt-cache --dtype --weights --offload --tiny-vae "
+    "--tiled-decoding --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
@@ -35,7 +36,8 @@ SURFACE = {
     "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
-    "playground": "--model --device --text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --host --port --cache-gigabytes",
+    "playground": "--model --device --text-encoder-device --dtype --weights --offload --tiny-vae "
+    "--tiled-decoding --host --port --cache-gigabytes",
     "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
     "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --tile "
     "--text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --json",

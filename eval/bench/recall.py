@@ -92,7 +92,10 @@ def plan_cell(
     if frames < 1:
         raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are less than a frame; choose a larger gap")
     worlds = WorldConfig(
-        frames=config.num_frames or frames + FRAMES_AROUND, gap=(frames, frames + 3), grounds=grounds, split=config.split
+        frames=config.num_frames or frames + FRAMES_AROUND,
+        gap=(frames, frames + 3),
+        grounds=grounds,
+        split=config.split,
     )
     return plan_tasks(pipe, kind, worlds, config.count, config.seed)
 

@@ -32,7 +32,6 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
     check_inputs,
     check_sidecar,
-    held_output,
     is_finished,
     output_folders,
     overlay_path,
@@ -45,6 +44,7 @@ from sparse_forcing.sampling.generation.settings import (
     explained_out_of_memory,
     resolve_settings,
 )
+from sparse_forcing.shards import hold_shard
 from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def generate(
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
-        with launch.hold(lambda: held_output(config)):
+        with launch.hold(lambda: hold_shard(config.output, config.shard)):
             waiting = launch.from_first(lambda: _waiting_jobs(config, jobs, folders, progress))
             if own := launch.share(waiting):
                 yield from _generate_all(config, own, progress, shown=len(jobs))

@@ -6,12 +6,11 @@ them leaves a video without a sidecar, which `--skip-existing` takes for unfinis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError
-from sparse_forcing.files import check_target, is_file, output_lock, read_json, remove_file
+from sparse_forcing.files import check_target, is_file, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 
@@ -46,22 +45,6 @@ def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
     if config.grid is not None:
         targets.append(config.grid)
     check_targets(targets, inputs, sealed=model_folders([config.model]))
-
-
-@contextmanager
-def held_output(config: GenerateConfig) -> Iterator[None]:
-    """Hold the output for this run alone; a shard of a prompt list shares it with the other shards.
-
-    Raises:
-        InUseError: another run writes there.
-    """
-    if config.shard is None:
-        with output_lock(config.output):
-            yield
-        return
-    number, count = config.shard
-    with output_lock(config.output, shared=True), output_lock(config.output / f"shard-{number}-of-{count}"):
-        yield
 
 
 def is_finished(job: Job) -> bool:

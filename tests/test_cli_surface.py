@@ -21,7 +21,7 @@ SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
-    "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
+    "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device --text-encoder-device "
     "--prompt-cache --dtype --weights --offload --tiny-vae "
     "--tiled-decoding --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
@@ -41,7 +41,7 @@ SURFACE = {
     "playground": "--model --device --text-encoder-device --dtype --weights --offload --tiny-vae "
     "--tiled-decoding --host --port --cache-gigabytes",
     "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
-    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --tile "
+    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --cache-dtype --tile "
     "--text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --json",
 }
 WITHOUT_TORCH = """

@@ -43,6 +43,7 @@ MEMORY_KNOBS = {
     "persistent_blocks": ("sparse", "heavy_hitter"),
     "density": ("sparse",),
     "retention": ("sparse",),
+    "cache_dtype": ("sparse",),
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
@@ -105,6 +106,7 @@ class GenerateConfig:
     persistent_blocks: int | None = None
     density: float | None = None
     retention: str | None = None
+    cache_dtype: Literal["int8"] | None = None
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"

@@ -37,7 +37,8 @@ HEADROOM = 1.1
 GIB = 2**30
 _TINY = 9_844_611  # numbers of the tiny decoder
 _BLOCKS_AT_ONCE = 2  # one that computes, and the next one, which comes meanwhile
-_HELPS_ANYWHERE = {"memory", "weights", "height", "width"}  # on a CPU, too
+_SCALE = 2  # bytes of a channel's in blocks of 8 bits
+_HELPS_ANYWHERE = {"memory", "cache_dtype", "weights"}  # on a CPU, too
 _DECODED = 3  # latent frames after which every further one needs what the one before did
 _SMALLER = ((480, 832), (320, 576), (256, 448))
 
@@ -132,7 +133,7 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
         transformer=_on_device(model, size, config),
         text_encoder=0 if elsewhere else stored_bytes(model.sizes.text, size, config.weights),
         autoencoder=round(per_float * model.sizes.autoencoder_bytes) + (size * _TINY if config.tiny_vae else 0),
-        cache=batch * size * cache_numbers(model, settings, sum(chunks)),
+        cache=batch * cache_bytes(model, settings, sum(chunks), size),
         activations=model.measure(_activations, max(chunks), latent, batch, dtype, config.weights),
         decoding=model.measure(
             _decoding, max(chunks), latent, dtype, config.tiny_vae is not None, config.tiled_decoding
@@ -161,20 +162,22 @@ def _dtype(config: GenerateConfig, device: str) -> torch.dtype:
         return torch.bfloat16
 
 
-def cache_numbers(model: Outline, settings: Settings, latent_frames: int) -> int:
-    """Numbers in the keys and values that one video's memory holds when it is full."""
+def cache_bytes(model: Outline, settings: Settings, latent_frames: int, size: int) -> int:
+    """Bytes of the keys and values that one video's memory holds when it is full, with `size` bytes a number."""
     if model.geometry.whole_video:
         return 0
     sizes, memory = on_meta(model.sizes.transformer).config, settings.memory
+    width = sizes.num_attention_heads * sizes.attention_head_dim
     rows, cols = model.geometry.token_size(*model.geometry.latent_size(settings.height, settings.width))
-    tokens: float = min(memory.window or latent_frames, latent_frames) * rows * cols
-    if memory.kind == "sparse":
-        layout = TileLayout(model.geometry.chunk_frames, rows, cols, memory.tile)
-        blocks = memory.window_frames // model.geometry.chunk_frames * layout.num_blocks + memory.persistent_blocks
-        tokens = blocks * (math.prod(memory.tile) + 1 / 2)  # and what each block's keys are compressed to
-    elif memory.kind == "heavy_hitter":
-        tokens += memory.persistent_tokens
-    return round(2 * tokens) * sizes.num_layers * sizes.num_attention_heads * sizes.attention_head_dim
+    if memory.kind != "sparse":
+        tokens = min(memory.window or latent_frames, latent_frames) * rows * cols
+        tokens += memory.persistent_tokens if memory.kind == "heavy_hitter" else 0
+        return size * 2 * tokens * sizes.num_layers * width
+    layout, block = TileLayout(model.geometry.chunk_frames, rows, cols, memory.tile), 2 * math.prod(memory.tile)
+    blocks = memory.window_frames // model.geometry.chunk_frames * layout.num_blocks + memory.persistent_blocks
+    numbers = block * size if memory.cache_dtype is None else block + 2 * _SCALE
+    shared = 0 if memory.cache_dtype is None else block * size  # the pool that all layers read from
+    return blocks * width * (sizes.num_layers * (numbers + size) + shared)  # and what keys are compressed to
 
 
 def _activations(
@@ -248,6 +251,9 @@ def _changes(config: GenerateConfig, model: Outline) -> Iterator[_Change]:
         yield _Change({"memory": "sparse"}, "--memory sparse")
     if model.defaults.vae == "wan" and not (config.tiny_vae or config.tiled_decoding):
         yield _Change({"tiled_decoding": True}, "--tiled-decoding")
+    kind = config.memory or model.default_memory.kind
+    if not model.geometry.whole_video and kind in ("full", "sparse") and config.cache_dtype is None:
+        yield _Change({"memory": "sparse", "cache_dtype": "int8"}, "--memory sparse --cache-dtype int8")
     if config.weights is None:
         yield _Change({"weights": "int8"}, "--weights int8")
     if config.offload == "none":
@@ -261,22 +267,31 @@ def _changes(config: GenerateConfig, model: Outline) -> Iterator[_Change]:
 
 def relief(config: GenerateConfig) -> tuple[str, list[str]]:
     """For when memory has run out while a video is made: the two largest of what it takes, and the flags of the two
-    changes that save most. Both empty where the model's sizes are not known."""
+    changes beside a smaller picture that save most. Both empty where the model's sizes are not known."""
     device = resolve_device(config.device).partition(":")[0]
     try:
         model = outline(config)
-        need = needs(config, model, device)
+        need = _without_text(needs(config, model, device))
         saved = {
-            change.flags: need.total - needs(dataclasses.replace(config, **change.settings), model, device).total
+            change.flags: need.total
+            - _without_text(needs(dataclasses.replace(config, **change.settings), model, device)).total
             for change in _changes(config, model)
-            if device != "cpu" or change.settings.keys() <= _HELPS_ANYWHERE
+            if "height" not in change.settings and (device != "cpu" or change.settings.keys() <= _HELPS_ANYWHERE)
         }
     except SparseForcingError:
         return "", []
-    held = sorted((size, name) for name, size in need.parts.items() if need.text_stays or name != "text_encoder")
+    held = sorted((size, name) for name, size in need.parts.items())
     took = " and ".join(f"{name} {size / GIB:.2g} GiB" for size, name in reversed(held[-2:]))
-    best = [flags for flags in sorted(saved, key=lambda flags: -saved[flags]) if saved[flags] > 0]
+    best: list[str] = []
+    for flags in sorted(saved, key=lambda flags: -saved[flags]):
+        if saved[flags] > 0 and not any(flags in other or other in flags for other in best):
+            best.append(flags)
     return f" ({took} of {need.total / GIB:.2g} GiB)", best[:2]
+
+
+def _without_text(need: Needs) -> Needs:
+    """What is left when umT5 has gone."""
+    return need if need.text_stays else dataclasses.replace(need, text_encoder=0)
 
 
 def shortage(config: GenerateConfig, limit: int) -> str | None:

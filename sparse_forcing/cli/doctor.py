@@ -22,8 +22,8 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
 _VIDEO = (
     "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
-    "window_frames", "sink_frames", "persistent_blocks", "tile", "text_encoder_device", "dtype", "weights", "offload",
-    "tiny_vae", "tiled_decoding",
+    "window_frames", "sink_frames", "persistent_blocks", "cache_dtype", "tile", "text_encoder_device",
+    "dtype", "weights", "offload", "tiny_vae", "tiled_decoding",
 )  # fmt: skip
 PREFLIGHT = {"model": "say whether a video of this model fits: a folder, or the name of a published size, as wan-14b"}
 OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")

@@ -46,6 +46,7 @@ FLAGS = {
     "tokens as they have",
     "density": "share of the window's blocks that a query block sees, above 0 up to 1",
     "retention": "rule that says which blocks persist; a name that is none lists them (default: the model's)",
+    "cache_dtype": "keep a sparse memory's keys and values in 8 bits: half of bfloat16's bytes",
     "tile": "latent frames, token rows and token columns of a block",
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
     "device": "cpu, cuda, ... (default: the GPU if there is one)",

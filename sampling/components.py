@@ -23,9 +23,9 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.geometry import VideoGeometry
-from sparse_forcing.model.quantized import Storage, check_storage, is_quantized, quantize_
+from sparse_forcing.model.small.quantized import Storage, check_storage, is_quantized, quantize_
+from sparse_forcing.model.small.tiny_decoder import DecodedByTiny, TinyDecoder
 from sparse_forcing.model.text import WAN_TEXT_LEN, TextEncoder, UMT5TextEncoder, WordTextEncoder
-from sparse_forcing.model.tiny_decoder import DecodedByTiny, TinyDecoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
 from sparse_forcing.model_folder.defaults import PipelineConfig

@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, check_writable
-from sparse_forcing.model.quantized import Storage, quantize_
+from sparse_forcing.model.small.quantized import Storage, quantize_
 from sparse_forcing.model.text import WAN_TEXT_LEN, UMT5TextEncoder
 from sparse_forcing.model_folder.folder import load_text_encoder, read_defaults
 from sparse_forcing.weights.parts import check_part, require_part

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.errors import ConfigError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=30)
@@ -23,13 +23,21 @@ class Launch:
 
     Attributes:
         number, count: which of them this is, and how many they are.
+        together: whether all work at each item, and the first one alone writes, instead of each at items of its own.
     """
 
     number, count = 0, 1
+    together = False
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """Those of `items`, the same on all processes, that this one takes: every one belongs to exactly one."""
-        return items[self.number :: self.count]
+        """Those of `items`, the same on all processes, that this one takes: every one belongs to exactly one, or, where
+        they work together, to all."""
+        return items if self.together else items[self.number :: self.count]
+
+    @property
+    def follows(self) -> bool:
+        """Whether another process writes what this one helps to make."""
+        return self.together and self.number > 0
 
     def device(self, wanted: str) -> str:
         """What `--device` means here. Raises ConfigError for a GPU that all processes would take."""
@@ -60,9 +68,10 @@ ALONE = Launch()
 class JoinedLaunch(Launch):
     """Several processes, of which this is one that has joined their group."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, together: bool = False) -> None:
         import torch.distributed as dist
 
+        self.together = together
         self.number, self.count = dist.get_rank(), dist.get_world_size()
 
     def device(self, wanted: str) -> str:
@@ -94,19 +103,17 @@ class JoinedLaunch(Launch):
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
 
+        from sparse_forcing.processes import explained_peers
+
         found: list[Any] = [None] * self.count
-        try:
+        with explained_peers(self.count):
             dist.all_gather_object(found, value)
-        except RuntimeError as error:
-            raise SparseForcingError(
-                f"another of the {self.count} processes has ended before its work was done; run again"
-            ) from error
         return found
 
 
 @contextmanager
-def join_launch() -> Iterator[Launch]:
-    """Join the other processes of torchrun or accelerate launch, if there are any.
+def join_launch(*, together: bool = False) -> Iterator[Launch]:
+    """Join the other processes of torchrun or accelerate launch, if there are any; together: see `Launch`.
 
     Raises:
         ConfigError: the environment names several processes, but not how they find each other.
@@ -127,4 +134,4 @@ def join_launch() -> Iterator[Launch]:
                 f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but the processes of this launch do not find each other "
                 f"({reason:.120}); start them with torchrun, or unset it"
             ) from error
-        yield JoinedLaunch()
+        yield JoinedLaunch(together=together)

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import SparseForcingError
 
 T = TypeVar("T")
@@ -43,6 +44,19 @@ def leave_group() -> Iterator[None]:
             for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
                 getattr(mesh, "_pg_registry", {}).clear()  # older torch has names there instead of groups: no reference
             gc.collect()
+
+
+@contextmanager
+def explained_peers(count: int) -> Iterator[None]:
+    """What a collective raises when one of the `count` processes has gone becomes a SparseForcingError of one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        raise SparseForcingError(
+            f"another of the {count} processes has ended before its work was done; run again"
+        ) from error
 
 
 def rank() -> int:

@@ -21,9 +21,10 @@ SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
-    "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device --text-encoder-device "
-    "--prompt-cache --dtype --weights --offload --tiny-vae "
-    "--tiled-decoding --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
+    "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device "
+    "--text-encoder-device --prompt-cache --dtype --weights --offload --tiny-vae --tiled-decoding --scale --overlay "
+    "--live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "
+    "--cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
     "evaluate": "TARGET --suite --metrics --output --compare --merge --aggregate --json --weights --mode "

@@ -77,8 +77,8 @@ class RecallBenchConfig:
     """Options of `bench recall`.
 
     worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
-    a cell of its own. count: worlds in a cell. num_frames: pixel frames of a world; the gap and 64 more where None. split: of the
-    looks that return. memories: in words (sparse_forcing.memory.config). positions: of all of them.
+    a cell of its own. count: worlds in a cell. num_frames: pixel frames of a world; the gap and 64 more where None.
+    split: of the looks that return. memories: in words (sparse_forcing.memory.config). positions: of all of them.
     """
 
     model: str = "tiny-worlds"

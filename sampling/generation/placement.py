@@ -26,7 +26,7 @@ def check_placement(config: GenerateConfig, defaults: PipelineConfig, device: st
         if wanted and defaults.vae != "wan":
             raise ConfigError(f"{name} is for Wan's autoencoder; {config.model} has one of its own, of a few megabytes")
     if config.tiny_vae is not None:
-        from sparse_forcing.model.tiny_decoder import TinyDecoder
+        from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 
         TinyDecoder.from_file(config.tiny_vae)
 

@@ -20,9 +20,9 @@ from sparse_forcing.errors import SparseForcingError, WeightsError
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention
 from sparse_forcing.model.geometry import TileLayout, VideoGeometry
-from sparse_forcing.model.quantized import Storage, quantize_, stored_bytes
-from sparse_forcing.model.tiled_decode import decode_frames, is_tiled
-from sparse_forcing.model.tiny_decoder import TinyDecoder
+from sparse_forcing.model.small.quantized import Storage, quantize_, stored_bytes
+from sparse_forcing.model.small.tiled_decode import decode_frames, is_tiled
+from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, usual_dtype
@@ -208,7 +208,7 @@ def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch
         autoencoder.vae.use_tiling = tiled
         if is_tiled(autoencoder.vae, z):  # tiles wait elsewhere for their turn; their pixels are joined in the end
             tile = z[..., : autoencoder.vae.tile_sample_min_height // 8, : autoencoder.vae.tile_sample_min_width // 8]
-            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, None))
+            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, []))
             return one + 4 * pixel_frame * autoencoder.temporal_stride * frames
     pixels = 2 * pixel_frame * autoencoder.temporal_stride * (frames - some)
     return peak_bytes(lambda: next(iter(decoder.decode_stream([z])))) + pixels

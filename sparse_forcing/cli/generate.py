@@ -59,8 +59,12 @@ FLAGS = {
     "tiled_decoding": "decode tiles of the picture one after the other: a quarter of the memory, slower",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "live": "also write live/NAME.mp4, which plays while it is made; it goes when the video is complete",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already, however they were made",
+    "resume": "go on where a killed run of this command left its videos; videos that are there are left out",
+    "checkpoint_every": "chunks between checkpoints that --resume goes on from (default: 20 with --resume, else none)",
+    "sequence_parallel": "make each video by all processes of a launch (torchrun) together: tokens and heads are split",
     "cuda_graphs": "replay the passes of a chunk as CUDA graphs (default: on a CUDA GPU, where nothing rules it out)",
     "compile": "compile the model with torch.compile: minutes before the first video, faster passes after",
 }
@@ -101,7 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         for job in jobs:
             parse_caption(job.prompt, required=("colour",))
 
-    with join_launch() as launch:
+    with join_launch(together=config.sequence_parallel) as launch:
         config = dataclasses.replace(config, device=launch.device(config.device))
         records = _generate(config, jobs, arguments, launch)
         unlike = any(not record["caption_check"]["all"] for record in records if arguments.check)

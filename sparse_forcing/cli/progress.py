@@ -19,7 +19,7 @@ class TerminalProgress(Progress):
     """Frames of the current video as they are made. Use as a context manager: it takes the bar away on the way out."""
 
     def __init__(self, launch: Launch = ALONE) -> None:
-        self._who = f"[{launch.number}] " if launch.count > 1 else ""
+        self._who = f"[{launch.number}] " if launch.count > 1 and not launch.together else ""
         self._bar: Any = None
         self._task: Any = None
         self._text, self._noted = "", 0.0

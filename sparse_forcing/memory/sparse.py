@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,6 +115,17 @@ class SparseMemory(RolloutMemory):
         assert isinstance(twin, SparseMemory)
         twin.plan = copy.copy(self.plan)
         return twin
+
+    def _own_state(self) -> dict[str, Any]:
+        layers = None if self._all is None else dict(vars(self._all))
+        return {"plan": self.plan.state_dict(), "shifted": self._shifted, "layers": layers}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.plan.load_state_dict(state["plan"], self.chunk_frames)
+        self._shifted = state["shifted"]
+        if state["layers"] is not None:
+            self._all = SparseLayer(**state["layers"])
+            self._share_out(self._all)
 
     # Between two chunks.
 
@@ -223,7 +235,7 @@ class SparseMemory(RolloutMemory):
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
-            out = self._attend_to_pool(state, queries, index, measure=clean and "mass" in self.rule.reads)
+            out = self._attend_to_pool(state, queries, index, measure=self._measures_mass(clean))
         if selection.selectors is not None and trains:
             out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
         elif selection.selectors is not None:
@@ -263,6 +275,9 @@ class SparseMemory(RolloutMemory):
             mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
             state.store("mass", mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2)))
         return self.layout.from_blocks(result.out)
+
+    def _measures_mass(self, clean: bool) -> bool:
+        return "mass" in self.rule.reads and clean is not self.rule.measures_denoising
 
     def _measure(self, layer: int, state: SparseLayer, queries: Tensor, clean: bool) -> None:
         """The selector's loss and what an observer sees, where they are asked for."""

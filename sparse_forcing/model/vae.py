@@ -17,7 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.model.tiled_decode import Caches, decode_frames, decode_tiles, is_tiled
+from sparse_forcing.model.small.tiled_decode import decode_frames, decode_tiles, is_tiled
 from sparse_forcing.weights.parts import explained, load_part
 
 if TYPE_CHECKING:
@@ -42,8 +42,12 @@ class VideoAutoencoder(Protocol):
         """Pixels [B, 3, F, H, W] of latents [B, C, f, h, w]."""
         ...
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latent chunks as they come; the concatenation equals `decode` of the whole video."""
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        """Decode latent chunks as they come; the concatenation equals `decode` of the whole video.
+
+        carried: what the stream takes from one chunk to the next (tensors, text, None), up to date whenever a chunk is
+            yielded; empty at the beginning of a video. A stream that begins with that of another goes on from there.
+        """
         ...
 
 
@@ -117,7 +121,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
         ).clamp(-1, 1)
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
 
@@ -202,7 +206,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         patches = self.decoder(codes).float().unflatten(0, (batch, -1))
         return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s)
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
 
@@ -255,20 +259,16 @@ class WanAutoencoder(nn.Module):
         return next(self.decode_stream([latents]))
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Pixels of each chunk of a video that starts with the first one, in tiles where diffusers' `enable_tiling` was
-        called. Streams keep their caches to themselves."""
-        cache: list[Any] | None = None
-        tiles: Caches = {}
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`; in
+        tiles where diffusers' `enable_tiling` was called. Streams keep their caches to themselves."""
+        carried = [] if carried is None else carried
         for chunk in chunks:
             self._onload()
             wide = chunk.float()
             z = (wide * self.std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
-            if is_tiled(self.vae, z):
-                pixels = decode_tiles(self.vae, z, tiles)
-            else:
-                pixels, cache = decode_frames(self.vae, z, cache)
-            yield pixels.clamp(-1, 1).to(chunk.dtype)
+            decode = decode_tiles if is_tiled(self.vae, z) else decode_frames
+            yield decode(self.vae, z, carried).clamp(-1, 1).to(chunk.dtype)
 
     def _onload(self) -> None:
         """Bring an offloaded autoencoder back, as diffusers does in its `decode`, which is not called here."""

@@ -102,7 +102,7 @@ class OneOfTwo(Launch):
 
 
 def join(monkeypatch: pytest.MonkeyPatch, launch: Launch) -> None:
-    monkeypatch.setattr(command, "join_launch", lambda: contextlib.nullcontext(launch))
+    monkeypatch.setattr(command, "join_launch", lambda together: contextlib.nullcontext(launch))
 
 
 @pytest.mark.usefixtures("stub")

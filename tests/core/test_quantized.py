@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.model.quantized import STORAGES, QuantizedLinear, quantize_, stored_bytes
+from sparse_forcing.model.small.quantized import STORAGES, QuantizedLinear, quantize_, stored_bytes
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, needs, outline, remedies
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline

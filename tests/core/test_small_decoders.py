@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.model.tiny_decoder import TinyDecoder
+from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 from sparse_forcing.model.vae import WanAutoencoder
 from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
@@ -71,6 +71,15 @@ def test_a_tiny_decoder_is_the_published_network_and_streams_bit_by_bit(file: Pa
     assert 0.05 < whole.std() < 0.9
     for sizes in ([2, 3], [1, 1, 3]):
         assert torch.cat(list(tiny.decode_stream(latents.split(sizes, 2))), 2).equal(whole)
+    assert resumed(tiny, latents, 2).equal(whole)
+
+
+def resumed(decoder: Any, latents: Tensor, after: int) -> Tensor:
+    """Decoded by two streams: what the first one carried away is all that the second one knows of it."""
+    carried: list[Any] = []
+    begun = list(decoder.decode_stream([latents[:, :, :after]], carried))
+    copied = [x.clone() if isinstance(x, Tensor) else x for x in carried]
+    return torch.cat([*begun, *decoder.decode_stream([latents[:, :, after:]], copied)], 2)
 
 
 def test_files_are_read_strictly(file: Path, tmp_path: Path) -> None:
@@ -139,6 +148,7 @@ def test_tiles_are_diffusers_own_and_stream_bit_by_bit() -> None:
     assert tiled.equal(theirs)
     for sizes in ([1, 2], [2, 1]):
         assert torch.cat(list(model.decode_stream(latents.split(sizes, 2))), 2).equal(tiled)
+    assert resumed(model, latents, 1).equal(tiled)
     small = torch.randn(1, 16, 2, 5, 6)  # not more than a tile
     assert model.decode(small).equal(small_wan().decode(small))
 

@@ -49,8 +49,8 @@ SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent
 HEAVY = replace(SPARSE, kind="heavy_hitter")
 WAN: dict[str, Any] = {"num_layers": 30}
 LEAST, MOST = 0.8, 1.15
-"""What a real step needs beside the state, relative to the estimate. The estimate adds the gradients to the whole graph,
-as they are together where gradients accumulate; in a step of one micro-batch each grows while the other shrinks."""
+"""What a real step needs beside the state, relative to the estimate. The estimate adds the gradients to the whole
+graph, as they are together where gradients accumulate; in a step of one micro-batch each grows while the other goes."""
 
 
 def state_of(recipe: DistillRecipe) -> list[torch.Tensor]:

@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Caches = dict[tuple[int, int], list[Any]]
-"""What the decoder keeps of the frames before, by the corner of a tile."""
-
 
 def is_tiled(vae: Any, latents: Tensor) -> bool:
     """Whether an AutoencoderKLWan is set to decode latents [B, C, f, h, w] in tiles, and they are larger than one."""
@@ -22,39 +19,41 @@ def is_tiled(vae: Any, latents: Tensor) -> bool:
     return vae.use_tiling and (latents.shape[3] > height or latents.shape[4] > width)
 
 
-def decode_tiles(vae: Any, latents: Tensor, caches: Caches) -> Tensor:
-    """Pixels [B, 3, F, H, W] of the next latents [B, C, f, h, w] of a video, in the decoder's own numbers; `caches` go
-    on with it and are empty before its first ones."""
-    ratio = vae.spatial_compression_ratio
-    rows = []
+def decode_tiles(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
+    """Pixels [B, 3, F, H, W] of the next latents [B, C, f, h, w] of a video, in the decoder's own numbers.
+
+    carried: features of all tiles, one after the other; empty before the first latents, and brought up to date.
+    """
+    ratio, count = vae.spatial_compression_ratio, vae._cached_conv_counts["decoder"]
+    rows: list[list[Tensor]] = []
+    after: list[Any] = []
     for top in range(0, latents.shape[3], vae.tile_sample_stride_height // ratio):
-        row = []
+        rows.append([])
         for left in range(0, latents.shape[4], vae.tile_sample_stride_width // ratio):
             bottom, right = top + vae.tile_sample_min_height // ratio, left + vae.tile_sample_min_width // ratio
-            cache = _moved(caches.get((top, left)), latents.device)
-            tile, cache = decode_frames(vae, latents[:, :, :, top:bottom, left:right], cache)
-            row.append(tile)
-            caches[top, left] = _moved(cache, torch.device("cpu")) or []
-        rows.append(row)
+            own = _moved(carried[len(after) : len(after) + count], latents.device)
+            rows[-1].append(decode_frames(vae, latents[:, :, :, top:bottom, left:right], own))
+            after += _moved(own, torch.device("cpu"))
+    carried[:] = after
     return _blended(vae, rows)
 
 
-def decode_frames(vae: Any, latents: Tensor, cache: list[Any] | None) -> tuple[Tensor, list[Any]]:
-    """Pixels of the next latents of a video or of a tile of it, and what the next ones need of them; no cache before
-    the first ones."""
-    first = cache is None
-    cache = [None] * vae._cached_conv_counts["decoder"] if cache is None else cache
+def decode_frames(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
+    """Pixels of the next latents of a video or of a tile of it. carried: see `decode_tiles`, of one tile."""
+    first = not carried
+    if first:
+        carried += [None] * vae._cached_conv_counts["decoder"]
     frames = []
     for latent in latents.split(1, 2):
         hidden = vae.post_quant_conv(latent)
-        frames.append(vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first))
+        frames.append(vae.decoder(hidden, feat_cache=carried, feat_idx=[0], first_chunk=first))
         first = False
-    return torch.cat(frames, 2), cache
+    return torch.cat(frames, 2)
 
 
-def _moved(cache: list[Any] | None, device: torch.device) -> list[Any] | None:
-    """A cache elsewhere; what is in it beside tensors are marks."""
-    return cache and [x.to(device) if isinstance(x, Tensor) else x for x in cache]
+def _moved(features: list[Any], device: torch.device) -> list[Any]:
+    """Features elsewhere; what is among them beside tensors are marks."""
+    return [x.to(device) if isinstance(x, Tensor) else x for x in features]
 
 
 def _blended(vae: Any, rows: list[list[Tensor]]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,31 +103,32 @@ class TinyDecoder(nn.Module):
         return model.requires_grad_(False).eval()
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Pixels of each chunk of a video that starts with the first one; one latent frame at a time, so that they do
-        not depend on where chunks end. Computes where the latents are, in their type."""
-        before: dict[int, Tensor] = {}
-        first = True
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        """Pixels of each chunk of a video that starts with the first one, or goes on from the frames `carried`; one
+        latent frame at a time, so that they do not depend on where chunks end. Computes where the latents are, in their
+        type."""
+        carried = [] if carried is None else carried
         for chunk in chunks:
             self.to(chunk.device, chunk.dtype)
-            frames = [self._step(latent, before) for latent in chunk.unbind(2)]
+            first = not carried
+            frames = [self._step(latent, carried) for latent in chunk.unbind(2)]
             if first:
                 frames[0] = frames[0][:, :, -1:]
-                first = False
             yield torch.cat(frames, 2).clamp(0, 1) * 2 - 1
 
-    def _step(self, latent: Tensor, before: dict[int, Tensor]) -> Tensor:
-        """Pixels [B, 3, 4, H, W] in about [0, 1] of one latent frame [B, C, h, w]; `before`: the last frame that each
+    def _step(self, latent: Tensor, carried: list[Any]) -> Tensor:
+        """Pixels [B, 3, 4, H, W] in about [0, 1] of one latent frame [B, C, h, w]; `carried`: the last frame that each
         block saw."""
-        x, batch = latent, len(latent)
-        for number, layer in enumerate(self.decoder):
+        x, batch, seen = latent, len(latent), []
+        for layer in self.decoder:
             if isinstance(layer, PairBlock):
                 video = x.unflatten(0, (batch, -1))
-                last = before.get(number, torch.zeros_like(video[:, :1]))
-                before[number] = video[:, -1:].clone()
+                last = carried[len(seen)].to(video) if carried else torch.zeros_like(video[:, :1])
+                seen.append(video[:, -1:].clone())
                 x = layer(x, torch.cat([last, video[:, :-1]], 1).flatten(0, 1))
             else:
                 x = layer(x)
+        carried[:] = seen
         return x.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
@@ -144,8 +146,8 @@ class DecodedByTiny:
     def decode(self, latents: Tensor) -> Tensor:
         return next(self.decode_stream([latents]))
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        return self.tiny.decode_stream(chunks)
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        return self.tiny.decode_stream(chunks, carried)
 
 
 def _is_state(given: object) -> bool:

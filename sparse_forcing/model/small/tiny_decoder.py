@@ -119,7 +119,8 @@ class TinyDecoder(nn.Module):
     def _step(self, latent: Tensor, carried: list[Any]) -> Tensor:
         """Pixels [B, 3, 4, H, W] in about [0, 1] of one latent frame [B, C, h, w]; `carried`: the last frame that each
         block saw."""
-        x, batch, seen = latent, len(latent), []
+        x, batch = latent, len(latent)
+        seen: list[Tensor] = []
         for layer in self.decoder:
             if isinstance(layer, PairBlock):
                 video = x.unflatten(0, (batch, -1))

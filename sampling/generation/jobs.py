@@ -60,7 +60,7 @@ class GenerateConfig:
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
     then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
-    image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
+    image, video: the first frame, or a video whose last whole chunks are gone on from; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     preset: how weights that others published are sampled, by name; what is given beside it changes it.
     sampler, shift, negative_prompt, chunk_frames (latent frames at a time), fps (of the file): see PipelineConfig.

@@ -15,6 +15,7 @@ from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
     from sparse_forcing.model.flow import SamplerConfig
+    from sparse_forcing.model.geometry import Start
     from sparse_forcing.model_folder.defaults import PipelineConfig
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -156,9 +157,8 @@ def _prompt_changes(config: GenerateConfig, pipe: SparseForcingPipeline, num_fra
         return {}
     from sparse_forcing.sampling.arguments import changed_chunks
 
-    continued = config.image is not None or config.video is not None
-    chunks = pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames, continued=continued))
-    starts = pipe.geometry.chunk_starts(chunks, continued=continued)
+    start: Start = "picture" if config.image is not None else "video" if config.video is not None else "nothing"
+    starts = pipe.geometry.timeline(num_frames, start)[1]
     wanted = [(math.ceil(seconds * pipe.fps - ROUNDING), prompt.strip()) for seconds, prompt in config.then]
     return {starts[number]: prompt for number, prompt in changed_chunks(wanted, starts, "--then", pipe.fps).items()}
 

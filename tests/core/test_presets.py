@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -85,6 +86,14 @@ def test_a_whole_video_is_one_chunk_that_nothing_is_kept_of(pipe: SparseForcingP
 def test_whole_videos_continue_nothing(pipe: SparseForcingPipeline) -> None:
     with pytest.raises(ConfigError, match="make all frames at once"):
         pipe("a cat", image=torch.zeros(32, 32, 3).numpy(), **VIDEO)
+
+
+def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipeline) -> None:
+    chunked = pipe.with_defaults(chosen_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
+    picture = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    chunks = list(chunked.stream("a cat", num_inference_steps=1, image=picture, **VIDEO | {"num_frames": 17}))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 8]
+    np.testing.assert_array_equal(chunks[0].frames[0], picture)
 
 
 def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseForcingPipeline) -> None:

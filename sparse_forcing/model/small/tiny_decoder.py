@@ -140,9 +140,13 @@ class DecodedByTiny:
         self.whole, self.tiny = whole, tiny
         self.temporal_stride, self.spatial_stride = whole.temporal_stride, whole.spatial_stride
         self.first_frame_alone, self.latent_channels = whole.first_frame_alone, whole.latent_channels
+        self.lead_frames = sum(isinstance(layer, PairBlock) for layer in tiny.decoder)  # each looks one frame back
 
     def encode(self, pixels: Tensor) -> Tensor:
         return self.whole.encode(pixels)
+
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        return self.whole.encode_stream(pieces)
 
     def decode(self, latents: Tensor) -> Tensor:
         return next(self.decode_stream([latents]))

@@ -127,7 +127,7 @@ def _generate_all(
     if too_small := _shortage(config):
         progress.note(f"warning: {too_small}")
     began = time.perf_counter()
-    pipe = load_pipeline(config, [*(job.prompt for job in jobs), *(prompt.strip() for _, prompt in config.then)])
+    pipe = load_pipeline(config, [text for job in jobs for text in job.texts(config)])
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
     if config.sequence_parallel:

@@ -248,6 +248,11 @@ class Job:
         changes |= {name: value for name in ("negative_prompt", "then") if (value := getattr(self, name))}
         return replace(run, **changes) if changes else run
 
+    def texts(self, run: GenerateConfig) -> list[str]:
+        """Every prompt that is read for this video, but the model's own negative prompt."""
+        changes = [prompt.strip() for _, prompt in self.config(run).then]
+        return [self.prompt, *changes, *([] if self.negative_prompt is None else [self.negative_prompt])]
+
 
 def plan(config: GenerateConfig) -> list[Job]:
     """Jobs of the config's prompts, checked: names stay inside the output and differ. Raises ConfigError."""

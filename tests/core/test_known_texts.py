@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 import weakref
 from pathlib import Path
@@ -129,6 +130,21 @@ def test_the_command_reads_all_its_prompts_first(
     (tmp_path / "file").touch()
     assert main([*words, *size[:-1], str(tmp_path / "file")]) == 2
     assert "file" in capsys.readouterr().err
+
+
+def test_lines_of_a_prompt_file_are_read_whole(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Prompts that only one video has are read before umT5 goes, too: else they could not be used."""
+    lines = [
+        {"prompt": "a cat", "negative_prompt": "a blue ball", "then": [[0.5, " the dog "]]},
+        {"prompt": "a dog"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["generate", "--prompt-file", str(tmp_path / "p.jsonl"), "--model", str(wan), "--output", str(tmp_path)]
+    size = ["--height", "32", "--width", "32", "--num-frames", "13", "--num-inference-steps", "1"]
+    assert main([*words, *size, "--chunk-frames", "1", "--guidance-scale", "3"]) == 0, capsys.readouterr().err
+    assert len(list(tmp_path.glob("*.mp4"))) == 2
 
 
 def test_umt5_and_the_model_are_never_held_at_once(wan: Path) -> None:

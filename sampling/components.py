@@ -219,8 +219,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         the hub (or its local cache) by its id.
 
         Args:
-            torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); the
-                model's own when None.
+            torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); as
+                they are stored when None (an embedded model's: float32).
             text_encoder: takes the place of the folder's own, which is then not loaded.
             prompts: all that will be asked for. umT5 reads them, and the default negative prompt, on
                 `text_encoder_device` and is gone before the other parts are loaded. None: it stays.

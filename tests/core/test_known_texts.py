@@ -17,6 +17,7 @@ from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.sampling import texts
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.placement import place
 from sparse_forcing.sampling.generation.preflight import HEADROOM, needs, outline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO, write_wan
@@ -53,6 +54,19 @@ def test_prompts_that_were_read_first_make_the_same_video(wan: Path) -> None:
         with pytest.raises(ConfigError, match="'a red ball' was not read before the text encoder left"):
             run(pipe, "a red ball")
         pipe.to("cpu", text_encoder_device="cpu")
+
+
+def test_what_saves_memory_goes_together(wan: Path) -> None:
+    """Blocks or parts that are offloaded hold weights in 8 bits as well, and lose their text encoder as well."""
+    expected = [run(load(wan, prompts=["a cat"], weights=weights), "a cat") for weights in (None, "int8")]
+    small = load(wan, prompts=["a cat"], weights="int8")
+    place(small, GenerateConfig(offload="blocks", tiled_decoding=True), "cpu", "cpu")
+    np.testing.assert_array_equal(run(small, "a cat"), expected[1])
+    pipe = load(wan)
+    pipe.enable_model_cpu_offload(device="cpu")
+    pipe.free_text_encoder(["a cat"])
+    for _ in range(2):
+        np.testing.assert_array_equal(run(pipe, "a cat"), expected[0])
 
 
 def test_a_prompt_is_read_once_and_alone(wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:

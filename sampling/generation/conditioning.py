@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import numpy as np
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.media.images import fit, read_image
 from sparse_forcing.media.video import count_frames, iterate_video, probe
-from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, GenerateConfig
+from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, GenerateConfig, Job
 from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults
 
 if TYPE_CHECKING:
@@ -85,3 +85,25 @@ def start_arguments(
     skip = start.count - whole
     video = VideoFrames(path=start.path, fps=start.fps, count=start.count, skip=skip, height=height, width=width)
     return {"video": video}
+
+
+class Starts:
+    """What the videos of a run start from: each file is read once before a model is loaded, pictures again when their
+    turn comes.
+
+    Raises:
+        VideoError, WeightsError: see `read_start`.
+    """
+
+    def __init__(self, config: GenerateConfig, jobs: Sequence[Job], note: Callable[[str], None]) -> None:
+        self._videos: dict[Path | None, VideoFrames] = {}
+        own = (job.config(config) for job in jobs)
+        for each in {(each.image, each.video): each for each in own}.values():
+            start = read_start(each, note)
+            if isinstance(start, VideoFrames):
+                self._videos[each.video] = start
+
+    def arguments(self, own: GenerateConfig, settings: Settings, pipe: SparseForcingPipeline) -> dict[str, Any]:
+        """Arguments of `pipe.stream` for a job's config; see `start_arguments`."""
+        start = self._videos.get(own.video) or read_start(own, lambda message: None)
+        return start_arguments(own, settings, start, pipe)

@@ -114,14 +114,14 @@ def _generate_all(
 ) -> Iterator[dict[str, Any]]:
     """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.memory.retention import find_rule
-    from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
+    from sparse_forcing.sampling.generation.conditioning import Starts
     from sparse_forcing.sampling.generation.together import check_launch, follow_video, join_processes
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
     if config.sequence_parallel:
         check_launch(config, launch)
-    start = read_start(config, progress.note)
+    starts = Starts(config, jobs, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
     if too_small := _shortage(config):
@@ -137,14 +137,20 @@ def _generate_all(
 
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
-    given = start_arguments(config, settings, start, pipe)
+    for job in jobs:  # before the first is made
+        resolve_settings(job.config(config), pipe)
     with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
         for number, job in enumerate(jobs, 1):
+            own = job.config(config)
+            settings = resolve_settings(own, pipe)
+            given = starts.arguments(own, settings, pipe)
+            if job.negative_prompt is not None:
+                given["negative_prompt"] = job.negative_prompt
             if launch.follows:
-                follow_video(pipe, config, settings, job, given)
+                follow_video(pipe, own, settings, job, given)
                 continue
             progress.begin(job, number, len(jobs))
-            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            record = generate_video(pipe, own, settings, job, progress, given, model_load_seconds=loaded)
             progress.end()
             yield record
 
@@ -195,7 +201,7 @@ def generate_video(
 ) -> dict[str, Any]:
     """Stream one video into its file and write its sidecar; returns the sidecar. Nothing is left behind on failure.
 
-    `given`: further arguments of `pipe.stream`, what the video starts from.
+    `config` is the job's (`Job.config`); `given`: further arguments of `pipe.stream`, what the video starts from.
     """
     described = _describe_run(pipe, config, settings, job)
     checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
@@ -239,7 +245,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
-            "negative_prompt": pipe.defaults.negative_prompt,
+            "negative_prompt": job.negative_prompt or pipe.defaults.negative_prompt,
             "preset": pipe.defaults.preset,
             "sampler": pipe.defaults.sampler.kind,
             "shift": pipe.defaults.sampler.shift,

@@ -19,7 +19,8 @@ from sparse_forcing.sampling.generation.outputs import is_finished
 SUITES = ("vbench",)
 _FIRST_WITHOUT_SPACES = "\u2e80"  # Unicode's first block of East Asian characters
 FLAGS = {
-    "prompt_file": "read prompts from a file: one a line, # begins a comment, or JSONL with a `prompt` in each line",
+    "prompt_file": "read prompts from a file: one a line, # begins a comment, or JSONL: `prompt`, and "
+    "what is said of one video alone (`seed`, `image`, `then`, `output`, ...)",
     "model": "`tiny` (embedded, the default), or a local diffusers folder",
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
@@ -94,6 +95,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not jobs:
         note("no videos to make: all are there, or none belongs to this shard")
     if arguments.check:
+        if any(job.then for job in jobs):
+            raise ConfigError("--check judges a video by one prompt; leave out `then`")
         from sparse_forcing.scenes.captions import parse_caption
 
         for job in jobs:

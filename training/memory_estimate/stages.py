@@ -198,7 +198,8 @@ def estimate_retention(config: RetentionConfig) -> tuple[MemoryEstimate, list[st
     seen, left = (sum(counts) * layout.num_blocks for counts in (chunks, [max(0, n - window) for n in chunks]))
     vectors, rows = work.num_attention_heads * work.attention_head_dim, config.loop.micro_batch * work.num_layers
     kept = left * (2 * vectors * (number + 4 * _HEAD_COPIES) + 4 * work.num_attention_heads * (2 * HIDDEN + 3))
-    tokens = (max(chunks) * layout.num_blocks + window * layout.num_blocks) * layout.block_tokens
+    slots = (max(chunks) + window) * layout.num_blocks
+    tokens = slots * (layout.block_tokens + 1)  # and what stands for a block
     return MemoryEstimate(
         weights=parameter_count(sizes) * _STATE_BYTES,
         gradients=heads * _STATE_BYTES,

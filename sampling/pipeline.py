@@ -81,7 +81,7 @@ class SparseForcingPipeline(PipelineComponents):
         Attention, a small part of small models, is left out.
         """
         rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
-        parameters = sum(x.numel() for x in self.transformer.parameters())
+        parameters = sum(x.numel() for x in self.transformer.state_dict().values())
         return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
 
     def stream(
@@ -214,7 +214,8 @@ class SparseForcingPipeline(PipelineComponents):
 
     def _not_finite(self, index: int) -> Exception:
         """What to raise when a chunk is not finite, with the part to blame."""
-        return not_finite_error({name: getattr(self, name) for name in MODELS}, f"chunk {index + 1} of the video")
+        parts = {name: part for name in MODELS if (part := getattr(self, name)) is not None}
+        return not_finite_error(parts, f"chunk {index + 1} of the video")
 
     def _step_callback(self, callback: Any, names: Sequence[str]) -> StepCallback | None:
         """The rollout's callback for one of diffusers' form."""

@@ -127,7 +127,7 @@ def _generate_all(
     if too_small := _shortage(config):
         progress.note(f"warning: {too_small}")
     began = time.perf_counter()
-    pipe = load_pipeline(config)
+    pipe = load_pipeline(config, [text for job in jobs for text in job.texts(config)])
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
     if config.sequence_parallel:
@@ -166,11 +166,13 @@ def _shortage(config: GenerateConfig) -> str | None:
     return shortage(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
-def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
-    """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
+def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) -> SparseForcingPipeline:
+    """The pipeline of `config.model`, on its device; without umT5 where all `prompts` of the run are known. Raises
+    ConfigError or WeightsError."""
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.generation.placement import check_placement, place
     from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -182,11 +184,16 @@ def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     if config.compile:
         check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
+    check_placement(config, defaults, device)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
-    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    pipe = SparseForcingPipeline.from_pretrained(
+        config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
+        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device, weights=config.weights,
+    ).with_defaults(defaults)  # fmt: skip
     if config.compile:
         pipe.transformer.compile()
-    return pipe.to(device, text_encoder_device=text_encoder_device)
+    place(pipe, config, device, text_encoder_device)
+    return pipe
 
 
 def generate_video(
@@ -208,7 +215,7 @@ def generate_video(
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
     resumed = None if begun is None else begun.stream
-    with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
+    with explained_out_of_memory(settings, config), _collected_warnings(progress) as messages, clip:
         for chunk in pipe.stream(job.prompt, **stream_arguments(config, settings, job), resumed=resumed, **given):
             clip.add(chunk)
             progress.frames(clip.written, settings.num_frames)
@@ -253,6 +260,10 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "weights": config.weights,
+            "offload": config.offload,
+            "tiny_vae": to_plain(config.tiny_vae),
+            "tiled_decoding": config.tiled_decoding,
             "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
             "recache": config.recache,

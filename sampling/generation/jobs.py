@@ -46,6 +46,7 @@ MEMORY_KNOBS = {
     "persistent_blocks": ("sparse", "heavy_hitter"),
     "density": ("sparse",),
     "retention": ("sparse",),
+    "cache_dtype": ("sparse",),
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
@@ -67,7 +68,11 @@ class GenerateConfig:
     preset: how weights that others published are sampled, by name; what is given beside it changes it.
     sampler, shift, negative_prompt, chunk_frames (latent frames at a time), fps (of the file): see PipelineConfig.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
-    text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
+    text_encoder_device: where umT5 reads the prompts, if not on `device`; it is gone before the video begins.
+    prompt_cache: folder that keeps what umT5 read prompts as, so that it is not loaded for them again.
+    weights: how the linear layers of the transformer and of umT5 are stored, if not as they compute.
+    offload: what waits in the CPU's memory until it computes: each part of the model, or each block of the transformer.
+    tiny_vae: a TAEHV file to decode with; tiled_decoding: decode tiles of the picture one after the other.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     live: also write live/NAME.mp4, which can be watched while it grows; it goes when the video is complete.
@@ -111,11 +116,17 @@ class GenerateConfig:
     persistent_blocks: int | None = None
     density: float | None = None
     retention: str | None = None
+    cache_dtype: Literal["int8"] | None = None
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"
     text_encoder_device: str | None = None
+    prompt_cache: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    weights: Literal["int8", "fp8"] | None = None
+    offload: Literal["none", "model", "blocks"] = "none"
+    tiny_vae: Path | None = None
+    tiled_decoding: bool = False
     scale: int | None = None
     overlay: bool = False
     live: bool = False
@@ -137,11 +148,13 @@ class GenerateConfig:
             raise ConfigError("--recache has no effect without --then")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
+        if self.tiny_vae is not None and self.tiled_decoding:
+            raise ConfigError("give --tiny-vae or --tiled-decoding, not both: the tiny decoder needs no tiles")
         if self.resume:
             object.__setattr__(self, "skip_existing", True)
         for name in BOUNDS:
             _check_bounds(name, getattr(self, name))
-        for name in ("model", "image", "video"):
+        for name in ("model", "image", "video", "tiny_vae"):
             _check_utf8(name, str(getattr(self, name)))
         if self.negative_prompt:
             check_prompt(self.negative_prompt, "--negative-prompt")
@@ -241,6 +254,11 @@ class Job:
             changes |= {"image": self.start_image, "video": self.start_video}
         changes |= {name: value for name in ("negative_prompt", "then") if (value := getattr(self, name))}
         return replace(run, **changes) if changes else run
+
+    def texts(self, run: GenerateConfig) -> list[str]:
+        """Every prompt that is read for this video, but the model's own negative prompt."""
+        changes = [prompt.strip() for _, prompt in self.config(run).then]
+        return [self.prompt, *changes, *([] if self.negative_prompt is None else [self.negative_prompt])]
 
 
 def plan(config: GenerateConfig) -> list[Job]:

@@ -212,20 +212,23 @@ def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig
 
 
 @contextmanager
-def explained_out_of_memory(settings: Settings) -> Iterator[None]:
-    """Running out of memory becomes a SparseForcingError that says at what size, and which flags to lower."""
+def explained_out_of_memory(settings: Settings, config: GenerateConfig | None = None) -> Iterator[None]:
+    """Running out of memory becomes a SparseForcingError that says at what size, what took it, and which flags help."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        from sparse_forcing.sampling.generation.preflight import relief
+
+        took, helps = relief(config) if config else ("", [])
         kind = settings.memory.kind
         grows = ("persistent_blocks", "window_frames", "tile")
         knobs = [flag(name) for name in grows if kind in MEMORY_KNOBS[name]] or [flag("num_frames")]
-        advice = f"lower {', '.join(knobs)}, --height or --width"
+        advice = "".join(f"use {flags}, or " for flags in helps) + f"lower {', '.join(knobs)}, --height or --width"
         if kind == "full":
             advice += ", or use --memory window or sparse"
         raise SparseForcingError(
             f"out of memory at size {settings.width}x{settings.height}, {settings.num_frames} frames, with --memory "
-            f"{kind}; {advice}"
+            f"{kind}{took}; {advice}"
         ) from error

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.model.small.tiled_decode import decode_frames, decode_tiles, is_tiled
 from sparse_forcing.weights.parts import explained, load_part
 
 if TYPE_CHECKING:
@@ -298,22 +299,15 @@ class WanAutoencoder(nn.Module):
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
-        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`.
-        Streams keep their caches to themselves."""
-        cache = [] if carried is None else carried
-        first = not cache
-        if first:
-            cache += [None] * self.vae._cached_conv_counts["decoder"]
+        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`; in
+        tiles where diffusers' `enable_tiling` was called. Streams keep their caches to themselves."""
+        carried = [] if carried is None else carried
         for chunk in chunks:
             self._onload()
             wide = chunk.float()
             z = (wide * self.std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
-            frames = []
-            for latent in z.split(1, 2):
-                hidden = self.vae.post_quant_conv(latent)
-                frames.append(self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first))
-                first = False
-            yield torch.cat(frames, 2).clamp(-1, 1).to(chunk.dtype)
+            decode = decode_tiles if is_tiled(self.vae, z) else decode_frames
+            yield decode(self.vae, z, carried).clamp(-1, 1).to(chunk.dtype)
 
     def _onload(self) -> None:
         """Bring an offloaded autoencoder back, as diffusers does in its `decode`, which is not called here."""

@@ -232,6 +232,12 @@ def test_weights_are_computed_in_the_type_they_are_stored_in(wan: Path, tmp_path
     folder = edited(wan, tmp_path, "model_index.json")
     load_transformer(wan).to(torch.bfloat16).save_pretrained(folder / "transformer")
     assert usual_dtype(folder, "cpu") == torch.bfloat16
+    pipe = SparseForcingPipeline.from_pretrained(str(folder))
+    assert (pipe.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    frames = pipe("a cat", num_inference_steps=1, **VIDEO).frames
+    assert frames.std() > 0
+    assert SparseForcingPipeline.from_pretrained(str(folder), torch.float32).dtype == torch.float32
+    assert SparseForcingPipeline.from_pretrained("tiny").dtype == torch.float32
 
 
 def test_published_sizes_are_recognised_by_shape(wan: Path, tmp_path: Path) -> None:

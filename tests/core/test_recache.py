@@ -23,6 +23,7 @@ MEMORIES = {
     "sink": MemoryConfig(kind="sink", window_frames=8, sink_frames=2),
     "a part of a chunk as sink": MemoryConfig(kind="sink", window_frames=7, sink_frames=1),
     "sparse": MemoryConfig(**TILED, window_frames=6),
+    "8 bits": MemoryConfig(**TILED, window_frames=6, cache_dtype="int8"),
     "accumulated": MemoryConfig(**TILED, window_frames=6, retention="accumulated"),
 }
 each_memory = pytest.mark.parametrize("memory", MEMORIES)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.memory.base import REWRITTEN
+from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.sampling.rollout import GivenNoise, NoiseSource, SeededNoise
 
@@ -131,6 +133,16 @@ def noise_source(
         raise ConfigError(f"generator: {len(generators)} generators for {batch} videos")
     seeded = SeededNoise(generators, shape[2:], device, dtype)
     return seeded if latents is None else GivenNoise(check_noise(latents, shape).to(device, dtype), seeded)
+
+
+def check_recache(wanted: bool, memory: MemoryConfig) -> bool:
+    """Whether the window is written again when the prompt changes. Raises ConfigError where it cannot be."""
+    if wanted and memory.kind not in REWRITTEN:
+        raise ConfigError(
+            f"recache (--recache): the window of a {memory.kind} memory cannot be written again; use "
+            f"{' or '.join(REWRITTEN)}"
+        )
+    return wanted
 
 
 def on_device(state: Any, device: torch.device) -> Any:

@@ -28,6 +28,7 @@ from sparse_forcing.sampling.arguments import (
     changed_chunks,
     changed_sampler,
     check_embeddings,
+    check_recache,
     instance_of,
     noise_source,
     on_device,
@@ -106,6 +107,7 @@ class SparseForcingPipeline(PipelineComponents):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cuda_graphs: bool | None = None,
         resumed: Mapping[str, Any] | None = None,
+        recache: bool = False,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
@@ -127,8 +129,9 @@ class SparseForcingPipeline(PipelineComponents):
                 takes their place; setting `_interrupt` ends the video with this chunk.
             cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
                 device and nothing rules it out.
-            resumed: state of a chunk of an earlier stream (`VideoChunk.state`) with the same arguments, to go on from
-                with the chunk after it; image and video are in it.
+            resumed: `VideoChunk.state` of an earlier stream with the same arguments, to go on from; what it began with
+                is in it.
+            recache: write the window again when the prompt changes, with the new one (`window`, `sink`, `sparse`).
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
@@ -166,7 +169,7 @@ class SparseForcingPipeline(PipelineComponents):
             callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
             scheduler=self.scheduler,
             record=cuda_recorder() if graphs else None,
-            resumed=(resumed := on_device(resumed, self._execution_device)),
+            resumed=(resumed := on_device(resumed, self._execution_device)), recache=check_recache(recache, memory),
         )  # fmt: skip
         self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
         single = isinstance(prompt, str) and repeats == 1

@@ -10,6 +10,7 @@ Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline lev
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -174,13 +175,15 @@ def rollout(
     record: Recorder | None = None,
     scheduler: Any = None,
     resumed: Mapping[str, Any] | None = None,
+    recache: bool = False,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
 
     Args:
         text: [B, T, text_dim]; unconditional_text: the same for the empty prompt, needed when guidance is not 1.
         text_at: asked with the number of every chunk but the first for the text [B, T, text_dim] from there on, or None
-            to go on as before. What is in the memory stays as it was written.
+            to go on as before. What is in the memory stays as it was written, unless
+        recache: write the window's chunks again, by clean passes with the new text.
         chunks: latent frames of each chunk to generate.
         initial_latents: [B, f, C, H, W] chunks of given frames, written to the memory first.
         context_timestep: timestep of the clean pass.
@@ -188,7 +191,7 @@ def rollout(
         record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
         resumed: state of another rollout's chunk (`RolloutChunk.state`) to go on from; `initial_latents` is in it.
     """
-    network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training, record)
+    network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training, record, recache)
     network.read(text)
     begin, start = (0, network.take(initial_latents or ())) if resumed is None else network.go_on(resumed, noise)
     owed = CleanPass()
@@ -197,7 +200,7 @@ def rollout(
         changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
         began = time.perf_counter() - owed.seconds
         if changed is not None:
-            network.read(changed)
+            network.change(changed, context_timestep)
         memory.begin_chunk(frames)
         network.index, network.start = index, start
         after = go_on if callback is None else partial(network.report, callback)
@@ -259,6 +262,7 @@ class _Network:
         unconditional_text: Tensor | None,
         training: TrainingRollout | None,
         record: Recorder | None,
+        recache: bool,
     ) -> None:
         self.model, self.memory, self.training = model, memory, training
         self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
@@ -266,6 +270,7 @@ class _Network:
         self.index, self.start, self.interrupted = 0, 0, False
         recorded = record is not None and why_not_recorded(model, memory, training is not None) is None
         self.passes = RecordedPasses(memory, record) if record is not None and recorded else None
+        self.recent: deque[Tensor] | None = deque() if recache else None
         self.text: Tensor | None = None
         self.text_keys_values: TextKeysValues | None = None
 
@@ -282,6 +287,17 @@ class _Network:
                 kept_in_place(self.text_keys_values, keys_values),
             )
         self.text, self.text_keys_values = text, keys_values
+
+    def change(self, text: Tensor, timestep: float) -> None:
+        """Follow another text; where recent chunks are kept, those of the window are written again with it."""
+        self.read(text)
+        if self.recent is None:
+            return
+        again = list(self.recent)
+        self.recent.clear()
+        for latents in again[len(again) - self.memory.rewind([part.shape[1] for part in again]) :]:
+            self.memory.begin_again(latents.shape[1])
+            self.clean(latents, timestep)
 
     def take(self, chunks: Iterable[Tensor]) -> int:
         """Leave chunks of given frames [B, f, C, H, W] in the memory; returns how many frames they are."""
@@ -303,6 +319,7 @@ class _Network:
             "unconditional_text": self.unconditional_text,
             "memory": self.memory.state_dict(),
             "noise": noise.state_dict(),
+            "recent": None if self.recent is None else list(self.recent),
         }
 
     def go_on(self, state: Mapping[str, Any], noise: NoiseSource) -> tuple[int, int]:
@@ -310,6 +327,7 @@ class _Network:
         self.memory.load_state_dict(state["memory"])
         noise.load_state_dict(state["noise"])
         self.unconditional_text = state["unconditional_text"]
+        self.recent = None if state["recent"] is None else deque(state["recent"])
         self.read(state["text"])
         return state["chunk"], state["start"]
 
@@ -348,6 +366,10 @@ class _Network:
         """Leave the finished chunk's keys and values in the memory."""
         t = torch.full((), timestep, dtype=torch.float32, device=x0.device)
         self._run(x0, t, True, self.text_keys_values)
+        if self.recent is not None:
+            self.recent.append(x0)
+            while sum(part.shape[1] for part in self.recent) > (self.memory.config.window or 0):
+                self.recent.popleft()
 
     def _run(self, x: Tensor, timestep: Tensor, clean: bool, text_keys_values: TextKeysValues | None) -> Tensor:
         doubled = torch.cat([x, x]) if self.guidance_scale is not None else x

@@ -18,8 +18,8 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
-    "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
-    "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
+    "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --recache --image --video "
+    "--num-frames --seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device "
     "--text-encoder-device --prompt-cache --dtype --weights --offload --tiny-vae --tiled-decoding --scale --overlay "
@@ -33,8 +33,8 @@ SURFACE = {
     "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples "
     "--shard",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
-    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --num-frames "
-    "--split --positions --model-size --height --width --chunks --dtype --decode "
+    "--seed --num-inference-steps --guidance-scale --recache --worlds --gaps --grounds --by-ground --count "
+    "--num-frames --split --positions --model-size --height --width --chunks --dtype --decode "
     "--cuda-graphs --no-cuda-graphs --output",
     "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "

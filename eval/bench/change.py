@@ -26,10 +26,11 @@ from sparse_forcing.eval.bench.judging import (
     summarize_verdicts,
 )
 from sparse_forcing.eval.bench.options import ChangeBenchConfig
-from sparse_forcing.eval.bench.rollout import compare_memories, percent
+from sparse_forcing.eval.bench.rollout import chosen_memories, compare_memories, percent
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
 from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.sampling.arguments import check_recache
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
 
@@ -46,6 +47,8 @@ def run(config: ChangeBenchConfig) -> int:
         raise ConfigError(
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
+    for memory in chosen_memories(pipe, config.memories).values():
+        check_recache(config.recache, memory)
     changes = changing_prompts(config.prompts, seed=config.seed)
 
     def measure(memory: MemoryConfig) -> tuple[dict, dict]:
@@ -96,7 +99,8 @@ def judge_changes(
             horizons=(3,), seed=config.seed, num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
         )  # fmt: skip
-        chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes)
+        recache = config.recache and prompt_changes is not None
+        chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes, recache=recache)
         return np.concatenate([chunk.frames for chunk in chunks], 1)
 
     changed, unchanged = frames(befores, {clip: afters}), frames(afters, None)

@@ -71,6 +71,7 @@ def stream(
     settings: RolloutSettings,
     *,
     prompt_changes: PromptChanges | None = None,
+    recache: bool = False,
 ) -> Iterator[VideoChunk]:
     """The rollout of prompts number `first`, `first` + 1, ...: noise depends on a prompt's number alone."""
     return pipe.stream(
@@ -80,6 +81,7 @@ def stream(
         num_frames=max(settings.horizons) * pipe.defaults.num_frames,
         memory=memory,
         prompt_changes=prompt_changes,
+        recache=recache,
         generator=[torch.Generator().manual_seed(settings.seed * 100_003 + first + i) for i in range(len(prompts))],
         num_inference_steps=settings.num_inference_steps,
         guidance_scale=settings.guidance_scale,

@@ -49,7 +49,12 @@ class JudgedBenchConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeBenchConfig(JudgedBenchConfig):
-    """Options of `bench change`."""
+    """Options of `bench change`.
+
+    recache: write the window again with the new prompt.
+    """
+
+    recache: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

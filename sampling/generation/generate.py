@@ -266,6 +266,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "tiled_decoding": config.tiled_decoding,
             "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
+            "recache": config.recache,
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },

@@ -50,6 +50,7 @@ MEMORY_KNOBS = {
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
+REWRITTEN = ("window", "sink", "sparse")  # that in sparse_forcing/memory/base.py, which is too heavy to import here
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class GenerateConfig:
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
     then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
+    recache: at such a change, write what the window holds again with the new prompt (window, sink and sparse memories).
     image, video: the first frame, or a video whose last whole chunks are gone on from; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     preset: how weights that others published are sampled, by name; what is given beside it changes it.
@@ -89,6 +91,7 @@ class GenerateConfig:
     prompts: tuple[str, ...] = ()
     prompt_file: Path | None = None
     then: tuple[tuple[float, str], ...] = ()
+    recache: bool = False
     model: str = "tiny"
     output: Path = Path("outputs")
     seed: int = 0
@@ -141,6 +144,8 @@ class GenerateConfig:
             raise ConfigError("give --num-frames or --seconds, not both")
         if self.prompts and self.prompt_file is not None:
             raise ConfigError("give prompts or --prompt-file, not both")
+        if self.recache and not self.then and self.prompt_file is None:
+            raise ConfigError("--recache has no effect without --then")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
         if self.tiny_vae is not None and self.tiled_decoding:
@@ -164,6 +169,8 @@ class GenerateConfig:
                 raise ConfigError(
                     f"{flag(name)} has no effect with --memory {self.memory}; it is for {', '.join(kinds)}"
                 )
+        if self.recache and self.memory not in (None, *REWRITTEN):
+            raise ConfigError(f"--recache has no effect with --memory {self.memory}; it is for {', '.join(REWRITTEN)}")
         if self.overlay and self.memory not in (None, *MEMORY_KNOBS["persistent_blocks"]):
             raise ConfigError(
                 f"--overlay shows persistent blocks, which --memory {self.memory} does not have; use sparse"

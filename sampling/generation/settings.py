@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import ConfigError, SparseForcingError
-from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, GenerateConfig, Job, flag
+from sparse_forcing.sampling.generation.jobs import (
+    MAX_FRAMES,
+    MAX_SIDE,
+    MEMORY_KNOBS,
+    REWRITTEN,
+    GenerateConfig,
+    Job,
+    flag,
+)
 
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
@@ -115,6 +123,7 @@ def stream_arguments(config: GenerateConfig, settings: Settings, job: Job) -> di
         "generator": torch.Generator("cpu").manual_seed(job.seed),
         "memory": settings.memory,
         "prompt_changes": settings.prompt_changes,
+        "recache": config.recache,
         **graphs,
     }
 
@@ -189,6 +198,10 @@ def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig
             raise ConfigError(
                 f"{flag(name)} has no effect with the model's memory, {kind}; add --memory {MEMORY_KNOBS[name][0]}"
             )
+    if config.recache and kind not in REWRITTEN:
+        raise ConfigError(
+            f"--recache has no effect with the model's memory, {kind}; add --memory {' or '.join(REWRITTEN)}"
+        )
     memory = dataclasses.replace(default, **changes)
     if config.overlay and (kind not in MEMORY_KNOBS["persistent_blocks"] or not memory.persistent_blocks):
         raise ConfigError(

@@ -41,6 +41,7 @@ ROLLOUT_FLAGS = {
     "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
     "guidance_scale": "rollout, change, recall: guidance (default: the model's)",
 }
+CHANGE_FLAGS = {"recache": "change: write the window again with the new prompt (memories window, sink, sparse)"}
 RECALL_FLAGS = {
     "worlds": "recall: kinds of worlds (default: revisit reappear)",
     "gaps": "recall: how long what returns is out of sight, in windows (default: 0.5 1 2)",
@@ -66,6 +67,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="WHAT", choices=CONFIGS, help=f"one of: {', '.join(CONFIGS)}")
     add_config_flags(parser, AttentionBenchConfig, ATTENTION_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, ROLLOUT_FLAGS)
+    add_config_flags(parser, ChangeBenchConfig, CHANGE_FLAGS)
     add_config_flags(parser, RecallBenchConfig, RECALL_FLAGS)
     add_config_flags(parser, StreamBenchConfig, STREAM_FLAGS)
     add_config_flags(parser, RolloutBenchConfig, {"output": "folder for tables and plots"})
@@ -75,7 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the benchmark; returns its exit code. A flag of another benchmark is an error, not ignored."""
     cls = CONFIGS[arguments.target]
     own = {field.name for field in fields(cls)} | {"target", "command"}
-    known = {*ATTENTION_FLAGS, *ROLLOUT_FLAGS, *RECALL_FLAGS, *STREAM_FLAGS}
+    known = {*ATTENTION_FLAGS, *ROLLOUT_FLAGS, *CHANGE_FLAGS, *RECALL_FLAGS, *STREAM_FLAGS}
     foreign = [name for name in vars(arguments) if name in known and name not in own]
     if foreign:
         raise ConfigError(f"--{foreign[0].replace('_', '-')} has no effect on bench {arguments.target}; leave it out")

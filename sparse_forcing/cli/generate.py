@@ -25,6 +25,7 @@ FLAGS = {
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
     "num_samples": "videos for each prompt (default: 1)",
+    "recache": "when the prompt changes, compute the window's keys anew with it (memory window, sink or sparse)",
     "image": "a picture that is the first frame (scaled and cut to the size that is generated)",
     "video": "go on from a video of any length; only what follows is written",
     "num_frames": "length in frames; what does not fill whole chunks is generated and cut off",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -21,6 +21,8 @@ from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.rope import Rotary, rotary_table
 
+REWRITTEN = ("window", "sink", "sparse")
+"""Kinds of memory whose window can be written again."""
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
 
 
@@ -176,6 +178,27 @@ class RolloutMemory(ABC):
         self.chunk_position, self.chunk_frames = start, frames
         if self._rotary is not None:
             self.rotary(*self._rotary_of[2:])
+
+    def rewind(self, chunks: Sequence[int]) -> int:
+        """Take the last finished chunks, of so many latent frames each, out of the window again, as far as it holds
+        them whole; returns how many it took. Each is then begun again, in order, and written by a clean pass."""
+        count = self._rewind(chunks)
+        if count:
+            total = sum(chunks[-count:])
+            self.chunk_position += self.chunk_frames - total
+            self.next_frame += self.chunk_frames - total
+            self.chunk_frames = 0
+        return count
+
+    def begin_again(self, frames: int) -> None:
+        """Make the next chunk that was taken out the current one, where it was."""
+        self.next_frame += self.chunk_frames
+        self.chunk_position, self.chunk_frames = self.chunk_position + self.chunk_frames, frames
+        if self._rotary is not None:
+            self.rotary(*self._rotary_of[2:])
+
+    def _rewind(self, chunks: Sequence[int]) -> int:
+        raise ConfigError(f"recache: {', '.join(REWRITTEN)} memories can be written again, not {self.config.kind}")
 
     def rotary(self, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         """Rotary table of the current chunk, in its tokens' order; made once a chunk, in one place where no pass may

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.base import REWRITTEN, MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 from sparse_forcing.model.rope import shift_time, shift_time_
@@ -55,15 +55,33 @@ class DenseMemory(RolloutMemory):
         return state.keys[:, :end], state.values[:, :end]
 
     def _make_room(self, frames: int) -> None:
-        for offset in range(self.chunk_frames):
-            self._floors.append(self.cached_frames if self.cached_frames < self.config.sink else offset)
-            self.positions.append(self.chunk_position + offset)
+        self._keep_current()
         if self.config.window is None:
             return
         drop = self.cached_frames + frames - self.config.window
         if drop > 0:
             sink = self.config.sink
             self._drop(sink, min(sink + drop, self.cached_frames))
+
+    def _keep_current(self) -> None:
+        """The current chunk becomes one of those before it."""
+        for offset in range(self.chunk_frames):
+            self._floors.append(self.cached_frames if self.cached_frames < self.config.sink else offset)
+            self.positions.append(self.chunk_position + offset)
+
+    def begin_again(self, frames: int) -> None:
+        self._keep_current()
+        super().begin_again(frames)
+
+    def _rewind(self, chunks: Sequence[int]) -> int:
+        if self.config.kind not in REWRITTEN:
+            return super()._rewind(chunks)
+        frames, count = self.cached_frames + self.chunk_frames, 0
+        while count < len(chunks) and sum(chunks[-count - 1 :]) <= frames - self.config.sink:
+            count += 1
+        kept = frames - sum(chunks[-count:]) if count else self.cached_frames
+        del self.positions[kept:], self._floors[kept:]
+        return count
 
     def _together(self) -> list[tuple[int, DenseLayer]]:
         """(number, state) of the layers there are; in place all are one, with number -1."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -21,9 +21,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.block_selection.interface import (
-    update_persistent,
-)
+from sparse_forcing.kernels.block_selection.interface import update_persistent
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
 from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
@@ -135,6 +133,18 @@ class SparseMemory(RolloutMemory):
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
         if self._all is not None:
             self._share_out(self._all)
+
+    def _rewind(self, chunks: Sequence[int]) -> int:
+        count, blocks = self.plan.rewind(len(chunks))
+        for _, state in self._together():
+            state.num_window -= blocks
+        return count
+
+    def begin_again(self, frames: int) -> None:
+        assert self._all is not None, "what was taken out was written in place"
+        self._all.num_window += self.plan.begin_again(frames)
+        super().begin_again(frames)
+        self._share_out(self._all)
 
     def _make_room(self, frames: int) -> None:
         finished = self.plan.chunk

@@ -69,6 +69,19 @@ class SlotPlan:
             self._layouts[frames] = TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
         return self._layouts[frames]
 
+    def rewind(self, most: int) -> tuple[int, int]:
+        """Take at most so many of the last chunks out of the window; returns how many they are, and their blocks. Their
+        slots stay in the tables behind it, where `begin_again` finds them."""
+        count = min(most, len(self.window))
+        taken, self.window = self.window[len(self.window) - count :], self.window[: len(self.window) - count]
+        return count, sum(blocks for _, blocks in taken)
+
+    def begin_again(self, frames: int) -> int:
+        """Put the next of those chunks back; returns its blocks."""
+        self.layout = self._layout_of(frames)
+        self.window = (*self.window, (frames, self.layout.num_blocks))
+        return self.layout.num_blocks
+
     def state_dict(self) -> dict[str, Any]:
         """What another plan of the same configuration and geometry goes on from."""
         return {name: getattr(self, name) for name in _PLANNED}

@@ -76,8 +76,10 @@ def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
 ) -> None:
     """The first clip of the one whose prompt never changes is not judged: it may be of something else."""
 
-    def stream(pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any) -> Any:
-        assert (first, settings.horizons) == (3, (3,))
+    def stream(
+        pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any, recache: bool
+    ) -> Any:
+        assert (first, settings.horizons, recache) == (3, (3,), False)
         if prompt_changes is None:
             shown = ["a small cyan ring moves up on a black background", prompts[0], prompts[0]]
             if "shrinks" in change.after:
@@ -120,6 +122,7 @@ def test_options_of_other_benchmarks_and_unknown_memories_are_refused(capsys: py
         (["--horizons", "4"], "--horizons has no effect on bench change"),
         (["--prompts", "0"], "must be positive"),
         (["--memories", "none"], "memories: unknown none"),
+        (["--memories", "window", "full", "--recache"], "the window of a full memory cannot be written again"),
     ):
         assert main(["bench", "change", *arguments]) == 2
         assert message in capsys.readouterr().err

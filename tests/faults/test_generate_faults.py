@@ -82,6 +82,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--then", "0", "q"], "--then 0: times must rise and be above 0"),
         (["p", "--then", "5", "q", "--then", "5", "r"], "--then 5: times must rise"),
         (["p", "--then", "5", " "], "--then 5: prompt is empty"),
+        (["p", "--recache"], "--recache has no effect without --then"),
+        (["p", "--then", "5", "q", "--recache", "--memory", "full"], "--recache has no effect with --memory full"),
         (["p", "a q", "--then", "5", "r"], "--then goes on from one prompt, not from 2"),
         (["p", "--then", "5", "q", "--check"], "--check judges a video by one prompt"),
         (["--suite", "vbench", "--then", "5", "q"], "--suite vbench judges a video by one prompt"),

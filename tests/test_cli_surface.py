@@ -19,8 +19,8 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 ROOT = Path(__file__).resolve().parents[1]
 SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --recache --image --video "
-    "--num-frames --seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
-    "--shift --chunk-frames --fps --memory --window-frames "
+    "--num-frames --seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset "
+    "--sampler --shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device "
     "--text-encoder-device --prompt-cache --dtype --weights --offload --tiny-vae --tiled-decoding --scale --overlay "
     "--live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "

@@ -22,13 +22,18 @@ def check_placement(config: GenerateConfig, defaults: PipelineConfig, device: st
     """
     if config.offload != "none" and device.startswith("cpu"):
         raise ConfigError(f"--offload {config.offload} moves parts between a GPU and the CPU; here all is on the CPU")
-    for name, wanted in (("--tiny-vae", config.tiny_vae), ("--tiled-decoding", config.tiled_decoding)):
-        if wanted and defaults.vae != "wan":
-            raise ConfigError(f"{name} is for Wan's autoencoder; {config.model} has one of its own, of a few megabytes")
+    check_decoder(config, defaults)
     if config.tiny_vae is not None:
         from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 
         TinyDecoder.from_file(config.tiny_vae)
+
+
+def check_decoder(config: GenerateConfig, defaults: PipelineConfig) -> None:
+    """Raise ConfigError for a decoder in place of one that is small itself."""
+    for name, wanted in (("--tiny-vae", config.tiny_vae), ("--tiled-decoding", config.tiled_decoding)):
+        if wanted and defaults.vae != "wan":
+            raise ConfigError(f"{name} is for Wan's autoencoder; {config.model} has one of its own, of a few megabytes")
 
 
 def place(pipe: SparseForcingPipeline, config: GenerateConfig, device: str, text_encoder_device: str) -> None:

@@ -31,6 +31,7 @@ from sparse_forcing.model_folder.presets import PRESETS, preset
 from sparse_forcing.model_folder.recognise import read_table
 from sparse_forcing.model_folder.sizes import ModelSizes, autoencoder_of, model_sizes, on_meta
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.placement import check_decoder
 from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults, resolve_settings
 
 HEADROOM = 1.1
@@ -122,6 +123,7 @@ def outline(config: GenerateConfig) -> Outline:
 def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs:
     """What a video of these settings takes on `device`. Raises ConfigError for settings the model cannot take."""
     settings = resolve_settings(config, model)  # type: ignore[arg-type]
+    check_decoder(config, model.defaults)
     dtype = _dtype(config, device)
     size = torch.empty((), dtype=dtype).element_size()
     batch = 2 if settings.guidance_scale > 1 else 1

@@ -199,10 +199,12 @@ def _preflight(arguments: argparse.Namespace) -> int:
     import torch
 
     from sparse_forcing.kernels.compile_report import backend_status
+    from sparse_forcing.sampling.generation.placement import check_placement
     from sparse_forcing.sampling.generation.preflight import GIB, HEADROOM, needs, outline, remedies
 
     config = read_config(GenerateConfig, arguments)
     model = outline(config)
+    check_placement(config, model.defaults, "cuda")
     need = needs(config, model)
     limit = None if arguments.vram is None else round(arguments.vram * GIB)
     if limit is None and torch.cuda.is_available():

@@ -140,7 +140,9 @@ def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixtu
     ("words", "message"),
     [(["--vram", "16"], "--vram has no effect without --model"), (["--seconds", "3"], "without --model"),
      (["--model", "nowhere/at/all"], "not an embedded model"),
-     (["--model", "wan-1.3b", "--height", "7"], "not a positive multiple")],
+     (["--model", "wan-1.3b", "--height", "7"], "not a positive multiple"),
+     (["--model", "tiny", "--tiled-decoding"], "is for Wan's autoencoder"),
+     (["--model", "wan-1.3b", "--tiny-vae", "nowhere.pth"], "no such file")],
 )  # fmt: skip
 def test_questions_without_an_answer(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(["doctor", *words]) == 2

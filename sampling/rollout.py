@@ -17,10 +17,11 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
+from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
 from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
@@ -161,7 +162,7 @@ def rollout(
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
     if record is not None and why_not_recorded(model, memory, training is not None) is None:
-        network.passes = RecordedPasses(memory, record)
+        network.passes, network.infers = RecordedPasses(memory, record), False
     network.read(text)
     start = 0 if initial_latents is None else network.take(initial_latents, initial_chunks or chunks[:1])
     owed = CleanPass()
@@ -171,8 +172,7 @@ def rollout(
         began = time.perf_counter() - owed.seconds
         if changed is not None:
             network.read(changed)
-        memory.begin_chunk(frames)
-        network.begin(index, start)
+        network.begin(index, start, frames)
         after = go_on if callback is None else partial(network.report, callback)
         exit_step = training.exit_steps[index] if training else None
         latents = sample_chunk(
@@ -189,6 +189,13 @@ def rollout(
         if network.interrupted:
             return
         start += frames
+
+
+def _only_infers(model: nn.Module) -> bool:
+    """Whether a model is called as it is, on a CPU: not compiled or recorded, without hooks, its weights plain tensors."""
+    if getattr(model, "_compiled_call_impl", None) is not None or any(map(is_hooked, model.modules())):
+        return False
+    return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 
 
 def _context(latents: Tensor, noise: NoiseSource, shift: float, training: TrainingRollout | None) -> Tensor:
@@ -231,6 +238,7 @@ class _Network:
         self.unconditional_text = unconditional_text
         self.index, self.start, self.interrupted = 0, 0, False
         self.passes: RecordedPasses | None = None
+        self.infers = training is None and memory.cache_gradient == "none" and _only_infers(model)
         self.text: Tensor | None = None
         self.text_keys_values: TextKeysValues | None = None
 
@@ -240,7 +248,8 @@ class _Network:
         if self.guidance_scale is not None:
             assert self.unconditional_text is not None, "guidance needs the unconditional text"
             text = torch.cat([text, self.unconditional_text])
-        keys_values = self.model.encode_text(text)
+        with self.mode():
+            keys_values = self.model.encode_text(text)
         if self.passes is not None:  # recorded passes read the text where it was
             text, keys_values = (
                 kept_in_place(self.text, text.clone() if self.text is None else text),
@@ -251,12 +260,21 @@ class _Network:
     def take(self, latents: Tensor, chunks: list[int]) -> int:
         """Leave given frames [B, F0, C, H, W] in the memory, chunk by chunk; returns how many they are."""
         for given in latents.split(chunks, 1):
-            self.memory.begin_chunk(given.shape[1])
+            with self.mode():
+                self.memory.begin_chunk(given.shape[1])
             self.clean(given, 0.0)
         return latents.shape[1]
 
-    def begin(self, index: int, start: int) -> None:
+    def begin(self, index: int, start: int, frames: int) -> None:
+        """Begin a chunk of `frames` latent frames, the video's frame `start` the first of them."""
         self.index, self.start = index, start
+        with self.mode():
+            self.memory.begin_chunk(frames)
+
+    def mode(self) -> AbstractContextManager[object]:
+        """How the model and the memory are called: on a CPU, where nothing wants a gradient, as inference, whose calls
+        cost autograd nothing. Then all they make is made and changed in it; what leaves is a copy."""
+        return torch.inference_mode() if self.infers else nullcontext()
 
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
@@ -297,12 +315,12 @@ class _Network:
 
         def run(latents: Tensor, t: Tensor) -> Tensor:
             policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
-            with self._first_passes_as_they_are():
+            with self.mode(), self._first_passes_as_they_are():
                 return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
 
         latents = doubled.transpose(1, 2)
         found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
-        flow = found.transpose(1, 2)
+        flow = (found.clone() if self.infers else found).transpose(1, 2)
         return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
 
     def _first_passes_as_they_are(self) -> AbstractContextManager[object]:

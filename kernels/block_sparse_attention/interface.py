@@ -19,6 +19,7 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_sparse_attention import reference
+from sparse_forcing.kernels.block_sparse_attention.cpu import small
 from sparse_forcing.kernels.block_sparse_attention.ops import (
     BACKEND_MODULES,
     backend_module,
@@ -90,10 +91,14 @@ def block_sparse_attention(
     """
     problem = _problem(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent)
     chosen = resolve_backend(backend, query)
+    trains = torch.is_grad_enabled() and any(x.requires_grad for x in problem.inputs)
+    if chosen == "cpu" and not (trains or return_mass or problem.empty) and small.takes(problem):
+        found = small.forward(problem)
+        if found is not None:
+            return BlockSparseOutput(*found, None)
     if chosen == "reference" and not problem.empty:
         out, lse, mass = reference.forward(problem, return_mass)
     else:
-        trains = torch.is_grad_enabled() and any(x.requires_grad for x in problem.inputs)
         out, lse, mass, _ = forward_op(*problem, return_mass, trains, chosen)
     return BlockSparseOutput(out, lse, mass if return_mass else None)
 

@@ -29,8 +29,9 @@ from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObse
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
+from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
+from sparse_forcing.memory.sparse_selection import EXACT, BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
 from sparse_forcing.memory.sparse_view import view_blocks
 from sparse_forcing.model.attention import TokenOrder
@@ -61,6 +62,7 @@ class SparseMemory(RolloutMemory):
         self.plan = SlotPlan(config, geometry)
         top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
         self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
+        self.fixed = FixedSelection(selectors, top_k) if selectors and cache_gradient == "none" else None
         self.rule = rule or find_rule(config.retention)(config)
         if self.rule.learned and not (selectors and selectors[0].retention):
             raise ConfigError(
@@ -145,6 +147,8 @@ class SparseMemory(RolloutMemory):
         """Make `layers` the parts of `everything` again, after a chunk has begun."""
         layers = len(self.layers)
         everything.number_rows(self.layout, layers)
+        if self.fixed is not None and everything.keys.device.type == "cpu" and self.plan.uniform:
+            everything.favour_slots(self.layout)
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape
             everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
@@ -200,6 +204,8 @@ class SparseMemory(RolloutMemory):
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
     ) -> Tensor:
+        if self._chooses_in_few_calls(query):
+            return self._attend_in_few_calls(layer, query, key, value, clean)
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
@@ -232,10 +238,27 @@ class SparseMemory(RolloutMemory):
             out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
-            self._finish(layer, state, compared, new)
+            self._finish(layer, state, compared.queries, new)
         if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
             state.keys = state.values = keys.new_empty(0)
         return out
+
+    def _chooses_in_few_calls(self, query: Tensor) -> bool:
+        """Whether `sparse_fixed` can do what a pass over these queries takes."""
+        ready = self._all is not None and self._all.favour is not None and self._observer is None
+        return ready and not torch.is_grad_enabled() and query.dtype == self._all.keys.dtype and query.dtype in EXACT
+
+    def _attend_in_few_calls(self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool) -> Tensor:
+        layout, fixed, state = self.layout, self.fixed, self.layers[layer]
+        assert fixed is not None and state is not None
+        fixed.store(layout, layer, state, key, value)
+        pooled = fixed.pool_queries(layout, layer, query)
+        scores = fixed.scores(layer, state, pooled)
+        measure = clean and "mass" in self.rule.reads
+        out = self._attend_to_pool(state, layout.to_blocks(query), fixed.lists(state, scores), measure=measure)
+        if clean:
+            self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
+        return fixed.add_coarse(layout, layer, state, scores, out)
 
     def _choose(
         self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
@@ -296,8 +319,8 @@ class SparseMemory(RolloutMemory):
             backend=self.backend,
         )
 
-    def _finish(self, layer: int, state: SparseLayer, compared: QueriesAndKeys, new: dict[str, Tensor]) -> None:
-        """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
+    def _finish(self, layer: int, state: SparseLayer, queries: Tensor, new: dict[str, Tensor]) -> None:
+        """What a clean pass leaves beside its blocks: mapped queries to rank by, and the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
             selector = self.selection.selectors[layer]
@@ -306,7 +329,7 @@ class SparseMemory(RolloutMemory):
                 assert selector.retention is not None
                 state.store("retention_head", selector.retention.packed())
         if "attention" in self.rule.reads:
-            state.store("queries", compared.queries)
+            state.store("queries", queries)
         if self.cache_gradient == "straight_through":
             own = state.own_slots(self.layout)
             with self.history():

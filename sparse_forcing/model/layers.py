@@ -25,12 +25,14 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def constant_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Remembered, because bringing numbers to a GPU waits for it."""
+    """Remembered, because bringing numbers to a GPU waits for it; for training, too, whoever asks first."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 

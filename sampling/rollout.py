@@ -191,9 +191,11 @@ def rollout(
         start += frames
 
 
-def _only_infers(model: nn.Module) -> bool:
-    """Whether a model is called as it is, on a CPU: not compiled or recorded, without hooks, its weights plain tensors."""
-    if getattr(model, "_compiled_call_impl", None) is not None or any(map(is_hooked, model.modules())):
+def _only_infers(model: Any) -> bool:
+    """Whether a model is called as it is, on a CPU: not compiled, without hooks, its weights plain tensors."""
+    if not isinstance(model, nn.Module) or getattr(model, "_compiled_call_impl", None) is not None:
+        return False
+    if any(map(is_hooked, model.modules())):
         return False
     return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 

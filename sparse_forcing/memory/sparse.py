@@ -20,10 +20,8 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.block_selection.interface import (
-    update_persistent,
-)
-from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
+from sparse_forcing.kernels.block_selection.interface import update_persistent
+from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention, full_lists_attention
 from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
@@ -33,7 +31,7 @@ from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import EXACT, BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
-from sparse_forcing.memory.sparse_view import view_blocks
+from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector
@@ -245,17 +243,26 @@ class SparseMemory(RolloutMemory):
 
     def _chooses_in_few_calls(self, query: Tensor) -> bool:
         """Whether `sparse_fixed` can do what a pass over these queries takes."""
-        ready = self._all is not None and self._all.favour is not None and self._observer is None
-        return ready and not torch.is_grad_enabled() and query.dtype == self._all.keys.dtype and query.dtype in EXACT
+        if self._all is None or self._all.favour is None or self._observer is not None or torch.is_grad_enabled():
+            return False
+        return query.dtype == self._all.keys.dtype and query.dtype in EXACT
 
     def _attend_in_few_calls(self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool) -> Tensor:
         layout, fixed, state = self.layout, self.fixed, self.layers[layer]
-        assert fixed is not None and state is not None
+        assert fixed is not None
+        assert state is not None
         fixed.store(layout, layer, state, key, value)
         pooled = fixed.pool_queries(layout, layer, query)
         scores = fixed.scores(layer, state, pooled)
-        measure = clean and "mass" in self.rule.reads
-        out = self._attend_to_pool(state, layout.to_blocks(query), fixed.lists(state, scores), measure=measure)
+        queries, index, measure = (
+            layout.to_blocks(query),
+            fixed.lists(state, scores),
+            clean and "mass" in self.rule.reads,
+        )
+        found = None if measure else full_lists_attention(queries, state.keys, state.values, index)
+        out = (
+            self._attend_to_pool(state, queries, index, measure=measure) if found is None else layout.from_blocks(found)
+        )
         if clean:
             self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         return fixed.add_coarse(layout, layer, state, scores, out)
@@ -320,7 +327,7 @@ class SparseMemory(RolloutMemory):
         )
 
     def _finish(self, layer: int, state: SparseLayer, queries: Tensor, new: dict[str, Tensor]) -> None:
-        """What a clean pass leaves beside its blocks: mapped queries to rank by, and the chunk as autograd may see it."""
+        """What a clean pass leaves beside its blocks: mapped queries to rank by, the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
             selector = self.selection.selectors[layer]
@@ -383,13 +390,4 @@ class SparseMemory(RolloutMemory):
 
     def persistent_map(self) -> Tensor | None:
         states = [state for state in self.layers if state is not None and state.persistent.shape[2]]
-        if not states:
-            return None
-        n = self.layout.num_blocks
-        kept = torch.zeros(n, device=states[0].window.device)
-        for state in states:
-            place = gather_slots(state.origin, state.persistent)[0] % n
-            kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
-        layout = self.layout.on(kept.device)
-        tokens = kept.repeat_interleave(layout.sizes)[layout.inverse]
-        return tokens.view(layout.frames, layout.rows, layout.cols)
+        return map_origins(states, self.layout) if states else None

@@ -66,7 +66,8 @@ class FixedSelection:
 
     def store(self, layout: TileLayout, layer: int, state: SparseLayer, key: Tensor, value: Tensor) -> None:
         """Write the chunk's keys and values [B, L, H, D] and what is pooled of them into its slots, in place."""
-        assert state.value_representatives is not None and state.own_rows is not None
+        assert state.value_representatives is not None
+        assert state.own_rows is not None
         pools = state.keys, state.values, state.representatives, state.value_representatives
         pooled_keys = self._pool(layout, key, self.weights(layer, key.dtype).pool_keys)
         pooled_values = value.unflatten(1, (layout.num_blocks, -1)).mean(2).transpose(1, 2)
@@ -85,11 +86,10 @@ class FixedSelection:
         return pooled_queries @ self.weights(layer, pooled_queries.dtype).compare @ state.representatives.mT
 
     def lists(self, state: SparseLayer, scores: Tensor) -> Tensor:
-        """[B, H, n, P + K] int32: the persistent slots, a query block's own, then its best of the window."""
+        """[B, H, n, P + K]: the persistent slots, a query block's own, then its best of the window."""
         assert state.favour is not None
         kept = state.num_persistent + min(self.top_k, state.num_window)
-        order = torch.sort(scores + state.favour, dim=-1, descending=True, stable=True).indices
-        return order[..., :kept].to(torch.int32)
+        return torch.sort(scores + state.favour, dim=-1, descending=True, stable=True).indices[..., :kept]
 
     def add_coarse(self, layout: TileLayout, layer: int, state: SparseLayer, scores: Tensor, out: Tensor) -> Tensor:
         """out [B, L, H, D] with the coarse branch added."""

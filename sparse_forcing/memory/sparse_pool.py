@@ -23,7 +23,6 @@ from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.rope import shift_time, shift_time_
 from sparse_forcing.model.selector import HIDDEN
 
-
 OWN = 1e30
 """Added to the score of a query block's own block: more than any score, less than what persistent blocks get."""
 
@@ -285,7 +284,7 @@ class SparseLayer:
         self.store("own_rows", first + slots)
 
     def favour_slots(self, layout: TileLayout) -> None:
-        """Say what every query block of the chunk lists whatever its scores are: the persistent blocks, then its own."""
+        """Say what every query block of the chunk lists whatever its scores: the persistent blocks, then its own."""
         if self.slots.shape[2] < self.table.shape[2]:
             return
         n = layout.num_blocks

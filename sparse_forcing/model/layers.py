@@ -89,8 +89,8 @@ def gelu(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
         return F.gelu(x, approximate="tanh")
-    twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
+    one = constant_tensor((_GELU,), x.dtype, x.device)
+    return torch.addcmul(one, x, x, value=_GELU * 0.044715).mul_(x).sigmoid_().mul_(x)
 
 
 def ends_products(device: torch.device) -> bool:

@@ -26,8 +26,8 @@ NAN = float("nan")
 
 @pytest.fixture(params=["all at once", "one piece", "many pieces"])
 def pieces(request, monkeypatch):
-    """The CPU path as it is, without the one for small problems, and cut as finely as it goes, with wide pieces over the
-    persistent entries."""
+    """The CPU path as it is, without the one for small problems, and cut as finely as it goes, with wide pieces over
+    the persistent entries."""
     if request.param == "one piece":
         monkeypatch.setattr(cpu_small, "GATHERED_BYTES", 0)
     cut_fine(monkeypatch.setattr) if request.param == "many pieces" else None
@@ -44,8 +44,8 @@ def cut_fine(setattr_):
 
 
 def check(p: Problem, backend: str, tolerance: float | None = None) -> None:
-    """Output, lse, mass and every gradient of p against the float64 loop, and output and lse once more where nothing else
-    is wanted; p's own tensors may be of any type."""
+    """Output, lse, mass and every gradient of p against the float64 loop, and output and lse once more where nothing
+    else is wanted; p's own tensors may be of any type."""
     tolerance = TOLERANCE[p.query.dtype] if tolerance is None else tolerance
     exact_inputs = [x.detach().double().requires_grad_() for x in p.inputs]
     wanted = by_hand(p.with_inputs(*exact_inputs))

@@ -19,7 +19,7 @@ class Rollout:
 
     memory: RolloutMemory
 
-    def __init__(self) -> None:
+    def __init__(self, **settings) -> None:
         torch.manual_seed(0)
         self.model = CausalWanTransformer3DModel(
             num_attention_heads=2,
@@ -32,6 +32,7 @@ class Rollout:
             num_layers=LAYERS,
             chunk_frames=CHUNK,
             horizon_frames=HORIZON,
+            **settings,
         ).double()
         with torch.no_grad():
             for parameter in self.model.parameters():

@@ -20,21 +20,26 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 def takes(problem: Problem) -> bool:
     """Whether this is a small problem in float32 of full blocks and full lists, whose values can be read."""
     query, pool, _, index, query_sizes, key_sizes, _, _ = problem
-    if query_sizes is not None or key_sizes is not None or query.dtype != torch.float32:
+    if query_sizes is not None or key_sizes is not None or torch.compiler.is_compiling() or type(query) is not Tensor:
         return False
-    if torch.compiler.is_compiling() or type(query) is not Tensor or type(index) is not Tensor:
-        return False
-    gathered = 2 * index.numel() * pool[0, 0, 0].numel() * query.element_size()
-    return gathered <= GATHERED_BYTES * torch.get_num_threads() and int(index.amin()) >= 0
+    return is_small(query, pool, index) and int(index.amin()) >= 0
 
 
-def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
-    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq]) of a problem that this `takes`.
+def is_small(query: Tensor, pool: Tensor, index: Tensor) -> bool:
+    """Whether these lists are so short that they are best gathered at once."""
+    gathered = 2 * index.numel() * pool.shape[3] * pool.shape[4] * query.element_size()
+    return query.dtype == torch.float32 and gathered <= GATHERED_BYTES * torch.get_num_threads()
+
+
+def forward(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq]) of full blocks and full lists, which are not checked here; in legend
+    and meaning those of problem.py.
 
     None where a row's scores are all NaN or -inf, for which torch's kernel has 0 in both: the other path gives what is
     due.
     """
-    query, key_pool, value_pool, index, *_ = problem
     B, H, Nq, Tq, D = query.shape
     rows: dict[tuple[int, int], Tensor] = {}
 
@@ -47,5 +52,5 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor] | None:
         return torch.index_select(table, 0, rows[steps], out=memory).view(1, B * H * Nq, -1, D)
 
     q = query.contiguous().view(1, B * H * Nq, Tq, D)
-    out, lse = _flash(q, listed(key_pool, "stored keys"), listed(value_pool, "stored values"), scale=problem.scale)
+    out, lse = _flash(q, listed(key_pool, "stored keys"), listed(value_pool, "stored values"), scale=scale)
     return (out.view(query.shape), lse.view(query.shape[:-1])) if bool(lse.all()) else None

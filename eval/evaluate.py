@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparse_forcing.eval.options import EvaluateConfig, Mode, Suite
 from sparse_forcing.eval.vbench.aggregate import Totals, aggregate, read_scores
+from sparse_forcing.launch import Launch
+from sparse_forcing.shards import hold_shard, take_shard
 
 __all__ = ["EvaluateConfig", "Mode", "Suite", "evaluate"]
 
@@ -25,7 +28,7 @@ def evaluate(config: EvaluateConfig) -> int:
         if totals.refused:
             print(f"{config.aggregate}: {totals.refused}", file=sys.stderr)
         return 2 if totals.refused else 0
-    return _measure(config)
+    return _merge(config) if config.merge else _measure(config)
 
 
 def _format_totals(totals: Totals) -> str:
@@ -35,11 +38,9 @@ def _format_totals(totals: Totals) -> str:
 
 def _measure(config: EvaluateConfig) -> int:
     # Imported here: aggregating scores must not wait for torch.
-    from sparse_forcing.eval import results as result_files
     from sparse_forcing.eval.measuring.manifest import load_entries
-    from sparse_forcing.eval.report import write_report
-    from sparse_forcing.eval.run import Runner
-    from sparse_forcing.files import atomic_write_text, check_writable, output_lock
+    from sparse_forcing.files import check_writable
+    from sparse_forcing.launch import join_launch
 
     assert config.target is not None
     entries = load_entries(config.target)
@@ -47,21 +48,79 @@ def _measure(config: EvaluateConfig) -> int:
     _check_targets(config, entries)
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
-    with output_lock(folder):
-        runner = Runner(config)
-        for name, reason in runner.skipped.items():
-            if config.suite.startswith("vbench") or config.metrics:
-                print(f"{name}: not measured, {reason}", file=sys.stderr)
-        results = result_files.build_results(runner, _measure_with_progress(runner, entries))
-        atomic_write_text(folder / "results.json", result_files.to_json(results))
-        atomic_write_text(folder / "videos.csv", result_files.to_csv(results))
-        compared = [_measure_compared(runner, path, other) for path, other in zip(config.compare, others)]
-        if config.report:
-            write_report(folder / "report.html", [results, *compared], embed_videos=config.embed_videos)
+    with join_launch() as launch:
+        config = replace(config, device=launch.device(config.device))
+        with launch.hold(lambda: hold_shard(folder, config.shard)):
+            code = _measure_together(config, entries, others, launch)
+            return max(launch.gather(code))
+
+
+def _measure_together(config: EvaluateConfig, entries: list[Any], others: list[Any], launch: Launch) -> int:
+    """Measure what belongs to the shard, with the other processes of the launch; the first one writes and prints."""
+    from sparse_forcing.eval.results import build_results
+    from sparse_forcing.eval.run import Runner
+    from sparse_forcing.eval.shards import write_shard
+
+    runner = Runner(config)
+    first = launch.number == 0
+    for name, reason in runner.skipped.items():
+        if first and (config.suite.startswith("vbench") or config.metrics):
+            print(f"{name}: not measured, {reason}", file=sys.stderr)
+    own = take_shard(entries, config.shard)
+    records = _measure_with_progress(runner, own, launch)
+    measured = [other if isinstance(other, dict) else _measure_with_progress(runner, other, launch) for other in others]
+    if not first:
+        return 0
+    if config.shard is not None:
+        path = write_shard(runner, entries, records)
+        failed = sum("error" in record for record in records)
+        about = f"{len(records)} of {len(entries)} videos, {failed} failed; --merge {path} and the other shards"
+        print(json.dumps({"shard": str(path), "videos": len(records), "failed": failed}) if config.json else about)
+        return int(bool(records) and (failed == len(records) or (config.strict_exit and failed > 0)))
+    compared = [
+        other if isinstance(other, dict) else build_results(runner, other) | {"target": str(path)}
+        for path, other in zip(config.compare, measured)
+    ]
+    return _write_results(config, build_results(runner, records), compared)
+
+
+def _merge(config: EvaluateConfig) -> int:
+    from sparse_forcing.eval.results import load_results
+    from sparse_forcing.eval.shards import merge_shards
+    from sparse_forcing.files import check_writable, output_lock
+    from sparse_forcing.inputs import check_targets
+
+    compared = [load_results(path) for path in config.compare]
+    shards = config.merge
+    config, results = merge_shards(config)
+    check_targets(_result_files(config), [*shards, *config.compare, *config.official_results])
+    with output_lock(check_writable(config.output_folder, folder=True)):
+        return _write_results(config, results, compared)
+
+
+def _write_results(config: EvaluateConfig, results: dict[str, Any], compared: list[dict[str, Any]]) -> int:
+    """Write and print the results of a run; returns its exit code."""
+    from sparse_forcing.eval import results as result_files
+    from sparse_forcing.eval.report import write_report
+    from sparse_forcing.files import atomic_write_text
+
+    folder = config.output_folder
+    atomic_write_text(folder / "results.json", result_files.to_json(results))
+    atomic_write_text(folder / "videos.csv", result_files.to_csv(results))
+    if config.report:
+        write_report(folder / "report.html", [results, *compared], embed_videos=config.embed_videos)
     for note in results["notes"]:
         print(note, file=sys.stderr)
     print(json.dumps(_leave_out_videos(results, str(folder))) if config.json else _format_table(results, str(folder)))
     return _choose_exit_code(results, config.strict_exit)
+
+
+def _result_files(config: EvaluateConfig) -> list[Path]:
+    from sparse_forcing.eval.shards import shard_file
+
+    if config.shard is not None:
+        return [shard_file(config)]
+    return [config.output_folder / name for name in ("results.json", "videos.csv", "report.html")]
 
 
 def _choose_exit_code(results: dict[str, Any], strict: bool) -> int:
@@ -79,11 +138,7 @@ def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
     from sparse_forcing.inputs import check_targets
 
     folder, cache = config.output_folder, config.cache_folder
-    targets = [
-        *(folder / name for name in ("results.json", "videos.csv", "report.html")),
-        cache / "records",
-        cache / "features",
-    ]
+    targets = [*_result_files(config), cache / "records", cache / "features"]
     assert config.target is not None
     inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
     inputs += [*config.official_results, *(entry.video for entry in entries)]
@@ -101,15 +156,8 @@ def _load_compared(path: Path) -> dict[str, Any] | list[Any]:
     return load_results(path) if saved else load_entries(path)
 
 
-def _measure_compared(runner: Any, path: Path, other: dict[str, Any] | list[Any]) -> dict[str, Any]:
-    from sparse_forcing.eval.results import build_results
-
-    if isinstance(other, dict):
-        return other
-    return build_results(runner, _measure_with_progress(runner, other)) | {"target": str(path)}
-
-
-def _measure_with_progress(runner: Any, entries: list[Any]) -> list[dict[str, Any]]:
+def _measure_with_progress(runner: Any, entries: list[Any], launch: Launch) -> list[dict[str, Any]]:
+    """Records of all entries, each measured by one process of the launch; the first one has a bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
@@ -117,8 +165,10 @@ def _measure_with_progress(runner: Any, entries: list[Any]) -> list[dict[str, An
 
     console = Console(stderr=True)
     columns = ("measuring", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(entries))
+    own = list(launch.share(entries))
+    hidden = launch.number > 0 or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        task = progress.add_task("", total=len(own))
 
         def report(record: dict[str, Any]) -> None:
             progress.advance(task)
@@ -126,7 +176,11 @@ def _measure_with_progress(runner: Any, entries: list[Any]) -> list[dict[str, An
                 # Not through rich: a path with brackets is not markup, and a line must stay one line.
                 print(record["error"], file=sys.stderr)
 
-        return measure_all(runner, entries, report)
+        measured = measure_all(runner, own, report)
+    records: list[Any] = [None] * len(entries)
+    for number, share in enumerate(launch.gather(measured)):
+        records[number :: launch.count] = share
+    return records
 
 
 def _leave_out_videos(results: dict[str, Any], folder: str) -> dict[str, Any]:

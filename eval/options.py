@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.shards import check_shard
 
 Suite = Literal["offline", "drift", "vbench", "vbench-long"]
 Mode = Literal["strict", "vbench-compatible"]
+_OF_RESULTS = ("compare", "official_results")
+_OF_MEASURING = (
+    "suite", "metrics", "weights", "mode", "plugins", "stand_ins", "static_filter", "cache", "workers", "device",
+    "max_frames", "max_pixels",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """Options of an evaluation; the command line has one flag for each, spelled with hyphens.
 
-    target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate`.
+    target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate` or `merge`.
     suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
     metrics: names of the suite's metrics to keep.
     output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
     compare: earlier results to compare with: results.json files, folders holding one, or more videos to measure.
+    shard: (i, n): measure every n-th video from the i-th on, and write their records as a file to merge.
+    merge: those files, of all shards: writes what one run over all videos would.
     aggregate: a JSON of dimension scores; prints VBench's quality, semantic and total, measures nothing.
     json: print one JSON object instead of a table.
     weights: folder with the user's weight files, searched in subfolders too; default: VBENCH_CACHE_DIR, if set.
@@ -43,6 +51,8 @@ class EvaluateConfig:
     metrics: tuple[str, ...] = ()
     output: Path | None = None
     compare: tuple[Path, ...] = ()
+    shard: tuple[int, int] | None = None
+    merge: tuple[Path, ...] = ()
     aggregate: Path | None = None
     json: bool = False
     weights: Path | None = None
@@ -67,13 +77,26 @@ class EvaluateConfig:
             raise ConfigError(f"suite {self.suite!r} is unknown; choose one of {', '.join(get_args(Suite))}")
         if self.mode not in get_args(Mode):
             raise ConfigError(f"mode {self.mode!r} is unknown; choose one of {', '.join(get_args(Mode))}")
-        if (self.target is None) == (self.aggregate is None):
-            raise ConfigError("give either a folder or manifest to evaluate, or --aggregate SCORES.json")
+        if (self.target is not None) + (self.aggregate is not None) + bool(self.merge) != 1:
+            raise ConfigError(
+                "give either a folder or manifest to evaluate, or --merge SHARDS, or --aggregate SCORES.json"
+            )
+        if self.shard is not None:
+            check_shard(self.shard)
+            self._refuse("--shard measures a part of the videos", ("merge", "aggregate", *_OF_RESULTS))
+        if self.merge:
+            self._refuse("--merge measures nothing", _OF_MEASURING)
         for name in ("workers", "max_frames", "max_pixels", "resamples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
         if not self.worker_timeout > 0:
             raise ConfigError(f"worker_timeout must be positive, not {self.worker_timeout}")
+
+    def _refuse(self, why: str, names: tuple[str, ...]) -> None:
+        """Raise ConfigError for a setting that has no effect."""
+        for field in fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                raise ConfigError(f"{why}; --{field.name.replace('_', '-')} has no effect with it")
 
     @property
     def output_folder(self) -> Path:

@@ -6,12 +6,14 @@ import csv
 import io
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.statistics import percentile_interval, resample_ratio, summarize
 from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.eval.run import Record, Runner
@@ -24,11 +26,21 @@ from sparse_forcing.versions import list_versions
 
 SCHEMA = 1
 LONG_SECONDS = 5.0  # from here on VBench-Long applies
-_PACKAGES = ("torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
+RESULT_PACKAGES = ("torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
 DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
 
 
-def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What records were measured with: the options, metrics and networks of a run."""
+
+    config: EvaluateConfig
+    metrics: list[Metric]
+    skipped: dict[str, str]
+    fingerprints: dict[str, str]
+
+
+def build_results(runner: Runner | Measured, records: list[Record]) -> dict[str, Any]:
     """Everything `results.json` holds."""
     config = runner.config
     good = [record for record in records if "error" not in record]
@@ -47,7 +59,7 @@ def build_results(runner: Runner, records: list[Record]) -> dict[str, Any]:
         "differences": list_differences(config.suite),
         "failures": [{"video": record["video"], "error": record["error"]} for record in records if "error" in record],
         "missing_values": missing,
-        "versions": list_versions(_PACKAGES),
+        "versions": list_versions(RESULT_PACKAGES),
         "networks": runner.fingerprints,
         "settings": {
             "resamples": config.resamples,

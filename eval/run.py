@@ -153,7 +153,7 @@ def measure_all(
     """Records of all entries, in their order; `on_record` is called as each is finished."""
     workers = min(runner.config.workers, len(entries))
     finished: dict[int, Record] = {}
-    for number, record in _serial(runner, entries) if workers == 1 else _parallel(runner.config, entries, workers):
+    for number, record in _serial(runner, entries) if workers <= 1 else _parallel(runner.config, entries, workers):
         finished[number] = record
         on_record(record)
     return [finished[number] for number in range(len(entries))]

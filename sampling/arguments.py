@@ -135,6 +135,15 @@ def noise_source(
     return seeded if latents is None else GivenNoise(check_noise(latents, shape).to(device, dtype), seeded)
 
 
+def on_device(state: Any, device: torch.device) -> Any:
+    """All tensors within dicts and lists on the device."""
+    if isinstance(state, Tensor):
+        return state.to(device)
+    if isinstance(state, Mapping):
+        return {name: on_device(each, device) for name, each in state.items()}
+    return [on_device(each, device) for each in state] if isinstance(state, list) else state
+
+
 def check_embeddings(embeddings: Tensor, text_len: int, text_dim: int) -> Tensor:
     """`prompt_embeds` [B, T, text_dim], floating point and finite, with zeros up to `text_len` rows, all of which the
     model attends to."""

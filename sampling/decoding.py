@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.vae import VideoAutoencoder
-from sparse_forcing.sampling.rollout import RolloutChunk
+from sparse_forcing.sampling.rollout import RolloutChunk, no_state
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class VideoChunk:
 
     frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
     persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    state: what `pipe.stream` goes on from with the chunk after this one (`resumed`); see `RolloutChunk.state`.
     """
 
     index: int
@@ -30,6 +33,7 @@ class VideoChunk:
     decode_seconds: float
     cache_bytes: int
     persistent: np.ndarray | None
+    state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
 class SideStream:
@@ -71,6 +75,7 @@ def decode_chunks(
     given: Tensor | None,
     single: bool,
     not_finite: Callable[[int], Exception],
+    resumed: Mapping[str, Any] | None = None,
 ) -> Iterator[VideoChunk]:
     """Decode the `count` chunks of a rollout, timing model and decoder apart.
 
@@ -80,7 +85,9 @@ def decode_chunks(
     Args:
         memory: of the rollout. given: [B, F, C, h, w] latents that only lead the decoder in. single: leave out the
             dimension of the batch. not_finite: what to raise for a chunk of this number with NaN or infinity in it.
+        resumed: state of a chunk (`VideoChunk.state`) that the rollout goes on from, and the decoder with it.
     """
+    carried: list[Any] = [] if resumed is None else list(resumed["decoder"])
     arrived: list[tuple[RolloutChunk, float]] = []
     side = SideStream(device)
 
@@ -92,7 +99,7 @@ def decode_chunks(
             side.enter(part.latents)
             yield part.latents.transpose(1, 2)
 
-    stream = vae.decode_stream(latents())
+    stream = vae.decode_stream(latents(), carried)
     if given is not None:
         next(stream)
     try:
@@ -109,16 +116,28 @@ def decode_chunks(
             if not bool(_on_host(finite, side)):
                 raise not_finite(part.index)
             yield VideoChunk(
-                index=part.index,
-                frames=frames[0] if single else frames,
-                latents=part.latents,
-                seconds=part.seconds,
-                decode_seconds=time.perf_counter() - came,
-                cache_bytes=part.cache_bytes,
-                persistent=persistent,
-            )
+                index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
+                decode_seconds=time.perf_counter() - came, cache_bytes=part.cache_bytes, persistent=persistent,
+                state=partial(_state, part, carried),
+            )  # fmt: skip
     finally:
         side.leave()
+
+
+def _state(part: RolloutChunk, carried: list[Any]) -> dict[str, Any]:
+    """The rollout's state, and the decoder's."""
+    return {**part.state(), "decoder": list(carried)}
+
+
+@torch.no_grad()
+def undecoded_chunks(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
+    """The chunks of a rollout that another process decodes: videos of this size without frames."""
+    for part in parts:
+        frames = np.empty((len(part.latents), 0, *size, 3), np.float32)
+        yield VideoChunk(
+            index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
+            decode_seconds=0.0, cache_bytes=part.cache_bytes, persistent=None,
+        )  # fmt: skip
 
 
 def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:

@@ -127,6 +127,8 @@ def why_not_recorded(model: nn.Module, memory: RolloutMemory, training: bool) ->
         return "training needs its gradients"
     if memory.config.kind == "full":
         return "a full memory grows with every chunk"
+    if getattr(model, "sequence_parallel", None) is not None:
+        return "passes wait for other processes (sequence parallelism)"
     if any(each._forward_hooks or each._forward_pre_hooks or is_hooked(each) for each in model.modules()):
         return "modules of the model have hooks, which a replay would not call"
     return None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sparse_forcing.sampling.generation.generate import light_up
+from sparse_forcing.sampling.generation.clip import light_up
 from sparse_forcing.sampling.generation.prompts import check_prompt
 
 if TYPE_CHECKING:

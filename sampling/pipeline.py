@@ -30,14 +30,15 @@ from sparse_forcing.sampling.arguments import (
     check_embeddings,
     instance_of,
     noise_source,
+    on_device,
     prompt_list,
     start_frames,
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
-from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
-from sparse_forcing.sampling.rollout import DenoisingStep, StepCallback, rollout
+from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 
@@ -104,6 +105,7 @@ class SparseForcingPipeline(PipelineComponents):
         callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cuda_graphs: bool | None = None,
+        resumed: Mapping[str, Any] | None = None,
     ) -> Iterator[VideoChunk]:
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
@@ -125,6 +127,8 @@ class SparseForcingPipeline(PipelineComponents):
                 takes their place; setting `_interrupt` ends the video with this chunk.
             cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
                 device and nothing rules it out.
+            resumed: state of a chunk of an earlier stream (`VideoChunk.state`) with the same arguments, to go on from
+                with the chunk after it; image and video are in it.
 
         Raises:
             ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
@@ -144,8 +148,8 @@ class SparseForcingPipeline(PipelineComponents):
         text = self._texts(prompt, prompt_embeds, repeats)
         starts = self.geometry.chunk_starts(chunks, continued=continued)
         shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
-        noise = noise_source(generator, latents, shape, self._execution_device, self.dtype)
-        initial = None if start is None else self._initial_latents(start, len(text))
+        noise = noise_source(self._generator(generator), latents, shape, self._execution_device, self.dtype)
+        initial = None if start is None or resumed is not None else self._initial_latents(start, len(text))
         given = 0 if initial is None else initial.shape[1]
         state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
         if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
@@ -154,12 +158,7 @@ class SparseForcingPipeline(PipelineComponents):
         if sampler.guidance_scale != 1.0:
             unconditional = self.encode_prompt([negative]).to(text).expand_as(text)
         parts = rollout(
-            self.transformer,
-            text,
-            chunks,
-            state,
-            noise,
-            sampler,
+            self.transformer, text, chunks, state, noise, sampler,
             unconditional_text=unconditional,
             text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
             initial_latents=initial,
@@ -168,14 +167,29 @@ class SparseForcingPipeline(PipelineComponents):
             callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
             scheduler=self.scheduler,
             record=cuda_recorder() if graphs else None,
-        )
-        single = isinstance(prompt, str) and repeats == 1
-        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
-        stream = decode_chunks(
-            self.autoencoder, parts, state, count=len(chunks), device=self._execution_device, given=initial,
-            single=single, not_finite=self._not_finite,
+            resumed=(resumed := on_device(resumed, self._execution_device)),
         )  # fmt: skip
-        return self._until_the_end(stream)
+        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
+        single = isinstance(prompt, str) and repeats == 1
+        return self._until_the_end(self._decoded(parts, state, len(chunks), size, initial, resumed, single=single))
+
+    def _decoded(
+        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, count: int, size: tuple[int, int],
+        given: Tensor | None, resumed: Mapping[str, Any] | None, *, single: bool,
+    ) -> Iterator[VideoChunk]:  # fmt: skip
+        """The video's chunks; of several processes that make it together, the first one decodes."""
+        parallel = self.transformer.sequence_parallel
+        if parallel is not None and parallel.rank > 0:
+            return undecoded_chunks(parts, size, single=single)
+        return decode_chunks(
+            self.autoencoder, parts, memory, count=count, device=self._execution_device, given=given, single=single,
+            not_finite=self._not_finite, resumed=resumed,
+        )  # fmt: skip
+
+    def _generator(self, given: Any) -> Any:
+        """The caller's generator; where there is none, one that draws the same in all processes of a video."""
+        parallel = self.transformer.sequence_parallel
+        return parallel.same_generator(self._execution_device) if parallel is not None and given is None else given
 
     def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
         """What guidance leads away from; warns where there is none to do so."""
@@ -251,7 +265,12 @@ class SparseForcingPipeline(PipelineComponents):
         )  # fmt: skip
         if self.geometry.whole_video:
             return WholeVideo(geometry)
-        return make_memory(config, geometry, selectors=self.transformer.selectors)
+        selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
+        if parallel is not None:
+            if config.kind == "sparse" and config.retention == "random":
+                raise ConfigError("memory.retention: random counts all heads, of which a process of several has a part")
+            selectors = parallel.own_selectors(selectors)
+        return make_memory(config, geometry, selectors=selectors)
 
     def _texts(self, prompt: str | list[str] | None, prompt_embeds: Tensor | None, repeats: int) -> Tensor:
         if (prompt is None) == (prompt_embeds is None):

@@ -10,7 +10,7 @@ Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline lev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -58,6 +58,12 @@ class NoiseSource(Protocol):
         """[B, frames, C, H, W] noise for re-noising."""
         ...
 
+    def state_dict(self) -> dict[str, Any]:
+        """What another source of the same kind and arguments goes on from."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
 
 class SeededNoise:
     """One generator per sample, so that a sample does not depend on the batch it is generated in."""
@@ -77,6 +83,13 @@ class SeededNoise:
 
     fresh = chunk
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"generators": [generator.get_state() for generator in self.generators]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for generator, own in zip(self.generators, state["generators"]):
+            generator.set_state(own.cpu())
+
 
 class GivenNoise:
     """Noise of the whole video given by the caller, [B, F, C, H, W]; re-noising still draws."""
@@ -91,9 +104,21 @@ class GivenNoise:
     def fresh(self, frames: int) -> Tensor:
         return self.seeded.fresh(frames)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {**self.seeded.state_dict(), "used": self.used}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.seeded.load_state_dict(state)
+        self.used = state["used"]
+
 
 def nothing_to_remember() -> None:
     """The clean pass of a chunk that owes none."""
+
+
+def no_state() -> dict[str, Any]:
+    """The state of a rollout that none can go on from."""
+    raise NotImplementedError
 
 
 @dataclass(frozen=True)
@@ -104,6 +129,8 @@ class RolloutChunk:
     of the chunk before it included; cache_bytes: bytes the memory holds with it.
     remember: runs its clean pass, unless it has run. The rollout does so when it is asked for the next chunk, so only
         who wants it earlier (while a decoder works), or after the last one, has to call it.
+    state: what a rollout of the same arguments goes on from with the chunk after this one (`resumed`), its clean pass
+        run for that. Its tensors are those of the rollout, good until that is asked for the next chunk.
     """
 
     index: int
@@ -112,6 +139,7 @@ class RolloutChunk:
     seconds: float
     cache_bytes: int
     remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
+    state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +175,7 @@ def rollout(
     callback: StepCallback | None = None,
     record: Recorder | None = None,
     scheduler: Any = None,
+    resumed: Mapping[str, Any] | None = None,
 ) -> Iterator[RolloutChunk]:
     """Generate a video chunk by chunk; each chunk is yielded as soon as its latents are final.
 
@@ -159,14 +188,14 @@ def rollout(
         context_timestep: timestep of the clean pass.
         scheduler: a diffusers scheduler to take the sampler's steps with, in place of the sampler's own.
         record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
+        resumed: state of another rollout's chunk (`RolloutChunk.state`) to go on from; `initial_latents` is in it.
     """
-    network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training)
-    if record is not None and why_not_recorded(model, memory, training is not None) is None:
-        network.passes, network.infers = RecordedPasses(memory, record), False
+    network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training, record)
     network.read(text)
-    start = 0 if initial_latents is None else network.take(initial_latents, initial_chunks or chunks[:1])
+    given = initial_latents, initial_chunks or chunks[:1]
+    begin, start = (0, network.take(*given)) if resumed is None else network.go_on(resumed, noise)
     owed = CleanPass()
-    for index, frames in enumerate(chunks):
+    for index, frames in enumerate(chunks[begin:], begin):
         owed.run()
         changed = text_at(index) if index and text_at is not None else None  # it may wait for somebody who types
         began = time.perf_counter() - owed.seconds
@@ -182,10 +211,9 @@ def rollout(
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
-        if latents.device.type != "cpu":
-            torch.accelerator.synchronize(latents.device)  # seconds are of the work, not of its launch
-        seconds = time.perf_counter() - began
-        yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run)
+        seconds = _finished(latents) - began
+        state = partial(network.state, owed.run, noise, index + 1, start + frames)
+        yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run, state)
         if network.interrupted:
             return
         start += frames
@@ -198,6 +226,13 @@ def _only_infers(model: Any) -> bool:
     if any(map(is_hooked, model.modules())):
         return False
     return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
+
+
+def _finished(latents: Tensor) -> float:
+    """The time by when they are computed: seconds are of the work, not of its launch."""
+    if latents.device.type != "cpu":
+        torch.accelerator.synchronize(latents.device)
+    return time.perf_counter()
 
 
 def _context(latents: Tensor, noise: NoiseSource, shift: float, training: TrainingRollout | None) -> Tensor:
@@ -234,13 +269,17 @@ class _Network:
         guidance_scale: float,
         unconditional_text: Tensor | None,
         training: TrainingRollout | None,
+        record: Recorder | None,
     ) -> None:
         self.model, self.memory, self.training = model, memory, training
         self.guidance_scale = guidance_scale if guidance_scale != 1.0 else None
         self.unconditional_text = unconditional_text
         self.index, self.start, self.interrupted = 0, 0, False
-        self.passes: RecordedPasses | None = None
-        self.infers = training is None and memory.cache_gradient == "none" and _only_infers(model)
+        recorded = record is not None and why_not_recorded(model, memory, training is not None) is None
+        self.passes = RecordedPasses(memory, record) if record is not None and recorded else None
+        self.infers = (
+            self.passes is None and training is None and memory.cache_gradient == "none" and _only_infers(model)
+        )
         self.text: Tensor | None = None
         self.text_keys_values: TextKeysValues | None = None
 
@@ -259,8 +298,10 @@ class _Network:
             )
         self.text, self.text_keys_values = text, keys_values
 
-    def take(self, latents: Tensor, chunks: list[int]) -> int:
+    def take(self, latents: Tensor | None, chunks: list[int]) -> int:
         """Leave given frames [B, F0, C, H, W] in the memory, chunk by chunk; returns how many they are."""
+        if latents is None:
+            return 0
         for given in latents.split(chunks, 1):
             with self.mode():
                 self.memory.begin_chunk(given.shape[1])
@@ -278,6 +319,31 @@ class _Network:
         cost autograd nothing. Then all they make is made and changed in it; what leaves is a copy."""
         return torch.inference_mode() if self.infers else nullcontext()
 
+    def state(self, remember: Callable[[], None], noise: NoiseSource, index: int, start: int) -> dict[str, Any]:
+        """What `go_on` takes before chunk `index`, which begins at latent frame `start`."""
+        remember()
+        assert self.text is not None
+        return {
+            "chunk": index,
+            "start": start,
+            "text": self._conditional(self.text),
+            "unconditional_text": self.unconditional_text,
+            "memory": self.memory.state_dict(),
+            "noise": noise.state_dict(),
+        }
+
+    def go_on(self, state: Mapping[str, Any], noise: NoiseSource) -> tuple[int, int]:
+        """Take all that `state` gave; returns the number of the chunk to generate and its first latent frame."""
+        with self.mode():
+            self.memory.load_state_dict(state["memory"])
+        noise.load_state_dict(state["noise"])
+        self.unconditional_text = state["unconditional_text"]
+        self.read(state["text"])
+        return state["chunk"], state["start"]
+
+    def _conditional(self, text: Tensor) -> Tensor:
+        return text if self.guidance_scale is None else text.chunk(2)[0]
+
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
             return False
@@ -293,7 +359,7 @@ class _Network:
     def report(self, callback: StepCallback, step: int, timestep: Tensor, x: Tensor) -> tuple[Tensor, bool]:
         """Tell the callback what a step led to, and take what it changed: a hook of the samplers."""
         assert self.text is not None
-        text = self.text if self.guidance_scale is None else self.text.chunk(2)[0]
+        text = self._conditional(self.text)
         made = DenoisingStep(
             chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
             unconditional_text=self.unconditional_text,

@@ -2,7 +2,8 @@
 
 Every file of this project is written to a temporary sibling, flushed to the disk, and renamed over its final name, so
 that a crash, a full disk or a kill leaves either the old file or the new one. Temporaries are called
-`.sf-tmp-<pid>-<random><suffix>`: readers ignore them, `sweep_temporaries` removes those whose process is gone.
+`.sf-tmp-<pid>-<machine>-<random><suffix>`: readers ignore them, `sweep_temporaries` removes those whose process is
+gone.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ PathLike = str | os.PathLike[str]
 TEMPORARY_PREFIX = ".sf-tmp-"
 LOCK_NAME = ".sparse-forcing.lock"
 MAX_NAME_BYTES = 255
+_MACHINE = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
 NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS})
 """What the system says of a disk that takes no more."""
 
@@ -50,6 +52,10 @@ def _mode(path: PathLike, error: type[SparseForcingError]) -> int:
         return 0
     except (OSError, ValueError) as problem:
         raise error(f"cannot look at {os.fspath(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def _temporary(folder: Path, suffix: str = "") -> Path:
+    return folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{_MACHINE}-{secrets.token_hex(4)}{suffix}"
 
 
 def _cannot_write(path: Path, error: OSError, size: int | None = None) -> OutputError:
@@ -112,7 +118,7 @@ def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
         OutputError: the folder or file cannot be written, or the disk is full.
     """
     target = _resolve_target(path)
-    temporary = target.parent / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}{target.suffix[:16]}"
+    temporary = _temporary(target.parent, target.suffix[:16])
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
@@ -272,7 +278,7 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     shown = os.fsdecode(os.fspath(path))
     if "\0" in shown:
         raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
-    probe = Path(shown) / f"{TEMPORARY_PREFIX}{os.getpid()}-{secrets.token_hex(4)}"
+    probe = _temporary(Path(shown))
     missing = [folder for folder in (Path(shown), *Path(shown).parents) if not os.path.lexists(folder)]
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
@@ -306,43 +312,39 @@ def without_empty_folders(folders: Iterable[Path]) -> Iterator[None]:
 
 
 @contextmanager
-def output_lock(path: PathLike) -> Iterator[None]:
+def output_lock(path: PathLike, *, shared: bool = False) -> Iterator[None]:
     """Hold `path` (an existing folder, or a file to be written) for this run; a second run gets InUseError at once.
 
     A link is followed, so that a file is held under all of its names. What killed runs left in the folder is swept.
-    The lock dies with its process, so a killed run never blocks the next one. Not for network file systems without
-    working locks.
+    The lock dies with its process, so a killed run never blocks the next one. Runs that hold it `shared` do so beside
+    each other. Not for network file systems without working locks.
 
     Raises:
         OutputError: the lock cannot be written, on a full disk for example; none is left behind.
     """
     target = Path(os.path.realpath(path))
-    lock = (
-        target / LOCK_NAME if is_folder(target, OutputError) else target.parent / f"{LOCK_NAME}-{_name_digest(target)}"
-    )
-    handle = _take_lock(lock, target)
+    name = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
+    lock = target / LOCK_NAME if is_folder(target, OutputError) else target.parent / f"{LOCK_NAME}-{name}"
+    handle = _take_lock(lock, target, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
     try:
         sweep_temporaries(lock.parent)
         yield
     finally:
         # Unlinked while held: whoever opened the old file finds another inode under the name and starts over.
-        with suppress(OSError):
-            lock.unlink()
+        if not shared:
+            with suppress(OSError):
+                lock.unlink()
         os.close(handle)
 
 
-def _name_digest(target: Path) -> str:
-    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
-
-
-def _take_lock(lock: Path, target: Path) -> int:
+def _take_lock(lock: Path, target: Path, kind: int) -> int:
     while True:
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise _cannot_write(lock, error) from error
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
         except OSError as error:
             owner = os.pread(handle, 32, 0).decode("ascii", "replace").strip() or "unknown"
             os.close(handle)
@@ -382,8 +384,9 @@ def holds_nothing(folder: PathLike) -> bool:
 
 
 def _is_abandoned(path: Path) -> bool:
-    owner = path.name.removeprefix(TEMPORARY_PREFIX).partition("-")[0]
-    return path.name.startswith(TEMPORARY_PREFIX) and owner.isdigit() and not _alive(int(owner))
+    owner, *rest = path.name.removeprefix(TEMPORARY_PREFIX).split("-")
+    elsewhere = len(rest) > 1 and rest[0] != _MACHINE  # of several that write into one folder
+    return path.name.startswith(TEMPORARY_PREFIX) and owner.isdigit() and not elsewhere and not _alive(int(owner))
 
 
 def _alive(pid: int) -> bool:

@@ -22,14 +22,17 @@ SURFACE = {
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
     "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --grid --skip-existing --cuda-graphs --no-cuda-graphs --compile "
+    "--dtype --scale --overlay --live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "
+    "--cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
-    "evaluate": "TARGET --suite --metrics --output --compare --aggregate --json --weights --mode --official-results "
+    "evaluate": "TARGET --suite --metrics --output --compare --merge --aggregate --json --weights --mode "
+    "--official-results "
     "--plugins --stand-ins --static-filter --cache --workers --worker-timeout --device --max-frames --max-pixels "
-    "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples",
+    "--strict-exit --report --no-report --embed-videos --no-embed-videos --resamples "
+    "--shard",
     "bench": "WHAT --quick --repeats --device --model --prompts --size --objects --horizons --memories --batch-size "
-    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --frames-around "
+    "--seed --num-inference-steps --guidance-scale --worlds --gaps --grounds --by-ground --count --num-frames "
     "--split --positions --model-size --height --width --chunks --dtype --decode "
     "--cuda-graphs --no-cuda-graphs --output",
     "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
@@ -73,8 +76,8 @@ def test_flags_are_frozen(command: str) -> None:
 @pytest.mark.parametrize(
     ("config", "texts", "arguments"),
     [
-        (GenerateConfig, generate_command.FLAGS, {"prompts", "then"}),
-        (EvaluateConfig, evaluate_command.FLAGS, {"target"}),
+        (GenerateConfig, generate_command.FLAGS, {"prompts", "then", "shard"}),
+        (EvaluateConfig, evaluate_command.FLAGS, {"target", "shard"}),
     ],
 )
 def test_every_setting_has_a_flag(config: type, texts: dict[str, str], arguments: set[str]) -> None:

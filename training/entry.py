@@ -18,6 +18,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig"),
     "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig"),
     "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig"),
+    "retention": ("sparse_forcing.training.recipes.retention", "RetentionConfig"),
     "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig"),
 }
 """stage: (module, config class). The module has `train(config, output folder, resume)`; a line here adds a stage."""

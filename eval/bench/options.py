@@ -77,8 +77,8 @@ class RecallBenchConfig:
     """Options of `bench recall`.
 
     worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
-    a cell of its own. count: worlds in a cell. frames_around: pixel frames of a world beside the gap. split: of the
-    looks that return. memories: in words (sparse_forcing.memory.parse). positions: of all of them.
+    a cell of its own. count: worlds in a cell. num_frames: pixel frames of a world; the gap and 64 more where None.
+    split: of the looks that return. memories: in words (sparse_forcing.memory.parse). positions: of all of them.
     """
 
     model: str = "tiny-worlds"
@@ -88,7 +88,7 @@ class RecallBenchConfig:
     grounds: tuple[str, ...] = ("smooth", "striped", "textured")
     by_ground: bool = False
     count: int = 200
-    frames_around: int = 48
+    num_frames: int | None = None
     split: str = "train"
     memories: tuple[str, ...] = ("full", "window", "sparse")
     positions: Literal["absolute", "relative"] | None = None
@@ -99,8 +99,8 @@ class RecallBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.count, self.batch_size, self.frames_around) < 1:
-            raise ConfigError("--count, --batch-size and --frames-around must be positive")
+        if min(self.count, self.batch_size, self.num_frames or 1) < 1:
+            raise ConfigError("--count, --batch-size and --num-frames must be positive")
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
             raise ConfigError(f"--gaps: must be windows above 0, got {self.gaps}")
         WorldConfig(grounds=self.grounds, split=self.split)

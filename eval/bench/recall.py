@@ -32,6 +32,7 @@ from sparse_forcing.scenes.worlds.config import WorldConfig
 
 SHARES = (*ASPECTS, "all")
 SHEET_WORLDS = 6
+FRAMES_AROUND = 64  # of a gap, before and after
 
 
 def run(config: RecallBenchConfig) -> int:
@@ -91,7 +92,10 @@ def plan_cell(
     if frames < 1:
         raise ConfigError(f"--gaps: {gap:g} windows of {window} frames are less than a frame; choose a larger gap")
     worlds = WorldConfig(
-        frames=frames + config.frames_around, gap=(frames, frames + 3), grounds=grounds, split=config.split
+        frames=config.num_frames or frames + FRAMES_AROUND,
+        gap=(frames, frames + 3),
+        grounds=grounds,
+        split=config.split,
     )
     return plan_tasks(pipe, kind, worlds, config.count, config.seed)
 

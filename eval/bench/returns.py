@@ -26,7 +26,7 @@ from sparse_forcing.scenes.worlds.world import World
 
 TRIES = 50  # worlds drawn for each that is wanted
 LOOKED_AT = 6  # frames of a return that the judge wants to see
-ON_ITS_WAY = 3  # last given frames in which a camera must be coming back: nobody could know when it turns
+ON_ITS_WAY = 3  # last given frames that must show the camera coming back, or the wall at which it turns
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,21 +73,24 @@ def plan_tasks(pipe: SparseForcingPipeline, kind: str, worlds: WorldConfig, coun
 
 def _task(pipe: SparseForcingPipeline, number: int, world: World, entry: Return) -> Task | None:
     """Given are the whole chunks before anything of the object shows again; None where there are none, or where what is
-    given does not say that the camera is on its way back."""
+    given does not say when the camera comes back."""
     given = pipe.geometry.whole_chunk_frames(entry.last_seen + entry.gap + 1)
     until = min(entry.frames[1], entry.frames[0] + LOOKED_AT)
-    if given < ON_ITS_WAY or not _returns_already(world, entry, given):
+    if given < ON_ITS_WAY or not _says_when(world, entry, given):
         return None
     return Task(number=number, world=world, entry=entry, given=given, generated=until - given)
 
 
-def _returns_already(world: World, entry: Return, given: int) -> bool:
-    """Whether a camera that moves at all comes nearer in the last given frames."""
+def _says_when(world: World, entry: Return, given: int) -> bool:
+    """Whether a camera that moves at all comes nearer in the last given frames, or the wall at which it turns shows."""
     if max(world.camera) == min(world.camera):
         return True
-    target = world.camera[entry.frames[0]]
-    away = [abs(place - target) for place in world.camera[given - ON_ITS_WAY : given]]
-    return all(later < earlier for earlier, later in pairwise(away))
+    last = range(given - ON_ITS_WAY, given)
+    away = [abs(world.camera[frame] - world.camera[entry.frames[0]]) for frame in last]
+    walls = [panel.boxes[frame] for panel in world.panels for frame in last]
+    return all(later < earlier for earlier, later in pairwise(away)) or (
+        bool(walls) and all(left < 1 and right > 0 for left, _, right, _ in walls)
+    )
 
 
 def answer_tasks(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.shards import check_shard
 
 # Prompts outside VBench: the dimensions that need nothing but the video and its text.
 CUSTOM_DIMENSIONS = (
@@ -92,9 +93,7 @@ def vbench_work_list(
     flicker_samples: more samples for the temporal-flickering prompts (25 in the official protocol).
     To resume, skip file names that exist: two prompts occur in two rows and name the same files.
     """
-    number, of = shard
-    if of < 1 or not 0 <= number < of:
-        raise ConfigError(f"shard {number}/{of}: expected 0 <= i < n")
+    number, of = check_shard(shard)
     if samples < 1:
         raise ConfigError(f"samples must be at least 1, not {samples}")
     first_row = {row.prompt: position for position, row in reversed(list(enumerate(vbench_prompts())))}

@@ -64,8 +64,8 @@ def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor)
 
 def norm_rotate_pairs(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """`norm_rotate` of several x [B, L, N, C] at once, each with its own weight of [N, C]: [B, L, N, H, D]."""
-    power = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(x.shape[-1]).add_(eps)
-    normed = (x * power.rsqrt_()).mul_(weight).unflatten(-1, (-1, cos.shape[-1], 2))
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = (x * scale).mul_(weight).unflatten(-1, (-1, cos.shape[-1], 2))
     turned = torch.view_as_complex(normed) * torch.complex(cos, sin)[:, None, None]
     return torch.view_as_real(turned).flatten(-2)
 

@@ -12,29 +12,29 @@ import platform
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_forcing import __version__
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
-from sparse_forcing.errors import OutputError
 from sparse_forcing.files import (
     atomic_write_json,
     check_writable,
-    output_lock,
     sweep_temporaries,
     without_empty_folders,
 )
+from sparse_forcing.launch import ALONE, Launch
+from sparse_forcing.sampling.generation.checkpoints import find_checkpoint, remove_checkpoint
+from sparse_forcing.sampling.generation.clip import Clip
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 from sparse_forcing.sampling.generation.outputs import (
     check_inputs,
     check_sidecar,
     is_finished,
     output_folders,
-    overlay_path,
-    remove_old,
 )
 from sparse_forcing.sampling.generation.settings import (
     Settings,
@@ -42,12 +42,12 @@ from sparse_forcing.sampling.generation.settings import (
     chunk_remarks,
     explained_out_of_memory,
     resolve_settings,
+    stream_arguments,
 )
+from sparse_forcing.shards import hold_shard
 from sparse_forcing.threads import limited_threads
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 
@@ -60,46 +60,67 @@ class Progress:
     def end(self) -> None: ...
 
 
-def generate(config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+def generate(
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress | None = None, launch: Launch = ALONE
+) -> Iterator[dict[str, Any]]:
     """Generate every job; yields its sidecar record (and `path`) as soon as its files are complete.
+
+    Args:
+        launch: the processes that share the jobs; each yields its own.
 
     Raises:
         SparseForcingError: bad settings, weights or output; all that can be known before loading is checked before.
     """
-    progress = progress or Progress()
+    if not jobs:
+        return
+    progress = Progress() if progress is None or launch.follows else progress
     folders = output_folders(config, jobs)
     waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
     check_inputs(config, waiting)
     with without_empty_folders(folders):
         for folder in folders:
             check_writable(folder, folder=True)
-        with output_lock(config.output):
-            for folder in folders:
-                sweep_temporaries(folder)
-            waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
-            check_inputs(config, waiting)  # another run may have moved files meanwhile
-            for job in waiting:
-                check_sidecar(job)
-            if len(waiting) < len(jobs):
-                progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
-            if waiting:
-                yield from _generate_all(config, waiting, progress, shown=len(jobs))
-            if config.grid is not None:
+        with launch.hold(lambda: hold_shard(config.output, config.shard)):
+            waiting = launch.from_first(lambda: _waiting_jobs(config, jobs, folders, progress))
+            if own := launch.share(waiting):
+                yield from _generate_all(config, own, progress, shown=len(jobs), launch=launch)
+            launch.wait()
+            if config.grid is not None and launch.number == 0:
                 from sparse_forcing.media.grid import write_grid
 
                 write_grid([job.video for job in jobs], config.grid)
                 progress.note(f"{config.grid}: {len(jobs)} videos side by side")
 
 
+def _waiting_jobs(
+    config: GenerateConfig, jobs: Sequence[Job], folders: Sequence[Path], progress: Progress
+) -> list[Job]:
+    """The jobs that are to be done, once nobody else writes there."""
+    for folder in folders:
+        sweep_temporaries(folder)
+    waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
+    check_inputs(config, waiting)  # another run may have moved files meanwhile
+    for job in waiting:
+        check_sidecar(job)
+    if len(waiting) < len(jobs):
+        progress.note(f"{len(jobs) - len(waiting)} of {len(jobs)} videos exist already")
+    for job in set(jobs).difference(waiting):
+        remove_checkpoint(job)
+    return waiting
+
+
 def _generate_all(
-    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int
+    config: GenerateConfig, jobs: Sequence[Job], progress: Progress, *, shown: int, launch: Launch
 ) -> Iterator[dict[str, Any]]:
     """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.memory.retention import find_rule
     from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
+    from sparse_forcing.sampling.generation.together import check_launch, follow_video, join_processes
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
+    if config.sequence_parallel:
+        check_launch(config, launch)
     start = read_start(config, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
@@ -109,6 +130,8 @@ def _generate_all(
     pipe = load_pipeline(config)
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
+    if config.sequence_parallel:
+        join_processes(pipe)
     if config.grid is not None:
         from sparse_forcing.media.grid import check_grid
 
@@ -117,6 +140,9 @@ def _generate_all(
     given = start_arguments(config, settings, start, pipe)
     with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
         for number, job in enumerate(jobs, 1):
+            if launch.follows:
+                follow_video(pipe, config, settings, job, given)
+                continue
             progress.begin(job, number, len(jobs))
             record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
             progress.end()
@@ -127,11 +153,11 @@ def _shortage(config: GenerateConfig) -> str | None:
     """What to say before a model is loaded onto a GPU that is too small for the video."""
     import torch
 
-    if not resolve_device(config.device).startswith("cuda"):
+    if not resolve_device(config.device).startswith("cuda") or config.sequence_parallel:  # it counts one process alone
         return None
     from sparse_forcing.sampling.generation.preflight import shortage
 
-    return shortage(config, torch.cuda.get_device_properties(0).total_memory)
+    return shortage(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
@@ -171,30 +197,27 @@ def generate_video(
 
     `given`: further arguments of `pipe.stream`, what the video starts from.
     """
-    import torch
-
-    clip = _Clip(config, settings, job, pipe.fps)
-    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
+    described = _describe_run(pipe, config, settings, job)
+    checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
+    keep_in = None if checkpoints is None else checkpoints.folder
+    clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
+    resumed = None if begun is None else begun.stream
     with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
-        stream = pipe.stream(
-            job.prompt, height=settings.height, width=settings.width, num_frames=settings.num_frames,
-            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-            generator=torch.Generator("cpu").manual_seed(job.seed), memory=settings.memory,
-            prompt_changes=settings.prompt_changes, **given,
-            **graphs,
-        )  # fmt: skip
-        for chunk in stream:
+        for chunk in pipe.stream(job.prompt, **stream_arguments(config, settings, job), resumed=resumed, **given):
             clip.add(chunk)
             progress.frames(clip.written, settings.num_frames)
+            if checkpoints is not None and clip.written < settings.num_frames and checkpoints.is_due(chunk):
+                checkpoints.save(chunk, clip.state(), clip.tails())
     if clip.trimmed:
         progress.note(f"{clip.written} frames do not fill whole chunks: {clip.trimmed} more were made and cut off")
     record = {
-        **_describe_run(pipe, config, settings, job),
+        **described,
         **clip.summary(),
         "model_load_seconds": model_load_seconds,
         "warnings": messages,
     }
     atomic_write_json(job.sidecar, record)
+    remove_checkpoint(job)
     return record | {"path": str(job.video)}
 
 
@@ -224,99 +247,12 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
             "image": to_plain(config.image),
             "video": to_plain(config.video),
         },
     }
-
-
-class _Clip:
-    """The files of one job while its chunks arrive, and what was measured on the way."""
-
-    def __init__(self, config: GenerateConfig, settings: Settings, job: Job, fps: float) -> None:
-        self.config, self.settings, self.job, self.fps = config, settings, job, fps
-        self.written = self.trimmed = self.cache_bytes = 0
-        self.seconds: list[float] = []
-        self.decode_seconds: list[float] = []
-        self.first_frame: float | None = None
-        self.size: tuple[int, int, int] | None = None
-
-    def __enter__(self) -> _Clip:
-        self._stack = ExitStack().__enter__()
-        self._began = time.perf_counter()
-        return self
-
-    def add(self, chunk: Any) -> None:
-        """Write one chunk's frames, up to the wanted length."""
-        import numpy as np
-
-        if self.first_frame is None:
-            self.first_frame = time.perf_counter() - self._began
-        frames = np.asarray(chunk.frames, dtype=np.float32)
-        room = min(len(frames), self.settings.num_frames - self.written)
-        self.trimmed += len(frames) - room
-        self.seconds.append(float(chunk.seconds))
-        self.decode_seconds.append(float(chunk.decode_seconds))
-        self.cache_bytes = max(self.cache_bytes, int(chunk.cache_bytes))
-        if self.size is None:
-            self._open(*frames.shape[1:3])
-        self._writer.write(frames[:room])
-        if self.config.overlay:
-            self._overlay.write(light_up(frames[:room], chunk.persistent))
-        self.written += room
-
-    def _open(self, height: int, width: int) -> None:
-        from sparse_forcing.media.video import VideoWriter
-
-        self.size = (height, width, self.settings.scale)
-        shape: dict[str, Any] = {"fps": self.fps, "height": height, "width": width, "scale": self.settings.scale}
-        # Left in reverse: what is old goes before the video is committed, the overlay never stands without its video.
-        if self.config.overlay:
-            self._overlay = self._stack.enter_context(VideoWriter(overlay_path(self.job), **shape))
-        self._writer = self._stack.enter_context(VideoWriter(self.job.video, **shape))
-        self._stack.push(self._remove_old)
-
-    def _remove_old(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            remove_old(self.job)
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None and self.size is None:
-            raise OutputError(f"cannot write {self.job.video}: the model produced no frames")
-        self._stack.__exit__(kind, error, trace)
-        self._wall = time.perf_counter() - self._began
-
-    def summary(self) -> dict[str, Any]:
-        """Sizes and timings for the sidecar; seconds unless the name says otherwise."""
-        height, width, scale = self.size or (0, 0, 1)
-        made, model, decode = self.written + self.trimmed, sum(self.seconds), sum(self.decode_seconds)
-        return {
-            "num_frames": self.written,
-            "trimmed_frames": self.trimmed,
-            "fps": self.fps,
-            "height": height,
-            "width": width,
-            "scale": scale,
-            "time_to_first_frame": self.first_frame,
-            "seconds_per_chunk": self.seconds,
-            "decode_seconds_per_chunk": self.decode_seconds,
-            "wall_seconds": self._wall,
-            "generated_fps_without_decoding": made / model if model else None,
-            "generated_fps_with_decoding": made / (model + decode) if model + decode else None,
-            "cache_bytes_peak": self.cache_bytes,
-        }
-
-
-def light_up(frames: np.ndarray, persistent: Any) -> np.ndarray:
-    """Frames [F, H, W, 3] in [0, 1], dimmed except where `persistent` [F, H, W] in [0, 1] says (None: nowhere)."""
-    import numpy as np
-
-    if persistent is None:
-        return frames * np.float32(0.4)
-    weight = np.asarray(persistent, dtype=np.float32)[: len(frames), ..., None]
-    amber = np.array([1.0, 0.75, 0.2], np.float32)
-    return np.clip(frames * (0.4 + 0.6 * weight) + 0.25 * weight * amber, 0, 1)
 
 
 def versions() -> dict[str, str]:

@@ -12,12 +12,14 @@ from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
 from sparse_forcing.media.listing import VIDEO_SUFFIXES
 from sparse_forcing.sampling.generation.prompts import check_prompt, check_prompts, read_prompts
+from sparse_forcing.shards import check_shard, take_shard
 
 MAX_FRAMES = 1_000_000
 MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/video.py, which is too heavy to import here
 MAX_BLOCKS = 1_000_000
 MAX_JOBS = 100_000
 MAX_GRID = 64  # videos side by side
+USUAL_CHECKPOINTS = 20  # chunks between them in a run that can be resumed
 Preset = Literal[
     "wan-1.3b", "wan-14b", "self-forcing", "self-forcing-framewise", "causvid", "longlive", "sparse-forcing"
 ]
@@ -29,6 +31,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE), "shift": (0.01, 100), "chunk_frames": (1, MAX_FRAMES), "fps": (0.1, 1000),
+    "checkpoint_every": (1, MAX_FRAMES),
 }  # fmt: skip
 _OTHER_SUFFIXES = frozenset(
     ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
@@ -64,8 +67,13 @@ class GenerateConfig:
     text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
+    live: also write live/NAME.mp4, which can be watched while it grows; it goes when the video is complete.
     grid: also write all videos side by side as one animated picture, a .webp or .gif file.
     skip_existing: leave out videos that are already there.
+    resume: go on where a killed run of the same settings left a video; implies skip_existing.
+    checkpoint_every: chunks between what a killed run can go on from; None: a usual number with `resume`, else never.
+    shard: (i, n): every n-th video from the i-th on, so that n machines share a list of prompts.
+    sequence_parallel: all processes of a launch make each video together, instead of sharing the videos.
     cuda_graphs: replay the passes of steady chunks as CUDA graphs; None: where that can be. compile: the transformer,
         with torch.compile.
     """
@@ -106,8 +114,13 @@ class GenerateConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     scale: int | None = None
     overlay: bool = False
+    live: bool = False
     grid: Path | None = None
     skip_existing: bool = False
+    resume: bool = False
+    checkpoint_every: int | None = None
+    shard: tuple[int, int] | None = None
+    sequence_parallel: bool = False
     cuda_graphs: bool | None = None
     compile: bool = False
 
@@ -118,6 +131,8 @@ class GenerateConfig:
             raise ConfigError("give prompts or --prompt-file, not both")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
+        if self.resume:
+            object.__setattr__(self, "skip_existing", True)
         for name in BOUNDS:
             _check_bounds(name, getattr(self, name))
         for name in ("model", "image", "video"):
@@ -143,6 +158,31 @@ class GenerateConfig:
             raise ConfigError(f"--grid {self.grid}: only {' and '.join(GRID_SUFFIXES)} files are written")
         if self.output.suffix.lower() in _OTHER_SUFFIXES:
             raise ConfigError(f"--output {self.output}: only .mp4 files are written")
+        if self.sequence_parallel:
+            self._check_together()
+        if self.shard is not None:
+            check_shard(self.shard)
+            if self.to_file:
+                raise ConfigError(f"--output {self.output} is one video, of which --shard makes no part; give a folder")
+            if self.grid is not None:
+                raise ConfigError("--grid shows all videos of a list; leave it or --shard out")
+
+    def _check_together(self) -> None:
+        """Raise ConfigError for what one process of several, which has the cache of its heads, cannot do."""
+        for name in ("overlay", "resume", "checkpoint_every", "cuda_graphs", "compile"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"{flag(name)} needs the whole model in one process; leave it or --sequence-parallel out"
+                )
+        if self.retention == "random":
+            raise ConfigError(
+                "--retention random counts all heads, of which each process of --sequence-parallel has some"
+            )
+
+    @property
+    def checkpoints(self) -> int | None:
+        """Chunks between checkpoints; None where none are made."""
+        return self.checkpoint_every or (USUAL_CHECKPOINTS if self.resume else None)
 
     @property
     def to_file(self) -> bool:
@@ -210,4 +250,4 @@ def plan(config: GenerateConfig) -> list[Job]:
                     sidecar=video.with_suffix(".json"),
                 )
             )
-    return jobs
+    return take_shard(jobs, config.shard)

@@ -7,18 +7,32 @@ them leaves a video without a sidecar, which `--skip-existing` takes for unfinis
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import check_target, is_file, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
+from sparse_forcing.sampling.generation.checkpoints import checkpoint_folder
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
 
 OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
+LIVE_FOLDER = "live"
 
 
 def overlay_path(job: Job) -> Path:
     return job.video.parent / OVERLAY_FOLDER / job.video.name
+
+
+def live_path(job: Job) -> Path:
+    return job.video.parent / LIVE_FOLDER / job.video.name
+
+
+def remove_live(job: Job) -> None:
+    """Remove the file that could be watched while the video was made; a player that has it open keeps it."""
+    with suppress(OSError):
+        live_path(job).unlink(missing_ok=True)
+        live_path(job).parent.rmdir()
 
 
 def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
@@ -30,8 +44,12 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
     paths = [path for job in jobs for path in (job.video, job.sidecar)]
     if config.overlay:
         paths += map(overlay_path, jobs)
+    if config.live:
+        paths += map(live_path, jobs)
     if config.grid is not None:
         paths.append(config.grid)
+    if config.checkpoints:
+        paths += [checkpoint_folder(job).with_name(job.video.name) for job in jobs]  # beside the folder: no such file
     return list(dict.fromkeys(check_target(path).parent for path in paths))
 
 
@@ -44,6 +62,10 @@ def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
         inputs += [config.video.with_suffix(".json"), config.video.parent / OVERLAY_FOLDER / config.video.name]
     if config.grid is not None:
         targets.append(config.grid)
+    if config.live:
+        targets += map(live_path, jobs)
+    if config.checkpoints:
+        targets += map(checkpoint_folder, jobs)
     check_targets(targets, inputs, sealed=model_folders([config.model]))
 
 

@@ -6,11 +6,11 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import ConfigError, SparseForcingError
-from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, GenerateConfig, flag
+from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY_KNOBS, GenerateConfig, Job, flag
 
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
@@ -98,6 +98,24 @@ def resolve_settings(config: GenerateConfig, pipe: SparseForcingPipeline) -> Set
         memory=_check_whole(config, pipe) or memory_config(config, pipe.default_memory),
         prompt_changes=_prompt_changes(config, pipe, num_frames),
     )
+
+
+def stream_arguments(config: GenerateConfig, settings: Settings, job: Job) -> dict[str, Any]:
+    """Arguments of `pipe.stream` for one video, but for its prompt and what it starts from."""
+    import torch
+
+    graphs: dict[str, Any] = {} if config.cuda_graphs is None else {"cuda_graphs": config.cuda_graphs}
+    return {
+        "height": settings.height,
+        "width": settings.width,
+        "num_frames": settings.num_frames,
+        "num_inference_steps": settings.num_inference_steps,
+        "guidance_scale": settings.guidance_scale,
+        "generator": torch.Generator("cpu").manual_seed(job.seed),
+        "memory": settings.memory,
+        "prompt_changes": settings.prompt_changes,
+        **graphs,
+    }
 
 
 def _check_guidance(config: GenerateConfig, defaults: PipelineConfig) -> None:

@@ -47,7 +47,7 @@ RECALL_FLAGS = {
     "grounds": "recall: kinds of ground (default: smooth striped textured)",
     "by_ground": "recall: each ground in a cell of its own",
     "count": "recall: worlds in a cell (default: 200)",
-    "frames_around": "recall: pixel frames of a world beside the gap (default: 48)",
+    "num_frames": "recall: pixel frames of a world (default: the gap and 64 more)",
     "split": "recall: of the looks that return, train or heldout (default: train)",
     "positions": "recall: absolute or relative (default: the model's)",
 }

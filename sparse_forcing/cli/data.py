@@ -82,10 +82,12 @@ def _gap(text: str) -> tuple[int, int]:
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
     """Write shards by a config; the first process of a launch answers for all."""
+    import torch
+
     from sparse_forcing.config import load_config
-    from sparse_forcing.training.data.launch import data_launch
+    from sparse_forcing.devices import resolve_device
+    from sparse_forcing.launch import join_launch
     from sparse_forcing.training.data.shards import Shards, refused_samples, shard_files
-    from sparse_forcing.training.engine.parallel import rank
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
@@ -95,9 +97,10 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
         paths.append(arguments.config)
     check_targets(shard_files(arguments.output), paths, sealed=models, added_to=[arguments.output])
     output: Path = check_writable(arguments.output, folder=True)
-    with data_launch(output) as device:
+    with join_launch() as launch, launch.hold(lambda: output_lock(output)):
+        device = torch.device(resolve_device(launch.device("auto")))
         written = getattr(module, function)(config, output, device)
-        if rank() != 0:
+        if launch.number != 0:
             return None
         return {
             "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),

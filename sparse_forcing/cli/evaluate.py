@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sparse_forcing.cli.flags import Parser, add_config_flags, path, read_config
+from sparse_forcing.cli.flags import Parser, add_config_flags, path, read_config, shard
 from sparse_forcing.eval.options import EvaluateConfig
 
 FLAGS = {
@@ -12,6 +12,7 @@ FLAGS = {
     "metrics": "only these metrics of the suite",
     "output": "folder for the results (default: evaluation-SUITE beside the target)",
     "compare": "results of earlier runs, or more videos, to compare with",
+    "merge": "files that --shard wrote, of all shards: write the results of one run over all videos",
     "aggregate": "compute VBench's totals from a JSON of dimension scores, measuring nothing",
     "json": "print one JSON object instead of a table",
     "weights": "folder with weight files for the networks of VBench",
@@ -36,6 +37,9 @@ FLAGS = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("target", metavar="TARGET", nargs="?", type=path, help="folder, manifest or video")
     add_config_flags(parser, EvaluateConfig, FLAGS)
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N", help="measure every N-th video from the I-th, to be merged (--merge)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -83,8 +83,14 @@ def path(text: str) -> Path:
     return Path(text)
 
 
+def shard(text: str) -> tuple[int, int]:
+    """ "0/4" -> (0, 4)."""
+    number, _, count = text.partition("/")
+    return int(number), int(count)
+
+
 _PARSERS: dict[Any, Any] = {int: whole_number, float: number, str: str, Path: path}
-for _function, _name in ((whole_number, "whole number"), (number, "number"), (path, "path")):
+for _function, _name in ((whole_number, "whole number"), (number, "number"), (path, "path"), (shard, "I/N")):
     _function.__name__ = _name  # argparse puts it into "invalid ... value"
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from sparse_forcing.cli import say
-from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config
+from sparse_forcing.cli import note, say
+from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config, shard
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.launch import Launch, join_launch
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, plan
 from sparse_forcing.sampling.generation.outputs import is_finished
 
@@ -52,8 +53,12 @@ FLAGS = {
     "dtype": "number format of the weights (default: the model's)",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
+    "live": "also write live/NAME.mp4, which plays while it is made; it goes when the video is complete",
     "grid": "also write all videos side by side as one animated picture (.webp or .gif)",
     "skip_existing": "leave out videos that are there already, however they were made",
+    "resume": "go on where a killed run of this command left its videos; videos that are there are left out",
+    "checkpoint_every": "chunks between checkpoints that --resume goes on from (default: 20 with --resume, else none)",
+    "sequence_parallel": "make each video by all processes of a launch (torchrun) together: tokens and heads are split",
     "cuda_graphs": "replay the passes of a chunk as CUDA graphs (default: on a CUDA GPU, where nothing rules it out)",
     "compile": "compile the model with torch.compile: minutes before the first video, faster passes after",
 }
@@ -67,13 +72,17 @@ def add_arguments(parser: Parser) -> None:
     )  # fmt: skip
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
-    parser.add_argument("--shard", metavar="I/N", help="with --suite: every N-th prompt from the I-th")
+    parser.add_argument(
+        "--shard", type=shard, metavar="I/N",
+        help="every N-th video from the I-th (of a suite: prompt), for several machines",
+    )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="check each video against its caption (model tiny)")
     parser.add_argument("--json", action="store_true", help="print one JSON array of what was written")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Generate; returns 0, or 1 when `--check` finds a video unlike its caption. Checks come before heavy imports."""
+    """Generate; returns 0, or 1 when `--check` finds a video of the launch unlike its caption. Checks come before heavy
+    imports."""
     if "then" in arguments:
         arguments.then = [(_seconds(text), prompt) for text, prompt in arguments.then]
     _check_quoting(getattr(arguments, "prompts", []))
@@ -81,33 +90,46 @@ def run(arguments: argparse.Namespace) -> int:
     if config.then and (arguments.check or arguments.suite):
         other = "--check" if arguments.check else f"--suite {arguments.suite}"
         raise ConfigError(f"{other} judges a video by one prompt; leave out --then")
-    if arguments.shard is not None and not arguments.suite:
-        raise ConfigError("--shard has no effect without --suite")
     jobs = _suite_jobs(config, arguments) if arguments.suite else plan(config)
+    if not jobs:
+        note("no videos to make: all are there, or none belongs to this shard")
     if arguments.check:
         from sparse_forcing.scenes.captions import parse_caption
 
         for job in jobs:
             parse_caption(job.prompt, required=("colour",))
 
+    with join_launch(together=config.sequence_parallel) as launch:
+        config = dataclasses.replace(config, device=launch.device(config.device))
+        records = _generate(config, jobs, arguments, launch)
+        unlike = any(not record["caption_check"]["all"] for record in records if arguments.check)
+        return int(any(launch.gather(unlike)))
+
+
+def _generate(
+    config: GenerateConfig, jobs: Sequence[Job], arguments: argparse.Namespace, launch: Launch
+) -> list[dict[str, Any]]:
+    """Generate this process's share and print what was made, as JSON by the first one for all; returns its records."""
     from sparse_forcing.cli.progress import TerminalProgress
     from sparse_forcing.sampling.generation.generate import generate
 
     records: list[dict[str, Any]] = []
-    complete = False
+    everything: list[dict[str, Any]] | None = None
     try:
-        with TerminalProgress() as progress:
-            for record in generate(config, jobs, progress):
+        with TerminalProgress(launch) as progress:
+            for record in generate(config, jobs, progress, launch):
                 records.append(record)
                 if arguments.check:
                     record["caption_check"] = _check_caption(record)
                 if not arguments.json:
                     say(_line(record))
-        complete = True
+        everything = [record for share in launch.gather(records) for record in share]
     finally:
-        if arguments.json and (complete or records):  # what was made before a failure, too
-            say(json.dumps(records))
-    return int(any(not record["caption_check"]["all"] for record in records if arguments.check))
+        made = records if everything is None else everything
+        if arguments.json and launch.number == 0 and (made or everything is not None):  # before a failure, too
+            places = {str(job.video): place for place, job in enumerate(jobs)}
+            say(json.dumps(sorted(made, key=lambda record: places[record["path"]])))
+    return records
 
 
 def _check_quoting(prompts: Sequence[str]) -> None:
@@ -144,12 +166,8 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
         raise ConfigError(f"--overlay would put files among those of --suite {arguments.suite}; leave one of them out")
     if config.grid is not None:
         raise ConfigError(f"--grid is for prompts of your own, not for --suite {arguments.suite}")
-    shard = "0/1" if arguments.shard is None else arguments.shard
-    match = re.fullmatch(r"(\d{1,6})/(\d{1,6})", shard)
-    if not match:
-        raise ConfigError(f"--shard {shard!r}: write it as I/N, as in 0/4")
     samples = arguments.num_samples if "num_samples" in arguments else SAMPLES
-    work = vbench_work_list(samples, (int(match[1]), int(match[2])))
+    work = vbench_work_list(samples, config.shard or (0, 1))
     jobs = {}
     for prompt, name, original, index in work:
         video = config.output / "videos" / name

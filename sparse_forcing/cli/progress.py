@@ -1,4 +1,5 @@
-"""Progress on stderr: a bar per video on a terminal, elsewhere a line per video and per chunk that takes long."""
+"""Progress on stderr: a bar per video on a terminal, elsewhere a line per video and per chunk that takes long. Each of
+several processes writes lines that begin with its number: their bars would write over each other."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ import time
 from typing import Any
 
 from sparse_forcing.cli import note
+from sparse_forcing.launch import ALONE, Launch
 from sparse_forcing.sampling.generation.generate import Progress
 from sparse_forcing.sampling.generation.jobs import Job
 
@@ -16,7 +18,8 @@ SECONDS_BETWEEN_LINES = 2.0  # a log is read later: chunks that follow each othe
 class TerminalProgress(Progress):
     """Frames of the current video as they are made. Use as a context manager: it takes the bar away on the way out."""
 
-    def __init__(self) -> None:
+    def __init__(self, launch: Launch = ALONE) -> None:
+        self._who = f"[{launch.number}] " if launch.count > 1 and not launch.together else ""
         self._bar: Any = None
         self._task: Any = None
         self._text, self._noted = "", 0.0
@@ -31,12 +34,12 @@ class TerminalProgress(Progress):
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            note(message)
+            note(f"{self._who}{message}")
 
     def begin(self, job: Job, number: int, total: int) -> None:
         self._text = text = f"{number}/{total} {' '.join(job.prompt.split())[:50]}"
         self._noted = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not self._who:
             self._bar = _bar()
             self._task = self._bar.add_task(text, total=None)
             self._bar.start()

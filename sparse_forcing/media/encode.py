@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import math
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
-import av
 import numpy as np
-from av.video.reformatter import ColorRange, Colorspace
 
 from sparse_forcing.errors import OutputError
 from sparse_forcing.files import PathLike, atomic_path
+from sparse_forcing.media.coded import SEGMENT_FRAMES, Coded, KeptSegments, Mp4File, PictureCoder
 from sparse_forcing.media.container import MAX_SIDE
-
-_BT709 = 1  # the code of BT.709 for primaries and transfer (ISO/IEC 23091-2)
 
 
 class VideoWriter:
@@ -35,15 +33,21 @@ class VideoWriter:
         height, width: pixels of the frames that are written in.
         scale: every pixel becomes `scale` x `scale` pixels in the file, so that tiny pictures can be watched.
         crf: x264's constant quality, lower is better; 12 is visually lossless.
+        kept: begin with the frames that these hold, and leave in them what a later writer can begin with.
+        live: a second file with the same pictures, which can be played at any time while it is written. It is not
+            atomic: it stays as it is when the block ends, however that is.
 
     The bytes depend on the frames and these arguments alone: neither on how the frames are grouped into `write` calls
-    nor on the machine's core count.
+    nor on the machine's core count, nor on where a writer went on from kept frames.
 
     Raises:
         OutputError: bad arguments, frames of another shape, no frames at all, or the file cannot be written.
     """
 
-    def __init__(self, path: PathLike, *, fps: float, height: int, width: int, scale: int = 1, crf: int = 12):
+    def __init__(
+        self, path: PathLike, *, fps: float, height: int, width: int, scale: int = 1, crf: int = 12,
+        kept: KeptSegments | None = None, live: Path | None = None,
+    ) -> None:  # fmt: skip
         if not (math.isfinite(fps) and 0 < fps <= 1000):
             raise OutputError(f"cannot write {path}: frame rate {fps} is outside (0, 1000]")
         if scale < 1 or not (0 < height * scale <= MAX_SIDE and 0 < width * scale <= MAX_SIDE):
@@ -52,31 +56,33 @@ class VideoWriter:
             )
         self.path, self.frames_written = path, 0
         self.height, self.width, self._scale = height, width, scale
-        self._rate = Fraction(fps).limit_denominator(1001)
-        self._crf = crf
+        self._shape = (Fraction(fps).limit_denominator(1001), height * scale, width * scale, crf)
+        self._kept, self._live = kept, live
+        self._files: list[Mp4File] = []
 
     def __enter__(self) -> VideoWriter:
         with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self.path))
-            self._container = stack.enter_context(
-                av.open(str(temporary), "w", format="mp4", options={"movflags": "+faststart"})
-            )
-            self._stream = self._add_stream()
+            self._open(stack, stack.enter_context(atomic_path(self.path)))
+            if self._live is not None:
+                self._live.parent.mkdir(parents=True, exist_ok=True)
+                self._open(stack, self._live, growing=True)
+            for segment in () if self._kept is None else self._kept.segments():
+                self._mux(segment)
+                self.frames_written += SEGMENT_FRAMES
+            self._coder = PictureCoder(*self._shape, first=self.frames_written)
+            for picture in () if self._kept is None else self._kept.take_tail():
+                self._add(picture)
             self._stack = stack.pop_all()
         return self
 
-    def _add_stream(self) -> Any:
-        stream: Any = self._container.add_stream("libx264", rate=self._rate)
-        stream.height, stream.width = self.height * self._scale, self.width * self._scale
-        odd = stream.height % 2 or stream.width % 2
-        stream.pix_fmt = "yuv444p" if odd else "yuv420p"
-        # A fixed number of threads: x264's output depends on it. Its macroblock tree reads memory that it never wrote,
-        # so that no two encodings of some pictures, small or large, would be equal.
-        stream.options = {"crf": str(self._crf), "preset": "fast", "threads": "2", "x264-params": "mbtree=0"}
-        context = stream.codec_context
-        context.colorspace, context.color_range = Colorspace.ITU709, ColorRange.MPEG
-        context.color_primaries = context.color_trc = _BT709
-        return stream
+    def _open(self, stack: ExitStack, path: Path, *, growing: bool = False) -> None:
+        file = Mp4File(path, *self._shape, growing=growing)
+        stack.callback(file.close)
+        self._files.append(file)
+
+    def _mux(self, pictures: list[Coded]) -> None:
+        for file in self._files:
+            file.add(pictures)
 
     def write(self, frames: Any) -> None:
         """Append frames [F, H, W, 3]: uint8, or float in [0, 1] (values outside are clipped). Arrays or CPU tensors."""
@@ -87,23 +93,29 @@ class VideoWriter:
                 f"expected [F, {self.height}, {self.width}, 3]"
             )
         for picture in pictures:
-            if self._scale > 1:
-                picture = picture.repeat(self._scale, axis=0).repeat(self._scale, axis=1)
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
-            frame = frame.reformat(format=self._stream.pix_fmt, dst_colorspace=Colorspace.ITU709)
-            frame.pts = self.frames_written
-            frame.time_base = 1 / self._rate
-            self._container.mux(self._stream.encode(frame))
-            self.frames_written += 1
+            self._add(picture)
+
+    def _add(self, picture: np.ndarray) -> None:
+        large = picture
+        if self._scale > 1:
+            large = picture.repeat(self._scale, axis=0).repeat(self._scale, axis=1)
+        coded = self._coder.code(large)
+        self._mux(coded)
+        self.frames_written += 1
+        if self._kept is not None:
+            self._kept.add(picture, coded)
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if kind is not None:
+            with suppress(Exception):  # what the coder holds back can still be watched
+                for file in self._files[1:]:
+                    file.add(self._coder.finish())
             self._stack.__exit__(kind, error, trace)
             return
         with self._stack:
             if self.frames_written == 0:
                 raise OutputError(f"cannot write {self.path}: no frames")
-            self._container.mux(self._stream.encode(None))
+            self._mux(self._coder.finish())
 
 
 def to_uint8(frames: Any) -> np.ndarray:

@@ -209,6 +209,26 @@ class RolloutMemory(ABC):
         vars(twin).update({name: list(value) for name, value in vars(self).items() if isinstance(value, list)})
         return twin
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a memory of the same configuration, geometry and model goes on from after a clean pass, for
+        `load_state_dict`: numbers and tensors, those of the memory itself, which its next chunk changes."""
+        assert self.cache_gradient == "none", "only memories of inference have a state"
+        numbers = {name: getattr(self, name) for name in ("chunk_frames", "chunk_position", "next_frame")}
+        return {**numbers, **self._own_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on, before the first chunk, from what `state_dict` of another memory gave."""
+        for name in ("chunk_frames", "chunk_position", "next_frame"):
+            setattr(self, name, state[name])
+        self._load_own_state(state)
+
+    @abstractmethod
+    def _own_state(self) -> dict[str, Any]:
+        """What `state_dict` holds of this kind of memory."""
+
+    @abstractmethod
+    def _load_own_state(self, state: Mapping[str, Any]) -> None: ...
+
     def history(self) -> AbstractContextManager:
         """Context of writes to the cache: passes without gradients must not cut the history that earlier chunks carry
         when gradients go straight through; when they stop at the cache, nothing may carry any."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,13 +151,36 @@ class DenseMemory(RolloutMemory):
         layers, old = len(self.layers), self._all
         capacity = max(end, self._known_capacity, 0 if old is None else 3 * start // 2)
         shape = (layers * key.shape[0], capacity, *key.shape[2:])
-        self._all = grown = DenseLayer(key.new_zeros(shape), key.new_zeros(shape))
-        if old is not None:
-            grown.keys[:, :start], grown.values[:, :start] = old.keys[:, :start], old.values[:, :start]
-        parts = zip(grown.keys.chunk(layers), grown.values.chunk(layers))
-        made = [DenseLayer(keys.data, values.data) for keys, values in parts]  # to autograd tensors of their own
-        self.layers = list(made)
-        return made[layer]
+        past = None if old is None else (old.keys[:, :start], old.values[:, :start])
+        return self._make_buffers(key.new_empty(0), shape, past)[layer]
+
+    def _make_buffers(
+        self, like: Tensor, shape: tuple[int, ...], past: tuple[Tensor, Tensor] | None
+    ) -> list[DenseLayer]:
+        """Buffers [layers * B, capacity, H, D] that begin with `past`, and the layers' parts of them."""
+        self._all = made = DenseLayer(like.new_zeros(shape), like.new_zeros(shape))
+        if past is not None:
+            for buffer, given in zip((made.keys, made.values), past):
+                buffer[:, : given.shape[1]] = given
+        layers = len(self.layers)
+        parts = zip(made.keys.chunk(layers), made.values.chunk(layers))
+        own = [DenseLayer(keys.data, values.data) for keys, values in parts]  # to autograd tensors of their own
+        self.layers = list(own)
+        return own
+
+    def _own_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"positions": list(self.positions), "floors": list(self._floors)}
+        if self._all is not None:
+            end = self.cached_tokens + self.chunk_frames * self.geometry.tokens_per_frame
+            keys, values = (x[:, :end].contiguous() for x in (self._all.keys, self._all.values))
+            state |= {"keys": keys, "values": values, "capacity": self._all.keys.shape[1]}
+        return state
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.positions, self._floors = list(state["positions"]), list(state["floors"])
+        if "keys" in state:
+            keys = state["keys"]
+            self._make_buffers(keys, (keys.shape[0], state["capacity"], *keys.shape[2:]), (keys, state["values"]))
 
     @property
     def _known_capacity(self) -> int:

@@ -19,7 +19,9 @@ heavy hitters in the order of time, then the window, the current chunk last.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -162,6 +164,15 @@ class HeavyHitterMemory(DenseMemory):
 
     def _set_tables(self, layer: int, tables: TokenTables) -> None:
         self.tables[layer] = tables.kept_at(self.tables[layer]) if self.cache_gradient == "none" else tables
+
+    def _own_state(self) -> dict[str, Any]:
+        tables = [None if each is None else vars(each) for each in self.tables]
+        return {**super()._own_state(), "num_heavy": self.num_heavy, "tables": tables}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        super()._load_own_state(state)
+        self.num_heavy = state["num_heavy"]
+        self.tables = [None if each is None else TokenTables(**each) for each in state["tables"]]
 
     @property
     def cache_bytes(self) -> int:

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +31,7 @@ from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import EXACT, BlockSelection, QueriesAndKeys
+from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
 from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
@@ -115,7 +117,16 @@ class SparseMemory(RolloutMemory):
         twin.plan = copy.copy(self.plan)
         return twin
 
-    # Between two chunks.
+    def _own_state(self) -> dict[str, Any]:
+        layers = None if self._all is None else dict(vars(self._all))
+        return {"plan": self.plan.state_dict(), "shifted": self._shifted, "layers": layers}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        self.plan.load_state_dict(state["plan"], self.chunk_frames)
+        self._shifted = state["shifted"]
+        if state["layers"] is not None:
+            self._all = SparseLayer(**state["layers"])
+            self._share_out(self._all)
 
     def begin_chunk(self, frames: int) -> None:
         super().begin_chunk(frames)
@@ -188,22 +199,18 @@ class SparseMemory(RolloutMemory):
         for _, state in self._together():
             state.move_positions(frames)
 
-    # In a pass.
-
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
         choices: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        if torch.compiler.is_compiling():  # which checks no values
-            return self._attend(layer, query, key, value, clean, choices)
-        with trusted_values():
+        with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
             return self._attend(layer, query, key, value, clean, choices)
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
     ) -> Tensor:
-        if self._chooses_in_few_calls(query):
-            return self._attend_in_few_calls(layer, query, key, value, clean)
+        if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
+            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean)
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
@@ -227,7 +234,7 @@ class SparseMemory(RolloutMemory):
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
-            out = self._attend_to_pool(state, queries, index, measure=clean and "mass" in self.rule.reads)
+            out = self._attend_to_pool(state, queries, index, measure=self._measures_mass(clean))
         if selection.selectors is not None and trains:
             out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
         elif selection.selectors is not None:
@@ -241,15 +248,10 @@ class SparseMemory(RolloutMemory):
             state.keys = state.values = keys.new_empty(0)
         return out
 
-    def _chooses_in_few_calls(self, query: Tensor) -> bool:
-        """Whether `sparse_fixed` can do what a pass over these queries takes."""
-        if self._all is None or self._all.favour is None or self._observer is not None or torch.is_grad_enabled():
-            return False
-        return query.dtype == self._all.keys.dtype and query.dtype in EXACT
-
-    def _attend_in_few_calls(self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool) -> Tensor:
-        layout, fixed, state = self.layout, self.fixed, self.layers[layer]
-        assert fixed is not None
+    def _attend_in_few_calls(
+        self, fixed: FixedSelection, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool
+    ) -> Tensor:
+        layout, state = self.layout, self.layers[layer]
         assert state is not None
         fixed.store(layout, layer, state, key, value)
         pooled = fixed.pool_queries(layout, layer, query)
@@ -293,6 +295,9 @@ class SparseMemory(RolloutMemory):
             mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
             state.store("mass", mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2)))
         return self.layout.from_blocks(result.out)
+
+    def _measures_mass(self, clean: bool) -> bool:
+        return "mass" in self.rule.reads and clean is not self.rule.measures_denoising
 
     def _measure(self, layer: int, state: SparseLayer, queries: Tensor, clean: bool) -> None:
         """The selector's loss and what an observer sees, where they are asked for."""

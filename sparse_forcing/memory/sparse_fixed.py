@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sparse_forcing.memory.slots import put_slots_
 from sparse_forcing.memory.sparse_pool import SparseLayer
+from sparse_forcing.memory.sparse_selection import EXACT
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector
 
@@ -56,6 +57,12 @@ class FixedSelection:
         self.selectors, self.top_k = selectors, top_k
         self._weights: dict[tuple[int, torch.dtype], FixedWeights] = {}
 
+    def serves(self, everything: SparseLayer | None, query: Tensor) -> bool:
+        """Whether this pass over queries [B, L, H, D] can be had so, given the state of all layers."""
+        if everything is None or everything.favour is None or torch.is_grad_enabled():
+            return False
+        return query.dtype == everything.keys.dtype and query.dtype in EXACT
+
     @torch.no_grad()
     def weights(self, layer: int, dtype: torch.dtype) -> FixedWeights:
         """Made on first use, and kept."""
@@ -63,6 +70,15 @@ class FixedSelection:
         if key not in self._weights:
             self._weights[key] = FixedWeights.of(self.selectors[layer], dtype)
         return self._weights[key]
+
+    def choose(
+        self, layout: TileLayout, layer: int, state: SparseLayer, query: Tensor, key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Leave the chunk's keys and values in the pool: pooled queries, scores and lists that follow."""
+        self.store(layout, layer, state, key, value)
+        pooled = self.pool_queries(layout, layer, query)
+        scores = self.scores(layer, state, pooled)
+        return pooled, scores, self.lists(state, scores)
 
     def store(self, layout: TileLayout, layer: int, state: SparseLayer, key: Tensor, value: Tensor) -> None:
         """Write the chunk's keys and values [B, L, H, D] and what is pooled of them into its slots, in place."""

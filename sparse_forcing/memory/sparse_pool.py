@@ -6,7 +6,7 @@ current chunk. Slots differ per head, because each head keeps blocks of its own;
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from sparse_forcing.model.selector import HIDDEN
 
 OWN = 1e30
 """Added to the score of a query block's own block: more than any score, less than what persistent blocks get."""
+_PLANNED = ("window", "num_persistent", "first_block", "chunk", "_used_slots")
 
 
 class Move(NamedTuple):
@@ -69,6 +70,16 @@ class SlotPlan:
         if frames not in self._layouts:
             self._layouts[frames] = TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
         return self._layouts[frames]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What another plan of the same configuration and geometry goes on from."""
+        return {name: getattr(self, name) for name in _PLANNED}
+
+    def load_state_dict(self, state: Mapping[str, Any], chunk_frames: int) -> None:
+        """Go on from the state of another plan, whose current chunk has so many latent frames."""
+        for name in _PLANNED:
+            setattr(self, name, state[name])
+        self.layout = self._layout_of(chunk_frames or self.geometry.chunk_frames)
 
     @property
     def uniform(self) -> bool:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -35,6 +38,12 @@ class WholeVideo(RolloutMemory):
 
     def _move_positions(self, frames: int) -> None:
         """Nothing to move."""
+
+    def _own_state(self) -> dict[str, Any]:
+        return {}
+
+    def _load_own_state(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
 
     @property
     def cache_bytes(self) -> int:

@@ -78,6 +78,17 @@ class BlockSelector(nn.Module):
         self.gate = nn.Parameter(torch.zeros(heads))
         self.retention = RetentionHead(heads, head_dim) if learned_retention else None
 
+    @torch.no_grad()
+    def of_heads(self, heads: slice) -> BlockSelector:
+        """A selector of some of the heads, with their weights as they are now."""
+        count, tokens = self.query_weights[heads].shape
+        part = BlockSelector(
+            count, tokens, self.query_projection.shape[-1], learned_retention=self.retention is not None
+        )
+        part = part.to(self.gate)  # before the weights, which it would round
+        part.load_state_dict({name: weights[heads] for name, weights in self.state_dict().items()})
+        return part
+
 
 def map_heads(pooled: Tensor, projection: Tensor) -> Tensor:
     """A linear map per head: [B, H, N, D] by [H, D, D]."""

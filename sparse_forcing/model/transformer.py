@@ -43,6 +43,7 @@ from sparse_forcing.model.layers import (
 )
 from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
+from sparse_forcing.model.sequence_parallel import SequenceParallel
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer: cross-attention keys and values [B, text tokens, H, D]."""
@@ -171,6 +172,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         learned_retention: whether these selectors have a head for the `learned` rule of retention.
     """
 
+    sequence_parallel: SequenceParallel | None = None
+    """The processes that run this model together on one video; None: this one alone."""
     _supports_gradient_checkpointing = True
     _no_split_modules = ("CausalWanBlock",)
     _repeated_blocks = ("CausalWanBlock",)
@@ -332,17 +335,23 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     def _run_blocks(
         self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
     ) -> Tensor:
-        """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for."""
-        order = attention.token_order(tokens.device)
+        """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for, and each
+        of several processes has a part of them."""
+        order, parallel, count = attention.token_order(tokens.device), self.sequence_parallel, tokens.shape[1]
+        if modulation.shape[1] > 1 and (order is not None or parallel is not None):
+            what = "sequence parallelism" if order is None else "tile order"
+            raise ConfigError(f"timestep: {what} needs one timestep per sample and pass, got one per frame")
         if order is not None:
-            if modulation.shape[1] > 1:
-                raise ConfigError("timestep: tile order needs one timestep per sample and pass, got one per frame")
             tokens = tokens[:, order.order]
+        if parallel is not None:
+            tokens, rotary, attention = parallel.split(tokens, rotary, attention)
         for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
             if self.gradient_checkpointing and torch.is_grad_enabled():
                 tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
                 tokens = block(tokens, modulation, text, rotary, attention, layer)
+        if parallel is not None:
+            tokens = parallel.join(tokens, count)
         return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod

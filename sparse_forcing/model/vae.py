@@ -41,8 +41,12 @@ class VideoAutoencoder(Protocol):
         """Pixels [B, 3, F, H, W] of latents [B, C, f, h, w]."""
         ...
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Decode latent chunks as they come; the concatenation equals `decode` of the whole video."""
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        """Decode latent chunks as they come; the concatenation equals `decode` of the whole video.
+
+        carried: what the stream takes from one chunk to the next (tensors, text, None), up to date whenever a chunk is
+            yielded; empty at the beginning of a video. A stream that begins with that of another goes on from there.
+        """
         ...
 
 
@@ -116,7 +120,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
         ).clamp(-1, 1)
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
 
@@ -201,7 +205,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         patches = self.decoder(codes).float().unflatten(0, (batch, -1))
         return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s)
 
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
 
@@ -254,10 +258,13 @@ class WanAutoencoder(nn.Module):
         return next(self.decode_stream([latents]))
 
     @torch.no_grad()
-    def decode_stream(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Pixels of each chunk of a video that starts with the first one. Streams keep their caches to themselves."""
-        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["decoder"]
-        first = True
+    def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
+        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`.
+        Streams keep their caches to themselves."""
+        cache = [] if carried is None else carried
+        first = not cache
+        if first:
+            cache += [None] * self.vae._cached_conv_counts["decoder"]
         for chunk in chunks:
             self._onload()
             wide = chunk.float()

@@ -39,6 +39,7 @@ class Sweep:
         self.usual: dict[str, float] = {}  # seconds that a command takes when it is left alone
         self.kills: dict[str, Callable[[], None]] = {
             "generate": self.kill_generate,
+            "resume": self.kill_resume,
             "evaluate": self.kill_evaluate,
             "encode": self.kill_encode,
             "train": lambda: self.kill_train(1),
@@ -103,9 +104,13 @@ class Sweep:
 
     def kill(self, arguments: Sequence[str], processes: int = 1) -> None:
         """Start a command and end all its processes at a random moment of the time it usually takes."""
-        process = self.start(arguments, processes)
+        usual = self.usual.get(f"{arguments[0]}{processes}", 20.0)
+        self.end(self.start(arguments, processes), self.random.uniform(0, usual))
+
+    def end(self, process: subprocess.Popen[str], seconds: float) -> None:
+        """End a command and all its processes after so many seconds."""
         try:
-            process.communicate(timeout=self.random.uniform(0, self.usual.get(f"{arguments[0]}{processes}", 20.0)))
+            process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             for worker in _descendants(process.pid):  # torchrun puts its workers into sessions of their own
                 _kill(worker)
@@ -125,6 +130,25 @@ class Sweep:
         self.finish(self.generate(out.name), out)
         expect(all(digest(path) == known for path, known in complete.items()), "a finished video was made again")
         expect(len(list(out.glob("*.mp4"))) == len(list(out.glob("*.json"))) == len(PROMPTS), "videos are missing")
+
+    def kill_resume(self) -> None:
+        """Kill a long video somewhere after its first checkpoint; resumed, its bytes are those of one left alone."""
+        memory = self.random.choice(("sparse", "window", "full"))
+        words = ["generate", PROMPTS[0], "--then", "9", PROMPTS[1], "--model", self.at("model"), "--memory", memory]
+        words += ["--num-frames", "400", "--overlay"] if memory == "sparse" else ["--num-frames", "400"]
+        plain, out = self.folder / f"plain-{memory}.mp4", self.fresh("resumed") / "c.mp4"
+        if not plain.exists():
+            code, _ = self.run([*words, "--output", str(plain)])
+            expect(code == 0, "no video could be made")
+        words += ["--output", str(out), "--resume", "--checkpoint-every", str(self.random.choice((1, 2, 5)))]
+        seconds = json.loads(plain.with_suffix(".json").read_text())["wall_seconds"]
+        process = self.start(words)
+        while process.poll() is None and not (out.parent / "resume" / "c" / "manifest.json").exists():
+            time.sleep(0.01)
+        self.end(process, self.random.uniform(0, 1.2 * seconds))
+        self.finish(words, out.parent)
+        expect(digest(out) == digest(plain), f"the resumed video differs ({memory})")
+        expect(not (out.parent / "resume").exists(), "a checkpoint of a complete video is left")
 
     def kill_evaluate(self) -> None:
         out = self.fresh("evaluated")

@@ -95,7 +95,6 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--grid", "g.png"], "only .webp and .gif files are written"),
         (["p", "--num-samples", "65", "--grid", "g.gif"], "65 videos are more than the 64"),
         (["p", "--grid", "n" * 300 + ".gif"], "File name too long"),
-        (["p", "--shard", "0/2"], "--shard has no effect without --suite"),
         (["p", "--output", "a.MP3"], "only .mp4"),
         (["p", "--num-samples", "100001"], "--num-samples must be between 1"),
         (["p", "a q", "--num-samples", "60000"], "120000 videos are more than"),

@@ -9,7 +9,7 @@ from tests.faults.sweep import sweep
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["generate", "evaluate", "encode", "train", "train-2", "flip-model", "flip-video", "flip-shard"]
+    "kind", ["generate", "resume", "evaluate", "encode", "train", "train-2", "flip-model", "flip-video", "flip-shard"]
 )
 def test_nothing_is_lost(kind: str) -> None:
     said: list[str] = []

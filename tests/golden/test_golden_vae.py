@@ -61,3 +61,12 @@ def test_two_streams_at_once_do_not_mix(case: Case) -> None:
     first, second = (vae.decode_stream(x.split(1, 2)) for x in (latents, -latents))
     mixed = [torch.cat(pair, 0) for pair in zip(first, second)]
     assert torch.equal(torch.cat(mixed, 2), torch.cat([vae.decode(latents), vae.decode(-latents)]))
+
+
+def test_a_stream_goes_on_from_what_another_carried(case: Case) -> None:
+    vae, latents = autoencoder(case), latents_of(case)
+    latents = torch.cat([latents, -latents, latents], 2)
+    whole, carried = vae.decode(latents).split([1, *[4] * (latents.shape[2] - 1)], 2), []
+    for number, _ in enumerate(vae.decode_stream(latents[:, :, :-1].split(1, 2), carried), 1):
+        rest = vae.decode_stream(latents[:, :, number:].split(1, 2), list(carried))
+        assert all(torch.equal(now, then) for now, then in zip(rest, whole[number:], strict=True))

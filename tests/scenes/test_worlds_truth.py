@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -83,12 +84,24 @@ def test_the_beginning_never_returns(kind: str) -> None:
 
 
 def test_revisited_objects_are_of_every_age_and_camera_paths_differ() -> None:
-    batch = sample_worlds("revisit", 120, 4)
-    assert {1, 2, 3} <= {_asked(returns).item for returns in batch.returns}
+    batch = sample_worlds("revisit", 120, 4, WorldConfig(frames=120))
+    assert {2, 3, 4, 5} <= {_asked(returns).item for returns in batch.returns}
     assert any(len(returns) > 2 for returns in batch.returns)
     assert {2, 3, 4} <= {round(max(map(abs, world.camera))) for world in batch.worlds}
-    assert {-1, 1} == {1 if max(world.camera) > 0 else -1 for world in batch.worlds}
-    assert len({world.camera for world in batch.worlds}) == 120
+    assert {-1, 1} == {1 if world.camera[0] < world.camera[1] else -1 for world in batch.worlds}
+    assert len({world.camera for world in batch.worlds}) > 60
+
+
+def test_a_camera_turns_only_at_the_wall_and_never_changes_its_speed() -> None:
+    for world in sample_worlds("revisit", 40, 5, WorldConfig(frames=120)).worlds:
+        moves = [later - earlier for earlier, later in pairwise(world.camera)]
+        speed = abs(moves[0])
+        turns = [frame for frame, (one, two) in enumerate(pairwise(moves), 1) if one * two <= 0]
+        assert all(min(abs(move), abs(abs(move) - speed)) < 1e-6 for move in moves)
+        assert 1 <= len(turns) <= 2
+        wall = world.panels[0].boxes
+        shows = [frame for frame in range(120) if wall[frame][0] < 1 and wall[frame][2] > 0]
+        assert min(shows) < turns[0] - 1, "it turned before the wall was seen"
 
 
 def test_distractors_pass_in_the_gap_and_do_not_return() -> None:
@@ -156,7 +169,7 @@ def test_held_out_pairs_return_only_in_their_split() -> None:
 
 
 def test_revisit_holds_out_every_object_that_returns() -> None:
-    batch = sample_worlds("revisit", 60, 6, WorldConfig(split="heldout"))
+    batch = sample_worlds("revisit", 60, 6, WorldConfig(frames=120, split="heldout"))
     entries = [entry for returns in batch.returns for entry in returns]
     assert len(entries) > 80
     assert all(is_held_out_pair(entry.colour, entry.shape) for entry in entries)

@@ -36,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("one_loop")  # one process makes the pairs 
 
 RECIPES = {
     "autoencoder": "AutoencoderRecipe", "pretrain": "PretrainRecipe", "forcing": "ForcingRecipe", "ode": "OdeRecipe",
-    "distill": "DistillRecipe",
+    "retention": "RetentionRecipe", "distill": "DistillRecipe",
 }  # fmt: skip
 ALONE = ("autoencoder", "pretrain")
 """Stages that train in one process."""
@@ -77,6 +77,10 @@ def settings_of(model_folder: Path, trajectories: Path) -> Callable[..., dict[st
         if stage in ALONE:
             return embedded(stage, steps=steps, **loop)
         config = small_config(model_folder, "distill" if stage == "distill" else "forcing", steps=steps, **loop)
+        if stage == "retention":
+            config["memory"] = {"kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 2}
+            config["data"] = {"kind": "procedural", "size": 32, "latent_frames": 10}
+            config.pop("shift", None)
         if stage == "ode":
             config["sampler"] = {"steps": 2}
             config["data"] = {"kind": "shards", "path": str(trajectories), "size": 32, "latent_frames": 4}

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 
 from sparse_forcing.model_folder.folder import load_transformer
-from sparse_forcing.training.engine.parallel import leave_group, shard
+from sparse_forcing.processes import leave_group
+from sparse_forcing.training.engine.parallel import shard
 from tests.training.conftest import CHANNELS
 from tests.training.helpers import (
     differences,

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from sparse_forcing.config import build_config
+from sparse_forcing.processes import rank
 from sparse_forcing.training.engine import checkpoint
-from sparse_forcing.training.engine.parallel import rank
 from sparse_forcing.training.entry import STAGES
 from sparse_forcing.training.recipes import distill
 from sparse_forcing.training.recipes import shared as stage

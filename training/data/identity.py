@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.processes import from_first
 from sparse_forcing.training.data.sources import Source
-from sparse_forcing.training.engine.parallel import from_first
 
 
 class DataIdentity:

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, remove_file, sha256_file
-from sparse_forcing.training.engine.parallel import from_first, mean_over_ranks, rank, world_size
+from sparse_forcing.processes import from_first, rank, world_size
+from sparse_forcing.training.engine.parallel import mean_over_ranks
 from sparse_forcing.weights.safe_load import check_safetensors
 
 _DATASET, _LOOSE = "dataset.json", "prompts.safetensors"

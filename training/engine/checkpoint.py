@@ -21,15 +21,8 @@ from torch import nn
 
 from sparse_forcing.errors import OutputError, SparseForcingError, WeightsError
 from sparse_forcing.files import sha256_file
-from sparse_forcing.training.engine.parallel import (
-    any_rank,
-    barrier,
-    from_first,
-    full_state,
-    rank,
-    shard_like,
-    world_size,
-)
+from sparse_forcing.processes import any_rank, barrier, from_first, rank, world_size
+from sparse_forcing.training.engine.parallel import full_state, shard_like
 from sparse_forcing.weights.safe_load import load_pt
 
 _MANIFEST = "manifest.json"

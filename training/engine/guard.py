@@ -14,7 +14,7 @@ from types import FrameType, TracebackType
 import torch
 
 from sparse_forcing.errors import ConfigError, NotFiniteError
-from sparse_forcing.training.engine.parallel import any_rank
+from sparse_forcing.processes import any_rank
 
 STOPPED = 143
 """Exit code after SIGTERM: 128 + 15, as a shell reports it."""

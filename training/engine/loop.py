@@ -22,10 +22,10 @@ from accelerate.utils import InitProcessGroupKwargs, set_seed
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.files import output_lock
+from sparse_forcing.processes import leave_group, rank
 from sparse_forcing.training.engine.checkpoint import Stateful, save_checkpoint
 from sparse_forcing.training.engine.guard import STOPPED, StopRequest, explained_failures, stop_with_launcher
 from sparse_forcing.training.engine.metrics import RunLog
-from sparse_forcing.training.engine.parallel import leave_group, rank
 from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig
 

@@ -13,7 +13,8 @@ from typing import Any
 from accelerate import Accelerator
 
 from sparse_forcing.files import atomic_write_text
-from sparse_forcing.training.engine.parallel import barrier, mean_over_ranks, rank
+from sparse_forcing.processes import barrier, rank
+from sparse_forcing.training.engine.parallel import mean_over_ranks
 
 METRICS_FILE = "metrics.jsonl"
 

@@ -1,4 +1,4 @@
-"""Several processes as one: gradients averaged explicitly, parameters replicated or sharded per block (FSDP2).
+"""Several processes train one model: gradients averaged explicitly, parameters replicated or sharded per block (FSDP2).
 
 Self-forcing runs the network many times per backward pass, which DistributedDataParallel's reducer does not expect; the
 gradients of a step are averaged once, after its last micro-batch, in flat buckets. Without a process group every
@@ -7,101 +7,29 @@ function here does nothing, so one process needs no launcher.
 
 from __future__ import annotations
 
-import gc
-import traceback
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 # Before there is a process group: functions of torch.distributed that are defined later keep it as a default argument.
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from sparse_forcing.errors import SparseForcingError
+from sparse_forcing.processes import group_device, rank, world_size
 
-T = TypeVar("T")
 BUCKET_ELEMENTS = 1 << 25
-
-
-@contextmanager
-def leave_group() -> Iterator[None]:
-    """Leave the process group that the block joined, however it ends; afterwards no thread of the group is alive.
-
-    A gloo worker thread drops the tensors of a collective a moment after whoever waited for it goes on. If the
-    interpreter ends in that moment, the thread cannot take its lock any more and takes the process down with SIGABRT
-    or SIGSEGV. Destroying the group joins its threads, but only with the last reference to it: sharded parameters hold
-    it, frames of a traceback, and device meshes, which DTensor's caches keep for good.
-    """
-    try:
-        yield
-    except BaseException as error:
-        cause = error if dist.is_initialized() else None
-        while cause is not None:
-            traceback.clear_frames(cause.__traceback__)
-            cause = cause.__context__
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            for mesh in [x for x in gc.get_objects() if type(x) is DeviceMesh]:
-                getattr(mesh, "_pg_registry", {}).clear()  # older torch has names there instead of groups: no reference
-            gc.collect()
-
-
-def rank() -> int:
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _device() -> torch.device:
-    cuda = dist.is_initialized() and dist.get_backend() == "nccl"
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
-
-def any_rank(flag: bool) -> bool:
-    """True on every process when it is true on one."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(float(flag), device=_device())
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
-def from_first(read: Callable[[], T]) -> T:
-    """What `read` gives on the first process, on every process; one of our errors is raised on every process, too."""
-    box: list[Any] = [None, None]
-    if rank() == 0:
-        try:
-            box[0] = read()
-        except SparseForcingError as error:
-            box[1] = error
-    if world_size() > 1:
-        dist.broadcast_object_list(box, device=_device())
-    result, failure = box
-    if failure is not None:
-        raise failure
-    return result
 
 
 def mean_over_ranks(values: dict[str, float]) -> dict[str, float]:
     """Average of equally named numbers over processes."""
     if world_size() == 1 or not values:
         return values
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=_device())
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=group_device())
     dist.all_reduce(total)
     return dict(zip(values, (total / world_size()).tolist()))
 
@@ -116,7 +44,7 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     own = [x for x in parameters if x.requires_grad and not isinstance(x, DTensor)]
     if world_size() == 1 or not own:
         return
-    used = torch.tensor([x.grad is not None for x in own], dtype=torch.uint8, device=_device())
+    used = torch.tensor([x.grad is not None for x in own], dtype=torch.uint8, device=group_device())
     dist.all_reduce(used, dist.ReduceOp.MAX)
     bucket: list[Tensor] = []
     for parameter in (x for x, flag in zip(own, used.tolist()) if flag):
@@ -149,7 +77,7 @@ def shard(model: nn.Module, *, reshard_after_forward: bool = True, param_dtype: 
         return model
     # Blocks return views; nothing in this project writes to them in place.
     warnings.filterwarnings("ignore", message=".*returned a view tensor")
-    mesh = init_device_mesh(_device().type, (world_size(),))
+    mesh = init_device_mesh(group_device().type, (world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": reshard_after_forward}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(
@@ -170,7 +98,7 @@ def shard_layers(model: nn.Module, *, param_dtype: torch.dtype | None = None) ->
     """
     if not dist.is_initialized():
         return model
-    mesh = init_device_mesh(_device().type, (world_size(),))
+    mesh = init_device_mesh(group_device().type, (world_size(),))
     options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": True}
     if param_dtype is not None:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=torch.float32)

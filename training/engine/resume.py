@@ -11,8 +11,8 @@ from typing import Any
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_write_text
+from sparse_forcing.processes import from_first, rank
 from sparse_forcing.training.engine.checkpoint import Stateful, load_checkpoint, newest_checkpoint, read_manifest
-from sparse_forcing.training.engine.parallel import from_first, rank
 
 FREE = frozenset(
     {

@@ -10,7 +10,7 @@ from accelerate.utils import LoggerType
 
 from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.training.engine.parallel import rank, world_size
+from sparse_forcing.processes import rank, world_size
 
 TRACKERS = tuple(sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL))
 LARGEST_SEED = 2**31 - 1

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -20,6 +20,7 @@ from sparse_forcing.model.flow import FlowSchedule
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, write_pipeline
+from sparse_forcing.processes import rank
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards, StoredText
@@ -29,7 +30,7 @@ from sparse_forcing.training.engine.ema import ParameterEma
 from sparse_forcing.training.engine.loop import Recipe
 from sparse_forcing.training.engine.lora import AdapterState, LoraConfig, add_adapters, merge_adapters, save_adapters
 from sparse_forcing.training.engine.optim import OptimizerConfig, apply_gradients, make_optimizer
-from sparse_forcing.training.engine.parallel import full_state, rank, shard, shard_layers
+from sparse_forcing.training.engine.parallel import full_state, shard, shard_layers
 from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 
@@ -97,8 +98,11 @@ def _shard_dtype(loop: LoopConfig, device: torch.device) -> torch.dtype | None:
     return None if dtype == torch.float32 else dtype
 
 
-def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> None:
+def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None, *, learned_retention: bool = False) -> None:
     """Give the transformer a learned block selector for the memory's tiles, unless it has one. It starts as the mean.
+
+    Args:
+        learned_retention: with heads for the `learned` rule of retention, which know nothing yet.
 
     Raises:
         ConfigError: the memory has no blocks to select.
@@ -107,9 +111,10 @@ def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None) -> No
     if memory.kind != "sparse":
         raise ConfigError(f"learned_selector: needs memory.kind sparse, got {memory.kind}")
     old = pipe.transformer
-    if old.selectors:
+    if old.selectors and not (learned_retention and old.selectors[0].retention is None):
         return
     settings = constructor_settings(old.config) | {"selector_tokens": math.prod(memory.tile)}
+    settings["learned_retention"] = learned_retention
     new = CausalWanTransformer3DModel(**settings)
     missing, unexpected = new.load_state_dict(old.state_dict(), strict=False)
     assert not unexpected
@@ -213,7 +218,13 @@ class OneNetworkConfig(Protocol):
 
 
 class OneNetwork(Recipe):
-    """A recipe that trains the transformer of one pipeline; a subclass says what the loss is."""
+    """A recipe that trains the transformer of one pipeline; a subclass says what the loss is.
+
+    Class attributes:
+        loss_name: name of the loss in metrics and messages.
+    """
+
+    loss_name: ClassVar[str] = "flow"
 
     def __init__(self, config: OneNetworkConfig, accelerator: Accelerator) -> None:
         self.config, self.device, self.steps = config, accelerator.device, config.loop.steps
@@ -221,6 +232,7 @@ class OneNetwork(Recipe):
         self.model = self.pipe.transformer
         self.memory = config.memory or self.pipe.default_memory
         prepare(self.model, config.loop, self.device, train=True, lora=config.lora)
+        self.freeze()
         self.source = make_own_source(config.data, config.loop.seed + 1, self.pipe)
         self.schedule = FlowSchedule(config.shift)
         self.optimizer = make_optimizer(self.model, config.optimizer)
@@ -237,6 +249,9 @@ class OneNetwork(Recipe):
         """The pipeline to start from."""
         return load_pipeline(self.config.model, self.config.data, self.config.loop, self.device)
 
+    def freeze(self) -> None:
+        """Stop what is not to train of the model."""
+
     def losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """Terms of the loss of a micro-batch."""
         raise NotImplementedError
@@ -244,7 +259,7 @@ class OneNetwork(Recipe):
     def update(self, step: int) -> Metrics:
         return optimizer_step(
             self.model, self.optimizer, self.config.loop, self.config.optimizer, step,
-            lambda micro_batch: self.losses(step, micro_batch), name="flow", ema=self.ema,
+            lambda micro_batch: self.losses(step, micro_batch), name=self.loss_name, ema=self.ema,
         )  # fmt: skip
 
     def chunks(self, frames: int) -> list[int]:

@@ -11,10 +11,10 @@ from torch import nn
 
 from sparse_forcing.media.video import write_video
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.processes import rank
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.data.shards import StoredText
 from sparse_forcing.training.engine.ema import ParameterEma
-from sparse_forcing.training.engine.parallel import rank
 
 PROMPTS = ("a red circle moves to the right on a white background", "a small blue square moves up")
 

@@ -97,6 +97,7 @@ class RetentionRule(ABC):
 
     Class attributes:
         reads: what the clean pass must leave behind for it: "attention", "mass", both or neither.
+        measures_denoising: whether `BlockView.mass` is that of the last denoising pass instead (for recorders).
         learned: whether it needs the retention head of the model's selectors.
         state_size: numbers it remembers of each block (R); 0 for a rule without memory, whose `observe` is not called.
         fresh: their value for a block that has just been written.
@@ -105,6 +106,7 @@ class RetentionRule(ABC):
     """
 
     reads: ClassVar[frozenset[str]] = frozenset()
+    measures_denoising: bool = False
     learned: ClassVar[bool] = False
     state_size: ClassVar[int] = 0
     fresh: ClassVar[float] = 0.0

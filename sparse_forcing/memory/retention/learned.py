@@ -52,8 +52,8 @@ class RetentionTeacher(AttentionRecorder):
 
     reads = frozenset({"attention", "mass"})
 
-    def __init__(self, config: MemoryConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: MemoryConfig, *, denoising: bool = False) -> None:
+        super().__init__(config, denoising=denoising)
         self.inputs: dict[tuple[int, int], tuple[Tensor, ...]] = {}
 
     def observe(self, blocks: BlockView) -> Tensor:

@@ -22,6 +22,9 @@ class AttentionRecorder(RetentionRule):
 
     A chunk is noted when the next one begins.
 
+    Args:
+        denoising: note the chunk's last denoising pass instead: what is recalled is asked for while there is noise.
+
     Attributes:
         noted: [B, H, M] of each (layer, chunk), over the M blocks there were then.
     """
@@ -29,8 +32,9 @@ class AttentionRecorder(RetentionRule):
     reads = frozenset({"mass"})
     state_size = 1  # so that it is asked after every chunk
 
-    def __init__(self, config: MemoryConfig) -> None:
+    def __init__(self, config: MemoryConfig, *, denoising: bool = False) -> None:
         super().__init__(config)
+        self.measures_denoising = denoising
         self.noted: dict[tuple[int, int], Tensor] = {}
 
     def observe(self, blocks: BlockView) -> Tensor:

@@ -18,6 +18,8 @@ from sparse_forcing.scenes.worlds.world import Ground
 
 DARKEST, BRIGHTEST = 45.0, 190.0  # 8-bit levels; every object colour stays apart from the grays between
 STEEPEST = 45.0  # levels to a screen
+TINT = 24.0  # levels of hue
+ROUND = 0.85  # of the circle of hues, from end to end
 LEVELS_OF_KIND = 18.0  # how far stripes and texture go up and down
 NOISE_CELLS = 32  # to a screen
 TEXTURE_CELLS = (5, 11)
@@ -47,9 +49,15 @@ def draw_strip(ground: Ground, side: int) -> Tensor:
     down = (torch.arange(side) + 0.5) / side
     level, marks = _place(ground, rng, across, down, high - low + 1)
     detail = _detail(ground, rng, across, down, width, side)
-    tint = torch.tensor([rng.uniform(-10, 10) for _ in range(3)])
     levels = (level + detail + marks).expand(side, width)
-    return (levels + tint[:, None, None]).div_(127.5).sub_(1).clamp_(-1, 1)
+    return (levels + _tint(rng, across, high - low + 1)[:, None]).div_(127.5).sub_(1).clamp_(-1, 1)
+
+
+def _tint(rng: random.Random, across: Tensor, screens: float) -> Tensor:
+    """Levels [3, W] to add: a faint hue that goes round once along the strip, so that no two places share it."""
+    begin, turn = rng.uniform(0, 2 * pi), rng.choice((-1, 1)) * 2 * pi * ROUND / screens
+    phases = torch.arange(3)[:, None] * (2 * pi / 3)
+    return TINT * (begin + turn * across - phases).cos()
 
 
 def _place(

@@ -12,13 +12,11 @@ from dataclasses import replace
 from numbers import Real
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.flow import SamplerConfig
-from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.sampling.rollout import GivenNoise, NoiseSource, SeededNoise
 
 T = TypeVar("T")
@@ -171,53 +169,3 @@ def check_noise(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
             f"latents: expected shape {list(expected)} (more frames are left unused), got {list(latents.shape)}"
         )
     return latents
-
-
-def start_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> np.ndarray | None:
-    """float32 [B, F, H, W, 3] in [0, 1] that videos start from, in whole chunks; an image is held for one chunk. B is 1
-    where all start alike.
-
-    Args:
-        image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1]; at most one of them. A video may have a
-            batch dimension in front: one for each prompt.
-        size: height and width they must have.
-    """
-    if image is not None and video is not None:
-        raise ConfigError("image and video: give one of them")
-    if image is None and video is None:
-        return None
-    name, given, dims = ("image", image, "HW3") if video is None else ("video", video, "FHW3")
-    frames = _unit_range(name, given)
-    batched = video is not None and frames.ndim == len(dims) + 1
-    if not (batched or frames.ndim == len(dims)) or frames.shape[-1] != 3:
-        raise ConfigError(f"{name}: expected [{', '.join(dims)}], got {list(frames.shape)}")
-    least = geometry.chunk_pixel_frames
-    if video is None:
-        frames = np.repeat(frames[None], least, 0)
-    if not batched:
-        frames = frames[None]
-    given = frames.shape[1]
-    whole = geometry.whole_chunk_frames(given)
-    if not whole or whole != given:
-        raise ConfigError(f"{name}: {given} frames are not whole chunks; give {whole or least}, for example")
-    if frames.shape[2:4] != size:
-        height, width = frames.shape[2:4]
-        raise ConfigError(
-            f"{name}: {width}x{height} pixels for a video of {size[1]}x{size[0]}; scale it, or set the size"
-        )
-    return frames
-
-
-def _unit_range(name: str, given: Any) -> np.ndarray:
-    """Pixels as float32 in [0, 1]; uint8 are divided by 255."""
-    try:
-        pixels = np.asarray(given)
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"{name}: not an array of pixels ({str(error).splitlines()[0]:.100})") from error
-    if pixels.dtype == np.uint8:
-        return pixels.astype(np.float32) / 255
-    if not np.issubdtype(pixels.dtype, np.floating):
-        raise ConfigError(f"{name}: expected uint8 or floats in [0, 1], got {pixels.dtype}")
-    if pixels.size and not (pixels.min() >= 0 and pixels.max() <= 1):  # NaN, too
-        raise ConfigError(f"{name}: values must lie in [0, 1], got {pixels.min():g} to {pixels.max():g}")
-    return pixels.astype(np.float32)

@@ -4,7 +4,7 @@ maps, quantization, adapters, sharing. Loading verifies hashes and tensors first
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,8 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.geometry import VideoGeometry
+from sparse_forcing.model.small.quantized import Storage, check_storage, is_quantized, quantize_
+from sparse_forcing.model.small.tiny_decoder import DecodedByTiny, TinyDecoder
 from sparse_forcing.model.text import WAN_TEXT_LEN, TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
@@ -43,6 +45,7 @@ from sparse_forcing.sampling.loading import (
     component_index,
     load_component_tokenizer,
 )
+from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
 from sparse_forcing.weights.manifest import model_hash, write_manifest
 from sparse_forcing.weights.parts import explained
 
@@ -85,13 +88,17 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             scheduler=scheduler,
         )
         self._wan: WanAutoencoder | None = None
+        self.known_texts = KnownTexts()
+        self.tiny_decoder: TinyDecoder | None = None
         self.defaults = defaults or self._plain_defaults()
         self.weights_sha256 = weights_sha256
         self.geometry = self.defaults.fitted(VideoGeometry.of(self.autoencoder, transformer.config))
 
     def with_defaults(self, defaults: PipelineConfig) -> Any:
         """The same parts with other defaults."""
-        return type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
+        pipe = type(self)(**self.components, defaults=defaults, weights_sha256=self.weights_sha256)
+        pipe.known_texts, pipe.tiny_decoder = self.known_texts, self.tiny_decoder
+        return pipe
 
     def _plain_defaults(self) -> PipelineConfig:
         """Wan's defaults, for these kinds of parts."""
@@ -107,7 +114,14 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             return cast("VideoAutoencoder", self.vae)
         if self._wan is None or self._wan.vae is not self.vae:
             self._wan = WanAutoencoder(self.vae)
-        return self._wan
+        return self._wan if self.tiny_decoder is None else DecodedByTiny(self._wan, self.tiny_decoder)
+
+    def use_tiny_decoder(self, file: str | Path | None) -> None:
+        """Decode with a TAEHV file (`taew2_1`) from now on, or with the `vae` again. Raises WeightsError, and
+        ConfigError for a model of other latents than Wan's."""
+        if file is not None and not isinstance(self.autoencoder, WanAutoencoder | DecodedByTiny):
+            raise ConfigError("use_tiny_decoder: decodes Wan's latents; this model has an autoencoder of its own")
+        self.tiny_decoder = None if file is None else TinyDecoder.from_file(Path(file))
 
     @property
     def text(self) -> TextEncoder:
@@ -156,37 +170,39 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 return super().to(*args, **kwargs)
             for name in MODELS:
                 where = (text_encoder_device, *args[1:]) if name == "text_encoder" else args
-                getattr(self, name).to(*where, **kwargs)
+                if (part := getattr(self, name)) is not None:
+                    part.to(*where, **kwargs)
         return self
 
     def enable_sequential_cpu_offload(self, *args: Any, **kwargs: Any) -> None:
-        """Offload module by module, as in diffusers; small parts are moved as a whole.
-
-        Raises:
-            ConfigError: the transformer has learned block selectors.
-        """
-        self._check_leaves("enable_sequential_cpu_offload")
+        """Offload module by module, as in diffusers; small parts are moved as a whole, and stay."""
         self._exclude_from_cpu_offload = self._small
-        super().enable_sequential_cpu_offload(*args, **kwargs)
+        with self._without_selectors() as selectors:
+            super().enable_sequential_cpu_offload(*args, **kwargs)
+        selectors.to(self._offload_device)
 
-    def enable_group_offload(self, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any) -> None:
-        """Offload groups of layers, as in diffusers; small parts are moved as a whole.
-
-        Raises:
-            ConfigError: leaves are to be moved one by one, and the transformer has learned block selectors.
-        """
-        if kwargs.get("offload_type") == "leaf_level" or "leaf_level" in args:
-            self._check_leaves("offload_type leaf_level")
+    def enable_group_offload(
+        self, onload_device: torch.device, *args: Any, exclude_modules: str | list[str] | None = None, **kwargs: Any
+    ) -> None:
+        """Offload groups of layers, as in diffusers; small parts are moved as a whole, and stay."""
         given = [exclude_modules] if isinstance(exclude_modules, str) else exclude_modules or []
-        super().enable_group_offload(*args, exclude_modules=[*given, *self._small], **kwargs)
+        with self._without_selectors() as selectors:
+            super().enable_group_offload(onload_device, *args, exclude_modules=[*given, *self._small], **kwargs)
+        selectors.to(onload_device)
 
-    def _check_leaves(self, what: str) -> None:
-        """Raise ConfigError for a transformer whose parts are not all called: a memory reads selectors' weights."""
-        if self.transformer.selectors:
-            raise ConfigError(
-                f"{what}: learned block selectors are not modules that could be moved one by one; use "
-                "enable_group_offload with offload_type block_level, or enable_model_cpu_offload"
-            )
+    @contextmanager
+    def _without_selectors(self) -> Iterator[nn.ModuleList]:
+        """The transformer as far as its modules are called: memories read the weights of learned block selectors, which
+        no hook would see."""
+        blocks: list[Any] = [block for block in self.transformer.blocks if getattr(block, "selector", None)]
+        selectors = nn.ModuleList(block.selector for block in blocks)
+        for block in blocks:
+            block.selector = None
+        try:
+            yield selectors
+        finally:
+            for block, selector in zip(blocks, selectors):
+                block.selector = selector
 
     @classmethod
     def load_config(cls, folder: Any, *args: Any, **kwargs: Any) -> Any:
@@ -195,15 +211,22 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None, **options: Any
-    ) -> Any:
+        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None,
+        prompts: Iterable[str] | None = None, prompt_cache: Path | None = None,
+        text_encoder_device: str | torch.device = "cpu", weights: Storage | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
         """Load an embedded model by name, a folder that `save_pretrained` wrote, a diffusers Wan folder, or a model of
         the hub (or its local cache) by its id.
 
         Args:
-            torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); the
-                model's own when None.
+            torch_dtype: type of the weights, also by name ("bfloat16") or by part ({"vae": ..., "default": ...}); as
+                they are stored when None (an embedded model's: float32).
             text_encoder: takes the place of the folder's own, which is then not loaded.
+            prompts: all that will be asked for. umT5 reads them, and the default negative prompt, on
+                `text_encoder_device` and is gone before the other parts are loaded. None: it stays.
+            prompt_cache: folder that keeps what they were read as; a prompt that is in it needs no umT5.
+            weights: "int8" or "fp8": the linear layers of the folder's transformer and umT5 are stored in 8 bits, once
+                they are loaded and before anything is moved.
             options: those of diffusers' pipelines: other parts, `variant`, `device_map`, `quantization_config`,
                 `revision`, `cache_dir`, `local_files_only`, ...
 
@@ -213,6 +236,9 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             SparseForcingError: out of memory.
         """
         _refuse_code(options)
+        storage = check_storage("weights", weights)
+        if storage and options.get("quantization_config") is not None:
+            raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
         dtype = dtypes_of(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
         given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None}
@@ -220,12 +246,18 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         with memory_explained(f"model {model} was loaded"):
             with explained(folder):
                 digest = model_hash(folder)
+            texts, types = None, component_dtypes(folder, dtype)
+            if prompts is not None and text_encoder is None:
+                how = types["text_encoder"], text_encoder_device, prompt_cache, storage
+                with _quiet():
+                    texts = read_first(folder, list(prompts), *how)
+                given |= set() if texts is None else {"text_encoder"}
             check_components(folder, given)
             with explained(folder), _quiet():
                 pipe = super().from_pretrained(
-                    str(folder), torch_dtype=component_dtypes(folder, dtype), use_safetensors=True,
+                    str(folder), torch_dtype=types, use_safetensors=True,
                     defaults=read_defaults(folder), weights_sha256=digest,
-                    **options | ({"text_encoder": None} if text_encoder is not None else {}),
+                    **options | ({"text_encoder": None} if "text_encoder" in given else {}),
                 )  # fmt: skip
             if "transformer" not in given:
                 finish_transformer(pipe.transformer, folder)
@@ -233,8 +265,20 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 pipe.register_modules(text_encoder=text_encoder)
             elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):
                 pipe.register_modules(tokenizer=tokenizer)
-            check_fit(folder, pipe.transformer, None if "text_encoder" in given else pipe.text, pipe.autoencoder)
+            text = texts or (None if "text_encoder" in given else pipe.text)
+            check_fit(folder, pipe.transformer, None if text is None else text.dim, pipe.autoencoder)
+            pipe.known_texts = texts or pipe.known_texts
+            pipe._quantize(storage, given)
         return pipe
+
+    def _quantize(self, storage: Storage | None, given: Collection[str]) -> None:
+        """Store the linear layers of what is not `given` in 8 bits, where that is asked for."""
+        if storage is None:
+            return
+        if "transformer" not in given:
+            quantize_(self.transformer, storage)
+        if "text_encoder" not in given and isinstance(self.text, UMT5TextEncoder):
+            quantize_(self.text_encoder, storage)
 
     def save_pretrained(self, folder: str | Path, safe_serialization: bool = True, **options: Any) -> None:
         """Write a folder that `from_pretrained` loads, hashes included.
@@ -244,6 +288,10 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization: weights are written as safetensors only; pickles can hold code")
+        if any(is_quantized(getattr(self, name)) for name in MODELS):
+            raise ConfigError(
+                "save_pretrained: weights in 8 bits are made when a model is loaded; save it without them"
+            )
         if options.pop("push_to_hub", False):
             raise ConfigError("push_to_hub: call pipe.push_to_hub(name), which uploads the hashes, too")
         folder = Path(folder)
@@ -267,9 +315,26 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
-        """[B, text_len, dim]; warns with `prompt_remarks`."""
+        """[B, text_len, dim]; warns with `prompt_remarks`. What umT5 read before is not read again."""
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         with memory_explained("the text encoder read the prompt"):
-            return self.text.encode([prompts] if isinstance(prompts, str) else prompts)
+            encoder = None if self.text_encoder is None and self.known_texts.dim else self.text
+            if encoder is not None and not isinstance(encoder, UMT5TextEncoder):
+                return encoder.encode(prompts)
+            return self.known_texts.read(prompts, encoder).to(self._execution_device)
+
+    def free_text_encoder(self, prompts: Iterable[str] = ()) -> None:
+        """Read `prompts` and the default negative prompt, and let the text encoder go: from then on no others can be
+        asked for. Raises ConfigError for an embedded model's, which is small."""
+        if not isinstance(encoder := self.text, UMT5TextEncoder):
+            raise ConfigError("free_text_encoder: an embedded model's text encoder is a few megabytes; it stays")
+        self.known_texts.limit = None
+        with torch.no_grad(), memory_explained("the text encoder read the prompts"):
+            self.known_texts.learn([*prompts, self.defaults.negative_prompt], encoder)
+        del encoder
+        self.register_modules(text_encoder=None)
+        self.maybe_free_model_hooks()  # which hold the parts that they move
+        release_memory()
 
 
 def _refuse_code(options: dict[str, Any]) -> None:

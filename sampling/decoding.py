@@ -15,13 +15,15 @@ from torch import Tensor
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.sampling.rollout import RolloutChunk, no_state
+from sparse_forcing.sampling.starts import EncodedStart
 
 
 @dataclass(frozen=True)
 class VideoChunk:
     """Frames as soon as they exist.
 
-    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts); seconds: model time;
+    frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts), those of the first chunk after the
+    picture that the video starts from; latents: [B, f, C, h, w] that were generated; seconds: model time;
     persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
     state: what `pipe.stream` goes on from with the chunk after this one (`resumed`); see `RolloutChunk.state`.
     """
@@ -72,7 +74,7 @@ def decode_chunks(
     *,
     count: int,
     device: torch.device,
-    given: Tensor | None,
+    given: EncodedStart | None,
     single: bool,
     not_finite: Callable[[int], Exception],
     resumed: Mapping[str, Any] | None = None,
@@ -83,8 +85,9 @@ def decode_chunks(
     been launched and the decoder is done; elsewhere before the clean pass.
 
     Args:
-        memory: of the rollout. given: [B, F, C, h, w] latents that only lead the decoder in. single: leave out the
-            dimension of the batch. not_finite: what to raise for a chunk of this number with NaN or infinity in it.
+        memory: of the rollout. given: what the rollout takes first, whose last latents lead the decoder in, and whose
+            picture is the first frame of the first chunk. single: leave out the dimension of the batch.
+        not_finite: what to raise for a chunk of this number with NaN or infinity in it.
         resumed: state of a chunk (`VideoChunk.state`) that the rollout goes on from, and the decoder with it.
     """
     carried: list[Any] = [] if resumed is None else list(resumed["decoder"])
@@ -92,18 +95,18 @@ def decode_chunks(
     side = SideStream(device)
 
     def latents() -> Iterator[Tensor]:
-        if given is not None:
-            yield given.transpose(1, 2)
         for part in parts:
+            if given is not None and part.index == 0 and given.lead is not None:
+                yield given.lead.transpose(1, 2)
             arrived.append((part, time.perf_counter()))
             side.enter(part.latents)
             yield part.latents.transpose(1, 2)
 
     stream = vae.decode_stream(latents(), carried)
-    if given is not None:
-        next(stream)
     try:
         for pixels in stream:
+            if not arrived:  # of what leads in
+                continue
             part, came = arrived.pop()
             finite = part.latents.isfinite().all() & pixels.isfinite().all()
             shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
@@ -115,6 +118,8 @@ def decode_chunks(
             frames = _on_host(shown, side)
             if not bool(_on_host(finite, side)):
                 raise not_finite(part.index)
+            if given is not None and given.picture is not None and part.index == 0:
+                frames, persistent = _with_picture(given.picture, frames, persistent)
             yield VideoChunk(
                 index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
                 decode_seconds=time.perf_counter() - came, cache_bytes=part.cache_bytes, persistent=persistent,
@@ -122,6 +127,14 @@ def decode_chunks(
             )  # fmt: skip
     finally:
         side.leave()
+
+
+def _with_picture(
+    picture: np.ndarray, frames: np.ndarray, persistent: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Frames [B, F, H, W, 3] after a picture [B or 1, 1, H, W, 3], and the same of the map of what persists."""
+    frames = np.concatenate([picture.repeat(len(frames) // len(picture), 0), frames], 1)
+    return frames, None if persistent is None else np.concatenate([persistent[:1], persistent])
 
 
 def _state(part: RolloutChunk, carried: list[Any]) -> dict[str, Any]:

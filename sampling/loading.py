@@ -18,7 +18,7 @@ from sparse_forcing.files import is_file, read_json
 from sparse_forcing.model.text import WordTextEncoder, load_tokenizer
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.word_tokenizer import WordTokenizer
-from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults
+from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults, usual_dtype
 from sparse_forcing.weights.parts import check_model, check_part, explained, require_part
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
@@ -64,12 +64,12 @@ def _scheduler(folder: Path) -> tuple[str | None, str | None]:
 def component_dtypes(
     folder: Path, dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
 ) -> dict[str, torch.dtype | None]:
-    """The type of each part's weights. By default what is embedded computes in float32 and Wan's parts as stored; its
-    transformer in float32. An embedded autoencoder is not rounded unless it is asked for by name."""
+    """The type of each part's weights: by default as they are stored, and what is embedded in float32. An embedded
+    autoencoder is not rounded unless it is asked for by name."""
     defaults, chosen = read_defaults(folder), dtype if isinstance(dtype, Mapping) else {}
     common = chosen.get("default") if isinstance(dtype, Mapping) else dtype
     types = {
-        "transformer": common or torch.float32,
+        "transformer": common or usual_dtype(folder, "cpu"),
         "text_encoder": common or (torch.float32 if defaults.text_encoder == "words" else None),
         "vae": torch.float32 if defaults.vae in EMBEDDED_AUTOENCODERS else common,
     }

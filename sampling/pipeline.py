@@ -32,13 +32,13 @@ from sparse_forcing.sampling.arguments import (
     noise_source,
     on_device,
     prompt_list,
-    start_frames,
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
 from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
 from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
+from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, given_frames
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 
@@ -80,7 +80,7 @@ class SparseForcingPipeline(PipelineComponents):
         Attention, a small part of small models, is left out.
         """
         rows, cols = self.geometry.token_size(*self.geometry.latent_size(height, width))
-        parameters = sum(x.numel() for x in self.transformer.parameters())
+        parameters = sum(x.numel() for x in self.transformer.state_dict().values())
         return 2.0 * parameters * self.geometry.chunk_frames * rows * cols
 
     def stream(
@@ -110,12 +110,12 @@ class SparseForcingPipeline(PipelineComponents):
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
         Args:
-            num_frames: pixel frames to cover, those of `video` not counted.
+            num_frames: pixel frames to cover, `image` among them, those of `video` not.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
             prompt_changes: {pixel frame: prompt}, each from the first chunk on that begins there or later; or a
                 function of a chunk's first pixel frame that returns a new prompt or None, asked when it is wanted.
-            image, video: [H, W, 3] or [F, H, W, 3], uint8 or floats in [0, 1], to continue from; they must fill whole
-                chunks (an image is held for one chunk). [B, F, H, W, 3]: a video for each prompt.
+            image, video: [H, W, 3], the first frame, or [F, H, W, 3], whole chunks to go on from; uint8 or floats in
+                [0, 1]. [B, F, H, W, 3]: a video for each prompt. An iterable of arrays: a video of any length.
             negative_prompt: what guidance leads away from; the model's default when None.
             prompt_embeds: [B, T, text_dim] instead of `prompt`; zeros follow where T is less than the model reads.
             guidance_scale: 1 or less is none, as in diffusers.
@@ -141,17 +141,17 @@ class SparseForcingPipeline(PipelineComponents):
         latent_size = self.geometry.latent_size(*size)
         memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
         negative = self._negative_prompt(negative_prompt, guided=sampler.guidance_scale != 1.0)
-        start = self._start_frames(image, video, size)
-        frames, continued = whole_number("num_frames", num_frames, config.num_frames), start is not None
-        chunks = self.geometry.chunks(self.geometry.latent_frames(frames, continued=continued))
+        given = given_frames(image, video, self.geometry, size)
+        frames = whole_number("num_frames", num_frames, config.num_frames)
+        chunks, starts = self.geometry.timeline(frames, "nothing" if given is None else given.kind)
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
-        starts = self.geometry.chunk_starts(chunks, continued=continued)
         shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
         noise = noise_source(self._generator(generator), latents, shape, self._execution_device, self.dtype)
-        initial = None if start is None or resumed is not None else self._initial_latents(start, len(text))
-        given = 0 if initial is None else initial.shape[1]
-        state = self._empty_memory(memory, latent_size, sum(chunks) + given if reserve_cache else None)
+        initial = None if given is None or resumed is not None else self._encoded(given, len(text))
+        before = 0 if given is None else given.latent_frames
+        reserved = None if before is None or not reserve_cache else before + sum(chunks)
+        state = self._empty_memory(memory, latent_size, reserved)
         if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
             warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=2)
         unconditional = None
@@ -162,7 +162,6 @@ class SparseForcingPipeline(PipelineComponents):
             unconditional_text=unconditional,
             text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
             initial_latents=initial,
-            initial_chunks=[self.geometry.chunk_frames] * (given // self.geometry.chunk_frames),
             context_timestep=config.context_timestep,
             callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
             scheduler=self.scheduler,
@@ -175,7 +174,7 @@ class SparseForcingPipeline(PipelineComponents):
 
     def _decoded(
         self, parts: Iterator[RolloutChunk], memory: RolloutMemory, count: int, size: tuple[int, int],
-        given: Tensor | None, resumed: Mapping[str, Any] | None, *, single: bool,
+        given: EncodedStart | None, resumed: Mapping[str, Any] | None, *, single: bool,
     ) -> Iterator[VideoChunk]:  # fmt: skip
         """The video's chunks; of several processes that make it together, the first one decodes."""
         parallel = self.transformer.sequence_parallel
@@ -199,14 +198,9 @@ class SparseForcingPipeline(PipelineComponents):
             warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=3)
         return given
 
-    def _start_frames(self, image: Any, video: Any, size: tuple[int, int]) -> np.ndarray | None:
-        """[B, F, H, W, 3] that videos start from, where these weights can go on from anything."""
-        if self.geometry.whole_video and (image is not None or video is not None):
-            raise ConfigError(
-                "image and video: these weights make all frames at once and cannot go on from given ones; only with "
-                "chunk_frames (--chunk-frames) they can, which they were not trained for"
-            )
-        return start_frames(image, video, self.geometry, size)
+    def _encoded(self, given: GivenFrames, batch: int) -> EncodedStart:
+        """The latents that so many videos start with."""
+        return EncodedStart(given, self.autoencoder, batch, self._execution_device, self.dtype)
 
     def _until_the_end(self, stream: Iterator[VideoChunk]) -> Iterator[VideoChunk]:
         """The stream; offloaded parts leave the device after it."""
@@ -217,7 +211,8 @@ class SparseForcingPipeline(PipelineComponents):
 
     def _not_finite(self, index: int) -> Exception:
         """What to raise when a chunk is not finite, with the part to blame."""
-        return not_finite_error({name: getattr(self, name) for name in MODELS}, f"chunk {index + 1} of the video")
+        parts = {name: part for name in MODELS if (part := getattr(self, name)) is not None}
+        return not_finite_error(parts, f"chunk {index + 1} of the video")
 
     def _step_callback(self, callback: Any, names: Sequence[str]) -> StepCallback | None:
         """The rollout's callback for one of diffusers' form."""
@@ -299,15 +294,6 @@ class SparseForcingPipeline(PipelineComponents):
             return lambda index: None if (prompt := changes(starts[index])) is None else texts(prompt)
         pairs = instance_of("prompt_changes", changes, Mapping).items()
         return {number: texts(prompt) for number, prompt in changed_chunks(pairs, starts).items()}.get
-
-    @torch.no_grad()
-    def _initial_latents(self, frames: np.ndarray, batch: int) -> Tensor:
-        """Frames [B or 1, F, H, W, 3] in [0, 1] as the latents [B, F, C, h, w] that the videos start with."""
-        if len(frames) != 1 and batch % len(frames):
-            raise ConfigError(f"video: {len(frames)} videos for {batch} that are to go on from them")
-        pixels = torch.from_numpy(frames).permute(0, 4, 1, 2, 3) * 2 - 1
-        latents = self.autoencoder.encode(pixels.to(self._execution_device)).transpose(1, 2).to(self.dtype)
-        return latents.repeat_interleave(batch // len(latents), 0)
 
     def __call__(
         self,

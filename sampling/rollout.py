@@ -10,7 +10,7 @@ Legend: B batch, f latent frames of a chunk, C channels; latents at pipeline lev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -168,8 +168,7 @@ def rollout(
     *,
     unconditional_text: Tensor | None = None,
     text_at: Callable[[int], Tensor | None] | None = None,
-    initial_latents: Tensor | None = None,
-    initial_chunks: list[int] | None = None,
+    initial_latents: Iterable[Tensor] | None = None,
     context_timestep: float = 0.0,
     training: TrainingRollout | None = None,
     callback: StepCallback | None = None,
@@ -184,7 +183,7 @@ def rollout(
         text_at: asked with the number of every chunk but the first for the text [B, T, text_dim] from there on, or None
             to go on as before. What is in the memory stays as it was written.
         chunks: latent frames of each chunk to generate.
-        initial_latents: [B, F0, C, H, W] given frames, written to the memory first (chunk sizes `initial_chunks`).
+        initial_latents: [B, f, C, H, W] chunks of given frames, written to the memory first.
         context_timestep: timestep of the clean pass.
         scheduler: a diffusers scheduler to take the sampler's steps with, in place of the sampler's own.
         record: record the passes of steady chunks and replay them (graphs.py), where nothing rules that out.
@@ -192,8 +191,7 @@ def rollout(
     """
     network = _Network(model, memory, sampler.guidance_scale, unconditional_text, training, record)
     network.read(text)
-    given = initial_latents, initial_chunks or chunks[:1]
-    begin, start = (0, network.take(*given)) if resumed is None else network.go_on(resumed, noise)
+    begin, start = (0, network.take(initial_latents or ())) if resumed is None else network.go_on(resumed, noise)
     owed = CleanPass()
     for index, frames in enumerate(chunks[begin:], begin):
         owed.run()
@@ -298,15 +296,15 @@ class _Network:
             )
         self.text, self.text_keys_values = text, keys_values
 
-    def take(self, latents: Tensor | None, chunks: list[int]) -> int:
-        """Leave given frames [B, F0, C, H, W] in the memory, chunk by chunk; returns how many they are."""
-        if latents is None:
-            return 0
-        for given in latents.split(chunks, 1):
+    def take(self, chunks: Iterable[Tensor]) -> int:
+        """Leave chunks of given frames [B, f, C, H, W] in the memory; returns how many frames they are."""
+        count = 0
+        for given in chunks:
             with self.mode():
                 self.memory.begin_chunk(given.shape[1])
             self.clean(given, 0.0)
-        return latents.shape[1]
+            count += given.shape[1]
+        return count
 
     def begin(self, index: int, start: int, frames: int) -> None:
         """Begin a chunk of `frames` latent frames, the video's frame `start` the first of them."""

@@ -38,8 +38,8 @@ def memory_explained(while_: str) -> Iterator[None]:
         if not is_out_of_memory(error):
             raise
         raise SparseForcingError(
-            f"out of memory while {while_}; --dtype bfloat16 (torch_dtype) halves what float32 weights take, and "
-            "--text-encoder-device cpu leaves a GPU to the rest"
+            f"out of memory while {while_}; --dtype bfloat16 (torch_dtype) halves what float32 weights take, "
+            "--weights int8 (weights) that of bfloat16, and --text-encoder-device cpu leaves a GPU to the rest"
         ) from error
 
 

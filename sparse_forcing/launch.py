@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 from sparse_forcing.errors import ConfigError
 
 T = TypeVar("T")
+MEETING = timedelta(minutes=10)
+"""How long the processes of a launch wait for each other to start."""
 PATIENCE = timedelta(days=30)
 """How long a process that is done waits for the slowest one; one that dies ends the waiting at once."""
 
@@ -116,18 +118,21 @@ def join_launch(*, together: bool = False) -> Iterator[Launch]:
     """Join the other processes of torchrun or accelerate launch, if there are any; together: see `Launch`.
 
     Raises:
-        ConfigError: the environment names several processes, but not how they find each other.
+        ConfigError: the environment names several processes, but not how they find each other, or some do not come.
     """
     if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
         yield Launch()
         return
     import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
 
     from sparse_forcing.processes import leave_group
 
     with leave_group():
         try:
-            dist.init_process_group("gloo", timeout=PATIENCE)  # only a few numbers travel, so any device will do
+            store, rank, count = next(rendezvous("env://", timeout=MEETING))
+            # Only a few numbers travel, so any device will do.
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=PATIENCE)
         except (ValueError, RuntimeError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(

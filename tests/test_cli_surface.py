@@ -21,8 +21,9 @@ SURFACE = {
     "generate": "PROMPT --then --prompt-file --model --output --seed --num-samples --image --video --num-frames "
     "--seconds --height --width --num-inference-steps --guidance-scale --negative-prompt --preset --sampler "
     "--shift --chunk-frames --fps --memory --window-frames "
-    "--sink-frames --persistent-blocks --density --retention --tile --positions --device --text-encoder-device "
-    "--dtype --scale --overlay --live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "
+    "--sink-frames --persistent-blocks --density --retention --cache-dtype --tile --positions --device "
+    "--text-encoder-device --prompt-cache --dtype --weights --offload --tiny-vae --tiled-decoding --scale --overlay "
+    "--live --grid --skip-existing --resume --checkpoint-every --sequence-parallel "
     "--cuda-graphs --no-cuda-graphs --compile "
     "--suite --shard --check --json",
     "train": "STAGE --config --set --output --resume-from --allow-changes",
@@ -38,10 +39,11 @@ SURFACE = {
     "convert": "SOURCE TARGET --base --preset --config --lora --keep-lora --lora-scale --part --head-dim --to --json",
     "data": "WHAT OUTPUT --config --set --num-clips --num-frames --fps --size --scale --split --two-objects --world "
     "--gap --ground --frame-noise --seed --json",
-    "playground": "--model --device --text-encoder-device --dtype --host --port --cache-gigabytes",
+    "playground": "--model --device --text-encoder-device --dtype --weights --offload --tiny-vae "
+    "--tiled-decoding --host --port --cache-gigabytes",
     "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
-    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --tile "
-    "--text-encoder-device --dtype --json",
+    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --cache-dtype --tile "
+    "--text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --json",
 }
 WITHOUT_TORCH = """
 import sys

@@ -78,7 +78,7 @@ class RecallBenchConfig:
 
     worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
     a cell of its own. count: worlds in a cell. num_frames: pixel frames of a world; the gap and 64 more where None.
-    split: of the looks that return. memories: in words (sparse_forcing.memory.parse). positions: of all of them.
+    split: of the looks that return. memories: in words (sparse_forcing.memory.config). positions: of all of them.
     """
 
     model: str = "tiny-worlds"
@@ -114,7 +114,7 @@ class StreamBenchConfig:
     """Options of `bench stream`.
 
     model_size: a published size or an embedded model's; its weights are not read. height, width: pixels; the model's
-    default where None. chunks: length of each rollout. memories: in words (sparse_forcing.memory.parse), which take
+    default where None. chunks: length of each rollout. memories: in words (sparse_forcing.memory.config), which take
     turns. device, dtype: the accelerator and bfloat16 where there is one, else the CPU and float32. decode: time the
     autoencoder, too. cuda_graphs: replay passes; None: on a CUDA device. output: folder of table, plot and JSON.
     """

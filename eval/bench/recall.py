@@ -26,7 +26,7 @@ from sparse_forcing.eval.bench.returns import Answer, Task, answer_tasks, plan_t
 from sparse_forcing.eval.scene_checker.world_judge import ASPECTS, chance_level
 from sparse_forcing.files import atomic_write_json, atomic_write_text, check_writable
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.memory.parse import parse_memory
+from sparse_forcing.memory.config import parse_memory
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.worlds.config import WorldConfig
 

@@ -32,7 +32,7 @@ from sparse_forcing.eval.bench.options import StreamBenchConfig
 from sparse_forcing.eval.bench.stream_report import heading, ratio, summarize, table, write
 from sparse_forcing.files import check_writable, read_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
-from sparse_forcing.memory.parse import parse_memory
+from sparse_forcing.memory.config import parse_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.text import WAN_TEXT_LEN
@@ -82,7 +82,7 @@ class Stream:
         return self.text.device
 
     def memory(self, words: str) -> MemoryConfig:
-        """A memory in words (sparse_forcing.memory.parse), the rest as the model's default has it."""
+        """A memory in words (sparse_forcing.memory.config), the rest as the model's default has it."""
         return parse_memory(words, self.architecture.defaults.memory)
 
     def rollout(self, memory: MemoryConfig, chunks: int) -> Iterator[RolloutChunk]:

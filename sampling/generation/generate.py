@@ -114,20 +114,20 @@ def _generate_all(
 ) -> Iterator[dict[str, Any]]:
     """`shown`: videos in the grid, those that exist already among them."""
     from sparse_forcing.memory.retention import find_rule
-    from sparse_forcing.sampling.generation.conditioning import read_start, start_arguments
+    from sparse_forcing.sampling.generation.conditioning import Starts
     from sparse_forcing.sampling.generation.together import check_launch, follow_video, join_processes
 
     if config.retention is not None:  # before weights are read
         find_rule(config.retention)
     if config.sequence_parallel:
         check_launch(config, launch)
-    start = read_start(config, progress.note)
+    starts = Starts(config, jobs, progress.note)
     for remark in chunk_remarks(chosen_defaults(config)):
         progress.note(f"warning: {remark}")
     if too_small := _shortage(config):
         progress.note(f"warning: {too_small}")
     began = time.perf_counter()
-    pipe = load_pipeline(config)
+    pipe = load_pipeline(config, [text for job in jobs for text in job.texts(config)])
     loaded = time.perf_counter() - began
     settings = resolve_settings(config, pipe)
     if config.sequence_parallel:
@@ -137,14 +137,20 @@ def _generate_all(
 
         height, width = settings.height * settings.scale, settings.width * settings.scale
         check_grid(config.grid, shown, settings.num_frames, height, width)
-    given = start_arguments(config, settings, start, pipe)
+    for job in jobs:  # before the first is made
+        resolve_settings(job.config(config), pipe)
     with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
         for number, job in enumerate(jobs, 1):
+            own = job.config(config)
+            settings = resolve_settings(own, pipe)
+            given = starts.arguments(own, settings, pipe)
+            if job.negative_prompt is not None:
+                given["negative_prompt"] = job.negative_prompt
             if launch.follows:
-                follow_video(pipe, config, settings, job, given)
+                follow_video(pipe, own, settings, job, given)
                 continue
             progress.begin(job, number, len(jobs))
-            record = generate_video(pipe, config, settings, job, progress, given, model_load_seconds=loaded)
+            record = generate_video(pipe, own, settings, job, progress, given, model_load_seconds=loaded)
             progress.end()
             yield record
 
@@ -160,11 +166,13 @@ def _shortage(config: GenerateConfig) -> str | None:
     return shortage(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
-def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
-    """The pipeline of `config.model`, on its device. Raises ConfigError or WeightsError."""
+def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) -> SparseForcingPipeline:
+    """The pipeline of `config.model`, on its device; without umT5 where all `prompts` of the run are known. Raises
+    ConfigError or WeightsError."""
     import torch
 
     from sparse_forcing.model_folder.folder import find_model, usual_dtype
+    from sparse_forcing.sampling.generation.placement import check_placement, place
     from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -176,11 +184,16 @@ def load_pipeline(config: GenerateConfig) -> SparseForcingPipeline:
     if config.compile:
         check_compiler(torch.device(device))
     defaults = chosen_defaults(config)
+    check_placement(config, defaults, device)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
-    pipe = SparseForcingPipeline.from_pretrained(config.model, torch_dtype=dtype).with_defaults(defaults)
+    pipe = SparseForcingPipeline.from_pretrained(
+        config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
+        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device, weights=config.weights,
+    ).with_defaults(defaults)  # fmt: skip
     if config.compile:
         pipe.transformer.compile()
-    return pipe.to(device, text_encoder_device=text_encoder_device)
+    place(pipe, config, device, text_encoder_device)
+    return pipe
 
 
 def generate_video(
@@ -195,14 +208,14 @@ def generate_video(
 ) -> dict[str, Any]:
     """Stream one video into its file and write its sidecar; returns the sidecar. Nothing is left behind on failure.
 
-    `given`: further arguments of `pipe.stream`, what the video starts from.
+    `config` is the job's (`Job.config`); `given`: further arguments of `pipe.stream`, what the video starts from.
     """
     described = _describe_run(pipe, config, settings, job)
     checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
     resumed = None if begun is None else begun.stream
-    with explained_out_of_memory(settings), _collected_warnings(progress) as messages, clip:
+    with explained_out_of_memory(settings, config), _collected_warnings(progress) as messages, clip:
         for chunk in pipe.stream(job.prompt, **stream_arguments(config, settings, job), resumed=resumed, **given):
             clip.add(chunk)
             progress.frames(clip.written, settings.num_frames)
@@ -239,7 +252,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
-            "negative_prompt": pipe.defaults.negative_prompt,
+            "negative_prompt": job.negative_prompt or pipe.defaults.negative_prompt,
             "preset": pipe.defaults.preset,
             "sampler": pipe.defaults.sampler.kind,
             "shift": pipe.defaults.sampler.shift,
@@ -247,6 +260,10 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "device": str(pipe.device),
             "text_encoder_device": config.text_encoder_device,
             "dtype": str(pipe.dtype).removeprefix("torch."),
+            "weights": config.weights,
+            "offload": config.offload,
+            "tiny_vae": to_plain(config.tiny_vae),
+            "tiled_decoding": config.tiled_decoding,
             "sequence_parallel": config.sequence_parallel,
             "memory": to_plain(settings.memory),
             "image": to_plain(config.image),

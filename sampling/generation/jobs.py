@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
 from sparse_forcing.media.listing import VIDEO_SUFFIXES
-from sparse_forcing.sampling.generation.prompts import check_prompt, check_prompts, read_prompts
+from sparse_forcing.sampling.generation.prompts import MAX_SEED, check_prompt, check_prompts
+from sparse_forcing.sampling.generation.rows import PromptRow, read_rows
 from sparse_forcing.shards import check_shard, take_shard
 
 MAX_FRAMES = 1_000_000
@@ -27,7 +28,7 @@ PRESETS = get_args(Preset)
 """Names in sparse_forcing/model_folder/presets.py, which is too heavy to import here."""
 GRID_SUFFIXES = (".webp", ".gif")
 BOUNDS: dict[str, tuple[float, float]] = {
-    "seed": (0, 2**62), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
+    "seed": (0, MAX_SEED), "num_samples": (1, MAX_JOBS), "num_frames": (1, MAX_FRAMES), "height": (1, MAX_SIDE),
     "width": (1, MAX_SIDE), "num_inference_steps": (1, 1000), "guidance_scale": (0, 100), "scale": (1, 64),
     "window_frames": (1, MAX_FRAMES), "sink_frames": (1, MAX_FRAMES), "persistent_blocks": (0, MAX_BLOCKS),
     "tile": (1, MAX_SIDE), "shift": (0.01, 100), "chunk_frames": (1, MAX_FRAMES), "fps": (0.1, 1000),
@@ -45,6 +46,7 @@ MEMORY_KNOBS = {
     "persistent_blocks": ("sparse", "heavy_hitter"),
     "density": ("sparse",),
     "retention": ("sparse",),
+    "cache_dtype": ("sparse",),
     "tile": ("sparse", "heavy_hitter"),
     "positions": ("full", "window", "sink", "sparse", "heavy_hitter"),
 }
@@ -54,17 +56,21 @@ MEMORY_KNOBS = {
 class GenerateConfig:
     """What to generate and where to; the command line has one flag for each. None: the model's own default.
 
-    prompts, prompt_file: one of the two; see `read_prompts`.
+    prompts, prompt_file: one of the two; see `read_rows`.
     model: `tiny`, or a local diffusers folder.
     output: an .mp4 file for a single video, else a folder. A video of the same prompt and seed is replaced.
     seed: sample k of every prompt uses seed + k.
     then: further prompts and the second from which each holds (the next chunk to begin takes it), for one prompt.
-    image, video: start from a picture, or go on from the last whole chunks of a video; one of the two.
+    image, video: the first frame, or a video whose last whole chunks are gone on from; one of the two.
     num_frames, seconds: length, in pixel frames or in seconds; one of the two.
     preset: how weights that others published are sampled, by name; what is given beside it changes it.
     sampler, shift, negative_prompt, chunk_frames (latent frames at a time), fps (of the file): see PipelineConfig.
     memory and its knobs (latent frames, blocks, share of the window's blocks): see MemoryConfig.
-    text_encoder_device: where prompts are read, if not on `device`: for GPUs that cannot hold umT5 beside the model.
+    text_encoder_device: where umT5 reads the prompts, if not on `device`; it is gone before the video begins.
+    prompt_cache: folder that keeps what umT5 read prompts as, so that it is not loaded for them again.
+    weights: how the linear layers of the transformer and of umT5 are stored, if not as they compute.
+    offload: what waits in the CPU's memory until it computes: each part of the model, or each block of the transformer.
+    tiny_vae: a TAEHV file to decode with; tiled_decoding: decode tiles of the picture one after the other.
     scale: enlarge every pixel to scale x scale in the mp4.
     overlay: also write a video in which the persistent blocks (heavy hitters) light up.
     live: also write live/NAME.mp4, which can be watched while it grows; it goes when the video is complete.
@@ -107,11 +113,17 @@ class GenerateConfig:
     persistent_blocks: int | None = None
     density: float | None = None
     retention: str | None = None
+    cache_dtype: Literal["int8"] | None = None
     tile: tuple[int, int, int] | None = None
     positions: Literal["absolute", "relative"] | None = None
     device: str = "auto"
     text_encoder_device: str | None = None
+    prompt_cache: Path | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    weights: Literal["int8", "fp8"] | None = None
+    offload: Literal["none", "model", "blocks"] = "none"
+    tiny_vae: Path | None = None
+    tiled_decoding: bool = False
     scale: int | None = None
     overlay: bool = False
     live: bool = False
@@ -131,11 +143,13 @@ class GenerateConfig:
             raise ConfigError("give prompts or --prompt-file, not both")
         if self.image is not None and self.video is not None:
             raise ConfigError("give --image or --video, not both")
+        if self.tiny_vae is not None and self.tiled_decoding:
+            raise ConfigError("give --tiny-vae or --tiled-decoding, not both: the tiny decoder needs no tiles")
         if self.resume:
             object.__setattr__(self, "skip_existing", True)
         for name in BOUNDS:
             _check_bounds(name, getattr(self, name))
-        for name in ("model", "image", "video"):
+        for name in ("model", "image", "video", "tiny_vae"):
             _check_utf8(name, str(getattr(self, name)))
         if self.negative_prompt:
             check_prompt(self.negative_prompt, "--negative-prompt")
@@ -212,7 +226,8 @@ def flag(name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One video to generate. `original_prompt`: what evaluation compares with, when `prompt` is a rewritten one."""
+    """One video to generate. `original_prompt`: what evaluation compares with, when `prompt` is a rewritten one;
+    `negative_prompt`, `start_image`, `start_video`, `then`: its own, in place of the run's."""
 
     prompt: str
     seed: int
@@ -220,34 +235,72 @@ class Job:
     sidecar: Path
     index: int = 0
     original_prompt: str | None = None
+    negative_prompt: str | None = None
+    start_image: Path | None = None
+    start_video: Path | None = None
+    then: tuple[tuple[float, str], ...] = ()
+
+    def config(self, run: GenerateConfig) -> GenerateConfig:
+        """The run's config with what this job has of its own. Raises ConfigError where they do not go together."""
+        changes: dict[str, Any] = {}
+        if self.start_image is not None or self.start_video is not None:
+            changes |= {"image": self.start_image, "video": self.start_video}
+        changes |= {name: value for name in ("negative_prompt", "then") if (value := getattr(self, name))}
+        return replace(run, **changes) if changes else run
+
+    def texts(self, run: GenerateConfig) -> list[str]:
+        """Every prompt that is read for this video, but the model's own negative prompt."""
+        changes = [prompt.strip() for _, prompt in self.config(run).then]
+        return [self.prompt, *changes, *([] if self.negative_prompt is None else [self.negative_prompt])]
 
 
 def plan(config: GenerateConfig) -> list[Job]:
     """Jobs of the config's prompts, checked: names stay inside the output and differ. Raises ConfigError."""
-    prompts = read_prompts(config.prompt_file) if config.prompt_file else check_prompts(config.prompts)
-    if config.then and len(prompts) > 1:
-        raise ConfigError(f"--then goes on from one prompt, not from {len(prompts)}; run them one by one")
-    count = len(prompts) * config.num_samples
+    if config.prompt_file is None:
+        rows = [PromptRow(prompt=prompt) for prompt in check_prompts(config.prompts)]
+    else:
+        rows = read_rows(config.prompt_file)
+    if config.then and len(rows) > 1:
+        raise ConfigError(f"--then goes on from one prompt, not from {len(rows)}; run them one by one")
+    count = len(rows) * config.num_samples
     if count > MAX_JOBS:
         raise ConfigError(f"{count} videos are more than the {MAX_JOBS} that one run makes; split the prompts")
     if config.grid is not None and count > MAX_GRID:
         raise ConfigError(f"--grid {config.grid}: {count} videos are more than the {MAX_GRID} that it shows")
-    if config.to_file:
-        if count > 1:
-            raise ConfigError(f"--output {config.output} is one file for {count} videos; give a folder")
-        sidecar = config.output.with_suffix(".json")
-        return [Job(prompt=prompts[0], seed=config.seed, video=config.output, sidecar=sidecar)]
-    jobs = []
-    for number, prompt in enumerate(prompts):
-        for sample in range(config.num_samples):
-            video = config.output / safe_name(prompt, number, extra=f"seed{config.seed + sample}")
-            jobs.append(
-                Job(
-                    prompt=prompt,
-                    seed=config.seed + sample,
-                    index=sample,
-                    video=video,
-                    sidecar=video.with_suffix(".json"),
-                )
-            )
+    if config.to_file and (count > 1 or rows[0].output):
+        what = f"{count} videos" if count > 1 else f"a prompt that names its own ({rows[0].output})"
+        raise ConfigError(f"--output {config.output} is one file for {what}; give a folder")
+    jobs = [job for number, row in enumerate(rows) for job in _jobs(config, row, number)]
+    _check_distinct(jobs)
     return take_shard(jobs, config.shard)
+
+
+def _check_distinct(jobs: Sequence[Job]) -> None:
+    """Raises ConfigError when two videos have one name; those of rows that name none differ by their numbers."""
+    taken: set[Path] = set()
+    for job in jobs:
+        if job.video in taken:
+            raise ConfigError(f"{job.video}: two prompts name this output; give each its own")
+        taken.add(job.video)
+
+
+def _jobs(config: GenerateConfig, row: PromptRow, number: int) -> Iterator[Job]:
+    """The samples of a row."""
+    seed = config.seed if row.seed is None else row.seed
+    for sample in range(config.num_samples):
+        video = config.output
+        if not config.to_file:
+            extra = f"seed{seed + sample}"
+            video /= safe_name(row.prompt, number, extra=extra) if row.output is None else row.output
+            if row.output is not None and config.num_samples > 1:
+                video = video.with_name(f"{video.stem}-{extra}.mp4")
+        job = Job(
+            prompt=row.prompt, seed=seed + sample, index=sample, video=video, sidecar=video.with_suffix(".json"),
+            original_prompt=row.original_prompt, negative_prompt=row.negative_prompt, start_image=row.image,
+            start_video=row.video, then=row.then,
+        )  # fmt: skip
+        try:
+            job.config(config)
+        except ConfigError as error:
+            raise ConfigError(f"{row.where}: {error}") from error
+        yield job

@@ -57,9 +57,12 @@ def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
     """Refuse jobs that would replace what the run reads: the picture or video it starts from, with that video's own
     sidecar and overlay, the prompts, the model. Raises OutputError."""
     targets = [path for job in jobs for path in (job.video, job.sidecar, overlay_path(job))]
-    inputs = [path for path in (config.image, config.video, config.prompt_file) if path is not None]
-    if config.video is not None:
-        inputs += [config.video.with_suffix(".json"), config.video.parent / OVERLAY_FOLDER / config.video.name]
+    starts = dict.fromkeys([config.video, *(job.start_video for job in jobs)])
+    read = [config.image, config.prompt_file, *dict.fromkeys(job.start_image for job in jobs), *starts]
+    inputs = [path for path in read if path is not None]
+    for video in starts:
+        if video is not None:
+            inputs += [video.with_suffix(".json"), video.parent / OVERLAY_FOLDER / video.name]
     if config.grid is not None:
         targets.append(config.grid)
     if config.live:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sparse_forcing.config import constructor_settings
-from sparse_forcing.errors import WeightsError
+from sparse_forcing.devices import resolve_device
+from sparse_forcing.errors import SparseForcingError, WeightsError
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention
 from sparse_forcing.model.geometry import TileLayout, VideoGeometry
+from sparse_forcing.model.small.quantized import Storage, quantize_, stored_bytes
+from sparse_forcing.model.small.tiled_decode import decode_frames, is_tiled
+from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, usual_dtype
@@ -31,13 +35,21 @@ from sparse_forcing.sampling.generation.settings import Settings, chosen_default
 
 HEADROOM = 1.1
 GIB = 2**30
+_TINY = 9_844_611  # numbers of the tiny decoder
+_BLOCKS_AT_ONCE = 2  # one that computes, and the next one, which comes meanwhile
+_SCALE = 2  # bytes of a channel's in blocks of 8 bits
+_HELPS_ANYWHERE = {"memory", "cache_dtype", "weights"}  # on a CPU, too
 _DECODED = 3  # latent frames after which every further one needs what the one before did
 _SMALLER = ((480, 832), (320, 576), (256, 448))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Needs:
-    """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile."""
+    """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile.
+
+    text_stays: whether the text encoder is still there then; umT5 reads the prompts first and goes.
+    by_turns: whether transformer and autoencoder wait in the CPU's memory while the other computes.
+    """
 
     transformer: int
     text_encoder: int
@@ -45,12 +57,24 @@ class Needs:
     cache: int
     activations: int
     decoding: int
+    text_stays: bool = False
+    by_turns: bool = False
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """Bytes by what takes them."""
+        return {name: size for name, size in dataclasses.asdict(self).items() if type(size) is int}
 
     @property
     def total(self) -> int:
-        """Weights, cache and the larger of what a pass and decoding make: they never run at once."""
-        kept = self.transformer + self.text_encoder + self.autoencoder + self.cache
-        return round(HEADROOM * (kept + max(self.activations, self.decoding)))
+        """Weights, cache and the larger of what a pass and decoding make, which never run at once; or umT5 alone."""
+        passes, decodes = (self.transformer, self.activations), (self.autoencoder, self.decoding)
+        if self.by_turns:
+            video = self.cache + max(sum(passes), sum(decodes))
+        else:
+            video = self.cache + self.transformer + self.autoencoder + max(self.activations, self.decoding)
+        most = video + self.text_encoder if self.text_stays else max(video, self.text_encoder)
+        return round(HEADROOM * most)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +85,14 @@ class Outline:
     geometry: VideoGeometry
     sizes: ModelSizes
     autoencoder: Any
+    measured: dict[Any, int] = dataclasses.field(default_factory=dict)  # runs without storage, which take a second each
+
+    def measure(self, work: Callable[..., int], *settings: Any) -> int:
+        """`work(self, *settings)`, done once."""
+        key = (work, *settings)
+        if key not in self.measured:
+            self.measured[key] = work(self, *settings)
+        return self.measured[key]
 
     @property
     def fps(self) -> float:
@@ -93,19 +125,32 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
     dtype = _dtype(config, device)
     size = torch.empty((), dtype=dtype).element_size()
     batch = 2 if settings.guidance_scale > 1 else 1
-    transformer = on_meta(model.sizes.transformer)
     elsewhere = config.text_encoder_device not in (None, config.device, device)
     per_float = size / torch.finfo(torch.float32).bits * 8
     chunks = model.geometry.chunks(model.geometry.latent_frames(settings.num_frames))
     latent = model.geometry.latent_size(settings.height, settings.width)
     return Needs(
-        transformer=size * sum(x.numel() for x in transformer.parameters()),
-        text_encoder=0 if elsewhere else round(per_float * model.sizes.text_bytes),
-        autoencoder=round(per_float * model.sizes.autoencoder_bytes),
-        cache=batch * size * cache_numbers(model, settings, sum(chunks)),
-        activations=_activations(model, max(chunks), latent, batch, dtype),
-        decoding=_decoding(model, max(chunks), latent, dtype),
+        transformer=_on_device(model, size, config),
+        text_encoder=0 if elsewhere else stored_bytes(model.sizes.text, size, config.weights),
+        autoencoder=round(per_float * model.sizes.autoencoder_bytes) + (size * _TINY if config.tiny_vae else 0),
+        cache=batch * cache_bytes(model, settings, sum(chunks), size),
+        activations=model.measure(_activations, max(chunks), latent, batch, dtype, config.weights),
+        decoding=model.measure(
+            _decoding, max(chunks), latent, dtype, config.tiny_vae is not None, config.tiled_decoding
+        ),
+        text_stays=model.defaults.text_encoder == "words",
+        by_turns=config.offload == "model",
     )
+
+
+def _on_device(model: Outline, size: int, config: GenerateConfig) -> int:
+    """Bytes of the transformer that are on the device at once, with `size` bytes a number."""
+    transformer = on_meta(model.sizes.transformer)
+    whole = stored_bytes(transformer, size, config.weights)
+    if config.offload != "blocks":
+        return whole
+    blocks = whole - size * sum(x.numel() for name, x in transformer.named_parameters() if "blocks." not in name)
+    return whole - blocks + _BLOCKS_AT_ONCE * blocks // len(transformer.blocks)
 
 
 def _dtype(config: GenerateConfig, device: str) -> torch.dtype:
@@ -117,69 +162,136 @@ def _dtype(config: GenerateConfig, device: str) -> torch.dtype:
         return torch.bfloat16
 
 
-def cache_numbers(model: Outline, settings: Settings, latent_frames: int) -> int:
-    """Numbers in the keys and values that one video's memory holds when it is full."""
+def cache_bytes(model: Outline, settings: Settings, latent_frames: int, size: int) -> int:
+    """Bytes of the keys and values that one video's memory holds when it is full, with `size` bytes a number."""
     if model.geometry.whole_video:
         return 0
     sizes, memory = on_meta(model.sizes.transformer).config, settings.memory
+    width = sizes.num_attention_heads * sizes.attention_head_dim
     rows, cols = model.geometry.token_size(*model.geometry.latent_size(settings.height, settings.width))
-    tokens: float = min(memory.window or latent_frames, latent_frames) * rows * cols
-    if memory.kind == "sparse":
-        layout = TileLayout(model.geometry.chunk_frames, rows, cols, memory.tile)
-        blocks = memory.window_frames // model.geometry.chunk_frames * layout.num_blocks + memory.persistent_blocks
-        tokens = blocks * (math.prod(memory.tile) + 1 / 2)  # and what each block's keys are compressed to
-    elif memory.kind == "heavy_hitter":
-        tokens += memory.persistent_tokens
-    return round(2 * tokens) * sizes.num_layers * sizes.num_attention_heads * sizes.attention_head_dim
+    if memory.kind != "sparse":
+        tokens = min(memory.window or latent_frames, latent_frames) * rows * cols
+        tokens += memory.persistent_tokens if memory.kind == "heavy_hitter" else 0
+        return size * 2 * tokens * sizes.num_layers * width
+    layout, block = TileLayout(model.geometry.chunk_frames, rows, cols, memory.tile), 2 * math.prod(memory.tile)
+    blocks = memory.window_frames // model.geometry.chunk_frames * layout.num_blocks + memory.persistent_blocks
+    numbers = block * size if memory.cache_dtype is None else block + 2 * _SCALE
+    shared = 0 if memory.cache_dtype is None else block * size  # the pool that all layers read from
+    return blocks * width * (sizes.num_layers * (numbers + size) + shared)  # and what keys are compressed to
 
 
-def _activations(model: Outline, frames: int, latent: tuple[int, int], batch: int, dtype: torch.dtype) -> int:
+def _activations(
+    model: Outline, frames: int, latent: tuple[int, int], batch: int, dtype: torch.dtype, storage: Storage | None
+) -> int:
     """Of one pass over the largest chunk."""
     sizes = model.sizes.transformer
     with torch.device("meta"):
         network = CausalWanTransformer3DModel(**{**sizes, "num_layers": 1})
         torch.nn.Module.to(network, dtype)  # diffusers' own warns of what only a rounding of weights would matter to
+        if storage is not None:
+            quantize_(network, storage)
         x = torch.empty(batch, network.config.in_channels, frames, *latent, dtype=dtype)
         text = torch.empty(batch, model.sizes.text_len, network.config.text_dim, dtype=dtype)
         time = torch.empty(batch)
     return peak_bytes(lambda: network(x, time, text, policy=ParallelAttention(frames)))
 
 
-def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch.dtype) -> int:
+def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch.dtype, tiny: bool, tiled: bool) -> int:
     """Of one chunk: what the decoder makes of its first latent frames, and the pixels of all of them."""
-    some = min(frames, _DECODED)
-    autoencoder = model.autoencoder
+    some, autoencoder = min(frames, _DECODED), model.autoencoder
+    decoder = TinyDecoder() if tiny else autoencoder
     torch.nn.Module.to(autoencoder, dtype)
     with torch.device("meta"):
         z = torch.empty(1, autoencoder.latent_channels, some, *latent, dtype=dtype)
-    stride = autoencoder.spatial_stride
-    pixels = 3 * latent[0] * latent[1] * stride**2 * autoencoder.temporal_stride * (frames - some)
-    return peak_bytes(lambda: next(iter(autoencoder.decode_stream([z])))) + 2 * pixels * z.element_size()
+    pixel_frame = 3 * z.element_size() * latent[0] * latent[1] * autoencoder.spatial_stride**2
+    if hasattr(autoencoder, "vae"):
+        autoencoder.vae.use_tiling = tiled
+        if is_tiled(autoencoder.vae, z):  # tiles wait elsewhere for their turn; their pixels are joined in the end
+            tile = z[..., : autoencoder.vae.tile_sample_min_height // 8, : autoencoder.vae.tile_sample_min_width // 8]
+            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, []))
+            return one + 4 * pixel_frame * autoencoder.temporal_stride * frames
+    pixels = 2 * pixel_frame * autoencoder.temporal_stride * (frames - some)
+    return peak_bytes(lambda: next(iter(decoder.decode_stream([z])))) + pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class _Change:
+    """Settings that need less, and the flags that make them."""
+
+    settings: dict[str, Any]
+    flags: str
 
 
 def remedies(config: GenerateConfig, model: Outline, limit: int) -> list[str]:
-    """The first change of settings, or combination of changes, with which a video fits into `limit` bytes; empty where
-    none does."""
-    for changed, flags in _changes(config, model):
-        if needs(changed, model).total <= limit:
-            return flags
-    return []
+    """Flags with which a video fits into `limit` bytes, those that cost least of it first and none in vain; empty where
+    no flags make it fit."""
+
+    def fits(changes: list[_Change]) -> bool:
+        changed = {name: value for change in changes for name, value in change.settings.items()}
+        return needs(dataclasses.replace(config, **changed), model).total <= limit
+
+    chosen: list[_Change] = []
+    for change in _changes(config, model):
+        chosen.append(change)
+        if fits(chosen):
+            break
+    else:
+        return []
+    for change in chosen[:-1]:
+        if fits(rest := [each for each in chosen if each is not change]):
+            chosen = rest
+    return [change.flags for change in chosen]
 
 
-def _changes(config: GenerateConfig, model: Outline) -> Iterator[tuple[GenerateConfig, list[str]]]:
-    """Settings that need less and less, with the flags that make them."""
-    flags: list[str] = []
+def _changes(config: GenerateConfig, model: Outline) -> Iterator[_Change]:
+    """What can be given up, from what costs nothing to what is seen."""
     if config.text_encoder_device is None:
-        config, flags = dataclasses.replace(config, text_encoder_device="cpu"), ["--text-encoder-device cpu"]
-        yield config, flags
+        yield _Change({"text_encoder_device": "cpu"}, "--text-encoder-device cpu")
     if not model.geometry.whole_video and (config.memory or model.default_memory.kind) == "full":
-        config, flags = dataclasses.replace(config, memory="sparse"), [*flags, "--memory sparse"]
-        yield config, flags
+        yield _Change({"memory": "sparse"}, "--memory sparse")
+    if model.defaults.vae == "wan" and not (config.tiny_vae or config.tiled_decoding):
+        yield _Change({"tiled_decoding": True}, "--tiled-decoding")
+    kind = config.memory or model.default_memory.kind
+    if not model.geometry.whole_video and kind in ("full", "sparse") and config.cache_dtype is None:
+        yield _Change({"memory": "sparse", "cache_dtype": "int8"}, "--memory sparse --cache-dtype int8")
+    if config.weights is None:
+        yield _Change({"weights": "int8"}, "--weights int8")
+    if config.offload == "none":
+        yield _Change({"offload": "blocks"}, "--offload blocks")
     height = config.height or model.defaults.height
     for smaller in _SMALLER:
         if smaller[0] < height:
-            sized = dataclasses.replace(config, height=smaller[0], width=smaller[1])
-            yield sized, [*flags, f"--height {smaller[0]} --width {smaller[1]}"]
+            size = {"height": smaller[0], "width": smaller[1]}
+            yield _Change(size, f"--height {smaller[0]} --width {smaller[1]}")
+
+
+def relief(config: GenerateConfig) -> tuple[str, list[str]]:
+    """For when memory has run out while a video is made: the two largest of what it takes, and the flags of the two
+    changes beside a smaller picture that save most. Both empty where the model's sizes are not known."""
+    device = resolve_device(config.device).partition(":")[0]
+    try:
+        model = outline(config)
+        need = _without_text(needs(config, model, device))
+        saved = {
+            change.flags: need.total
+            - _without_text(needs(dataclasses.replace(config, **change.settings), model, device)).total
+            for change in _changes(config, model)
+            if "height" not in change.settings and (device != "cpu" or change.settings.keys() <= _HELPS_ANYWHERE)
+        }
+    except SparseForcingError:
+        return "", []
+    held = sorted((size, name) for name, size in need.parts.items())
+    took = " and ".join(f"{name} {size / GIB:.2g} GiB" for size, name in reversed(held[-2:]))
+    best: list[str] = []
+    for flags in sorted(saved, key=lambda flags: -saved[flags]):
+        if saved[flags] > 0 and not any(flags in other or other in flags for other in best):
+            best.append(flags)
+    return f" ({took} of {need.total / GIB:.2g} GiB)", best[:2]
+
+
+def _without_text(need: Needs) -> Needs:
+    """What is left when umT5 has gone."""
+    return need if need.text_stays else dataclasses.replace(need, text_encoder=0)
 
 
 def shortage(config: GenerateConfig, limit: int) -> str | None:

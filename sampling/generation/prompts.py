@@ -12,6 +12,7 @@ from sparse_forcing.files import PathLike, parse_json
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20
 MAX_FILE_LINES = 1_000_000
+MAX_SEED = 2**62
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
@@ -43,6 +44,11 @@ def check_prompts(prompts: Iterable[str]) -> list[str]:
     return checked
 
 
+def is_jsonl(path: PathLike) -> bool:
+    """Whether each line of a prompt file is an object."""
+    return os.fsdecode(path).lower().endswith(".jsonl")
+
+
 def read_prompts(path: PathLike) -> list[str]:
     """Prompts of a UTF-8 text file, one a line; blank lines and lines that begin with # are skipped. Each line of a
     .jsonl file is an object with a `prompt`.
@@ -50,6 +56,12 @@ def read_prompts(path: PathLike) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, is not UTF-8, is huge, holds no prompt, or a line is not a prompt.
     """
+    as_json = is_jsonl(path)
+    return [check_prompt(_prompt_of(line, where) if as_json else line, where) for where, line in read_lines(path)]
+
+
+def read_lines(path: PathLike) -> list[tuple[str, str]]:
+    """(where it stands, text) of every line of a prompt file that says something. Raises ConfigError."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -64,17 +76,16 @@ def read_prompts(path: PathLike) -> list[str]:
     except UnicodeDecodeError as error:
         line = len(_LINE_END.split(data[: error.start].decode("utf-8", "replace")))
         raise ConfigError(f"{path} line {line}: not UTF-8 text") from error
-    as_json = os.fsdecode(path).lower().endswith(".jsonl")
-    prompts = [
-        check_prompt(_prompt_of(line, where) if as_json else line, where)
-        for line, where in ((line.strip(), f"{path} line {number}") for number, line in enumerate(lines, 1))
-        if line and not line.startswith("#")
+    found = [
+        (f"{path} line {number}", text)
+        for number, line in enumerate(lines, 1)
+        if (text := line.strip()) and not text.startswith("#")
     ]
-    if not prompts:
+    if not found:
         raise ConfigError(f"{path}: contains no prompts; write one a line")
-    if not as_json and prompts[0].startswith("{") and prompts[0].endswith("}"):
+    if not is_jsonl(path) and found[0][1].startswith("{") and found[0][1].endswith("}"):
         raise ConfigError(f"{path}: its lines look like JSON; give the file a name that ends in .jsonl")
-    return prompts
+    return found
 
 
 def _prompt_of(line: str, where: str) -> str:

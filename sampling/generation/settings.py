@@ -15,6 +15,7 @@ from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, MAX_SIDE, MEMORY
 if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
     from sparse_forcing.model.flow import SamplerConfig
+    from sparse_forcing.model.geometry import Start
     from sparse_forcing.model_folder.defaults import PipelineConfig
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
@@ -156,9 +157,8 @@ def _prompt_changes(config: GenerateConfig, pipe: SparseForcingPipeline, num_fra
         return {}
     from sparse_forcing.sampling.arguments import changed_chunks
 
-    continued = config.image is not None or config.video is not None
-    chunks = pipe.geometry.chunks(pipe.geometry.latent_frames(num_frames, continued=continued))
-    starts = pipe.geometry.chunk_starts(chunks, continued=continued)
+    start: Start = "picture" if config.image is not None else "video" if config.video is not None else "nothing"
+    starts = pipe.geometry.timeline(num_frames, start)[1]
     wanted = [(math.ceil(seconds * pipe.fps - ROUNDING), prompt.strip()) for seconds, prompt in config.then]
     return {starts[number]: prompt for number, prompt in changed_chunks(wanted, starts, "--then", pipe.fps).items()}
 
@@ -199,20 +199,23 @@ def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig
 
 
 @contextmanager
-def explained_out_of_memory(settings: Settings) -> Iterator[None]:
-    """Running out of memory becomes a SparseForcingError that says at what size, and which flags to lower."""
+def explained_out_of_memory(settings: Settings, config: GenerateConfig | None = None) -> Iterator[None]:
+    """Running out of memory becomes a SparseForcingError that says at what size, what took it, and which flags help."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
+        from sparse_forcing.sampling.generation.preflight import relief
+
+        took, helps = relief(config) if config else ("", [])
         kind = settings.memory.kind
         grows = ("persistent_blocks", "window_frames", "tile")
         knobs = [flag(name) for name in grows if kind in MEMORY_KNOBS[name]] or [flag("num_frames")]
-        advice = f"lower {', '.join(knobs)}, --height or --width"
+        advice = "".join(f"use {flags}, or " for flags in helps) + f"lower {', '.join(knobs)}, --height or --width"
         if kind == "full":
             advice += ", or use --memory window or sparse"
         raise SparseForcingError(
             f"out of memory at size {settings.width}x{settings.height}, {settings.num_frames} frames, with --memory "
-            f"{kind}; {advice}"
+            f"{kind}{took}; {advice}"
         ) from error

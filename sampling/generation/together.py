@@ -41,7 +41,7 @@ def follow_video(
     pipe: SparseForcingPipeline, config: GenerateConfig, settings: Settings, job: Job, given: Mapping[str, Any]
 ) -> None:
     """Help to make a video that the first process decodes and writes, and whose warnings it shows."""
-    with explained_out_of_memory(settings), warnings.catch_warnings():
+    with explained_out_of_memory(settings, config), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for _ in pipe.stream(job.prompt, **stream_arguments(config, settings, job), **given):
             pass

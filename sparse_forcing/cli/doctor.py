@@ -22,7 +22,8 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
 _VIDEO = (
     "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
-    "window_frames", "sink_frames", "persistent_blocks", "tile", "text_encoder_device", "dtype",
+    "window_frames", "sink_frames", "persistent_blocks", "cache_dtype", "tile", "text_encoder_device",
+    "dtype", "weights", "offload", "tiny_vae", "tiled_decoding",
 )  # fmt: skip
 PREFLIGHT = {"model": "say whether a video of this model fits: a folder, or the name of a published size, as wan-14b"}
 OPTIONAL = ("triton", "cv2", "scipy", "matplotlib", "gradio", "peft", "tensorboard")
@@ -212,10 +213,10 @@ def _preflight(arguments: argparse.Namespace) -> int:
     fits = None if limit is None else need.total <= limit
     advice = remedies(config, model, limit) if limit is not None and not fits else []
     if arguments.json:
-        answer = {"bytes": asdict(need), "total": need.total, "limit": limit, "fits": fits, "fits_with": advice}
+        answer = {"bytes": need.parts, "total": need.total, "limit": limit, "fits": fits, "fits_with": advice}
         print(json.dumps({**answer, "kernels": sorted(set(kernels)), "notes": model.sizes.notes}))
         return int(fits is False)
-    for name, size in asdict(need).items():
+    for name, size in need.parts.items():
         print(f"{name.replace('_', ' '):<13} {size / GIB:8.2f} GiB")
     print(f"{'in all':<13} {need.total / GIB:8.2f} GiB, a tenth for the allocator included ({HEADROOM:g} times)")
     print(f"attention by  {', '.join(sorted(set(kernels)))}")

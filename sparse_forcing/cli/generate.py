@@ -19,13 +19,14 @@ from sparse_forcing.sampling.generation.outputs import is_finished
 SUITES = ("vbench",)
 _FIRST_WITHOUT_SPACES = "\u2e80"  # Unicode's first block of East Asian characters
 FLAGS = {
-    "prompt_file": "read prompts from a file: one a line, # begins a comment, or JSONL with a `prompt` in each line",
+    "prompt_file": "read prompts from a file: one a line, # begins a comment, or JSONL: `prompt`, and "
+    "what is said of one video alone (`seed`, `image`, `then`, `output`, ...)",
     "model": "`tiny` (embedded, the default), or a local diffusers folder",
     "output": "an .mp4 file for one video, or a folder (default: outputs); same prompt and seed replace the old file",
     "seed": "sample k of a prompt uses seed + k (default: 0)",
     "num_samples": "videos for each prompt (default: 1)",
-    "image": "start from a picture (scaled and cut to the size that is generated)",
-    "video": "go on from a video; only what follows is written",
+    "image": "a picture that is the first frame (scaled and cut to the size that is generated)",
+    "video": "go on from a video of any length; only what follows is written",
     "num_frames": "length in frames; what does not fill whole chunks is generated and cut off",
     "seconds": "length in seconds, instead of --num-frames",
     "height": "pixels",
@@ -46,11 +47,17 @@ FLAGS = {
     "tokens as they have",
     "density": "share of the window's blocks that a query block sees, above 0 up to 1",
     "retention": "rule that says which blocks persist; a name that is none lists them (default: the model's)",
+    "cache_dtype": "keep a sparse memory's keys and values in 8 bits: half of bfloat16's bytes",
     "tile": "latent frames, token rows and token columns of a block",
     "positions": "absolute as in Self-Forcing, or relative, which has no limit on length",
     "device": "cpu, cuda, ... (default: the GPU if there is one)",
     "text_encoder_device": "where prompts are read, if elsewhere: cpu leaves a GPU's memory to the video model",
+    "prompt_cache": "folder that keeps what prompts were read as: umT5 is not loaded for a prompt again",
     "dtype": "number format of the weights (default: the model's)",
+    "weights": "store the linear layers in 8 bits: half of bfloat16's bytes, slower, less exact",
+    "offload": "what waits in the CPU's memory until it computes: each part of the model, or each of its blocks",
+    "tiny_vae": "decode with a TAEHV file (taew2_1): a quarter of the memory, previews rather than pictures",
+    "tiled_decoding": "decode tiles of the picture one after the other: a quarter of the memory, slower",
     "scale": "enlarge every pixel N x N in the mp4 (default: until the short side has about 256)",
     "overlay": "also write overlay/NAME.mp4, in which the persistent blocks light up",
     "live": "also write live/NAME.mp4, which plays while it is made; it goes when the video is complete",
@@ -94,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     if not jobs:
         note("no videos to make: all are there, or none belongs to this shard")
     if arguments.check:
+        if any(job.then for job in jobs):
+            raise ConfigError("--check judges a video by one prompt; leave out `then`")
         from sparse_forcing.scenes.captions import parse_caption
 
         for job in jobs:

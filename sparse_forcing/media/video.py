@@ -26,6 +26,7 @@ __all__ = [
     "MAX_SIDE",
     "VideoInfo",
     "VideoWriter",
+    "count_frames",
     "iter_frames",
     "iterate_video",
     "probe",
@@ -88,6 +89,16 @@ def iter_frames(
             if count > max_frames:
                 raise VideoError(f"{path}: more than {max_frames} frames; cut it or raise the limit")
             yield picture
+
+
+def count_frames(path: PathLike, fps: float, *, max_frames: int = DEFAULT_MAX_FRAMES) -> int:
+    """How many frames `iter_frames` yields at `fps`: everything is decoded, nothing is kept. Raises VideoError."""
+    with open_video(path) as video:
+        count = 0
+        for count, _ in enumerate(at_rate(((time, None) for time, _ in video.frames()), fps, video.last), 1):
+            if count > max_frames:
+                raise VideoError(f"{path}: more than {max_frames} frames; cut it or raise the limit")
+        return count
 
 
 def _pictures(video: Video, max_frames: int) -> Iterator[tuple[float, np.ndarray]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.dense import DenseMemory
+from sparse_forcing.memory.eight_bit import EightBitMemory
 from sparse_forcing.memory.heavy_hitter import HeavyHitterMemory
 from sparse_forcing.memory.retention import RetentionRule
 from sparse_forcing.memory.sparse import SparseMemory
@@ -28,7 +29,8 @@ def make_memory(
 ) -> RolloutMemory:
     """A fresh, empty memory of the configured kind; a sparse one may get a rule of retention that has no name."""
     if config.kind == "sparse":
-        return SparseMemory(config, geometry, cache_gradient, selectors=selectors, backend=backend, rule=rule)
+        sparse = SparseMemory if config.cache_dtype is None else EightBitMemory
+        return sparse(config, geometry, cache_gradient, selectors=selectors, backend=backend, rule=rule)
     kind = HeavyHitterMemory if config.kind == "heavy_hitter" else DenseMemory
     return kind(config, geometry, cache_gradient)
 

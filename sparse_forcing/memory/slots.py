@@ -1,4 +1,4 @@
-"""Blocks of a pool, read and written by their slots, which differ per head.
+"""Blocks of a pool, read and written by their slots, which differ per head; and blocks in 8 bits.
 
 Legend: B batch, H heads, S slots of the pool, N blocks.
 """
@@ -34,3 +34,15 @@ def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor],
     rows = rows.flatten()
     for pool, new in zip(pools, blocks):
         pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).flatten(3).flatten(0, 2))
+
+
+def round_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks [..., T, D] in 8 bits: whole numbers up to 127, and bfloat16 scales [..., D] of a block's channels."""
+    tiny = torch.finfo(torch.bfloat16).tiny
+    scales = (blocks.abs().amax(-2) / 127).to(torch.bfloat16).clamp(min=tiny)
+    return (blocks / scales.to(blocks.dtype).unsqueeze(-2)).round().clamp(-127, 127).to(torch.int8), scales
+
+
+def widen_blocks(codes: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """What `round_blocks` made, as numbers again; written into `out` where one is given."""
+    return torch.mul(codes, scales.to(dtype).unsqueeze(-2), out=out)

@@ -62,7 +62,8 @@ class SparseMemory(RolloutMemory):
         self.plan = SlotPlan(config, geometry)
         top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
         self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
-        self.fixed = FixedSelection(selectors, top_k) if selectors and cache_gradient == "none" else None
+        plain = cache_gradient == "none" and config.cache_dtype is None
+        self.fixed = FixedSelection(selectors, top_k) if selectors and plain else None
         self.rule = rule or find_rule(config.retention)(config)
         if self.rule.learned and not (selectors and selectors[0].retention):
             raise ConfigError(
@@ -253,14 +254,8 @@ class SparseMemory(RolloutMemory):
     ) -> Tensor:
         layout, state = self.layout, self.layers[layer]
         assert state is not None
-        fixed.store(layout, layer, state, key, value)
-        pooled = fixed.pool_queries(layout, layer, query)
-        scores = fixed.scores(layer, state, pooled)
-        queries, index, measure = (
-            layout.to_blocks(query),
-            fixed.lists(state, scores),
-            clean and "mass" in self.rule.reads,
-        )
+        pooled, scores, index = fixed.choose(layout, layer, state, query, key, value)
+        queries, measure = layout.to_blocks(query), clean and "mass" in self.rule.reads
         found = None if measure else full_lists_attention(queries, state.keys, state.values, index)
         out = (
             self._attend_to_pool(state, queries, index, measure=measure) if found is None else layout.from_blocks(found)

@@ -17,7 +17,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.base import MemoryGeometry
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import RetentionRule
-from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index
+from sparse_forcing.memory.slots import gather_slots, put_slots_, slot_index, widen_blocks
 from sparse_forcing.memory.sparse_training import BlockHistory
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.rope import shift_time, shift_time_
@@ -135,6 +135,9 @@ class SparseLayer:
     own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks (in place only).
     favour: [B, H, n, S] what is added to the score of a slot before those of a query block are ranked, for
         sparse_fixed; None while there are unused slots, which have no score.
+    packed_keys, packed_values: [B, H, S, T, D] int8, and packed_scales [B, H, S, 2, D] of both, of blocks that are
+        kept in 8 bits; packed_at: [B, H, S] position that keys had when they were rounded. Then keys and values are one
+        layer's pool, which all share: what a pass over a layer reads.
     history: what the pool was made of, where autograd is to keep that in its place (gradients that stop at the cache).
     """
 
@@ -158,6 +161,10 @@ class SparseLayer:
     retention_head: Tensor | None = None
     own_rows: Tensor | None = None
     favour: Tensor | None = None
+    packed_keys: Tensor | None = None
+    packed_values: Tensor | None = None
+    packed_scales: Tensor | None = None
+    packed_at: Tensor | None = None
     history: BlockHistory | None = None
 
     @classmethod
@@ -195,6 +202,13 @@ class SparseLayer:
             retained=torch.full((*table.shape, rule.state_size), rule.fresh, device=keys.device),
             history=BlockHistory(place=table.int() * 0 - 1, kept_at=numbers()) if history else None,
         )
+        if plan.config.cache_dtype is not None:
+            assert layers is not None, "blocks in 8 bits are written in place"
+            pool = b // layers, h, plan.num_slots, t, d
+            state.packed_keys, state.packed_values = (keys.new_zeros(b, *pool[1:], dtype=torch.int8) for _ in range(2))
+            state.packed_scales = keys.new_zeros(b, h, plan.num_slots, 2, d, dtype=torch.bfloat16)
+            state.packed_at = numbers()
+            state.keys, state.values = keys.new_zeros(pool), keys.new_zeros(pool)
         if layers is not None:
             state.own_rows = table.new_zeros(b, h, n)
             state.queries = keys.new_zeros(b, h, n, d) if "attention" in rule.reads else None
@@ -208,17 +222,22 @@ class SparseLayer:
     def layer(self, number: int, layers: int) -> SparseLayer:
         """One of the `layers` that this is the state of: its tensors are parts of this one's, to autograd tensors of
         their own: a pass with gradients may hold one layer's while another's is written."""
-        part: dict[str, Any] = {
-            name: x.chunk(layers)[number].data for name, x in vars(self).items() if isinstance(x, Tensor)
-        }
+        tensors = {name: x for name, x in vars(self).items() if isinstance(x, Tensor) and name not in self._shared}
+        part: dict[str, Any] = {name: x.chunk(layers)[number].data for name, x in tensors.items()}
         for name in ("key_projection", "retention_head"):
             if name in part:
                 part[name] = getattr(self, name)[number].data
         return replace(self, **part)
 
     @property
+    def _shared(self) -> tuple[str, ...]:
+        """What is not this layer's alone."""
+        return () if self.packed_keys is None else ("keys", "values")
+
+    @property
     def nbytes(self) -> int:
-        return sum(x.nbytes for x in vars(self).values() if isinstance(x, Tensor | BlockHistory))
+        own = (x for name, x in vars(self).items() if name not in self._shared)
+        return sum(x.nbytes for x in own if isinstance(x, Tensor | BlockHistory))
 
     @property
     def persistent(self) -> Tensor:
@@ -309,7 +328,8 @@ class SparseLayer:
         moved = (self.position + frames).maximum(self.floor)
         delta = moved - self.position
         if self.in_place:
-            shift_time_(self.keys, delta[..., None])
+            if self.packed_keys is None:
+                shift_time_(self.keys, delta[..., None])
             shift_time_(self.representatives, delta)
         else:
             if self.history is None:
@@ -331,6 +351,24 @@ class SparseLayer:
     def read(self, name: str, slots: Tensor) -> Tensor:
         """[B, H, N, T, D] "keys" or "values" of `slots` [B, H, N], as they lie in the pool or would lie there."""
         pool = getattr(self, name)
+        if self.packed_keys is not None:
+            return self._read_packed(name, slots)
         if self.history is None or pool.numel():
             return gather_slots(pool, slots)
         return self.history.blocks_in(name, slots, self.position)
+
+    @property
+    def packed(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Of blocks in 8 bits: codes of keys and of values, scales, and where in time keys were."""
+        packed = self.packed_keys, self.packed_values, self.packed_scales, self.packed_at
+        assert all(x is not None for x in packed)
+        return packed  # type: ignore[return-value]
+
+    def _read_packed(self, name: str, slots: Tensor) -> Tensor:
+        keys, values, scales, at = self.packed
+        number, codes = (0, keys) if name == "keys" else (1, values)
+        own = gather_slots(codes, slots), gather_slots(scales[:, :, :, number], slots)
+        blocks = widen_blocks(*own, self.keys.dtype)
+        if name == "keys":
+            shift_time_(blocks, gather_slots(self.position - at, slots)[..., None])
+        return blocks

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from sparse_forcing.errors import ConfigError
 
 if TYPE_CHECKING:
     from sparse_forcing.model.vae import VideoAutoencoder
+
+
+Start = Literal["nothing", "picture", "video"]
+"""What a video goes on from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,11 +70,11 @@ class VideoGeometry:
         """Pixel frames that `latent_frames` decode to."""
         return self.temporal_stride * latent_frames - (self.temporal_stride - 1 if self.first_frame_alone else 0)
 
-    def latent_frames(self, num_frames: int, *, continued: bool = False) -> int:
-        """Least number of latent frames that decode to at least `num_frames` pixel frames; `continued` after others."""
+    def latent_frames(self, num_frames: int) -> int:
+        """Least number of latent frames that decode to at least `num_frames` pixel frames."""
         if num_frames < 1:
             raise ConfigError(f"num_frames: at least 1 pixel frame is needed, got {num_frames}")
-        extra = self.temporal_stride - 1 if self.first_frame_alone and not continued else 0
+        extra = self.temporal_stride - 1 if self.first_frame_alone else 0
         return math.ceil((num_frames + extra) / self.temporal_stride)
 
     @property
@@ -85,20 +89,29 @@ class VideoGeometry:
         whole = (num_frames + extra) // step * step
         return max(0, whole - extra)
 
-    def chunks(self, latent_frames: int, *, start: int = 0) -> list[int]:
-        """Chunk sizes that cover at least `latent_frames`, the video's first chunk included when `start` is 0."""
+    def chunks(self, latent_frames: int) -> list[int]:
+        """Chunk sizes of a video that covers at least `latent_frames`."""
         if self.whole_video:
             return [latent_frames] if latent_frames > 0 else []
-        sizes: list[int] = []
-        if start == 0 and self.first_chunk_frames and latent_frames > 0:
-            sizes.append(self.first_chunk_frames)
+        sizes = [self.first_chunk_frames] if self.first_chunk_frames and latent_frames > 0 else []
         rest = max(0, latent_frames - sum(sizes))
         return sizes + [self.chunk_frames] * math.ceil(rest / self.chunk_frames)
 
-    def chunk_starts(self, chunks: list[int], *, continued: bool = False) -> list[int]:
-        """Pixel frame that each chunk begins with, counted from what is generated; `continued` after given frames."""
-        starts = accumulate(chunks[:-1], initial=0)
-        return [self.temporal_stride * n if continued or not n else self.pixel_frames(n) for n in starts]
+    def timeline(self, num_frames: int, start: Start = "nothing") -> tuple[list[int], list[int]]:
+        """Latent frames of each chunk to generate for `num_frames` pixel frames, and the pixel frame each begins with.
+
+        Args:
+            start: what the video goes on from. A picture is its first pixel frame and counts, and so every chunk is a
+                usual one; frames of another video do not count.
+        """
+        latent_frames = self.latent_frames(num_frames)
+        if start == "nothing":
+            chunks = self.chunks(latent_frames)
+            before = accumulate(chunks[:-1], initial=0)
+            return chunks, [self.pixel_frames(n) if n else 0 for n in before]
+        shown, step = int(start == "picture"), self.temporal_stride * self.chunk_frames
+        count = max(1, math.ceil((num_frames - shown) / step))
+        return [self.chunk_frames] * count, [shown + step * number for number in range(count)]
 
     def latent_size(self, height: int, width: int) -> tuple[int, int]:
         """Latent rows and columns of a `height` x `width` video; raises ConfigError when the size does not fit."""

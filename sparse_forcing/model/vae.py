@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.model.small.tiled_decode import decode_frames, decode_tiles, is_tiled
 from sparse_forcing.weights.parts import explained, load_part
 
 if TYPE_CHECKING:
@@ -32,9 +33,15 @@ class VideoAutoencoder(Protocol):
     spatial_stride: int
     first_frame_alone: bool
     latent_channels: int
+    lead_frames: int
+    """Latent frames before others that the pixels of those depend on, at most."""
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Latents [B, C, f, h, w] of pixels [B, 3, F, H, W] in [-1, 1]."""
+        ...
+
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Latents of each piece of a video: together they are those of the whole. Every piece fills latent frames."""
         ...
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -62,6 +69,7 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     """
 
     first_frame_alone = False
+    lead_frames = 0
     _supports_group_offloading = False  # a few megabytes
 
     @register_to_config
@@ -120,6 +128,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
         ).clamp(-1, 1)
 
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for pixels in pieces:
+            yield self.encode(pixels)
+
     def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
@@ -156,6 +168,7 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
     """
 
     first_frame_alone = False
+    lead_frames = 0
     _supports_group_offloading = False  # a few megabytes
 
     @register_to_config
@@ -205,6 +218,10 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         patches = self.decoder(codes).float().unflatten(0, (batch, -1))
         return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s)
 
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        for pixels in pieces:
+            yield self.encode(pixels)
+
     def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
@@ -229,6 +246,8 @@ class WanAutoencoder(nn.Module):
         self.temporal_stride = vae.config.scale_factor_temporal
         self.spatial_stride = vae.config.scale_factor_spatial
         self.latent_channels = vae.config.z_dim
+        # Each of its causal convolutions looks two frames back, of its own rate, which is at least that of latents.
+        self.lead_frames = 2 * vae._cached_conv_counts["decoder"]
         for name in ("mean", "std"):
             values = torch.tensor(getattr(vae.config, f"latents_{name}"), dtype=torch.float32)
             self.register_buffer(name, values.view(-1, 1, 1, 1), persistent=False)
@@ -250,8 +269,29 @@ class WanAutoencoder(nn.Module):
                 f"pixels: {pixels.shape[2]} frames do not fit the autoencoder; it takes 1 + a multiple of "
                 f"{self.temporal_stride}, {pixels.shape[2] - extra} for example"
             )
-        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean.float()
-        return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(pixels.dtype)
+        return self._normalized(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean, pixels.dtype)
+
+    def _normalized(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
+        mean = mean.float()
+        return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(dtype)
+
+    @torch.no_grad()
+    def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Pieces [B, 3, 1 + t k, H, W], then [B, 3, t k, H, W]: the first one begins the video."""
+        cache: list[Tensor | None] = [None] * self.vae._cached_conv_counts["encoder"]
+        alone = 1
+        for pixels in pieces:
+            self._onload()
+            groups = (pixels.shape[2] - alone) // self.temporal_stride
+            if alone + groups * self.temporal_stride != pixels.shape[2]:
+                raise ConfigError(
+                    f"pixels: a piece of {pixels.shape[2]} frames, of {alone} + a multiple of {self.temporal_stride}"
+                )
+            parts = pixels.to(self.vae.dtype).split([1] * alone + [self.temporal_stride] * groups, 2)
+            hidden = [self.vae.encoder(part, feat_cache=cache, feat_idx=[0]) for part in parts]
+            mean = self.vae.quant_conv(torch.cat(hidden, 2)).chunk(2, 1)[0]
+            yield self._normalized(mean, pixels.dtype)
+            alone = 0
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, f, h, w] -> pixels [B, 3, 1 + t (f - 1), h*s, w*s] in [-1, 1]."""
@@ -259,22 +299,15 @@ class WanAutoencoder(nn.Module):
 
     @torch.no_grad()
     def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
-        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`.
-        Streams keep their caches to themselves."""
-        cache = [] if carried is None else carried
-        first = not cache
-        if first:
-            cache += [None] * self.vae._cached_conv_counts["decoder"]
+        """Pixels of each chunk of a video that starts with the first one, or goes on from the features `carried`; in
+        tiles where diffusers' `enable_tiling` was called. Streams keep their caches to themselves."""
+        carried = [] if carried is None else carried
         for chunk in chunks:
             self._onload()
             wide = chunk.float()
             z = (wide * self.std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
-            frames = []
-            for latent in z.split(1, 2):
-                hidden = self.vae.post_quant_conv(latent)
-                frames.append(self.vae.decoder(hidden, feat_cache=cache, feat_idx=[0], first_chunk=first))
-                first = False
-            yield torch.cat(frames, 2).clamp(-1, 1).to(chunk.dtype)
+            decode = decode_tiles if is_tiled(self.vae, z) else decode_frames
+            yield decode(self.vae, z, carried).clamp(-1, 1).to(chunk.dtype)
 
     def _onload(self) -> None:
         """Bring an offloaded autoencoder back, as diffusers does in its `decode`, which is not called here."""

@@ -7,16 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import SparseForcingError, WeightsError
-from sparse_forcing.model.text import TextEncoder
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.weights.safe_load import not_finite
 
 
-def check_fit(folder: Path, transformer: Any, text_encoder: TextEncoder | None, vae: VideoAutoencoder) -> None:
+def check_fit(folder: Path, transformer: Any, text_dim: int | None, vae: VideoAutoencoder) -> None:
     """Raise WeightsError, in the words of the folder's configs, when numbers that parts must share differ.
 
     Args:
-        text_encoder: the folder's own, None where another takes its place.
+        text_dim: width of what the folder's own text encoder makes, None where another takes its place.
     """
     sizes = transformer.config
     for name in ("in_channels", "out_channels"):
@@ -25,10 +24,10 @@ def check_fit(folder: Path, transformer: Any, text_encoder: TextEncoder | None, 
                 f"{folder}: its parts do not fit together: transformer has {name} {getattr(sizes, name)}, the latents "
                 f"of vae have {vae.latent_channels} channels"
             )
-    if text_encoder is not None and sizes.text_dim != text_encoder.dim:
+    if text_dim is not None and sizes.text_dim != text_dim:
         raise WeightsError(
             f"{folder}: its parts do not fit together: transformer has text_dim {sizes.text_dim}, text_encoder makes "
-            f"embeddings of {text_encoder.dim} numbers"
+            f"embeddings of {text_dim} numbers"
         )
 
 

@@ -37,17 +37,22 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; rows, cols: tokens of a latent frame; text_bytes, autoencoder_bytes: sizes of the
-    parts beside it; notes: what was assumed."""
+    """transformer: its config; rows, cols: tokens of a latent frame; text: its text encoder, without
+    storage; autoencoder_bytes: size of the autoencoder; notes: what was assumed."""
 
     transformer: dict[str, Any]
     rows: int
     cols: int
     text_len: int
-    text_bytes: int
+    text: torch.nn.Module
     autoencoder_bytes: int
     memory: MemoryConfig
     notes: list[str]
+
+    @property
+    def text_bytes(self) -> int:
+        """Size of the text encoder, in float32."""
+        return _bytes(self.text)
 
 
 def on_meta(config: dict[str, Any]) -> CausalWanTransformer3DModel:
@@ -120,7 +125,7 @@ def _sizes(
     geometry = VideoGeometry.of(vae, on_meta(transformer).config)
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
-        transformer=transformer, rows=rows, cols=cols, text_len=text_len, text_bytes=_bytes(text),
+        transformer=transformer, rows=rows, cols=cols, text_len=text_len, text=text,
         autoencoder_bytes=_bytes(vae), memory=defaults.memory, notes=notes,
     )  # fmt: skip
 

@@ -21,6 +21,7 @@ from sparse_forcing.model_folder.folder import load_transformer, read_defaults
 from sparse_forcing.model_folder.keys import to_diffusers, wan_to_diffusers_key
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.weights.manifest import verify_manifest
+from tests.taehv_file import published
 from tests.wan_folder import HEAD_DIM, HEADS, VIDEO, WEIGHTS, wan_state, write_original, write_wan
 
 DIM, RANK, ALPHA = HEADS * HEAD_DIM, 4, 6.0
@@ -381,8 +382,9 @@ def test_every_command_of_the_page_on_real_weights(
     torch.save({"generator_lora": lora_state()}, "lora.pt")
     save_file({f"model.diffusion_model.{key}": x for key, x in wan_state(wan).items()}, "wan_comfyui.safetensors")
     Path("self_forcing_dmd.yaml").write_text(YAML)
+    torch.save(published(), "taew2_1.pth")
     commands = COMMAND.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(commands) == 15
+    assert len(commands) == 18
     for command in commands:
         words = shlex.split(command)
         assert main([*words, *(FLAGS if words[0] == "generate" else [])]) == 0, command

@@ -9,21 +9,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sparse_forcing.cli import main
 from sparse_forcing.eval.measuring.manifest import load_entries
-from sparse_forcing.media.video import read_video, write_video
+from sparse_forcing.media.images import fit as fit_frames
+from sparse_forcing.media.video import iter_frames, read_video, write_video
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.text import WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
-from sparse_forcing.sampling.generation import generate
+from sparse_forcing.sampling.generation import conditioning, generate
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +217,43 @@ def test_start_from_a_picture_or_go_on_from_a_video(model: Path, tmp_path: Path)
         assert main([*arguments, str(tmp_path / f"{name}.mp4"), *flags]) == 0
         assert read_video(tmp_path / f"{name}.mp4")[1].frames == 8
     assert len({digest(tmp_path / f"{name}.mp4") for name in ("none", "image", "video")}) == 3
+    first, second = read_video(tmp_path / "image.mp4")[0][:2].astype(int)
+    shown = np.asarray(ImageOps.fit(Image.fromarray(picture), (32, 32))).repeat(8, 0).repeat(8, 1)
+    assert abs(first - shown).mean() < 2 < abs(second - shown).mean()  # coded, not equal
+
+
+def test_a_long_video_to_go_on_from_is_read_in_pieces(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its last whole chunks count, at the model's rate; never are all its frames held."""
+    pictures = np.random.default_rng(0).integers(0, 256, (203, 32, 32, 3), np.uint8)
+    write_video(tmp_path / "long.mp4", pictures, 24)
+    longest = 0
+
+    def fit(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+        nonlocal longest
+        longest = max(longest, len(frames))
+        return fit_frames(frames, height, width)
+
+    monkeypatch.setattr(conditioning, "fit", fit)
+    arguments = ["generate", "a ball", "--model", str(model), "--num-frames", "8", "--memory", "sparse", "--output"]
+    assert main([*arguments, str(tmp_path / "a.mp4"), "--video", str(tmp_path / "long.mp4")]) == 0
+    assert "24 frames/s, the model makes 16: frames in between are left out" in capsys.readouterr().err
+    assert 0 < longest <= conditioning.PIECE_FRAMES
+    whole = np.stack(list(iter_frames(tmp_path / "long.mp4", fps=16)))
+    assert len(whole) == 135
+    write_lossless(tmp_path / "end.avi", whole[-128:], 16)
+    assert main([*arguments, str(tmp_path / "b.mp4"), "--video", str(tmp_path / "end.avi")]) == 0
+    assert digest(tmp_path / "a.mp4") == digest(tmp_path / "b.mp4")
+
+
+def write_lossless(path: Path, frames: np.ndarray, fps: int) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=fps)
+        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode(None))
 
 
 def test_damaged_start_is_one_line_before_the_model_is_loaded(

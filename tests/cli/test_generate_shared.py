@@ -7,16 +7,19 @@ import hashlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
 
+from sparse_forcing import launch as launch_module
 from sparse_forcing.cli import generate as command
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, OutputError
@@ -149,9 +152,17 @@ def test_a_launch_that_is_half_described_is_one_line(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(ConfigError, match="WORLD_SIZE=2, but the processes of this launch do not find each other"):
-        with join_launch():
-            pytest.fail("joined")
+    alone = "WORLD_SIZE=2, but the processes of this launch do not find each other"
+    with pytest.raises(ConfigError, match=alone), join_launch():
+        pytest.fail("joined")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in {"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(launch_module, "MEETING", timedelta(seconds=1))
+    with pytest.raises(ConfigError, match=alone), join_launch():
+        pytest.fail("joined, although the other process never came")
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
 def loaded(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is loaded once a test."""
     pipe = SparseForcingPipeline.from_pretrained(model)
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prompts=None: pipe)
 
 
 def command(model: Path, video: Path, *flags: str) -> list[str]:

@@ -24,6 +24,8 @@ from sparse_forcing.model.text import WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.sampling.generation.jobs import GenerateConfig
+from sparse_forcing.sampling.generation.placement import check_placement, place
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 PROMPT = "a red ball"
@@ -224,10 +226,16 @@ def test_models_offloaded_as_a_whole_compute_the_same(pipe: SparseForcingPipelin
     np.testing.assert_array_equal(run(pipe), expected)  # hooks are put back
 
 
-def test_selectors_cannot_be_offloaded_one_by_one(pipe: SparseForcingPipeline) -> None:
-    """Without selectors it needs an accelerator: accelerate cannot do it with the CPU as the device that computes."""
-    with pytest.raises(ConfigError, match="enable_sequential_cpu_offload: learned block selectors"):
-        pipe.enable_sequential_cpu_offload(device="cpu")
+def test_selectors_stay_when_modules_are_offloaded_one_by_one(
+    pipe: SparseForcingPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memories read their weights and never call them. It needs an accelerator: accelerate cannot do it with the CPU as
+    the device that computes, so that the hooks alone are seen here."""
+    pipe.enable_sequential_cpu_offload(device="meta")
+    hooked = {name for name, module in pipe.transformer.named_modules() if hasattr(module, "_hf_hook")}
+    assert {"blocks.0.attn1.to_q", "blocks.1.ffn.net.2", "proj_out"} <= hooked
+    assert not any("selector" in name for name in hooked)
+    assert pipe.transformer.selectors[1].gate.device.type == "meta"
 
 
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
@@ -235,10 +243,6 @@ def test_groups_of_layers_are_on_the_device_when_they_compute(kind: str, tmp_pat
     """Layers that are offloaded to disk are empty outside their own call, so whatever reads around a hook fails."""
     where = {"onload_device": torch.device("cpu"), "offload_to_disk_path": str(tmp_path), "num_blocks_per_group": 1}
     pipe = make_pipe()
-    if kind == "leaf_level":
-        with pytest.raises(ConfigError, match="leaf_level: learned block selectors"):
-            pipe.enable_group_offload(offload_type=kind, **where)
-        pipe = make_pipe(selector_tokens=None)
     expected = run(pipe)
     pipe.enable_group_offload(offload_type=kind, **where)
     np.testing.assert_array_equal(run(pipe), expected)
@@ -461,3 +465,15 @@ def test_the_patch_autoencoder_is_a_component_too(tmp_path: Path) -> None:
     pipe.defaults = SparseForcingPipeline(**pipe.components).defaults
     pipe.save_pretrained(tmp_path / "model")
     assert isinstance(load(tmp_path / "model").vae, PatchAutoencoder)
+
+
+def test_the_command_offloads_what_diffusers_offloads(pipe: SparseForcingPipeline, expected: np.ndarray) -> None:
+    for kind in ("model", "blocks"):
+        moved = copy.deepcopy(pipe)
+        place(moved, GenerateConfig(offload=kind), "cpu", "cpu")  # type: ignore[arg-type]
+        hooked = [name for name, part in moved.components.items() if hasattr(part, "_hf_hook")]
+        assert hooked == (["transformer", "text_encoder", "vae"] if kind == "model" else [])
+        assert hasattr(moved.transformer.blocks[0], "_diffusers_hook") == (kind == "blocks")
+        np.testing.assert_array_equal(run(moved), expected)
+    with pytest.raises(ConfigError, match="--offload blocks moves parts between a GPU and the CPU"):
+        check_placement(GenerateConfig(offload="blocks"), pipe.defaults, "cpu")

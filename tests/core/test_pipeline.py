@@ -12,6 +12,7 @@ from diffusers.configuration_utils import FrozenDict
 from PIL import Image
 
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.media.video import to_uint8
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.geometry import VideoGeometry
@@ -117,6 +118,27 @@ def test_a_video_or_an_image_is_continued(pipe):
         pipe(PROMPT, num_frames=8, video=video[:7])
 
 
+def test_a_picture_is_the_first_frame_and_the_chunks_follow_it(pipe):
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    chunks = list(pipe.stream(PROMPT, num_frames=17, generator=seeded(), image=picture))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 8]
+    np.testing.assert_array_equal(to_uint8(chunks[0].frames[0]), picture)
+    frames = pipe([PROMPT] * 2, num_frames=12, generator=seeded(), image=picture).frames
+    assert frames.shape == (2, 12, 32, 32, 3)
+    np.testing.assert_array_equal(to_uint8(frames[:, 0]), [picture] * 2)
+
+
+def test_a_video_in_pieces_of_any_length_is_the_same_video(pipe):
+    video = np.random.default_rng(0).random((24, 32, 32, 3), np.float32)
+    expected = pipe(PROMPT, num_frames=8, generator=seeded(), video=video).frames
+    for cuts in ([5, 6, 20], [8, 16], []):
+        pieces = iter(np.split(video, cuts))
+        np.testing.assert_array_equal(pipe(PROMPT, num_frames=8, generator=seeded(), video=pieces).frames, expected)
+    for count in (0, 23):
+        with pytest.raises(ConfigError, match=f"{count} frames are not whole chunks"):
+            pipe(PROMPT, num_frames=8, video=iter(np.split(video[:count], [10])))
+
+
 def test_bytes_and_pictures_are_scaled_to_the_range_of_floats(pipe):
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     expected = pipe(PROMPT, num_frames=8, generator=seeded(), image=pixels.astype(np.float32) / 255).frames
@@ -131,7 +153,7 @@ def test_a_million_frames_are_cut_into_chunks_at_once():
     )
     assert geometry.chunks(1_000_000) == [1] + [3] * 333_333
     assert geometry.chunks(5) == [1, 3, 3]
-    assert geometry.chunks(5, start=1) == [3, 3]
+    assert geometry.timeline(20, "video")[0] == [3, 3]
     assert geometry.chunks(0) == []
 
 

@@ -11,10 +11,14 @@ import pytest
 import torch
 
 from sparse_forcing.cli import main
+from sparse_forcing.cli.flags import Parser
+from sparse_forcing.cli.generate import add_arguments
+from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.model_folder.live_bytes import peak_bytes
+from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.preflight import GIB, cache_numbers, needs, outline, shortage
-from sparse_forcing.sampling.generation.settings import resolve_settings
+from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
+from sparse_forcing.sampling.generation.settings import explained_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO, write_wan
 
@@ -44,7 +48,8 @@ def test_peak_is_what_lives_at_once() -> None:
     ("memory", "knobs"),
     [("full", {}), ("window", {"window_frames": 6}), ("sink", {"window_frames": 6, "sink_frames": 1}),
      ("heavy_hitter", {"window_frames": 3, "persistent_blocks": 2, "tile": (1, 2, 2)}),
-     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (1, 2, 2)})],
+     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (1, 2, 2)}),
+     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (3, 2, 2), "cache_dtype": "int8"})],
 )  # fmt: skip
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_cache_is_what_a_rollout_holds(wan: Path, memory: str, knobs: dict, guidance: float) -> None:
@@ -62,7 +67,7 @@ def test_cache_is_what_a_rollout_holds(wan: Path, memory: str, knobs: dict, guid
         )
     )  # fmt: skip
     held = max(chunk.cache_bytes for chunk in chunks)
-    counted = 4 * (2 if guidance > 1 else 1) * cache_numbers(model, settings, 12)
+    counted = (2 if guidance > 1 else 1) * cache_bytes(model, settings, 12, 4)
     assert counted == held if memory in ("full", "window", "sink") else 0.8 * held < counted < 1.05 * held
 
 
@@ -93,18 +98,37 @@ def test_published_sizes_are_known_before_they_are_downloaded() -> None:
 def test_advice_makes_a_video_fit() -> None:
     said = shortage(PUBLISHED, 10 * GIB)
     assert said is not None
-    flags = dict(zip(*[iter(shlex.split(said.partition("it fits with ")[2]))] * 2, strict=True))
-    changes = {name[2:].replace("-", "_"): int(x) if x.isdigit() else x for name, x in flags.items()}
+    parser = Parser(prog="generate")
+    add_arguments(parser)
+    words = vars(parser.parse_args(shlex.split(said.partition("it fits with ")[2])))
+    changes = {name: value for name, value in words.items() if name not in ("suite", "check", "json")}
     assert changes["text_encoder_device"] == "cpu"
     assert shortage(replace(PUBLISHED, **changes), 10 * GIB) is None
     assert shortage(PUBLISHED, 200 * GIB) is None
     assert "no setting" in str(shortage(PUBLISHED, GIB))
 
 
+def test_running_out_of_memory_names_what_took_it_and_two_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "resolve_device", lambda name: name)
+    took, flags = preflight.relief(PUBLISHED)
+    assert took == " (cache 5.6 GiB and decoding 3.8 GiB of 14 GiB)"
+    assert flags == ["--memory sparse --cache-dtype int8", "--tiled-decoding"]
+    _, on_a_cpu = preflight.relief(replace(PUBLISHED, device="cpu", dtype="bfloat16"))
+    assert on_a_cpu == ["--memory sparse --cache-dtype int8", "--weights int8"]
+    settings = resolve_settings(PUBLISHED, outline(PUBLISHED))  # type: ignore[arg-type]
+    with pytest.raises(SparseForcingError) as error, explained_out_of_memory(settings, PUBLISHED):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    assert (
+        f"with --memory full{took}; use --memory sparse --cache-dtype int8, or use --tiled-decoding, or lower"
+        in str(error.value)
+    )
+    assert preflight.relief(replace(PUBLISHED, model="nowhere/at/all")) == ("", [])
+
+
 def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", "wan-14b", "--vram", "16", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
-    assert (answer["fits"], answer["fits_with"], answer["kernels"]) == (False, [], ["dense"])
+    assert (answer["fits"], answer["fits_with"], answer["kernels"]) == (False, ["--offload blocks"], ["dense"])
     assert answer["total"] > answer["bytes"]["transformer"]
     assert (
         main(["doctor", "--model", str(wan), "--seconds", "2", "--height", "32", "--width", "32", "--vram", "1"]) == 0

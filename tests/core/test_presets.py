@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
@@ -85,6 +86,14 @@ def test_a_whole_video_is_one_chunk_that_nothing_is_kept_of(pipe: SparseForcingP
 def test_whole_videos_continue_nothing(pipe: SparseForcingPipeline) -> None:
     with pytest.raises(ConfigError, match="make all frames at once"):
         pipe("a cat", image=torch.zeros(32, 32, 3).numpy(), **VIDEO)
+
+
+def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipeline) -> None:
+    chunked = pipe.with_defaults(chosen_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
+    picture = np.random.default_rng(0).random((32, 32, 3), np.float32)
+    chunks = list(chunked.stream("a cat", num_inference_steps=1, image=picture, **VIDEO | {"num_frames": 17}))
+    assert [len(chunk.frames) for chunk in chunks] == [9, 8]
+    np.testing.assert_array_equal(chunks[0].frames[0], picture)
 
 
 def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseForcingPipeline) -> None:
@@ -223,6 +232,12 @@ def test_weights_are_computed_in_the_type_they_are_stored_in(wan: Path, tmp_path
     folder = edited(wan, tmp_path, "model_index.json")
     load_transformer(wan).to(torch.bfloat16).save_pretrained(folder / "transformer")
     assert usual_dtype(folder, "cpu") == torch.bfloat16
+    pipe = SparseForcingPipeline.from_pretrained(str(folder))
+    assert (pipe.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32, torch.float32)
+    frames = pipe("a cat", num_inference_steps=1, **VIDEO).frames
+    assert frames.std() > 0
+    assert SparseForcingPipeline.from_pretrained(str(folder), torch.float32).dtype == torch.float32
+    assert SparseForcingPipeline.from_pretrained("tiny").dtype == torch.float32
 
 
 def test_published_sizes_are_recognised_by_shape(wan: Path, tmp_path: Path) -> None:

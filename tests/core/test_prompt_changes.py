@@ -125,8 +125,9 @@ def test_a_lone_first_frame_counts_only_where_the_video_begins(pipe, monkeypatch
     """As in Wan's autoencoder: the first chunk has fewer pixel frames, but not that of a video that goes on."""
     asked: list[int] = []
     monkeypatch.setattr(pipe, "geometry", replace(pipe.geometry, first_frame_alone=True))
-    monkeypatch.setattr(pipe, "_initial_latents", lambda frames, batch: torch.zeros(batch, 2, 12, 2, 2))
-    for start, expected in ({}, [5, 13, 21]), ({"image": np.zeros((16, 16, 3), np.float32)}, [8, 16]):
+    monkeypatch.setattr(pipe, "_encoded", lambda given, batch: None)
+    picture, video = np.zeros((16, 16, 3), np.float32), np.zeros((5, 16, 16, 3), np.float32)
+    for start, expected in ({}, [5, 13, 21]), ({"image": picture}, [9, 17]), ({"video": video}, [8, 16]):
         asked.clear()
         list(pipe.stream(RED, num_frames=24, prompt_changes=asked.append, **start))
         assert asked == expected
@@ -140,19 +141,25 @@ def test_times_become_the_frames_that_chunks_begin_with():
         return _prompt_changes(config, SimpleNamespace(geometry=wan, fps=fps), num_frames)
 
     assert changes([(0.5, BLUE), (1.0, RED)], 81, 16) == {9: BLUE, 21: RED}
-    assert changes([(0.5, BLUE), (1.0, RED)], 81, 16, image=Path("a.png")) == {12: BLUE, 24: RED}
+    assert changes([(0.5, BLUE), (1.0, RED)], 81, 16, image=Path("a.png")) == {13: BLUE, 25: RED}
     starts = {9 + 12 * n: f"number {n}" for n in range(40)}
     assert any(start / 25 * 25 > start for start in starts)
     assert changes([(start / 25, prompt) for start, prompt in starts.items()], 480, 25) == starts
-    with pytest.raises(ConfigError, match="the last one begins at 0 s"):
-        changes([(0.75, BLUE)], 12, 16, image=Path("a.png"))
+    assert changes([(0.5, BLUE), (1.0, RED)], 81, 16, video=Path("a.mp4")) == {12: BLUE, 24: RED}
+    with pytest.raises(ConfigError, match=r"the last one begins at 0\.0625 s"):
+        changes([(0.75, BLUE)], 13, 16, image=Path("a.png"))
 
 
 def test_chunks_begin_where_the_pixels_of_the_one_before_end():
     wan = VideoGeometry(temporal_stride=4, spatial_stride=8, first_frame_alone=True)
-    assert wan.chunk_starts([3, 3, 3]) == [0, 9, 21]
-    assert wan.chunk_starts([1, 3, 3]) == [0, 1, 13]
-    assert wan.chunk_starts([3, 3, 3], continued=True) == [0, 12, 24]
+    assert wan.timeline(33) == ([3, 3, 3], [0, 9, 21])
+    assert replace(wan, first_chunk_frames=1).timeline(25) == ([1, 3, 3], [0, 1, 13])
+    assert wan.timeline(36, "video") == ([3, 3, 3], [0, 12, 24])
+    assert wan.timeline(37, "picture") == ([3, 3, 3], [1, 13, 25])
+    assert wan.timeline(1, "picture") == ([3], [1])
+    embedded = VideoGeometry(temporal_stride=4, spatial_stride=8, first_frame_alone=False, chunk_frames=2)
+    assert embedded.timeline(17) == ([2, 2, 2], [0, 8, 16])
+    assert replace(embedded, first_chunk_frames=1).timeline(17, "picture") == ([2, 2], [1, 9])
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ MEMORIES = {
     "heavy_hitter": MemoryConfig(kind="heavy_hitter", window_frames=4, tile=(1, 2, 2), persistent_blocks=2),
     "sparse": MemoryConfig(**TILED, tile=(2, 2, 2)),
     "short blocks": MemoryConfig(**TILED, tile=(2, 3, 3), retention="mass"),
+    "8 bits": MemoryConfig(**TILED, tile=(2, 2, 2), cache_dtype="int8"),
     "accumulated": MemoryConfig(**TILED, tile=(2, 2, 2), retention="accumulated"),
 }
 

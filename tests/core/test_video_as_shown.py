@@ -16,7 +16,7 @@ from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.media import container
 from sparse_forcing.media.video import iter_frames, iterate_video, probe, read_video, write_video
 from sparse_forcing.model_folder.folder import find_model, read_defaults
-from sparse_forcing.sampling.generation.conditioning import read_start
+from sparse_forcing.sampling.generation.conditioning import VideoFrames, read_start
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 RED = (220, 30, 20)
@@ -287,8 +287,10 @@ def test_going_on_from_a_video_keeps_its_speed(tmp_path: Path) -> None:
         path = tmp_path / f"{fps:g}.mp4"
         write_video(path, np.stack([bar(number / fps, 8) for number in range(24)]), fps)
         notes: list[str] = []
-        frames = read_start(GenerateConfig(prompts=("x",), video=path), notes.append)
-        assert frames is not None
+        start = read_start(GenerateConfig(prompts=("x",), video=path), notes.append)
+        assert isinstance(start, VideoFrames)
+        frames = np.concatenate(list(start))
+        assert len(frames) == start.count
         assert len(frames) == pytest.approx(24 * own / fps, abs=1)
         seconds = np.arange(len(frames)) / own
         np.testing.assert_allclose([width(frame) for frame in frames], 8 * seconds, atol=8 / fps + 1)

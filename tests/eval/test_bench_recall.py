@@ -17,7 +17,7 @@ from sparse_forcing.eval.bench import returns
 from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.eval.bench.recall import list_cells, plan_cell, summarize, table
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.memory.parse import parse_memory
+from sparse_forcing.memory.config import parse_memory
 
 DEFAULT = MemoryConfig(window_frames=4, tile=(2, 2, 4), persistent_blocks=4, density=0.5)
 

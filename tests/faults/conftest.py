@@ -60,7 +60,7 @@ class StubPipeline:
 def stub(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
     """Replaces the model; `stub.on_chunk` can be set."""
     pipe = StubPipeline()
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prompts: pipe)
     return pipe
 
 
@@ -68,7 +68,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> StubPipeline:
 def never_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fails the test when a model is loaded: what it checks must be refused before."""
 
-    def load(config: object) -> None:
+    def load(config: object, prompts: object) -> None:
         pytest.fail("the model was loaded")
 
     monkeypatch.setattr(generate, "load_pipeline", load)

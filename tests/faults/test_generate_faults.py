@@ -10,10 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sparse_forcing.cli import main
 from sparse_forcing.files import output_lock
-from sparse_forcing.media.video import read_video
+from sparse_forcing.media.video import read_video, write_video
 
 
 def run(*arguments: object) -> int:
@@ -155,6 +156,21 @@ def test_bad_prompt_file_names_the_line(
         ('{"prompt": "a"}\n["b"]', "line 2: expected an object"),
         ('{"prompt": "a"}\n{"prompt": ', "line 2: not valid JSON"),
         ('{"prompt": " "}', "line 1 is empty"),
+        ('{"prompt": "a", "sed": 5}', "line 1: unknown field 'sed'; the fields are prompt, original_prompt"),
+        ('{"prompt": "a", "seed": 5.5}', "line 1: seed: expected a whole number from 0 to"),
+        ('{"prompt": "a", "seed": true}', "line 1: seed: expected a whole number"),
+        ('{"prompt": "a", "negative_prompt": " "}', "line 1: negative_prompt is empty"),
+        ('{"prompt": "a", "image": "a.png", "video": "b.mp4"}', "line 1: image and video: give one of them"),
+        ('{"prompt": "a", "image": 5}', "line 1: image: expected text"),
+        ('{"prompt": "a", "image": "none.png"}', "none.png: no such image"),
+        ('{"prompt": "a", "then": "b"}', "line 1: then: expected a list"),
+        ('{"prompt": "a", "then": [["b", 5]]}', "line 1: then: expected seconds and a prompt"),
+        ('{"prompt": "a"}\n{"prompt": "a", "then": [[0, "b"]]}', "line 2: --then 0: times must rise and be above 0"),
+        ('{"prompt": "a", "output": "../a.mp4"}', "line 1: output: expected the path of an .mp4 file inside"),
+        ('{"prompt": "a", "output": "/a.mp4"}', "line 1: output: expected the path"),
+        ('{"prompt": "a", "output": "a.gif"}', "line 1: output: expected the path"),
+        ('{"prompt": "a", "output": "overlay/a.mp4"}', "line 1: output: overlay is a folder for files beside"),
+        ('{"prompt": "a", "output": "a.mp4"}\n{"prompt": "b", "output": "a.mp4"}', "two prompts name this output"),
     ],
 )
 def test_bad_jsonl_names_the_line(
@@ -167,13 +183,49 @@ def test_bad_jsonl_names_the_line(
 
 def test_prompt_files_hold_comments_or_jsonl(stub, tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("# two videos\n\na red ball\n  # not this one\nball # 2\n")
-    (tmp_path / "p.jsonl").write_text(
-        '{"prompt": "a red ball", "seed": 5}\n\n# no\n{"video": "x.mp4", "prompt": "ball"}'
-    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red ball", "seed": 5}\n\n# no\n{"image": null, "prompt": "ball"}')
     for name, second in (("p.txt", "ball # 2"), ("p.jsonl", "ball")):
         stub.calls.clear()
         assert run("--prompt-file", tmp_path / name, "--output", tmp_path / "out") == 0
         assert [call["prompt"] for call in stub.calls] == ["a red ball", second]
+
+
+def test_a_line_of_jsonl_says_what_is_its_videos_alone(stub, tmp_path: Path) -> None:
+    out, starts = tmp_path / "out", tmp_path / "starts"
+    starts.mkdir()
+    Image.new("RGB", (32, 32), (250, 0, 0)).save(starts / "red.png")
+    write_video(starts / "blue.mp4", np.full((20, 32, 32, 3), (0, 0, 250), np.uint8), 16)
+    rows: list[dict] = [
+        {"prompt": "plain"},
+        {"prompt": "red", "seed": 5, "image": "red.png", "output": "cats/red.mp4", "negative_prompt": "dull"},
+        {"prompt": "blue", "video": "blue.mp4", "original_prompt": "the blue one", "then": [[0.5, "green"]]},
+    ]
+    (starts / "jobs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert run("--prompt-file", starts / "jobs.jsonl", "--output", out, "--num-frames", 16) == 0
+    assert files_below(out) == sorted(
+        f"{name}.{suffix}" for name in ("0000-plain-seed0", "0002-blue-seed0", "cats/red") for suffix in ("json", "mp4")
+    )
+    plain, red, blue = stub.calls
+    assert "image" not in plain
+    assert "video" not in plain
+    assert (red["image"] == (250, 0, 0)).all()
+    assert (red["negative_prompt"], red["prompt_changes"]) == ("dull", {})
+    assert sum(len(piece) for piece in blue["video"]) == 8  # whole chunks of the ten at the rate of `tiny`
+    assert blue["prompt_changes"] == {8: "green"}
+    records = [json.loads((out / f"{name}.json").read_text()) for name in ("cats/red", "0002-blue-seed0")]
+    assert (records[0]["seed"], records[0]["settings"]["negative_prompt"]) == (5, "dull")
+    assert records[0]["settings"]["image"] == str(starts / "red.png")
+    assert records[1]["original_prompt"] == "the blue one"
+    assert run("--prompt-file", starts / "jobs.jsonl", "--output", out, "--num-samples", 2) == 0
+    assert "cats/red-seed6.mp4" in files_below(out)
+
+
+def test_what_a_line_names_is_never_written_over(stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_video(tmp_path / "a.mp4", np.zeros((20, 32, 32, 3), np.uint8), 16)
+    (tmp_path / "jobs.jsonl").write_text('{"prompt": "a", "video": "a.mp4", "output": "a.mp4"}')
+    assert run("--prompt-file", tmp_path / "jobs.jsonl", "--output", tmp_path) == 2
+    assert "which this run reads" in one_line(capsys)
+    assert stub.calls == []
 
 
 def test_hundred_thousand_prompts_are_planned_quickly_with_distinct_names(tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_out_of_memory_while_reading_text_names_what_helps(
 
     monkeypatch.setattr(pipe.text_encoder, "forward", fail)
     with pytest.raises(SparseForcingError, match=r"while the text encoder read the prompt.*--text-encoder-device"):
-        pipe.stream("a cat", **VIDEO)
+        pipe.stream("what was not read before", **VIDEO)
 
 
 @pytest.mark.parametrize("value", [0, -24, 2.5, 10**12, 1e30, "x", None, True])

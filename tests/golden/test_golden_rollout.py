@@ -76,7 +76,7 @@ def run(case: Case, dtype: torch.dtype) -> tuple[Tensor, RecordingModel, DenseMe
     with torch.no_grad():
         for chunk in rollout(
             model, inputs["ctx"], chunks, memory, RecordedNoise(inputs["noise"], renoise), sampler_of(case),
-            initial_latents=given, initial_chunks=given_chunks,
+            initial_latents=None if given is None else given.split(given_chunks, 1),
             context_timestep=float(case.json.get("context_noise", 0)),
         ):  # fmt: skip
             parts.append(chunk.latents)

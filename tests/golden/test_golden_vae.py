@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.vae import WanAutoencoder
 from tests.golden.golden_cases import Case, assert_close
 
@@ -70,3 +72,23 @@ def test_a_stream_goes_on_from_what_another_carried(case: Case) -> None:
     for number, _ in enumerate(vae.decode_stream(latents[:, :, :-1].split(1, 2), carried), 1):
         rest = vae.decode_stream(latents[:, :, number:].split(1, 2), list(carried))
         assert all(torch.equal(now, then) for now, then in zip(rest, whole[number:], strict=True))
+
+
+def test_encoding_in_pieces_equals_the_whole(case: Case) -> None:
+    vae, pixels = autoencoder(case), case.tensors["in.pixels"]
+    pixels = torch.cat([pixels, pixels[:, :, :8].flip(2)], 2)
+    whole = vae.encode(pixels)
+    for cuts in ([1, 4, 4], [5, 8], [pixels.shape[2]]):
+        sizes = [*cuts, pixels.shape[2] - sum(cuts)] if sum(cuts) < pixels.shape[2] else cuts
+        assert torch.equal(torch.cat(list(vae.encode_stream(pixels.split(sizes, 2))), 2), whole)
+    with pytest.raises(ConfigError, match="a piece of 3 frames, of 1"):
+        list(vae.encode_stream([pixels[:, :, :3]]))
+
+
+def test_what_leads_a_decoder_in_is_all_that_counts(case: Case) -> None:
+    """Latents further back than `lead_frames` change no pixel."""
+    vae, latents = autoencoder(case), latents_of(case)
+    long = latents[:, :, torch.arange(vae.lead_frames + 3) % latents.shape[2]]
+    full = list(vae.decode_stream(long.split([vae.lead_frames + 1, 2], 2)))[1]
+    lead = long[:, :, 1 : vae.lead_frames + 1]
+    assert torch.equal(list(vae.decode_stream([lead, long[:, :, -2:]]))[1], full)

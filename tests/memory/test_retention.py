@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
+from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory, make_memory
 from sparse_forcing.memory.retention import RULES, BlockView
 from sparse_forcing.memory.retention.diversity import cosines, eliminate
 from sparse_forcing.memory.retention.learned import RetentionTeacher
@@ -63,7 +63,9 @@ class Feed:
             rows=self.rows, cols=self.cols, num_layers=LAYERS, chunk_frames=CHUNK, horizon_frames=12
         )
         kwargs = {"selectors": selectors(settings, self.dim)} | kwargs
-        self.memory = SparseMemory(settings, geometry, backend="reference", **kwargs)
+        memory = make_memory(settings, geometry, backend="reference", **kwargs)
+        assert isinstance(memory, SparseMemory)
+        self.memory = memory
         self.batch, self.dtype = batch, dtype
         self.seen: list[tuple[Tensor, ...]] = []
         self.record: list[list[Tensor]] = []

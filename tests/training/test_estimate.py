@@ -25,6 +25,7 @@ from sparse_forcing.training.memory_estimate.stages import estimate_autoencoder,
 from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
+from sparse_forcing.training.recipes.retention import RetentionConfig, RetentionRecipe
 from tests.training.conftest import SPARSE as SMALL_SPARSE
 from tests.training.live_bytes import LiveBytes
 from tests.training.test_recipes import LOOP, MEMORIES, distill
@@ -34,6 +35,7 @@ STAGE_OF = {
     "tiny-bound": "pretrain",
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
     "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing", "tiny-revisit": "forcing",
+    "tiny-return": "forcing", "tiny-return-far": "forcing", "tiny-retention": "retention",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",
     "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",
@@ -200,6 +202,21 @@ def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: 
     estimate, _ = estimate_stage(config)
     expected = estimate.gradients + estimate.cache + estimate.activations
     assert LEAST < (live.peak - before) / expected < MOST
+
+
+def test_peak_of_a_step_of_retention_heads_is_near_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = DataConfig(size=64, latent_frames=16)
+    config = RetentionConfig(loop=ONE, model="tiny-base", data=data, memory=replace(SPARSE, density=1.0))
+    recipe = RetentionRecipe(config, Accelerator(cpu=True))
+    recipe.update(0)
+    clips = recipe.source.clips(1, 1)  # no stage's estimate counts its pixels
+    monkeypatch.setattr(recipe.source, "clips", lambda draw, count: clips)
+    gc.collect()
+    with LiveBytes([*recipe.model.parameters(), *recipe.ema.shadow.values()]) as live:
+        before = live.now
+        recipe.update(1)
+    estimate, _ = estimate_stage(config)
+    assert LEAST < (live.peak - before) / (estimate.gradients + estimate.cache + estimate.activations) < MOST
 
 
 def test_live_bytes_counts_what_lives() -> None:

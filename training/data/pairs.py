@@ -80,7 +80,7 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     shards were written now, by all processes of the launch."""
     sigmas, kept = kept_steps(config)  # refuses a bad grid before anything is loaded
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    pipe = SparseForcingPipeline.from_pretrained(config.teacher).to(device)
+    pipe = SparseForcingPipeline.from_pretrained(config.teacher, {"transformer": torch.float32}).to(device)
     own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
     source = make_source(config.data, config.seed, pipe.autoencoder, own)
     height, width = pipe.geometry.latent_size(pipe.defaults.height, pipe.defaults.width)

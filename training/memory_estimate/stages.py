@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.devices import compute_dtype, resolve_device
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.model.geometry import TileLayout
+from sparse_forcing.model.selector import HIDDEN
 from sparse_forcing.model.vae import CLIPS_AT_ONCE, PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.model_folder.sizes import ModelSizes, model_sizes, on_meta
 from sparse_forcing.training.engine.lora import LoraConfig
@@ -38,8 +40,10 @@ from sparse_forcing.training.recipes.embedded.pretrain import make_optimizers
 from sparse_forcing.training.recipes.embedded.pretrain_model import TextToVideo
 from sparse_forcing.training.recipes.forcing import ForcingConfig
 from sparse_forcing.training.recipes.ode import OdeConfig
+from sparse_forcing.training.recipes.retention import RetentionConfig
 
 GIB = 1 << 30
+_HEAD_COPIES = 2  # of a block's key and value, in float32, that a retention head keeps: normalised, and beside others
 _STATE_BYTES = 4  # weights, gradients, moments and averages are float32
 
 
@@ -144,6 +148,8 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         return estimate_pretraining(config), []
     if isinstance(config, AutoencoderConfig):
         return estimate_autoencoder(config), []
+    if isinstance(config, RetentionConfig):
+        return estimate_retention(config)
     if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
         raise ConfigError(f"{type(config).__name__}: there is no estimate of what this stage needs")
     if config.loop.micro_batches % processes:
@@ -175,6 +181,35 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         **options,
     )
     return estimate, list(dict.fromkeys([*notes, *teacher.notes, *critic.notes]))
+
+
+def estimate_retention(config: RetentionConfig) -> tuple[MemoryEstimate, list[str]]:
+    """Estimate of training retention heads: the clips' whole memory, and of the model nothing but what the heads keep
+    for their backward pass: unit keys and values, hidden units, logits of every block that has left the window."""
+    model = model_sizes(config.model)
+    memory = config.memory or model.memory
+    sizes = {**model.transformer, "selector_tokens": math.prod(memory.tile), "learned_retention": True}
+    network = on_meta(sizes)
+    heads = sum(x.numel() for name, x in network.named_parameters() if ".retention." in name)
+    number, work = _number_bytes(config.loop.dtype), network.config
+    layout = TileLayout(work.chunk_frames, model.rows, model.cols, memory.tile)
+    chunks = range(1, config.data.latent_frames // work.chunk_frames + 1)
+    window = memory.window_frames // work.chunk_frames
+    seen, left = (sum(counts) * layout.num_blocks for counts in (chunks, [max(0, n - window) for n in chunks]))
+    vectors, rows = work.num_attention_heads * work.attention_head_dim, config.loop.micro_batch * work.num_layers
+    kept = left * (2 * vectors * (number + 4 * _HEAD_COPIES) + 4 * work.num_attention_heads * (2 * HIDDEN + 3))
+    slots = (max(chunks) + window) * layout.num_blocks
+    tokens = slots * (layout.block_tokens + 1)  # and what stands for a block
+    return MemoryEstimate(
+        weights=parameter_count(sizes) * _STATE_BYTES,
+        gradients=heads * _STATE_BYTES,
+        optimizers=2 * heads * _STATE_BYTES,
+        averages=heads * _STATE_BYTES,
+        frozen=0,
+        encoders=model.text_bytes + model.autoencoder_bytes,
+        cache=rows * (2 * tokens * vectors * number + 4 * seen * work.num_attention_heads),
+        activations=rows * kept,
+    ), list(model.notes)
 
 
 def estimate_pretraining(config: PretrainConfig) -> MemoryEstimate:

@@ -69,7 +69,7 @@ def load_pipeline(model: str, data: DataConfig, loop: LoopConfig, device: torch.
     if data.kind == "shards" and data.stored_text:
         assert data.path is not None
         stored = StoredText(Shards(data.path))
-    pipe = SparseForcingPipeline.from_pretrained(model, text_encoder=stored)
+    pipe = SparseForcingPipeline.from_pretrained(model, {"transformer": torch.float32}, text_encoder=stored)
     if pipe.defaults.bidirectional:  # plain Wan: what is trained from it samples in chunks, by this project's defaults
         pipe = pipe.with_defaults(PipelineConfig())
     width = pipe.transformer.config.text_dim

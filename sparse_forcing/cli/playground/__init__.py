@@ -15,6 +15,10 @@ FLAGS = {
     "device": "cpu, cuda, ... (default: the GPU if there is one)",
     "text_encoder_device": "where prompts are read, if elsewhere",
     "dtype": "number format of the weights (default: the model's)",
+    "weights": "store the linear layers in 8 bits",
+    "offload": "what waits in the CPU's memory until it computes",
+    "tiny_vae": "decode with a TAEHV file (taew2_1)",
+    "tiled_decoding": "decode tiles of the picture one after the other",
 }
 CACHE_GIGABYTES = 4.0
 

@@ -28,7 +28,8 @@ from sparse_forcing.kernels.block_selection import block_scores, pool_blocks, se
 from sparse_forcing.memory import DenseMemory, MemoryConfig, MemoryGeometry, RolloutMemory, SparseMemory
 from sparse_forcing.memory.slots import gather_slots
 from sparse_forcing.model.geometry import TileLayout
-from sparse_forcing.sampling.rollout import RolloutChunk, SeededNoise, rollout
+from sparse_forcing.sampling.noise import SeededNoise
+from sparse_forcing.sampling.rollout import RolloutChunk, rollout
 
 PROMPT = "a large yellow star orbits clockwise on a navy background"
 DENSITY = 0.25

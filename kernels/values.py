@@ -9,8 +9,7 @@ torch traces, captures a CUDA graph, or works on fake tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -22,21 +21,27 @@ INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
 _asked: ContextVar[bool | None] = ContextVar("checked_values", default=None)
 
 
-@contextmanager
-def checked_values(on: bool = True) -> Iterator[None]:
+class _Asking:
+    """Context in which values are checked or not; a class, because it is entered in every layer of every pass."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+
+    def __enter__(self) -> None:
+        self._before = _asked.set(self._on)
+
+    def __exit__(self, *_: object) -> None:
+        _asked.reset(self._before)
+
+
+def checked_values(on: bool = True) -> AbstractContextManager[None]:
     """Check the values of lists and sizes on every device in here; with on=False on none, the CPU included."""
-    before = _asked.set(on)
-    try:
-        yield
-    finally:
-        _asked.reset(before)
+    return _Asking(on)
 
 
-@contextmanager
-def trusted_values() -> Iterator[None]:
+def trusted_values() -> AbstractContextManager[None]:
     """Check no values in here, unless somebody outside asked for it: for lists that are right by their making."""
-    with nullcontext() if _asked.get() else checked_values(on=False):
-        yield
+    return nullcontext() if _asked.get() else _Asking(False)
 
 
 def reads_values(x: Tensor) -> bool:

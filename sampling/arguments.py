@@ -19,7 +19,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.base import REWRITTEN
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
-from sparse_forcing.sampling.rollout import GivenNoise, NoiseSource, SeededNoise
+from sparse_forcing.sampling.noise import GivenNoise, NoiseSource, SeededNoise
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -15,15 +15,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
+from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.noise import NoiseSource
 from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
 
@@ -45,71 +47,6 @@ class DenoisingStep:
 
 
 StepCallback = Callable[[DenoisingStep], None]
-
-
-class NoiseSource(Protocol):
-    """All randomness of a rollout."""
-
-    def chunk(self, frames: int) -> Tensor:
-        """[B, frames, C, H, W] noise a chunk starts from."""
-        ...
-
-    def fresh(self, frames: int) -> Tensor:
-        """[B, frames, C, H, W] noise for re-noising."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What another source of the same kind and arguments goes on from."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class SeededNoise:
-    """One generator per sample, so that a sample does not depend on the batch it is generated in."""
-
-    def __init__(
-        self, generators: list[torch.Generator], shape: tuple[int, int, int], device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.generators, self.shape, self.device, self.dtype = generators, shape, device, dtype
-
-    def chunk(self, frames: int) -> Tensor:
-        """[B, frames, C, H, W] the next draw of every sample's generator."""
-        draws = [torch.randn(frames, *self.shape, generator=g, device=g.device) for g in self.generators]
-        noise = torch.stack(draws).to(self.dtype)
-        if self.device.type == "cuda" and noise.device.type == "cpu":  # from pinned memory, so that nothing waits
-            return noise.pin_memory().to(self.device, non_blocking=True)
-        return noise.to(self.device)
-
-    fresh = chunk
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"generators": [generator.get_state() for generator in self.generators]}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for generator, own in zip(self.generators, state["generators"]):
-            generator.set_state(own.cpu())
-
-
-class GivenNoise:
-    """Noise of the whole video given by the caller, [B, F, C, H, W]; re-noising still draws."""
-
-    def __init__(self, latents: Tensor, seeded: SeededNoise) -> None:
-        self.latents, self.seeded, self.used = latents, seeded, 0
-
-    def chunk(self, frames: int) -> Tensor:
-        self.used += frames
-        return self.latents[:, self.used - frames : self.used]
-
-    def fresh(self, frames: int) -> Tensor:
-        return self.seeded.fresh(frames)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {**self.seeded.state_dict(), "used": self.used}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.seeded.load_state_dict(state)
-        self.used = state["used"]
 
 
 def nothing_to_remember() -> None:
@@ -201,8 +138,7 @@ def rollout(
         began = time.perf_counter() - owed.seconds
         if changed is not None:
             network.change(changed, context_timestep)
-        memory.begin_chunk(frames)
-        network.index, network.start = index, start
+        network.begin(index, start, frames)
         after = go_on if callback is None else partial(network.report, callback)
         exit_step = training.exit_steps[index] if training else None
         latents = sample_chunk(
@@ -218,6 +154,15 @@ def rollout(
         if network.interrupted:
             return
         start += frames
+
+
+def _only_infers(model: Any) -> bool:
+    """Whether a model is called as it is, on a CPU: not compiled, without hooks, its weights plain tensors."""
+    if not isinstance(model, nn.Module) or getattr(model, "_compiled_call_impl", None) is not None:
+        return False
+    if any(map(is_hooked, model.modules())):
+        return False
+    return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 
 
 def _finished(latents: Tensor) -> float:
@@ -271,6 +216,9 @@ class _Network:
         recorded = record is not None and why_not_recorded(model, memory, training is not None) is None
         self.passes = RecordedPasses(memory, record) if record is not None and recorded else None
         self.recent: deque[Tensor] | None = deque() if recache else None
+        self.infers = (
+            self.passes is None and training is None and memory.cache_gradient == "none" and _only_infers(model)
+        )
         self.text: Tensor | None = None
         self.text_keys_values: TextKeysValues | None = None
 
@@ -280,7 +228,8 @@ class _Network:
         if self.guidance_scale is not None:
             assert self.unconditional_text is not None, "guidance needs the unconditional text"
             text = torch.cat([text, self.unconditional_text])
-        keys_values = self.model.encode_text(text)
+        with self.mode():
+            keys_values = self.model.encode_text(text)
         if self.passes is not None:  # recorded passes read the text where it was
             text, keys_values = (
                 kept_in_place(self.text, text.clone() if self.text is None else text),
@@ -295,18 +244,33 @@ class _Network:
             return
         again = list(self.recent)
         self.recent.clear()
-        for latents in again[len(again) - self.memory.rewind([part.shape[1] for part in again]) :]:
-            self.memory.begin_again(latents.shape[1])
+        with self.mode():
+            kept = self.memory.rewind([part.shape[1] for part in again])
+        for latents in again[len(again) - kept :]:
+            with self.mode():
+                self.memory.begin_again(latents.shape[1])
             self.clean(latents, timestep)
 
     def take(self, chunks: Iterable[Tensor]) -> int:
         """Leave chunks of given frames [B, f, C, H, W] in the memory; returns how many frames they are."""
         count = 0
         for given in chunks:
-            self.memory.begin_chunk(given.shape[1])
+            with self.mode():
+                self.memory.begin_chunk(given.shape[1])
             self.clean(given, 0.0)
             count += given.shape[1]
         return count
+
+    def begin(self, index: int, start: int, frames: int) -> None:
+        """Begin a chunk of `frames` latent frames, the video's frame `start` the first of them."""
+        self.index, self.start = index, start
+        with self.mode():
+            self.memory.begin_chunk(frames)
+
+    def mode(self) -> AbstractContextManager[object]:
+        """How the model and the memory are called: on a CPU, where nothing wants a gradient, as inference, whose calls
+        cost autograd nothing. Then all they make is made and changed in it; what leaves is a copy."""
+        return torch.inference_mode() if self.infers else nullcontext()
 
     def state(self, remember: Callable[[], None], noise: NoiseSource, index: int, start: int) -> dict[str, Any]:
         """What `go_on` takes before chunk `index`, which begins at latent frame `start`."""
@@ -324,7 +288,8 @@ class _Network:
 
     def go_on(self, state: Mapping[str, Any], noise: NoiseSource) -> tuple[int, int]:
         """Take all that `state` gave; returns the number of the chunk to generate and its first latent frame."""
-        self.memory.load_state_dict(state["memory"])
+        with self.mode():
+            self.memory.load_state_dict(state["memory"])
         noise.load_state_dict(state["noise"])
         self.unconditional_text = state["unconditional_text"]
         self.recent = None if state["recent"] is None else deque(state["recent"])
@@ -377,12 +342,12 @@ class _Network:
 
         def run(latents: Tensor, t: Tensor) -> Tensor:
             policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
-            with self._first_passes_as_they_are():
+            with self.mode(), self._first_passes_as_they_are():
                 return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
 
         latents = doubled.transpose(1, 2)
         found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
-        flow = found.transpose(1, 2)
+        flow = (found.clone() if self.infers else found).transpose(1, 2)
         return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
 
     def _first_passes_as_they_are(self) -> AbstractContextManager[object]:

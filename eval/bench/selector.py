@@ -22,8 +22,9 @@ from sparse_forcing.kernels.block_selection.interface import block_scores, pool_
 from sparse_forcing.memory import MemoryConfig, make_model_memory
 from sparse_forcing.memory.base import WindowPass
 from sparse_forcing.model.selector import BlockSelector, recall
+from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import SeededNoise, rollout
+from sparse_forcing.sampling.rollout import rollout
 from sparse_forcing.scenes.held_out import held_out_prompts
 
 SHARES = (0.0625, 0.125, 0.25)

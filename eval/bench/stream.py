@@ -40,7 +40,8 @@ from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import VideoAutoencoder, WanAutoencoder
 from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, EMBEDDED_MODELS, PipelineConfig, read_defaults
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder
-from sparse_forcing.sampling.rollout import RolloutChunk, SeededNoise, rollout
+from sparse_forcing.sampling.noise import SeededNoise
+from sparse_forcing.sampling.rollout import RolloutChunk, rollout
 
 HEAD_STD = 0.02
 """Of the output head's random weights: small enough for flows of about unit size, not silent as before training."""

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.token_rows import reference
-from sparse_forcing.kernels.token_rows.reference import add_gated, layer_norm, modulated_norm, rms_norm, rotate
+from sparse_forcing.kernels.token_rows.reference import (
+    add_gated,
+    layer_norm,
+    modulated_norm,
+    norm_rotate_pairs,
+    rms_norm,
+    rotate,
+)
 
 __all__ = [
     "add_gated",
@@ -23,6 +30,7 @@ __all__ = [
     "layer_norm",
     "modulated_norm",
     "norm_rotate",
+    "norm_rotate_pairs",
     "rms_norm",
     "rotate",
     "turn_time_",

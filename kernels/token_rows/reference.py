@@ -41,6 +41,8 @@ def add_gated(x: Tensor, update: Tensor, gate: Tensor | None) -> Tensor:
     """x + update * gate per group, gate [B, G, C]; x + update without one."""
     if gate is None:
         return x + update
+    if gate.shape[1] == 1:
+        return torch.addcmul(x, update, gate)
     groups = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, groups), update.unflatten(1, groups), gate[:, :, None]).flatten(1, 2)
 
@@ -58,6 +60,14 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm_rotate(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """RMS norm of x [B, L, C] over all heads together, then rotation: [B, L, H, D], cos and sin [L, D/2]."""
     return rotate(rms_norm(x, weight, eps).unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin)
+
+
+def norm_rotate_pairs(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """`norm_rotate` of several x [B, L, N, C] at once, each with its own weight of [N, C]: [B, L, N, H, D]."""
+    scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    normed = (x * scale).mul_(weight).unflatten(-1, (-1, cos.shape[-1], 2))
+    turned = torch.view_as_complex(normed) * torch.complex(cos, sin)[:, None, None]
+    return torch.view_as_real(turned).flatten(-2)
 
 
 def add_norm(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,16 +23,17 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import update_persistent
-from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
+from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention, full_lists_attention
 from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
+from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
-from sparse_forcing.memory.sparse_view import view_blocks
+from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector
@@ -60,6 +62,8 @@ class SparseMemory(RolloutMemory):
         self.plan = SlotPlan(config, geometry)
         top_k = max(1, math.ceil(config.density * self.plan.window_capacity))
         self.selection = BlockSelection(selectors, top_k, fixed=cache_gradient == "none")
+        plain = cache_gradient == "none" and config.cache_dtype is None
+        self.fixed = FixedSelection(selectors, top_k) if selectors and plain else None
         self.rule = rule or find_rule(config.retention)(config)
         if self.rule.learned and not (selectors and selectors[0].retention):
             raise ConfigError(
@@ -125,8 +129,6 @@ class SparseMemory(RolloutMemory):
             self._all = SparseLayer(**state["layers"])
             self._share_out(self._all)
 
-    # Between two chunks.
-
     def begin_chunk(self, frames: int) -> None:
         super().begin_chunk(frames)
         for _, state in self._together():
@@ -147,8 +149,7 @@ class SparseMemory(RolloutMemory):
         self._share_out(self._all)
 
     def _make_room(self, frames: int) -> None:
-        finished = self.plan.chunk
-        move = self.plan.begin(frames)
+        finished, move = self.plan.chunk, self.plan.begin(frames)
         if not self.layout.uniform and any(state.sizes is None for _, state in self._together()):
             raise ConfigError(
                 f"memory.tile: {self.config.tile} leaves short blocks in a chunk of {frames} latent frames but not in "
@@ -167,6 +168,8 @@ class SparseMemory(RolloutMemory):
         """Make `layers` the parts of `everything` again, after a chunk has begun."""
         layers = len(self.layers)
         everything.number_rows(self.layout, layers)
+        if self.fixed is not None and everything.keys.device.type == "cpu" and self.plan.uniform:
+            everything.favour_slots(self.layout)
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape
             everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
@@ -208,20 +211,18 @@ class SparseMemory(RolloutMemory):
         for _, state in self._together():
             state.move_positions(frames)
 
-    # In a pass.
-
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
         choices: dict[int, Tensor] | None = None,
     ) -> Tensor:  # fmt: skip
-        if torch.compiler.is_compiling():  # which checks no values
-            return self._attend(layer, query, key, value, clean, choices)
-        with trusted_values():
+        with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
             return self._attend(layer, query, key, value, clean, choices)
 
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
     ) -> Tensor:
+        if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
+            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean)
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
@@ -245,7 +246,7 @@ class SparseMemory(RolloutMemory):
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
-            out = self._attend_to_pool(state, queries, index, measure=self._measures_mass(clean))
+            out = self._attend_to_pool(state, queries, index, measure=self.rule.measures_mass(clean))
         if selection.selectors is not None and trains:
             out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
         elif selection.selectors is not None:
@@ -254,16 +255,30 @@ class SparseMemory(RolloutMemory):
             out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
-            self._finish(layer, state, compared, new)
+            self._finish(layer, state, compared.queries, new)
         if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
             state.keys = state.values = keys.new_empty(0)
         return out
 
+    def _attend_in_few_calls(
+        self, fixed: FixedSelection, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool
+    ) -> Tensor:
+        layout, state = self.layout, self.layers[layer]
+        assert state is not None
+        pooled, scores, index = fixed.choose(layout, layer, state, query, key, value)
+        queries, measure = layout.to_blocks(query), self.rule.measures_mass(clean)
+        if measure or (found := full_lists_attention(queries, state.keys, state.values, index)) is None:
+            out = self._attend_to_pool(state, queries, index, measure=measure)
+        else:
+            out = layout.from_blocks(found)
+        if clean:
+            self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
+        return fixed.add_coarse(layout, layer, state, scores, out)
+
     def _choose(
         self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
     ) -> Tensor:
-        if choices is None:
-            return self.selection.lists(state, compared)
+        choices = {} if choices is None else choices
         if layer not in choices:
             choices[layer] = self.selection.lists(state, compared)
         return choices[layer]
@@ -285,9 +300,6 @@ class SparseMemory(RolloutMemory):
             mass = torch.zeros(state.keys.shape[:3], dtype=result.mass.dtype, device=queries.device)
             state.store("mass", mass.scatter_add_(2, index.flatten(2).long(), result.mass.flatten(2)))
         return self.layout.from_blocks(result.out)
-
-    def _measures_mass(self, clean: bool) -> bool:
-        return "mass" in self.rule.reads and clean is not self.rule.measures_denoising
 
     def _measure(self, layer: int, state: SparseLayer, queries: Tensor, clean: bool) -> None:
         """The selector's loss and what an observer sees, where they are asked for."""
@@ -321,8 +333,8 @@ class SparseMemory(RolloutMemory):
             backend=self.backend,
         )
 
-    def _finish(self, layer: int, state: SparseLayer, compared: QueriesAndKeys, new: dict[str, Tensor]) -> None:
-        """What a clean pass leaves beside its blocks: queries to rank by, and the chunk as autograd may see it."""
+    def _finish(self, layer: int, state: SparseLayer, queries: Tensor, new: dict[str, Tensor]) -> None:
+        """What a clean pass leaves beside its blocks: mapped queries to rank by, the chunk as autograd may see it."""
         if self.selection.selectors is not None:
             # A copy: outside a layer's pass its parameters may be sharded away.
             selector = self.selection.selectors[layer]
@@ -331,7 +343,7 @@ class SparseMemory(RolloutMemory):
                 assert selector.retention is not None
                 state.store("retention_head", selector.retention.packed())
         if "attention" in self.rule.reads:
-            state.store("queries", compared.queries)
+            state.store("queries", queries)
         if self.cache_gradient == "straight_through":
             own = state.own_slots(self.layout)
             with self.history():
@@ -384,14 +396,5 @@ class SparseMemory(RolloutMemory):
         state.values = rebuild(state.history.values, place)
 
     def persistent_map(self) -> Tensor | None:
-        states = [state for state in self.layers if state is not None and state.persistent.shape[2]]
-        if not states:
-            return None
-        n = self.layout.num_blocks
-        kept = torch.zeros(n, device=states[0].window.device)
-        for state in states:
-            place = gather_slots(state.origin, state.persistent)[0] % n
-            kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
-        layout = self.layout.on(kept.device)
-        tokens = kept.repeat_interleave(layout.sizes)[layout.inverse]
-        return tokens.view(layout.frames, layout.rows, layout.cols)
+        states = [state for state in filter(None, self.layers) if state.persistent.shape[2]]
+        return map_origins(states, self.layout) if states else None

@@ -23,6 +23,8 @@ from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.rope import shift_time, shift_time_
 from sparse_forcing.model.selector import HIDDEN
 
+OWN = 1e30
+"""Added to the score of a query block's own block: more than any score, less than what persistent blocks get."""
 _PLANNED = ("window", "num_persistent", "first_block", "chunk", "_used_slots")
 
 
@@ -144,6 +146,8 @@ class SparseLayer:
         retention_head: weights of its retention head, for a learned rule only. Of all layers these two have one
         dimension more, [layers, ...].
     own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks (in place only).
+    favour: [B, H, n, S] what is added to the score of a slot before those of a query block are ranked, for
+        sparse_fixed; None while there are unused slots, which have no score.
     packed_keys, packed_values: [B, H, S, T, D] int8, and packed_scales [B, H, S, 2, D] of both, of blocks that are
         kept in 8 bits; packed_at: [B, H, S] position that keys had when they were rounded. Then keys and values are one
         layer's pool, which all share: what a pass over a layer reads.
@@ -169,6 +173,7 @@ class SparseLayer:
     key_projection: Tensor | None = None
     retention_head: Tensor | None = None
     own_rows: Tensor | None = None
+    favour: Tensor | None = None
     packed_keys: Tensor | None = None
     packed_values: Tensor | None = None
     packed_scales: Tensor | None = None
@@ -320,6 +325,16 @@ class SparseLayer:
         heads = torch.arange(slots.shape[0] * slots.shape[1] // layers, device=slots.device)
         first = (heads * self.table.shape[2]).repeat(layers).view(*slots.shape[:2], 1)
         self.store("own_rows", first + slots)
+
+    def favour_slots(self, layout: TileLayout) -> None:
+        """Say what every query block of the chunk lists whatever its scores: the persistent blocks, then its own."""
+        if self.slots.shape[2] < self.table.shape[2]:
+            return
+        n = layout.num_blocks
+        favour = self.keys.new_zeros(*self.table.shape[:2], n, self.table.shape[2])
+        favour.scatter_(3, self.own_slots(layout).unsqueeze(3), OWN)
+        favour.scatter_(3, self.persistent.unsqueeze(2).expand(-1, -1, n, -1), torch.inf)
+        self.store("favour", favour)
 
     def move_positions(self, frames: int) -> None:
         """Move every key in time by `frames`, none below its floor. A history moves its keys when it is read."""

@@ -20,7 +20,7 @@ from sparse_forcing.memory.sparse_pool import SparseLayer
 from sparse_forcing.model.geometry import TileLayout
 from sparse_forcing.model.selector import BlockSelector, coarse_attention, map_heads
 
-_EXACT = (torch.float32, torch.float64)  # that sums may be taken in
+EXACT = (torch.float32, torch.float64)  # that sums may be taken in
 
 
 class QueriesAndKeys(NamedTuple):
@@ -92,7 +92,7 @@ class BlockSelection:
         put_slots_([pool for pool in pools if pool is not None], state.own_rows, blocks, state.own_rows)
 
     def _pools_fixed(self, layout: TileLayout, blocks: Tensor) -> bool:
-        return self.fixed and layout.uniform and blocks.device.type == "cpu" and blocks.dtype in _EXACT
+        return self.fixed and layout.uniform and blocks.device.type == "cpu" and blocks.dtype in EXACT
 
     def pool_chunk(
         self, layout: TileLayout, layer: int, tokens: Tensor, blocks: Tensor, side: str, *, again: bool

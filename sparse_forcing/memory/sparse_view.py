@@ -1,7 +1,8 @@
-"""What a rule of retention sees of the sparse memory: its blocks as a view that computes only what is read."""
+"""What others see of the sparse memory: a rule of retention its blocks, a viewer where the persistent ones are from."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import block_importance, block_scores, pool_blocks
@@ -9,6 +10,7 @@ from sparse_forcing.memory.retention.base import BlockView
 from sparse_forcing.memory.slots import gather_slots
 from sparse_forcing.memory.sparse_pool import SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import map_heads
+from sparse_forcing.model.geometry import TileLayout
 
 
 def view_blocks(plan: SlotPlan, layer: int, state: SparseLayer, slots: Tensor, chunk: int) -> BlockView:
@@ -52,3 +54,16 @@ def view_blocks(plan: SlotPlan, layer: int, state: SparseLayer, slots: Tensor, c
             "values": lambda: state.read("values", slots),
         },
     )
+
+
+def map_origins(states: list[SparseLayer], layout: TileLayout) -> Tensor:
+    """[f, rows, cols] in [0, 1]: share of layers and heads whose persistent set holds something of this place, of
+    whatever chunk, for the first sample."""
+    n = layout.num_blocks
+    kept = torch.zeros(n, device=states[0].window.device)
+    for state in states:
+        place = gather_slots(state.origin, state.persistent)[0] % n
+        kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
+    layout = layout.on(kept.device)
+    tokens = kept.repeat_interleave(layout.sizes)[layout.inverse]
+    return tokens.view(layout.frames, layout.rows, layout.cols)

@@ -25,12 +25,14 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def constant_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Remembered, because bringing numbers to a GPU waits for it."""
+    """Remembered, because bringing numbers to a GPU waits for it; for training, too, whoever asks first."""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 
@@ -87,8 +89,8 @@ def gelu(x: Tensor) -> Tensor:
     """
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or torch.is_grad_enabled():
         return F.gelu(x, approximate="tanh")
-    twice_u = x.square().mul_(_GELU * 0.044715).add_(_GELU).mul_(x)
-    return twice_u.sigmoid_().mul_(x)
+    one = constant_tensor((_GELU,), x.dtype, x.device)
+    return torch.addcmul(one, x, x, value=_GELU * 0.044715).mul_(x).sigmoid_().mul_(x)
 
 
 def ends_products(device: torch.device) -> bool:

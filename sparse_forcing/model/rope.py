@@ -35,6 +35,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)
 def _frequencies(dim: int, device: torch.device) -> Tensor:
     return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 

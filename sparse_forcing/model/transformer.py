@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.cache_utils import CacheMixin
@@ -21,8 +22,15 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.kernels.token_rows.interface import add_gated, add_norm, modulated_norm, norm_rotate
+from sparse_forcing.kernels.token_rows.interface import (
+    add_gated,
+    add_norm,
+    modulated_norm,
+    norm_rotate,
+    norm_rotate_pairs,
+)
 from sparse_forcing.model.attention import AttentionPolicy, ParallelAttention, dense_attention
+from sparse_forcing.model.joined import JoinedWeights
 from sparse_forcing.model.layers import (
     ConditionEmbedder,
     FeedForward,
@@ -53,6 +61,7 @@ class Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
         self.norm_q = RMSNorm(dim, eps)
         self.norm_k = RMSNorm(dim, eps)
+        self._together: JoinedWeights | None = None
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
@@ -71,6 +80,22 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Both [B, L, H, D]; keys normed, and rotated where a table is given."""
         return self._normed(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
+
+    def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of x [B, L, C], all [B, L, H, D]: one product where their weights are together."""
+        joined = self._joined() if torch.is_inference_mode_enabled() and x.dtype == torch.float32 else None
+        if joined is None:
+            return self.queries(x, rotary), *self.keys_values(x, rotary)
+        products = F.linear(x, joined.weight, joined.bias).unflatten(-1, (3, -1))
+        found = norm_rotate_pairs(products[:, :, :2], joined.norms, self.norm_q.eps, rotary.cos, rotary.sin)
+        return found[:, :, 0], found[:, :, 1], self._heads(products[:, :, 2])
+
+    def _joined(self) -> JoinedWeights | None:
+        """The weights of the three products, laid side by side on first use; None where they are not plain ones."""
+        layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
+        if self._together is None or not self._together.holds(layers, norms):
+            self._together = JoinedWeights.of(layers, norms)
+        return self._together
 
     def output(self, x: Tensor) -> Tensor:
         return self.to_out[0](x.flatten(2))
@@ -110,8 +135,7 @@ class CausalWanBlock(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
         h = modulated_norm(x, shift1, scale1, self.eps)
-        query = self.attn1.queries(h, rotary)
-        attended = policy.attend(layer, query, *self.attn1.keys_values(h, rotary))
+        attended = policy.attend(layer, *self.attn1.project(h, rotary))
         update, gate, norm2 = self.attn1.output(attended), gate1, self.norm2
         if norm2 is None:
             h = x = add_gated(x, update, gate)

@@ -18,8 +18,9 @@ from sparse_forcing.kernels.values import checked_values
 from sparse_forcing.memory import MemoryConfig, RolloutMemory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import SeededNoise, rollout
+from sparse_forcing.sampling.rollout import rollout
 from tests.memory.conftest import CHANNELS, CHUNK, COLS, ROWS, Rollout
 from tests.memory.test_fixed_places import tensors
 

@@ -12,8 +12,9 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, RolloutMemory
 from sparse_forcing.memory.build import make_model_memory
 from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.sampling.noise import GivenNoise, SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import GivenNoise, SeededNoise, rollout
+from sparse_forcing.sampling.rollout import rollout
 from tests.training.conftest import make_pipeline
 
 TILED: dict[str, Any] = {"kind": "sparse", "tile": (2, 2, 2), "persistent_blocks": 1, "density": 0.5}

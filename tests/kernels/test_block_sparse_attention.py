@@ -17,19 +17,24 @@ from sparse_forcing.kernels.block_sparse_attention.cpu import backward as cpu_ba
 from sparse_forcing.kernels.block_sparse_attention.cpu import forward as cpu_forward
 from sparse_forcing.kernels.block_sparse_attention.cpu import fused as cpu_fused
 from sparse_forcing.kernels.block_sparse_attention.cpu import pieces as cpu_pieces
+from sparse_forcing.kernels.block_sparse_attention.cpu import small as cpu_small
 from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
 
 BACKENDS = ("reference", "cpu")
 NAN = float("nan")
 
 
-@pytest.fixture(params=["one piece", "many pieces"])
+@pytest.fixture(params=["all at once", "one piece", "many pieces"])
 def pieces(request, monkeypatch):
-    """The CPU path as it is, and cut as finely as it goes, with wide pieces over the persistent entries."""
+    """The CPU path as it is, without the one for small problems, and cut as finely as it goes, with wide pieces over
+    the persistent entries."""
+    if request.param == "one piece":
+        monkeypatch.setattr(cpu_small, "GATHERED_BYTES", 0)
     cut_fine(monkeypatch.setattr) if request.param == "many pieces" else None
 
 
 def cut_fine(setattr_):
+    setattr_(cpu_small, "GATHERED_BYTES", 0)
     setattr_(cpu_arithmetic, "PIECE_BYTES", 1)
     setattr_(cpu_backward, "GROUP_BYTES", 1)
     setattr_(cpu_pieces, "WIDE_SCORES", 0)
@@ -39,7 +44,8 @@ def cut_fine(setattr_):
 
 
 def check(p: Problem, backend: str, tolerance: float | None = None) -> None:
-    """Output, lse, mass and every gradient of p against the float64 loop; p's own tensors may be of any type."""
+    """Output, lse, mass and every gradient of p against the float64 loop, and output and lse once more where nothing
+    else is wanted; p's own tensors may be of any type."""
     tolerance = TOLERANCE[p.query.dtype] if tolerance is None else tolerance
     exact_inputs = [x.detach().double().requires_grad_() for x in p.inputs]
     wanted = by_hand(p.with_inputs(*exact_inputs))
@@ -57,6 +63,11 @@ def check(p: Problem, backend: str, tolerance: float | None = None) -> None:
     for name, mine, exact in zip(("query", "key", "value"), got_grads, wanted_grads):
         assert error(mine, exact) < 2 * tolerance, f"gradient of {name}"
         assert mine.dtype == p.query.dtype
+
+    alone = block_sparse_attention(*p.inputs, p.block_index, **p.options, backend=backend)
+    assert alone.out.dtype == p.query.dtype
+    for name, mine, exact in zip(got._fields, alone[:2], wanted):
+        assert error(mine, exact) < tolerance, f"{name} alone"
 
 
 SHAPES = {
@@ -147,6 +158,7 @@ def test_scores_far_from_zero_in_any_piece(where, height, dtype, persistent, pie
 
 
 def test_the_running_maximum_sets_in_only_when_sums_leave_the_safe_range(monkeypatch):
+    monkeypatch.setattr(cpu_small, "GATHERED_BYTES", 0)
     raised = []
     raise_peak = cpu_forward._raise_peak
     monkeypatch.setattr(cpu_forward, "_raise_peak", lambda s, *rest: (raised.append(s.shape), raise_peak(s, *rest))[1])

@@ -265,6 +265,16 @@ def test_nan_in_what_is_not_seen_changes_nothing_and_in_what_is_seen_stays_in_it
     torch.testing.assert_close(got.out[~bad], wanted[0][~bad], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bad", [NAN, float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", [0, 1, 2], ids=["query", "key", "value"])
+def test_what_is_not_finite_shows_in_the_same_places_without_gradients(which, bad):
+    tensors = inputs()
+    tensors[which][0, 0, 1, 2, 3] = bad
+    wanted, got = (block_sparse_attention(*tensors, lists(3, 1), backend=name) for name in ("reference", "cpu"))
+    for mine, exact in zip(got[:2], wanted):
+        torch.testing.assert_close(mine, exact, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
 # --- gradients of gradients -----------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
-from sparse_forcing.sampling.rollout import SeededNoise, rollout
+from sparse_forcing.sampling.noise import SeededNoise
+from sparse_forcing.sampling.rollout import rollout
 
 CHUNK, ROWS, COLS, CHANNELS, LAYERS, HORIZON = 3, 4, 6, 4, 2, 21
 
@@ -19,7 +20,7 @@ class Rollout:
 
     memory: RolloutMemory
 
-    def __init__(self) -> None:
+    def __init__(self, **settings) -> None:
         torch.manual_seed(0)
         self.model = CausalWanTransformer3DModel(
             num_attention_heads=2,
@@ -32,6 +33,7 @@ class Rollout:
             num_layers=LAYERS,
             chunk_frames=CHUNK,
             horizon_frames=HORIZON,
+            **settings,
         ).double()
         with torch.no_grad():
             for parameter in self.model.parameters():

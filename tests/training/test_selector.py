@@ -15,8 +15,9 @@ from sparse_forcing.kernels.block_selection.interface import block_scores, pool_
 from sparse_forcing.memory import MemoryGeometry, make_memory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.selector import BlockSelector, recall, selection_loss
+from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
+from sparse_forcing.sampling.rollout import TrainingRollout, rollout
 from sparse_forcing.training.recipes.shared import add_selector
 from sparse_forcing.weights.manifest import MANIFEST
 from tests.training.conftest import CHANNELS, CHUNK, HORIZON, SPARSE, make_pipeline

@@ -33,8 +33,9 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, make_model_memory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer
+from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import SeededNoise, TrainingRollout, rollout
+from sparse_forcing.sampling.rollout import TrainingRollout, rollout
 from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.checkpoint import Stateful

@@ -148,36 +148,40 @@ class Lists:
         if self.heads == (1, 1):
             return self.slots
         if steps not in self._table_rows:
-            starts = _first_rows(*self.heads, *steps, len(self.slots) // math.prod(self.heads))
+            starts = first_rows(*self.heads, *steps, len(self.slots) // math.prod(self.heads))
             self._table_rows[steps] = self.slots + starts
         return self._table_rows[steps]
 
 
 @lru_cache(maxsize=64)
-def _first_rows(batch: int, heads: int, step_b: int, step_h: int, repeats: int) -> Tensor:
+def first_rows(batch: int, heads: int, step_b: int, step_h: int, repeats: int) -> Tensor:
     """[B * H * repeats, 1] int32; remembered, because a small call would spend a tenth of its time on it."""
     with torch.inference_mode(False):  # an inference tensor could not be part of a later graph
         rows = torch.arange(batch).view(-1, 1) * step_b + torch.arange(heads) * step_h
         return rows.int().flatten().repeat_interleave(repeats).view(-1, 1)
 
 
+def as_table(pool: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """A pool [B, H, S, T, D] as rows of one block each, and the steps in rows from one batch and one head to the next:
+    without a copy wherever its blocks lie in one piece."""
+    B, H, S, T, D = pool.shape
+    stride_b, stride_h, stride_s, stride_t, stride_d = pool.stride()
+    if pool.is_contiguous():
+        return pool.view(-1, T * D), (H * S, S)
+    if (stride_d, stride_t) == (1, D) and stride_s >= T * D and not (stride_b % stride_s or stride_h % stride_s):
+        steps = stride_b // stride_s, stride_h // stride_s  # broadcast heads, a range of a longer pool
+        rows = (B - 1) * steps[0] + (H - 1) * steps[1] + S
+        return pool.as_strided((rows, T * D), (stride_s, 1)), steps
+    return pool.reshape(-1, T * D), (H * S, S)
+
+
 class BlockTable:
     """A pool [B, H, S, T, D] read as a table of blocks, with the table row of every listed block."""
 
     def __init__(self, pool: Tensor, lists: Lists):
-        B, H, S, T, D = pool.shape
-        stride_b, stride_h, stride_s, stride_t, stride_d = pool.stride()
-        steps = H * S, S
-        if pool.is_contiguous():
-            self.table = pool.view(-1, T * D)
-        elif (stride_d, stride_t) == (1, D) and stride_s >= T * D and not (stride_b % stride_s or stride_h % stride_s):
-            steps = stride_b // stride_s, stride_h // stride_s  # broadcast heads, a range of a longer pool: no copy
-            rows = (B - 1) * steps[0] + (H - 1) * steps[1] + S
-            self.table = pool.as_strided((rows, T * D), (stride_s, 1))
-        else:
-            self.table = pool.reshape(-1, T * D)
+        self.table, steps = as_table(pool)
         self.rows = lists.table_rows(steps)
-        self.head_dim = D
+        self.head_dim = pool.shape[-1]
 
     def gather(self, rows: Tensor, items: int, buffer: Buffer, padded: Tensor | None = None) -> Tensor:
         """[n, L, D] blocks of table rows [n * m], in `buffer`; keys in `padded` [n, L, 1] are set to 0."""

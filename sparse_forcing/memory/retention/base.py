@@ -115,6 +115,10 @@ class RetentionRule(ABC):
     def __init__(self, config: MemoryConfig) -> None:
         self.config = config
 
+    def measures_mass(self, clean: bool) -> bool:
+        """Whether a pass leaves its attention mass for this rule."""
+        return "mass" in self.reads and clean is not self.measures_denoising
+
     def observe(self, blocks: BlockView) -> Tensor:
         """[B, H, N, R] new state of every block in the memory, after each chunk's clean pass."""
         return blocks.state

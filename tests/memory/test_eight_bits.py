@@ -51,7 +51,7 @@ def test_a_rollout_in_8_bits_is_almost_the_exact_one(run: Rollout, tile: tuple, 
     assert max(errors) < 0.03
 
 
-@torch.inference_mode()
+@torch.inference_mode()  # as the rollout has left the memory on a CPU
 def test_keys_are_turned_once_however_often_they_move(run: Rollout) -> None:
     """Rounded when they were made: what a block holds is that, at its place, and not what ten roundings left of it."""
     run(SMALL, 3, horizon=9)

@@ -1,4 +1,4 @@
-"""Pictures of `bench recall`: accuracy at return against the gap, and a sheet of frames for the eye."""
+"""Pictures of `bench recall`: accuracy at return against the gap or by memory, and a sheet of frames for the eye."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ SCALE, MARGIN, LABEL = 2, 4, 170
 
 
 def draw_curves(result: Mapping[str, Any], path: Path) -> None:
-    """Colour and all right against the gap in windows, one curve a memory, one row of panels a kind of world."""
+    """Colour and all right, one row of panels a kind of world: against the gap in windows, one curve a memory, or one
+    bar a memory where there is a single gap."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -25,40 +26,58 @@ def draw_curves(result: Mapping[str, Any], path: Path) -> None:
 
     rows = result["memories"]
     cells = list(next(iter(rows.values()))["cells"])
-    kinds = list(dict.fromkeys(cell.split(",")[0] for cell in cells))
+    kinds = {
+        cell.split(",")[0]: [other for other in cells if other.split(",")[0] == cell.split(",")[0]] for cell in cells
+    }
+    single = all(len(own) == 1 for own in kinds.values())
+    height = 0.9 + 0.28 * len(rows) if single else 3.6
     figure, axes = plt.subplots(
-        len(kinds), 2, figsize=(11, 3.6 * len(kinds)), squeeze=False, layout="constrained", sharex=True
+        len(kinds), 2, figsize=(11, height * len(kinds)), squeeze=False, layout="constrained", sharey=single
     )
-    for kind, panels in zip(kinds, axes):
-        own = [cell for cell in cells if cell.split(",")[0] == kind]
-        labels = [cell.partition("gap ")[2] for cell in own]
+    for (kind, own), panels in zip(kinds.items(), axes):
         for ax, aspect in zip(panels, ("colour", "all")):
-            for number, (name, row) in enumerate(rows.items()):
-                found = [row["cells"][cell][aspect] for cell in own]
-                means = 100 * np.array([share["mean"] for share in found])
-                ends = 100 * np.array([share["interval"] or (share["mean"],) * 2 for share in found]).T
-                x = np.arange(len(own)) + 0.03 * (number - len(rows) / 2)
-                kib = row["cells"][own[-1]]["cache_bytes"] / 1024
-                ax.errorbar(
-                    x,
-                    means,
-                    yerr=np.abs(ends - means),
-                    label=f"{name} ({kib:.0f} KiB)",
-                    color=color(number),
-                    marker="o",
-                    markersize=3,
-                    capsize=2,
-                    linewidth=1.2,
-                )
-            chance = 100 * np.mean([rows[name]["cells"][cell]["chance"][aspect] for name in rows for cell in own])
-            ax.axhline(chance, color="0.6", linestyle=":", linewidth=1)
-            ax.set_xticks(range(len(own)), labels)
-            ax.set(xlabel="gap, windows", ylabel="percent right at return", title=f"{kind}: {aspect}", ylim=(-3, 103))
+            chance = 100 * np.mean([row["cells"][cell]["chance"][aspect] for row in rows.values() for cell in own])
+            (ax.axvline if single else ax.axhline)(chance, color="0.5", linestyle=":", linewidth=1)
+            (_draw_bars if single else _draw_gaps)(ax, rows, own, aspect)
+            ax.set_title(f"{own[0] if single else kind}: {aspect} (dotted: chance)", fontsize=10)
             ax.grid(alpha=0.3)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    if not single:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
     plt.close(figure)
+
+
+def _shares(row: Mapping[str, Any], cells: Sequence[str], aspect: str) -> tuple[np.ndarray, np.ndarray]:
+    """Percent right in each cell, [C], and how far its interval reaches down and up, [2, C]."""
+    found = [row["cells"][cell][aspect] for cell in cells]
+    means = 100 * np.array([share["mean"] for share in found])
+    ends = 100 * np.array([share["interval"] or (share["mean"],) * 2 for share in found]).T
+    return means, np.abs(ends - means)
+
+
+def _draw_gaps(ax: Any, rows: Mapping[str, Any], cells: Sequence[str], aspect: str) -> None:
+    for number, (name, row) in enumerate(rows.items()):
+        means, reach = _shares(row, cells, aspect)
+        x = np.arange(len(cells)) + 0.03 * (number - len(rows) / 2)
+        ax.errorbar(
+            x, means, yerr=reach, label=f"{name} ({_kib(row, cells)} KiB)", color=color(number), marker="o",
+            markersize=3, capsize=2, linewidth=1.2,
+        )  # fmt: skip
+    ax.set_xticks(range(len(cells)), [cell.partition("gap ")[2] for cell in cells])
+    ax.set(xlabel="gap, windows", ylabel="percent right at return", ylim=(-3, 103))
+
+
+def _draw_bars(ax: Any, rows: Mapping[str, Any], cells: Sequence[str], aspect: str) -> None:
+    for number, row in enumerate(rows.values()):
+        means, reach = _shares(row, cells, aspect)
+        ax.barh(number, means, xerr=reach, color=color(number), height=0.7, capsize=2)
+    ax.set_yticks(range(len(rows)), [f"{name}  {_kib(row, cells)} KiB" for name, row in rows.items()], fontsize=8)
+    ax.set(xlabel="percent right at return", xlim=(0, 103), ylim=(len(rows) - 0.4, -0.6))
+
+
+def _kib(row: Mapping[str, Any], cells: Sequence[str]) -> int:
+    return round(row["cells"][cells[-1]]["cache_bytes"] / 1024)
 
 
 def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -> None:

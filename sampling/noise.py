@@ -24,7 +24,9 @@ class NoiseSource(Protocol):
         """What another source of the same kind and arguments goes on from."""
         ...
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another source's `state_dict`."""
+        ...
 
 
 class SeededNoise:
@@ -46,9 +48,11 @@ class SeededNoise:
     fresh = chunk
 
     def state_dict(self) -> dict[str, Any]:
+        """States of the generators."""
         return {"generators": [generator.get_state() for generator in self.generators]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from another source's `state_dict`."""
         for generator, own in zip(self.generators, state["generators"]):
             generator.set_state(own.cpu())
 
@@ -60,6 +64,7 @@ class GivenNoise:
         self.latents, self.seeded, self.used = latents, seeded, 0
 
     def chunk(self, frames: int) -> Tensor:
+        """The next frames of what was given."""
         self.used += frames
         return self.latents[:, self.used - frames : self.used]
 

@@ -80,7 +80,7 @@ def settings_of(model_folder: Path, trajectories: Path) -> Callable[..., dict[st
         if stage == "retention":
             config["memory"] = {"kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 2}
             config["data"] = {"kind": "procedural", "size": 32, "latent_frames": 10}
-            config.pop("shift", None)
+            config["query_noise"] = 0.9
         if stage == "ode":
             config["sampler"] = {"steps": 2}
             config["data"] = {"kind": "shards", "path": str(trajectories), "size": 32, "latent_frames": 4}

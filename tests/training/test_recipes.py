@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -386,6 +387,7 @@ def held_bytes(recipe: DistillRecipe) -> int:
     with LiveBytes() as live:
         losses = list(recipe.generator_losses(0, 0))
     assert losses
+    gc.collect()  # memories and their passes know each other
     return live.now
 
 

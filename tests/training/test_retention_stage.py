@@ -19,7 +19,9 @@ def test_only_heads_learn_and_the_result_keeps_what_they_say(tmp_path: Path, mod
     settings = small_config(model_folder, steps=12)
     settings["data"] = {"size": 32, "latent_frames": 12}
     settings["optimizer"] = {"learning_rate": 0.05}
-    assert train(build_config(RetentionConfig, {**settings, "memory": MEMORY}), tmp_path / "out") == 0
+    assert (
+        train(build_config(RetentionConfig, {**settings, "memory": MEMORY, "query_noise": 0.9}), tmp_path / "out") == 0
+    )
     before = SparseForcingPipeline.from_pretrained(str(model_folder)).transformer.state_dict()
     pipe = SparseForcingPipeline.from_pretrained(str(tmp_path / "out" / "pipeline"))
     after = pipe.transformer.state_dict()

@@ -51,12 +51,12 @@ class RetentionConfig:
     """
 
     loop: LoopConfig
+    query_noise: float
     model: str = "tiny"
     data: DataConfig = field(default_factory=DataConfig)
     memory: MemoryConfig | None = None
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=3e-3, betas=(0.9, 0.98)))
     ema_decay: float = 0.99
-    query_noise: float = 0.9
 
     def __post_init__(self) -> None:
         if not 0 <= self.query_noise < 1:

@@ -108,7 +108,7 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -
             picture = Image.fromarray(frame).resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (MARGIN + column * (side + MARGIN), 36 + row * (side + MARGIN)))
     with atomic_path(path) as temporary:
-        sheet.quantize(128, dither=0).save(temporary, format="png", optimize=True)
+        sheet.quantize(128, dither=Image.Dither.NONE).save(temporary, format="png", optimize=True)
 
 
 def middle(frames: tuple[int, int]) -> int:

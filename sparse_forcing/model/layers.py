@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_forcing.kernels.token_rows.interface import rms_norm
 
@@ -24,15 +27,31 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+Made = TypeVar("Made", bound=Callable[..., Tensor])
+
+
+def remembered(make: Made) -> Made:
+    """`make`, whose tensors are kept by its arguments: bringing numbers to a GPU waits for it. They serve training,
+    too, whoever asks first; where tensors are traced or have no storage none is kept, and none that was could be used."""
+    kept = lru_cache(maxsize=16)(make)
+
+    @wraps(make)
+    def find(*arguments: Any) -> Tensor:
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+            return make(*arguments)
+        with torch.inference_mode(False):
+            return kept(*arguments)
+
+    return cast(Made, find)
+
+
+@remembered
 def constant_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Remembered, because bringing numbers to a GPU waits for it; for training, too, whoever asks first."""
+    """[len(values)]"""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=16)
-@torch.inference_mode(False)
+@remembered
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 

@@ -83,7 +83,8 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, L, C], all [B, L, H, D]: one product where their weights are together."""
-        joined = self._joined() if torch.is_inference_mode_enabled() and x.dtype == torch.float32 else None
+        infers = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
+        joined = self._joined() if infers and x.dtype == torch.float32 else None
         if joined is None:
             return self.queries(x, rotary), *self.keys_values(x, rotary)
         products = F.linear(x, joined.weight, joined.bias).unflatten(-1, (3, -1))

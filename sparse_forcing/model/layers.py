@@ -32,7 +32,7 @@ Made = TypeVar("Made", bound=Callable[..., Tensor])
 
 def remembered(make: Made) -> Made:
     """`make`, whose tensors are kept by its arguments: bringing numbers to a GPU waits for it. They serve training,
-    too, whoever asks first; where tensors are traced or have no storage none is kept, and none that was could be used."""
+    too, whoever asks first; where tensors are traced or have no storage, none is kept and none used."""
     kept = lru_cache(maxsize=16)(make)
 
     @wraps(make)

@@ -10,18 +10,21 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts every storage that operations inside the block return, until it is freed, beside those given before.
 
-    What a custom operation allocates and frees inside itself is not seen.
+    What a custom operation allocates and frees inside itself is not seen. Scratch memory that the CPU kernels keep
+    counts as given before.
     """
 
     def __init__(self, before: Iterable[torch.Tensor] = ()) -> None:
         super().__init__()
         self.alive: dict[int, int] = {}
         self.now = self.peak = 0
-        for x in before:
+        for x in (*before, *(buffer._memory for buffer in Buffer._kept.__dict__.values())):
             self._add(x)
 
     def _add(self, x: torch.Tensor) -> None:

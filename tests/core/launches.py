@@ -145,8 +145,6 @@ _LIBRARY.impl("rms_norm", lambda x, weight: torch.empty_like(x), "Meta")
 def forget_constants() -> None:
     """Drop what the package remembers by device: numbers without data are of no use to anybody else."""
     rope._frequencies.cache_clear()
-    for remembered in (layers.constant_tensor, layers.frame_position_waves):
-        remembered.cache_clear()
     for remembered in (samplers.few_step_levels, samplers.euler_levels):
         remembered.cache_clear()
 

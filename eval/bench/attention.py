@@ -97,7 +97,7 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
                 report["attention"] += compare(shape, dtype, where, backend, backward, repeats)
         report["breakdown"].append(break_down(shape, dtypes[0], where, backend, repeats))
     if folder:
-        report["plot"] = str(plot(report["attention"], folder))
+        report["plot"] = plot(report["attention"], folder).name
     print(json.dumps(report))
     return 0
 

@@ -60,15 +60,22 @@ def plan_tasks(pipe: SparseForcingPipeline, kind: str, worlds: WorldConfig, coun
     """
     assert worlds.gap is not None
     tasks: list[Task] = []
+    reason = ""
     for number in range(TRIES * count):
-        world = draw_world(kind, seed, number, worlds)
+        try:
+            world = draw_world(kind, seed, number, worlds)
+        except ConfigError as error:  # the gap does not fit the object that was drawn
+            reason = f"; {error}"
+            continue
         asked = [entry for entry in find_returns(world) if worlds.gap[0] <= entry.gap <= worlds.gap[1]]
         task = _task(pipe, number, world, asked[0]) if asked else None
         if task is not None:
             tasks.append(task)
         if len(tasks) == count:
             return tasks
-    raise ConfigError(f"worlds: of {TRIES * count} worlds of {kind} only {len(tasks)} have a return after {worlds.gap}")
+    raise ConfigError(
+        f"worlds: of {TRIES * count} worlds of {kind} only {len(tasks)} have a return after {worlds.gap}{reason}"
+    )
 
 
 def _task(pipe: SparseForcingPipeline, number: int, world: World, entry: Return) -> Task | None:

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from sparse_forcing.kernels.token_rows.interface import rms_norm
+from sparse_forcing.model.remembered import remembered
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 
@@ -25,24 +22,6 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     frequencies = torch.pow(10_000.0, -torch.arange(half, dtype=torch.float64, device=timestep.device) / half)
     angles = timestep.double()[..., None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], -1)
-
-
-Made = TypeVar("Made", bound=Callable[..., Tensor])
-
-
-def remembered(make: Made) -> Made:
-    """`make`, whose tensors are kept by its arguments: bringing numbers to a GPU waits for it. They serve training,
-    too, whoever asks first; where tensors are traced or have no storage, none is kept and none used."""
-    kept = lru_cache(maxsize=16)(make)
-
-    @wraps(make)
-    def find(*arguments: Any) -> Tensor:
-        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return make(*arguments)
-        with torch.inference_mode(False):
-            return kept(*arguments)
-
-    return cast(Made, find)
 
 
 @remembered

@@ -6,7 +6,6 @@ frequencies theta^(-2i/d). Angles are computed in float64, as the reference does
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from sparse_forcing.kernels.token_rows.interface import rotate, turn_time_
 from sparse_forcing.kernels.token_rows.reference import turn_time
+from sparse_forcing.model.remembered import remembered
 
 THETA = 10_000.0
 
@@ -34,8 +34,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-@lru_cache(maxsize=64)
-@torch.inference_mode(False)
+@remembered
 def _frequencies(dim: int, device: torch.device) -> Tensor:
     return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 

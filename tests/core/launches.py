@@ -22,7 +22,7 @@ import sparse_forcing
 from sparse_forcing.kernels.block_selection.gpu import backend as selection_backend
 from sparse_forcing.kernels.block_sparse_attention.gpu import backend as attention_backend
 from sparse_forcing.kernels.token_rows.gpu import backend as rows_backend
-from sparse_forcing.model import layers, rope, transformer
+from sparse_forcing.model import layers, transformer
 from sparse_forcing.sampling import samplers
 
 ROOT = str(Path(sparse_forcing.__file__).resolve().parents[1])
@@ -144,7 +144,6 @@ _LIBRARY.impl("rms_norm", lambda x, weight: torch.empty_like(x), "Meta")
 
 def forget_constants() -> None:
     """Drop what the package remembers by device: numbers without data are of no use to anybody else."""
-    rope._frequencies.cache_clear()
     for remembered in (samplers.few_step_levels, samplers.euler_levels):
         remembered.cache_clear()
 

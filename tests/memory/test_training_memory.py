@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
-from sparse_forcing.model import rope
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 TABLES = 1.001
@@ -79,11 +78,9 @@ def test_embedded_model(window_frames: int, allowed: float) -> None:
 
 @pytest.fixture
 def fake() -> Iterator[None]:
-    """Tensors without memory; caches must not mix them with real ones."""
-    rope._frequencies.cache_clear()
+    """Tensors without memory."""
     with FakeTensorMode():
         yield
-    rope._frequencies.cache_clear()
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_several_processes_make_the_video_of_one(tmp_path: Path, capsys: pytest.
     result = json.loads((tmp_path / "differences.json").read_text())
     assert len(result["found"]) == len(CASES) + 1
     for *_, size, share, difference in result["found"]:
-        assert difference < 1e-4, result  # small problems are computed in one call: its rounding knows their heads
+        assert difference < 1e-5, result  # not 0: with fewer heads a problem may be small enough for one call
         assert share == pytest.approx(even_parts(6, size)[0] / 6, abs=0.02)  # of the cache: the first one's heads
     assert result["refused"] == 2
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from sparse_forcing.model_folder.keys import to_wan
+from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
 HEADS, HEAD_DIM, TEXT_DIM = 2, 24, 32
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -24,6 +25,13 @@ TRANSFORMER: dict[str, Any] = {
     "num_layers": 2, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
 }  # fmt: skip
 VIDEO = {"height": 32, "width": 32, "num_frames": 9}
+
+
+def load(folder: Path | str, **options: Any) -> SparseForcingPipeline:
+    """A folder's pipeline, which shows no progress."""
+    pipe = SparseForcingPipeline.from_pretrained(str(folder), **options)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
 
 
 def write_wan(folder: Path, shift: float = 3.0) -> Path:

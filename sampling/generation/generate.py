@@ -8,16 +8,13 @@ Importing this module does not import torch.
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparse_forcing import __version__
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.files import (
@@ -46,6 +43,7 @@ from sparse_forcing.sampling.generation.settings import (
 )
 from sparse_forcing.shards import hold_shard
 from sparse_forcing.threads import limited_threads
+from sparse_forcing.versions import list_versions
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -248,11 +246,11 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
         "seed": job.seed,
         "model": config.model,
         "weights_sha256": pipe.weights_sha256,
-        "versions": versions(),
+        "versions": list_versions(),
         "settings": {
             "num_inference_steps": settings.num_inference_steps,
             "guidance_scale": settings.guidance_scale,
-            "negative_prompt": job.negative_prompt or pipe.defaults.negative_prompt,
+            "negative_prompt": pipe.defaults.negative_prompt if job.negative_prompt is None else job.negative_prompt,
             "preset": pipe.defaults.preset,
             "sampler": pipe.defaults.sampler.kind,
             "shift": pipe.defaults.sampler.shift,
@@ -271,17 +269,6 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
             "video": to_plain(config.video),
         },
     }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what shapes a result."""
-    found = {"sparse-forcing": __version__, "python": platform.python_version()}
-    for name in ("torch", "triton", "diffusers", "transformers", "av", "numpy"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 @contextmanager

@@ -20,20 +20,9 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.placement import place
 from sparse_forcing.sampling.generation.preflight import HEADROOM, needs, outline
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from tests.wan_folder import VIDEO, write_wan
+from tests.wan_folder import VIDEO, load
 
 SHORT: dict[str, Any] = {**VIDEO, "num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wan(tmp_path_factory.mktemp("wan"))
-
-
-def load(folder: Path, **options: Any) -> SparseForcingPipeline:
-    pipe = SparseForcingPipeline.from_pretrained(str(folder), **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def run(pipe: SparseForcingPipeline, prompt: Any) -> np.ndarray:

@@ -20,14 +20,9 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
 from sparse_forcing.sampling.generation.settings import explained_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from tests.wan_folder import VIDEO, write_wan
+from tests.wan_folder import VIDEO
 
 PUBLISHED = GenerateConfig(model="wan-1.3b", preset="self-forcing", device="cuda")
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wan(tmp_path_factory.mktemp("wan"))
 
 
 def test_peak_is_what_lives_at_once() -> None:

@@ -22,22 +22,11 @@ from sparse_forcing.model.small.quantized import STORAGES, QuantizedLinear, quan
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, needs, outline, remedies
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from tests.wan_folder import VIDEO, write_wan
+from tests.wan_folder import VIDEO, load
 
 PROMPT = "a small red circle moves right on a black background"
 ERROR = {"int8": (0.02, 0.06), "fp8": (0.08, 0.25)}  # of a pass and of a video's latents; bfloat16's latents: 0.06
 SHORT: dict[str, Any] = {**VIDEO, "num_inference_steps": 1}
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wan(tmp_path_factory.mktemp("wan"))
-
-
-def load(model: Any, **options: Any) -> SparseForcingPipeline:
-    pipe = SparseForcingPipeline.from_pretrained(str(model), **options)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def held(model: nn.Module) -> int:

@@ -21,7 +21,7 @@ from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.taehv_file import WIDTHS, published
-from tests.wan_folder import VIDEO, write_wan
+from tests.wan_folder import VIDEO
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,6 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tiny") / "taew2_1.safetensors"
     save_file(published(), path)
     return path
-
-
-@pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wan(tmp_path_factory.mktemp("wan"))
 
 
 def naive(state: dict[str, Tensor], latents: Tensor) -> Tensor:

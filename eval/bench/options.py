@@ -86,7 +86,7 @@ class RecallBenchConfig:
     split: of the looks that return. memories: in words (sparse_forcing.memory.config). positions: of all of them.
     """
 
-    model: str = "tiny-worlds"
+    model: str = ""
     device: str = "auto"
     worlds: tuple[str, ...] = ("revisit", "reappear")
     gaps: tuple[float, ...] = (0.5, 1.0, 2.0)
@@ -104,6 +104,8 @@ class RecallBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("--model: give a model that has learned worlds; docs/results/recall says how one is made")
         if min(self.count, self.batch_size, self.num_frames or 1) < 1:
             raise ConfigError("--count, --batch-size and --num-frames must be positive")
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:

@@ -29,7 +29,7 @@ ATTENTION_FLAGS = {
     "device": "torch device (default: the accelerator when there is one)",
 }
 ROLLOUT_FLAGS = {
-    "model": "rollout, change, recall: embedded model or folder (default: tiny; recall: tiny-worlds)",
+    "model": "rollout, change, recall: embedded model or folder (default: tiny; recall: none)",
     "prompts": "rollout, change: held-out prompts (default: 200)",
     "size": "rollout: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",

@@ -55,7 +55,7 @@ def test_words_that_mean_no_memory(text: str, message: str) -> None:
 
 @pytest.mark.parametrize("kind", ["revisit", "reappear"])
 def test_what_is_given_ends_before_the_object_shows_again(pipe: SparseForcingPipeline, kind: str) -> None:
-    config = RecallBenchConfig(worlds=(kind,), gaps=(1.0,), count=12)
+    config = RecallBenchConfig(model="tiny-base", worlds=(kind,), gaps=(1.0,), count=12)
     ((_, gap, grounds),) = [cell for cell in list_cells(config).values()]
     tasks = plan_cell(pipe, config, kind, gap, grounds)
     assert len(tasks) == 12
@@ -69,7 +69,7 @@ def test_what_is_given_ends_before_the_object_shows_again(pipe: SparseForcingPip
 
 
 def test_the_truth_itself_is_all_right_and_a_blank_is_not(pipe: SparseForcingPipeline) -> None:
-    config = RecallBenchConfig(worlds=("revisit",), gaps=(1.0,), count=10)
+    config = RecallBenchConfig(model="tiny-base", worlds=("revisit",), gaps=(1.0,), count=10)
     tasks = plan_cell(pipe, config, "revisit", 1.0, ("smooth", "textured"))
 
     def frames(task: returns.Task) -> np.ndarray:
@@ -112,6 +112,11 @@ def test_the_command_writes_table_pictures_and_json(tmp_path: Path, capsys: pyte
     assert (tmp_path / "recall.png").stat().st_size > 1000
     assert (tmp_path / "sheet.png").stat().st_size > 1000
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["count"] == 3
+
+
+def test_there_is_no_model_to_take_unasked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "recall"]) == 2
+    assert "--model: give a model that has learned worlds" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -15,13 +15,19 @@ from accelerate import Accelerator
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, SparseMemory
+from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.sizes import model_sizes
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.lora import LoraConfig
 from sparse_forcing.training.entry import guess_stage, load_stage
 from sparse_forcing.training.losses.distribution_matching import ScoreConfig
 from sparse_forcing.training.memory_estimate.bytes import Work, cache_bytes, parameter_count
-from sparse_forcing.training.memory_estimate.stages import estimate_autoencoder, estimate_distillation, estimate_stage
+from sparse_forcing.training.memory_estimate.stages import (
+    MemoryEstimate,
+    estimate_autoencoder,
+    estimate_distillation,
+    estimate_stage,
+)
 from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
@@ -50,9 +56,15 @@ ONE = replace(LOOP, global_batch=1, micro_batch=1)
 SPARSE = MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 4), persistent_blocks=4, density=0.5)
 HEAVY = replace(SPARSE, kind="heavy_hitter")
 WAN: dict[str, Any] = {"num_layers": 30}
-LEAST, MOST = 0.8, 1.15
-"""What a real step needs beside the state, relative to the estimate. The estimate adds the gradients to the whole
-graph, as they are together where gradients accumulate; in a step of one micro-batch each grows while the other goes."""
+TOLERANCE = 0.15
+"""How far what a real step needs beside the state may lie from the estimate, relative to it."""
+
+
+def expected_peak(estimate: MemoryEstimate, model: CausalWanTransformer3DModel) -> float:
+    """Beside the state, of a step of one micro-batch: while a block's graph is there its gradients are not yet. The
+    estimate has them, as they are there where gradients accumulate."""
+    blocks = len(model.blocks)
+    return estimate.gradients * (blocks - 1) / blocks + estimate.cache + estimate.activations
 
 
 def state_of(recipe: DistillRecipe) -> list[torch.Tensor]:
@@ -73,7 +85,7 @@ def peak_of_a_step(recipe: DistillRecipe) -> float:
         before = live.now
         recipe.update(0)
     estimate, _ = estimate_stage(recipe.config)
-    return (live.peak - before) / (estimate.gradients + estimate.cache + estimate.activations)
+    return (live.peak - before) / expected_peak(estimate, recipe.model)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
@@ -107,14 +119,14 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     loop = replace(ONE, gradient_checkpointing=checkpointing)
     score = ScoreConfig(causal_window=causal_window)
     recipe = distill(Path("tiny-base"), memory=memory, loop=loop, score=score, **TINY)
-    assert LEAST < peak_of_a_step(recipe) < MOST
+    assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
 
 
 @pytest.mark.slow
 def test_gradients_through_the_scores_are_counted() -> None:
     """SiD keeps the graphs of three score passes beside that of the rollout."""
     recipe = distill(Path("tiny-base"), memory=SPARSE, loop=ONE, loss="sid", **TINY)
-    assert LEAST < peak_of_a_step(recipe) < MOST
+    assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
     for checkpointing in (False, True):
         config = replace(recipe.config, loop=replace(ONE, gradient_checkpointing=checkpointing))
         counted = [
@@ -158,7 +170,8 @@ def test_pools_of_a_sparse_memory_are_counted(model_folder: Path, checkpointing:
     """One step of a model that is small beside its memory's pools."""
     memory = replace(SMALL_SPARSE, persistent_blocks=200)
     loop = replace(ONE, gradient_checkpointing=checkpointing)
-    assert LEAST < peak_of_a_step(distill(model_folder, memory=memory, loop=loop, **changes)) < MOST
+    peak = peak_of_a_step(distill(model_folder, memory=memory, loop=loop, **changes))
+    assert peak == pytest.approx(1, rel=0.2)  # a pool more or less, when one is written in place or copied, is 10 %
 
 
 def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> None:
@@ -200,8 +213,7 @@ def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: 
         before = live.now
         recipe.update(1)
     estimate, _ = estimate_stage(config)
-    expected = estimate.gradients + estimate.cache + estimate.activations
-    assert LEAST < (live.peak - before) / expected < MOST
+    assert live.peak - before == pytest.approx(expected_peak(estimate, recipe.model), rel=TOLERANCE)
 
 
 def test_peak_of_a_step_of_retention_heads_is_near_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,8 +231,7 @@ def test_peak_of_a_step_of_retention_heads_is_near_the_estimate(monkeypatch: pyt
         recipe.update(1)
     estimate, _ = estimate_stage(config)
     gathered = estimate.cache / recipe.model.config.num_layers  # by a layer's pass, which no estimate counts
-    expected = estimate.gradients + estimate.cache + estimate.activations + gathered
-    assert LEAST < (live.peak - before) / expected < MOST
+    assert live.peak - before == pytest.approx(expected_peak(estimate, recipe.model) + gathered, rel=TOLERANCE)
 
 
 def test_live_bytes_counts_what_lives() -> None:

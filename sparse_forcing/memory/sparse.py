@@ -44,7 +44,7 @@ class SparseMemory(RolloutMemory):
 
     Args:
         selectors: the learned selector of each layer; None for mean pooling.
-        backend: of the attention kernel.
+        backend: name of the attention kernel to compute with; "auto" chooses by device.
         rule: of retention, in place of the one that the configuration names.
     """
 

@@ -171,7 +171,7 @@ def test_pools_of_a_sparse_memory_are_counted(model_folder: Path, checkpointing:
     memory = replace(SMALL_SPARSE, persistent_blocks=200)
     loop = replace(ONE, gradient_checkpointing=checkpointing)
     peak = peak_of_a_step(distill(model_folder, memory=memory, loop=loop, **changes))
-    assert peak == pytest.approx(1, rel=0.2)  # a pool more or less, when one is written in place or copied, is 10 %
+    assert peak == pytest.approx(1, rel=0.2)  # 0.84 to 1.17 were measured since memories write in place
 
 
 def test_the_critic_is_counted_as_what_it_starts_from(model_folder: Path) -> None:

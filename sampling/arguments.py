@@ -27,6 +27,11 @@ PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] 
 """New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
 chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
 """
+StepEnd = Callable[..., Mapping[str, Tensor] | None]
+"""Called as diffusers' pipelines do after every denoising step, with the pipeline, the step within the chunk
+(`current_chunk` of `num_timesteps` steps), the timestep and tensors by name: `latents` [B, f, C, h, w], `prompt_embeds`
+and `negative_prompt_embeds` [B, T, text_dim]. What it returns takes their place; setting the pipeline's `_interrupt`
+ends the video with this chunk."""
 
 
 def whole_number(name: str, value: Any, default: int) -> int:
@@ -37,7 +42,7 @@ def whole_number(name: str, value: Any, default: int) -> int:
         raise ConfigError(f"{name}: expected a whole number, got {value!r:.60}") from error
 
 
-def instance_of(name: str, value: Any, kind: type) -> Any:
+def check_type(name: str, value: Any, kind: type) -> Any:
     """`value` itself. Raises ConfigError when it is of another type."""
     if not isinstance(value, kind):
         raise ConfigError(f"{name}: expected {kind.__name__}, got {value!r:.60}")
@@ -49,7 +54,7 @@ def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[st
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
         raise ConfigError(f"{name}: expected text, or a list of texts that is not empty, got {prompt!r:.60}")
-    return [instance_of(name, each, str) for each in prompts]
+    return [check_type(name, each, str) for each in prompts]
 
 
 def changed_chunks(
@@ -100,7 +105,7 @@ def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) 
     """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
     in diffusers: the conditional prediction alone."""
     steps = whole_number("num_inference_steps", steps, sampler.steps)
-    scale = sampler.guidance_scale if guidance_scale is None else instance_of("guidance_scale", guidance_scale, Real)
+    scale = sampler.guidance_scale if guidance_scale is None else check_type("guidance_scale", guidance_scale, Real)
     steps_given = sampler.step_list if steps == sampler.steps else None
     changed = replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
     return replace(changed, guidance_scale=max(1.0, changed.guidance_scale))
@@ -109,9 +114,9 @@ def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) 
 def _generator_list(generator: Any) -> list[torch.Generator] | None:
     """The generators of a list, or None for a single one or none, which is checked, too."""
     if isinstance(generator, list | tuple):
-        return [instance_of("generator", each, torch.Generator) for each in generator]
+        return [check_type("generator", each, torch.Generator) for each in generator]
     if generator is not None:
-        instance_of("generator", generator, torch.Generator)
+        check_type("generator", generator, torch.Generator)
     return None
 
 
@@ -135,14 +140,15 @@ def noise_source(
     return seeded if latents is None else GivenNoise(check_noise(latents, shape).to(device, dtype), seeded)
 
 
-def check_recache(wanted: bool, memory: MemoryConfig) -> bool:
-    """Whether the window is written again when the prompt changes. Raises ConfigError where it cannot be."""
-    if wanted and memory.kind not in REWRITTEN:
+def check_memory(memory: MemoryConfig, *, recache: bool) -> MemoryConfig:
+    """`memory` itself. Raises ConfigError when it is none, or its window cannot be written again and has to be."""
+    check_type("memory", memory, MemoryConfig)
+    if recache and memory.kind not in REWRITTEN:
         raise ConfigError(
             f"recache (--recache): the window of a {memory.kind} memory cannot be written again; use "
             f"{' or '.join(REWRITTEN)}"
         )
-    return wanted
+    return memory
 
 
 def on_device(state: Any, device: torch.device) -> Any:
@@ -157,7 +163,7 @@ def on_device(state: Any, device: torch.device) -> Any:
 def check_embeddings(embeddings: Tensor, text_len: int, text_dim: int) -> Tensor:
     """`prompt_embeds` [B, T, text_dim], floating point and finite, with zeros up to `text_len` rows, all of which the
     model attends to."""
-    instance_of("prompt_embeds", embeddings, Tensor)
+    check_type("prompt_embeds", embeddings, Tensor)
     if embeddings.ndim != 3 or embeddings.shape[2] != text_dim or not embeddings.is_floating_point():
         raise ConfigError(
             f"prompt_embeds: expected floats of shape [B, T, {text_dim}], got {embeddings.dtype} of shape "
@@ -174,7 +180,7 @@ def check_embeddings(embeddings: Tensor, text_len: int, text_dim: int) -> Tensor
 
 def check_noise(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
     """`latents` [B, F, C, h, w], of at least as many frames as `expected`."""
-    instance_of("latents", latents, Tensor)
+    check_type("latents", latents, Tensor)
     fits = latents.ndim == len(expected) and latents.shape[1] >= expected[1]
     if not fits or (latents.shape[0], *latents.shape[2:]) != (expected[0], *expected[2:]):
         raise ConfigError(

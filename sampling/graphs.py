@@ -15,6 +15,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -134,11 +135,17 @@ def why_not_recorded(model: nn.Module, memory: RolloutMemory, training: bool) ->
     return None
 
 
-def kept_in_place(old: Any, new: Any) -> Any:
+def warn_if_not_recorded(model: nn.Module, memory: RolloutMemory) -> None:
+    """Warn the caller's caller that graphs were asked for and will not be recorded."""
+    if reason := why_not_recorded(model, memory, training=False):
+        warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=3)
+
+
+def keep_in_place(old: Any, new: Any) -> Any:
     """`new`, written into the tensors of `old` where those have its shapes, so that a recording reads it."""
     if isinstance(new, Tensor):
         fits = isinstance(old, Tensor) and (old.shape, old.dtype, old.device) == (new.shape, new.dtype, new.device)
         return old.copy_(new) if fits else new
     if isinstance(old, list | tuple) and len(old) == len(new):
-        return type(new)(kept_in_place(was, now) for was, now in zip(old, new))
+        return type(new)(keep_in_place(was, now) for was, now in zip(old, new))
     return new

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -22,14 +22,16 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, RolloutMemory, make_memory
 from sparse_forcing.memory.whole import WholeVideo
+from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model_folder.fit import not_finite_error
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
+    StepEnd,
     changed_chunks,
     changed_sampler,
     check_embeddings,
-    check_recache,
-    instance_of,
+    check_memory,
+    check_type,
     noise_source,
     on_device,
     prompt_list,
@@ -37,7 +39,9 @@ from sparse_forcing.sampling.arguments import (
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
 from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
-from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, why_not_recorded
+from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, warn_if_not_recorded
+from sparse_forcing.sampling.noise import NoiseSource
+from sparse_forcing.sampling.plan import VideoLayout, VideoPlan
 from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
 from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, given_frames
 
@@ -100,10 +104,10 @@ class SparseForcingPipeline(PipelineComponents):
         prompt_embeds: Tensor | None = None,
         prompt_changes: PromptChanges | None = None,
         image: np.ndarray | None = None,
-        video: np.ndarray | None = None,
+        video: np.ndarray | Iterable[np.ndarray] | None = None,
         memory: MemoryConfig | None = None,
         reserve_cache: bool = True,
-        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         cuda_graphs: bool | None = None,
         resumed: Mapping[str, Any] | None = None,
@@ -112,94 +116,110 @@ class SparseForcingPipeline(PipelineComponents):
         """Generate chunk by chunk; whole chunks are yielded, so the last one may go beyond `num_frames`.
 
         Args:
+            prompt, prompt_embeds: one of them; [B, T, text_dim], T at most what the model reads: zeros follow.
+            negative_prompt, guidance_scale: what guidance leads away from; 1 or less is none, as in diffusers.
             num_frames: pixel frames to cover, `image` among them, those of `video` not.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
-            prompt_changes: {pixel frame: prompt}, each from the first chunk on that begins there or later; or a
-                function of a chunk's first pixel frame that returns a new prompt or None, asked when it is wanted.
-            image, video: [H, W, 3], the first frame, or [F, H, W, 3], whole chunks to go on from; uint8 or floats in
-                [0, 1]. [B, F, H, W, 3]: a video for each prompt. An iterable of arrays: a video of any length.
-            negative_prompt: what guidance leads away from; the model's default when None.
-            prompt_embeds: [B, T, text_dim] instead of `prompt`; zeros follow where T is less than the model reads.
-            guidance_scale: 1 or less is none, as in diffusers.
-            memory: kind of memory; the model's default when None.
-            reserve_cache: take the memory of a `full` cache at once, instead of as it grows.
-            callback_on_step_end: called as diffusers' pipelines do after every denoising step, with the pipeline, the
-                step within the chunk (`current_chunk` of `num_timesteps` steps), the timestep and those tensors
-                [B, f, C, h, w] or [B, T, text_dim] that `callback_on_step_end_tensor_inputs` names. What it returns
-                takes their place; setting `_interrupt` ends the video with this chunk.
-            cuda_graphs: replay the passes of steady chunks as CUDA graphs; by default where the model is on a CUDA
-                device and nothing rules it out.
-            resumed: `VideoChunk.state` of an earlier stream with the same arguments, to go on from; what it began with
-                is in it.
+            prompt_changes, image, video: see `PromptChanges` and `given_frames`.
+            memory, reserve_cache: the kind; a `full` cache takes its memory at once instead of as it grows.
+            callback_on_step_end: see `StepEnd`; it is given what `callback_on_step_end_tensor_inputs` names.
+            cuda_graphs: replay passes as CUDA graphs; None: on a CUDA device, where nothing rules it out.
+            resumed: `VideoChunk.state` of an earlier stream with the same arguments, to go on from.
             recache: write the window again when the prompt changes, with the new one (`window`, `sink`, `sparse`).
 
         Raises:
-            ConfigError: an argument is of the wrong type, shape or size; at once, not with the first chunk (what a
-                function in `prompt_changes` returns: with its chunk).
+            ConfigError: an argument of the wrong type, shape or size; at once, but for what `prompt_changes` returns.
         """
-        config = self.defaults
         graphs = check_cuda_graphs(self._execution_device, cuda_graphs)
-        sampler = changed_sampler(config.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
-        size = whole_number("height", height, config.height), whole_number("width", width, config.width)
-        latent_size = self.geometry.latent_size(*size)
-        memory = config.memory if memory is None else instance_of("memory", memory, MemoryConfig)
-        negative = self._negative_prompt(negative_prompt, guided=sampler.guidance_scale != 1.0)
-        given = given_frames(image, video, self.geometry, size)
-        frames = whole_number("num_frames", num_frames, config.num_frames)
-        chunks, starts = self.geometry.timeline(frames, "nothing" if given is None else given.kind)
+        layout = self._layout(height, width, num_frames, image, video)
+        sampler = changed_sampler(self.defaults.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
+        config = check_memory(self.defaults.memory if memory is None else memory, recache=recache)
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
-        shape = (len(text), sum(chunks), self.autoencoder.latent_channels, *latent_size)
-        noise = noise_source(self._generator(generator), latents, shape, self._execution_device, self.dtype)
-        initial = None if given is None or resumed is not None else self._encoded(given, len(text))
-        before = 0 if given is None else given.latent_frames
-        reserved = None if before is None or not reserve_cache else before + sum(chunks)
-        state = self._empty_memory(memory, latent_size, reserved)
-        if cuda_graphs and (reason := why_not_recorded(self.transformer, state, training=False)):
-            warnings.warn(f"no CUDA graphs: {reason}; passes are launched one call at a time", stacklevel=2)
-        unconditional = None
-        if sampler.guidance_scale != 1.0:
-            unconditional = self.encode_prompt([negative]).to(text).expand_as(text)
+        negative = self._negative_text(negative_prompt, text, sampler)
+        changes = self._text_changes(prompt_changes, layout.starts, len(text) // repeats, repeats)
+        callback = self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        noise = self._noise(generator, latents, layout, len(text))
+        state = self._empty_memory(config, layout, reserved=reserve_cache)
+        single = isinstance(prompt, str) and repeats == 1
+        plan = VideoPlan(layout, sampler, text, negative, changes, noise, state, recache, single)
+        if cuda_graphs:
+            warn_if_not_recorded(self.transformer, state)
+        return self._run(plan, callback, on_device(resumed, self._execution_device), graphs=graphs)
+
+    def _layout(self, height: Any, width: Any, num_frames: Any, image: Any, video: Any) -> VideoLayout:
+        """The sizes of a video, the defaults' where none are given, and the frames it goes on from."""
+        size = whole_number("height", height, self.defaults.height), whole_number("width", width, self.defaults.width)
+        latent_size = self.geometry.latent_size(*size)
+        given = given_frames(image, video, self.geometry, size)
+        frames = whole_number("num_frames", num_frames, self.defaults.num_frames)
+        chunks, starts = self.geometry.timeline(frames, "nothing" if given is None else given.kind)
+        return VideoLayout(size=size, latent_size=latent_size, chunks=chunks, starts=starts, given=given)
+
+    def _run(
+        self, plan: VideoPlan, callback: StepCallback | None, resumed: Mapping[str, Any] | None, *, graphs: bool
+    ) -> Iterator[VideoChunk]:
+        """Start the rollout of a plan and decode it; offloaded parts leave the device after it."""
+        given = plan.layout.given
+        initial = None if given is None or resumed is not None else self._encoded(given, len(plan.text))
         parts = rollout(
-            self.transformer, text, chunks, state, noise, sampler,
-            unconditional_text=unconditional,
-            text_at=self._text_changes(prompt_changes, starts, len(text) // repeats, repeats),
+            self.transformer,
+            plan.text,
+            plan.layout.chunks,
+            plan.memory,
+            plan.noise,
+            plan.sampler,
+            unconditional_text=plan.unconditional_text,
+            text_at=plan.text_at,
             initial_latents=initial,
-            context_timestep=config.context_timestep,
-            callback=self._step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs),
+            context_timestep=self.defaults.context_timestep,
+            callback=callback,
             scheduler=self.scheduler,
             record=cuda_recorder() if graphs else None,
-            resumed=(resumed := on_device(resumed, self._execution_device)), recache=check_recache(recache, memory),
-        )  # fmt: skip
-        self._interrupt, self._num_chunks, self._num_timesteps = False, len(chunks), sampler.steps
-        single = isinstance(prompt, str) and repeats == 1
-        return self._until_the_end(self._decoded(parts, state, len(chunks), size, initial, resumed, single=single))
+            resumed=resumed,
+            recache=plan.recache,
+        )
+        self._interrupt, self._num_chunks, self._num_timesteps = False, len(plan.layout.chunks), plan.sampler.steps
+        return self._until_the_end(self._decode(plan, parts, initial, resumed))
 
-    def _decoded(
-        self, parts: Iterator[RolloutChunk], memory: RolloutMemory, count: int, size: tuple[int, int],
-        given: EncodedStart | None, resumed: Mapping[str, Any] | None, *, single: bool,
-    ) -> Iterator[VideoChunk]:  # fmt: skip
+    def _decode(
+        self,
+        plan: VideoPlan,
+        parts: Iterator[RolloutChunk],
+        given: EncodedStart | None,
+        resumed: Mapping[str, Any] | None,
+    ) -> Iterator[VideoChunk]:
         """The video's chunks; of several processes that make it together, the first one decodes."""
         parallel = self.transformer.sequence_parallel
         if parallel is not None and parallel.rank > 0:
-            return undecoded_chunks(parts, size, single=single)
+            return undecoded_chunks(parts, plan.layout.size, single=plan.single)
         return decode_chunks(
-            self.autoencoder, parts, memory, count=count, device=self._execution_device, given=given, single=single,
-            not_finite=self._not_finite, resumed=resumed,
-        )  # fmt: skip
+            self.autoencoder,
+            parts,
+            plan.memory,
+            count=len(plan.layout.chunks),
+            device=self._execution_device,
+            given=given,
+            single=plan.single,
+            not_finite=self._not_finite,
+            resumed=resumed,
+        )
 
-    def _generator(self, given: Any) -> Any:
-        """The caller's generator; where there is none, one that draws the same in all processes of a video."""
+    def _noise(self, generator: Any, latents: Tensor | None, layout: VideoLayout, batch: int) -> NoiseSource:
+        """The noise of so many videos; without a generator, drawn the same in all processes of a video."""
         parallel = self.transformer.sequence_parallel
-        return parallel.same_generator(self._execution_device) if parallel is not None and given is None else given
+        if parallel is not None and generator is None:
+            generator = parallel.same_generator(self._execution_device)
+        shape = (batch, sum(layout.chunks), self.autoencoder.latent_channels, *layout.latent_size)
+        return noise_source(generator, latents, shape, self._execution_device, self.dtype)
 
-    def _negative_prompt(self, given: str | None, *, guided: bool) -> str:
-        """What guidance leads away from; warns where there is none to do so."""
-        if given is None:
-            return self.defaults.negative_prompt
-        if instance_of("negative_prompt", given, str) and not guided:
+    def _negative_text(self, given: str | None, text: Tensor, sampler: SamplerConfig) -> Tensor | None:
+        """What guidance leads away from, like `text` [B, T, text_dim]; None without guidance."""
+        guided = sampler.guidance_scale != 1.0
+        prompt = self.defaults.negative_prompt if given is None else check_type("negative_prompt", given, str)
+        if given and not guided:
             warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=3)
-        return given
+        return self.encode_prompt([prompt]).to(text).expand_as(text) if guided else None
 
     def _encoded(self, given: GivenFrames, batch: int) -> EncodedStart:
         """The latents that so many videos start with."""
@@ -247,10 +267,8 @@ class SparseForcingPipeline(PipelineComponents):
 
         return after
 
-    def _empty_memory(
-        self, config: MemoryConfig, latent_size: tuple[int, int], latent_frames: int | None
-    ) -> RolloutMemory:
-        """A memory for videos of this size and length; it grows with the video where the length is None."""
+    def _empty_memory(self, config: MemoryConfig, layout: VideoLayout, *, reserved: bool) -> RolloutMemory:
+        """A memory for videos of this size; it has room for the whole length at once, or grows with the video."""
         trained = self.transformer.config.selector_tokens
         if config.kind == "sparse" and trained and math.prod(config.tile) != trained:
             raise ConfigError(
@@ -258,9 +276,11 @@ class SparseForcingPipeline(PipelineComponents):
                 "which this model's selector was trained"
             )
         geometry = MemoryGeometry.of(
-            self.transformer.config, *self.geometry.token_size(*latent_size), capacity_frames=latent_frames,
+            self.transformer.config,
+            *self.geometry.token_size(*layout.latent_size),
+            capacity_frames=layout.latent_frames if reserved else None,
             chunk_frames=self.geometry.chunk_frames,
-        )  # fmt: skip
+        )
         if self.geometry.whole_video:
             return WholeVideo(geometry)
         selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
@@ -295,7 +315,7 @@ class SparseForcingPipeline(PipelineComponents):
             return None
         if callable(changes):
             return lambda index: None if (prompt := changes(starts[index])) is None else texts(prompt)
-        pairs = instance_of("prompt_changes", changes, Mapping).items()
+        pairs = check_type("prompt_changes", changes, Mapping).items()
         return {number: texts(prompt) for number, prompt in changed_chunks(pairs, starts).items()}.get
 
     def __call__(
@@ -304,7 +324,7 @@ class SparseForcingPipeline(PipelineComponents):
         *,
         output_type: str = "np",
         return_dict: bool = True,
-        callback_on_step_end: Callable[..., Mapping[str, Tensor] | None] | None = None,
+        callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         **kwargs: Any,
     ) -> Any:
@@ -316,15 +336,17 @@ class SparseForcingPipeline(PipelineComponents):
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             names = callback_on_step_end.tensor_inputs
 
-        def counted(*step: Any) -> Mapping[str, Tensor] | None:
+        def count_step(*step: Any) -> Mapping[str, Tensor] | None:
             changed = None if callback_on_step_end is None else callback_on_step_end(*step)
             bar.update()
             return changed
 
         stream = self.stream(
             [prompt] if isinstance(prompt, str) else prompt,
-            callback_on_step_end=counted, callback_on_step_end_tensor_inputs=names, **kwargs,
-        )  # fmt: skip
+            callback_on_step_end=count_step,
+            callback_on_step_end_tensor_inputs=names,
+            **kwargs,
+        )
         with self.progress_bar(total=self._num_chunks * self._num_timesteps) as bar:
             frames = self._joined(list(stream), output_type, kwargs.get("num_frames"))
         return SparseForcingPipelineOutput(frames) if return_dict else (frames,)

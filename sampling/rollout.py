@@ -24,7 +24,7 @@ from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.flow import FlowSchedule, SamplerConfig, add_noise
 from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
-from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, keep_in_place, why_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
 from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
 
@@ -232,8 +232,8 @@ class _Network:
             keys_values = self.model.encode_text(text)
         if self.passes is not None:  # recorded passes read the text where it was
             text, keys_values = (
-                kept_in_place(self.text, text.clone() if self.text is None else text),
-                kept_in_place(self.text_keys_values, keys_values),
+                keep_in_place(self.text, text.clone() if self.text is None else text),
+                keep_in_place(self.text_keys_values, keys_values),
             )
         self.text, self.text_keys_values = text, keys_values
 

@@ -30,7 +30,7 @@ from sparse_forcing.eval.bench.rollout import chosen_memories, compare_memories,
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
 from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
-from sparse_forcing.sampling.arguments import check_recache
+from sparse_forcing.sampling.arguments import check_memory
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
 
@@ -48,7 +48,7 @@ def run(config: ChangeBenchConfig) -> int:
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
     for memory in chosen_memories(pipe, config.memories).values():
-        check_recache(config.recache, memory)
+        check_memory(memory, recache=config.recache)
     changes = changing_prompts(config.prompts, seed=config.seed)
 
     def measure(memory: MemoryConfig) -> tuple[dict, dict]:

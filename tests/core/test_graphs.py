@@ -17,7 +17,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.values import checked_values
 from sparse_forcing.memory import MemoryConfig, RolloutMemory
 from sparse_forcing.model.flow import SamplerConfig
-from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs, kept_in_place, why_not_recorded
+from sparse_forcing.sampling.graphs import check_compiler, check_cuda_graphs, keep_in_place, why_not_recorded
 from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.sampling.rollout import rollout
@@ -113,7 +113,7 @@ def test_graphs_need_a_gpu() -> None:
 
 def test_texts_are_kept_in_place_while_they_fit() -> None:
     old = [(torch.zeros(2), torch.zeros(3))]
-    new = kept_in_place(old, [(torch.ones(2), torch.ones(4))])
+    new = keep_in_place(old, [(torch.ones(2), torch.ones(4))])
     assert new[0][0] is old[0][0]
     assert new[0][1] is not old[0][1]
     assert new[0][0].tolist() == [1, 1]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.options import EvaluateConfig, Mode, Suite
 from sparse_forcing.eval.vbench.aggregate import Totals, aggregate, read_scores
 from sparse_forcing.launch import Launch
@@ -44,6 +45,11 @@ def _measure(config: EvaluateConfig) -> int:
 
     assert config.target is not None
     entries = load_entries(config.target)
+    if config.suite == "recall" and not any(entry.returns for entry in entries):
+        raise ConfigError(
+            f"suite recall: {config.target} does not say what returns; give a manifest whose rows have `returns` "
+            "(docs/evaluate.md), such as `sparse-forcing data clips --world` writes"
+        )
     others = [_load_compared(path) for path in config.compare]
     _check_targets(config, entries)
     folder = check_writable(config.output_folder, folder=True)

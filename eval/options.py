@@ -9,7 +9,7 @@ from typing import Literal, get_args
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.shards import check_shard
 
-Suite = Literal["offline", "drift", "vbench", "vbench-long"]
+Suite = Literal["offline", "drift", "vbench", "vbench-long", "recall"]
 Mode = Literal["strict", "vbench-compatible"]
 _OF_RESULTS = ("compare", "official_results")
 _OF_MEASURING = (
@@ -23,7 +23,8 @@ class EvaluateConfig:
     """Options of an evaluation; the command line has one flag for each, spelled with hyphens.
 
     target: folder, JSONL manifest or single video (the command's argument). Not needed with `aggregate` or `merge`.
-    suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`).
+    suite: which metrics: offline and drift need no weights; vbench and vbench-long need the user's (`weights`); recall
+        compares what a manifest says returns with its first sight, with the user's DINO weights where they are given.
     metrics: names of the suite's metrics to keep.
     output: folder for results.json, videos.csv and report.html. Default: `evaluation-<suite>` beside the target.
     compare: earlier results to compare with: results.json files, folders holding one, or more videos to measure.

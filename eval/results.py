@@ -103,6 +103,9 @@ def write_notes(config: EvaluateConfig, records: list[Record], missing: list[dic
             f"{surplus} videos have a sample number of {SAMPLES} or more: as in VBench, only 0 to {SAMPLES - 1} are "
             "scored for a prompt, but for flickering behind the static filter"
         )
+    silent = sum(all(row["value"] is None for row in record["metrics"].values()) for record in records)
+    if config.suite == "recall" and silent:
+        found.append(f"{silent} videos have no value: nothing is said to return in them, or it could not be measured")
     by_metric: dict[str, list[dict[str, str]]] = defaultdict(list)
     for entry in missing:
         by_metric[entry["metric"]].append(entry)

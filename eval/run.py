@@ -21,6 +21,7 @@ from sparse_forcing.eval.measuring.failures import shorten
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import Metric, suite_metrics
 from sparse_forcing.eval.measuring.resources import Resources
+from sparse_forcing.eval.measuring.returns import write_returns
 from sparse_forcing.eval.measuring.view import FeatureStore, open_clip
 from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.files import atomic_write_json, sha256_file
@@ -78,6 +79,8 @@ class Runner:
             "metrics": {metric.name: metric.version for metric in self.metrics},
             "networks": self.fingerprints,
         }
+        if self.config.suite == "recall":
+            depends["returns"] = write_returns(entry.returns)
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
         return self.config.cache_folder / "records" / key[:2] / f"{key}.json"
 

@@ -12,6 +12,7 @@ from typing import Any
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import suite_metrics
+from sparse_forcing.eval.measuring.returns import write_returns
 from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.eval.results import RESULT_PACKAGES, Measured, build_results
 from sparse_forcing.eval.run import Record, Runner
@@ -33,7 +34,7 @@ def shard_file(config: EvaluateConfig) -> Path:
 def write_shard(runner: Runner, entries: Sequence[Entry], records: Sequence[Record]) -> Path:
     """Write the records of the shard's videos; `entries` are those of all shards. Returns the file."""
     config = runner.config
-    names = [[str(entry.video), entry.text, entry.index, entry.seed] for entry in entries]
+    names = [[str(entry.video), entry.text, entry.index, entry.seed, write_returns(entry.returns)] for entry in entries]
     path = shard_file(config)
     atomic_write_json(path, {
         "kind": KIND,

@@ -7,7 +7,8 @@ A manifest is a JSONL or CSV file as training reads it, too (sparse_forcing/medi
 `original_prompt` is what metrics compare against when generation used a rewritten `prompt`. A folder works too: its
 manifest, or else its videos, each with the `name.json` that `generate` wrote beside `name.mp4`, its caption in
 `name.txt`, or a name as VBench's `{prompt}-{index}.mp4`. With `prompt_changes` (in a manifest: true) the prompt changes
-on the way, and metrics that compare with one leave the video out. Other fields are kept.
+on the way, and metrics that compare with one leave the video out. `returns` says what comes back (returns.py). Other
+fields are kept.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.measuring.returns import SightPair, parse_returns, write_returns
 from sparse_forcing.files import atomic_write_text, is_file, is_folder, read_json
 from sparse_forcing.media.listing import (
     FIELDS,
@@ -41,6 +43,7 @@ class Entry:
     """One video: its path, the prompt it was generated from, sample index and seed, the prompt to judge it by.
 
     prompt_changes: `prompt` tells of several that followed each other, none of which says what the whole video shows.
+    returns: what comes back in it, for suite recall.
     extra: further fields of its row, kept as they are.
     """
 
@@ -50,6 +53,7 @@ class Entry:
     seed: int | None = None
     original_prompt: str | None = None
     prompt_changes: bool = False
+    returns: tuple[SightPair, ...] = ()
     extra: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -116,7 +120,8 @@ def _typed(record: dict[str, Any]) -> dict[str, Any]:
     changes = record.get("prompt_changes") or False
     if not isinstance(changes, bool):
         raise ConfigError(f"prompt_changes must be true or false, not {changes!r:.60}")
-    return {**record, "index": record.get("index") or 0, "prompt_changes": changes}
+    returns = parse_returns(record.get("returns"))
+    return {**record, "index": record.get("index") or 0, "prompt_changes": changes, "returns": returns}
 
 
 def _check_text(text: str) -> None:
@@ -178,7 +183,9 @@ def write_manifest(path: Path, entries: Iterable[Entry]) -> None:
     lines = []
     for entry in entries:
         record = {name: value for name, value in asdict(entry).items() if value is not None and value is not False}
-        record |= record.pop("extra")
+        record |= record.pop("extra") | {"returns": write_returns(entry.returns)}
+        if not record["returns"]:
+            del record["returns"]
         base = Path(path).parent.resolve()
         video = entry.video.resolve()
         record["video"] = str(video.relative_to(base) if video.is_relative_to(base) else video)

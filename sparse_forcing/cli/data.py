@@ -158,7 +158,7 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     from sparse_forcing.scenes.worlds.batch import draw_world
     from sparse_forcing.scenes.worlds.config import WorldConfig
     from sparse_forcing.scenes.worlds.draw import render_world
-    from sparse_forcing.scenes.worlds.record import write_record
+    from sparse_forcing.scenes.worlds.record import list_returns, write_record
 
     config = WorldConfig(
         frames=arguments.num_frames,
@@ -172,4 +172,11 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     name = f"{number:06d}.mp4"
     write_video(arguments.output / name, (pixels * 0.5 + 0.5).numpy(), arguments.fps, scale=arguments.scale)
     truth = write_record(world, config)  # in a file of its own: manifests hold what evaluation knows, and no more
-    return {"video": name, "prompt": world.story, "index": 0, "seed": arguments.seed, "truth": truth}
+    return {
+        "video": name,
+        "prompt": world.story,
+        "index": 0,
+        "seed": arguments.seed,
+        "returns": list_returns(world),
+        "truth": truth,
+    }

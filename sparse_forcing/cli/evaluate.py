@@ -8,7 +8,7 @@ from sparse_forcing.cli.flags import Parser, add_config_flags, path, read_config
 from sparse_forcing.eval.options import EvaluateConfig
 
 FLAGS = {
-    "suite": "offline and drift need no weights; vbench and vbench-long need --weights (default: offline)",
+    "suite": "offline, drift and recall need no weights; vbench and vbench-long need --weights (default: offline)",
     "metrics": "only these metrics of the suite",
     "output": "folder for the results (default: evaluation-SUITE beside the target)",
     "compare": "results of earlier runs, or more videos, to compare with",

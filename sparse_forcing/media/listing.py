@@ -27,7 +27,7 @@ VIDEO_SUFFIXES = (
     ".flv", ".ogv", ".ivf", ".obu", ".y4m", ".h264", ".hevc",
 )  # fmt: skip
 MANIFESTS = ("manifest.jsonl", "manifest.csv")
-FIELDS = frozenset({"video", "prompt", "index", "seed", "original_prompt", "prompt_changes"})
+FIELDS = frozenset({"video", "prompt", "index", "seed", "original_prompt", "prompt_changes", "returns"})
 MAX_FILE_BYTES = 64 << 20
 MAX_LINE = 1 << 20  # characters
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

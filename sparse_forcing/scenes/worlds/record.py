@@ -33,6 +33,21 @@ def write_record(world: World, config: WorldConfig) -> dict[str, Any]:
     }
 
 
+def list_returns(world: World) -> list[dict[str, Any]]:
+    """What comes back as the `returns` of a row that `evaluate --suite recall` reads, a box for each frame."""
+    boxes = world.visible_boxes()
+    rows = []
+    for entry in find_returns(world):
+        row: dict[str, Any] = {}
+        for name, (begin, end) in (("first", entry.first_seen), ("again", entry.frames)):
+            row |= {
+                name: [begin, end],
+                f"{name}_box": [_rounded(boxes[frame][entry.item]) for frame in range(begin, end)],
+            }
+        rows.append(row)
+    return rows
+
+
 def read_record(record: Mapping[str, Any]) -> World:
     """The world that was written; raises ConfigError where the record is not one of a world."""
     try:

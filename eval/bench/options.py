@@ -104,8 +104,6 @@ class RecallBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if not self.model:
-            raise ConfigError("--model: give a model that has learned worlds; docs/results/recall says how one is made")
         if min(self.count, self.batch_size, self.num_frames or 1) < 1:
             raise ConfigError("--count, --batch-size and --num-frames must be positive")
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:

@@ -37,6 +37,8 @@ FRAMES_AROUND = 64  # of a gap, before and after
 
 def run(config: RecallBenchConfig) -> int:
     """Every memory over the same worlds; writes recall.json, recall.md, recall.png and sheet.png, prints JSON last."""
+    if not config.model:
+        raise ConfigError("--model: give a model that has learned worlds; docs/results/recall says how one is made")
     out = check_writable(config.output, folder=True) if config.output else None
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     default = replace(pipe.default_memory, positions=config.positions or pipe.default_memory.positions)

@@ -11,14 +11,14 @@ from pathlib import Path
 from sparse_forcing.config import load_config, to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.files import read_json
 from sparse_forcing.reproduction.claims import FULL_CACHE
 from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, plan_trainings
-from sparse_forcing.reproduction.recall import SelectorRecall, WorldRecall
+from sparse_forcing.reproduction.recall import SelectorRecall
 from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts
 from sparse_forcing.reproduction.tables import write_results, write_selector
 from sparse_forcing.reproduction.tasks import Task, run_tasks
+from sparse_forcing.reproduction.worlds import WorldPlan, WorldRecall, plan_world_training
 from sparse_forcing.scenes.held_out import held_out_prompts
 
 MAIN = ("dense", "sparse")
@@ -28,11 +28,11 @@ TIMED = (*FULL_CACHE, "sparse")
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """What to train, whom to judge, and on what; `worlds` is what `bench recall` asks, None for nothing."""
+    """What to train, whom to judge, and on what; `worlds` says what comes back, None for nothing."""
 
     training: TrainingPlan
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    worlds: RecallBenchConfig | None = None
+    worlds: WorldPlan | None = None
     variants: tuple[str, ...] = tuple(VARIANTS)
 
     def __post_init__(self) -> None:
@@ -69,7 +69,7 @@ class Reproduction:
             out=self.folder,
         )
         self.recall = self._recall() if "sparse" in self.rollouts else None
-        self.worlds = WorldRecall(config=config.worlds, out=self.folder) if config.worlds else None
+        self.worlds = self._worlds(config.worlds) if config.worlds else None
 
     def _rollouts(self, name: str) -> StudentRollouts:
         training = self.chains[VARIANTS[name].student][-1]
@@ -92,10 +92,15 @@ class Reproduction:
             out=self.folder,
         )
 
+    def _worlds(self, plan: WorldPlan) -> WorldRecall:
+        training = plan_world_training(plan, self.output)
+        return WorldRecall(training=training, bench=plan.bench, out=self.folder)
+
     @property
     def trainings(self) -> list[Training]:
         """Everything that is still to be trained, once, each after what it starts from."""
-        missing = [training for chain in self.chains.values() for training in chain[-1].missing()]
+        last = [chain[-1] for chain in self.chains.values()] + ([self.worlds.training] if self.worlds else [])
+        missing = [training for wanted in last for training in wanted.missing()]
         return list({training.folder: training for training in missing}.values())
 
     def tasks(self) -> Iterator[Task]:
@@ -117,7 +122,8 @@ class Reproduction:
         if self.recall is not None:
             yield Task(name="recall", done=self.recall.path.is_file, ready=self.trained, run=self.recall.measure)
         if self.worlds is not None:
-            yield Task(name="worlds", done=self.worlds.is_done, run=self.worlds.measure)
+            ready = self.worlds.training.complete
+            yield Task(name="worlds", done=self.worlds.is_done, ready=ready, run=self.worlds.measure)
 
     def trained(self) -> bool:
         return all(chain[-1].complete() for chain in self.chains.values())

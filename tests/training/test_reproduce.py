@@ -26,6 +26,7 @@ pytestmark = pytest.mark.xdist_group("reproduce")  # one process: `done` takes t
 
 SHORT = ["loop.global_batch=2", "loop.micro_batch=1", f"data.size={SIZE}", f"data.latent_frames={HORIZON}"]
 CAUSAL_DISTILL = [*SHORT, f"rollout_frames={HORIZON}", "sampler.steps=2", "critic_ratio=1"]
+LONG = [f"data.latent_frames={4 * HORIZON}", "data.world_gap=null"]  # for a world to leave and come back
 DISTILL = [*CAUSAL_DISTILL, "score.causal_window=null"]
 
 
@@ -45,7 +46,14 @@ def settings(model: Path) -> dict[str, Any]:
             "prompts": 4, "ablation_prompts": 2, "batch_size": 2, "horizons": [1, 2], "timing_prompts": 2,
             "recall_prompts": 2, "sheet_prompts": 1,
         },
-        "worlds": {"model": str(model), "worlds": ["revisit"], "gaps": [2], "count": 2, "memories": ["full", "sparse"]},
+        "worlds": {
+            "model": str(model),
+            "stages": [
+                {"config": "tiny-return.yaml", "steps": 1, "set": [*forcing, *LONG]},
+                {"config": "tiny-retention.yaml", "steps": 1, "set": [*SHORT, *LONG]},
+            ],
+            "bench": {"worlds": ["revisit"], "gaps": [2], "count": 2, "memories": ["full", "sparse"]},
+        },
     }  # fmt: skip
 
 
@@ -116,7 +124,9 @@ def test_what_comes_back_in_worlds_is_in_the_results(done: Path) -> None:
     assert "revisit" in (done / "results/recall/recall.md").read_text()
     for picture in ("recall.png", "sheet.png"):
         assert (done / "results/recall" / picture).read_bytes().startswith(b"\x89PNG")
-    assert found["settings"].keys().isdisjoint({"output"})
+    (model,) = (done / "run").glob("worlds-retention-*/pipeline")
+    assert found["model"] == str(model), "the last stage's model is asked"
+    assert len(list((done / "run").glob("worlds-forcing-*/pipeline"))) == 1
 
 
 def test_a_second_call_does_nothing(done: Path, model_folder: Path) -> None:

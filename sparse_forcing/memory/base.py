@@ -65,6 +65,10 @@ class MemoryGeometry:
 class MemoryPass:
     """Attention policy of one forward pass over the current chunk."""
 
+    stops_early: ClassVar[bool] = True
+    """Whether a clean pass ends with its last layer's keys and values: nobody reads what would come after them. One
+    with gradients never does, because sharded layers count on what a layer gives being used."""
+
     def __init__(self, memory: RolloutMemory, clean: bool) -> None:
         self.memory = memory
         self.clean = clean
@@ -74,9 +78,8 @@ class MemoryPass:
         self._before = memory.snapshot() if keeps_history else None
         self._written: set[int] = set()
         self._choices: dict[int, Tensor] | None = {} if keeps_history else None
-        # Nobody reads what a clean pass computes after its last layer's keys and values. With gradients it is whole all
-        # the same: sharded layers count on what a layer gives being used.
-        self._ends_at = memory.geometry.num_layers - 1 if clean and not torch.is_grad_enabled() else None
+        ends = self.stops_early and clean and not torch.is_grad_enabled()
+        self._ends_at = memory.geometry.num_layers - 1 if ends else None
 
     def token_order(self, device: torch.device) -> TokenOrder | None:
         """The memory's order of the chunk's tokens."""

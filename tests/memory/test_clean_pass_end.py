@@ -57,13 +57,7 @@ def state(memory: RolloutMemory) -> list[Tensor]:
 @pytest.fixture
 def whole(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Clean passes that go on to their end, until it is undone: the plain form."""
-    start = MemoryPass.__init__
-
-    def init(self: MemoryPass, memory: RolloutMemory, clean: bool) -> None:
-        start(self, memory, clean)
-        self._ends_at = None
-
-    monkeypatch.setattr(MemoryPass, "__init__", init)
+    monkeypatch.setattr(MemoryPass, "stops_early", False)
     return monkeypatch
 
 

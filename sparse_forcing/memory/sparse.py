@@ -395,6 +395,6 @@ class SparseMemory(RolloutMemory):
             state.keys, state.values = state.history.pools(keys, state.position if self._shifted else None)
         return state
 
-    def persistent_map(self) -> Tensor | None:
+    def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         states = [state for state in filter(None, self.layers) if state.persistent.shape[2]]
-        return map_origins(states, self.layout) if states else None
+        return map_origins(states, self.layout, chunk) if states else None

@@ -148,9 +148,9 @@ class HeavyHitterMemory(DenseMemory):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
-        out = super().attend(layer, query, key, value, clean=clean, choices=choices)
+        choices: dict[int, Tensor] | None = None, ends: bool = False,
+    ) -> Tensor | None:  # fmt: skip
+        out = super().attend(layer, query, key, value, clean=clean, choices=choices, ends=ends)
         if clean:
             mass = attention_mass(query, self.cached(layer)[0])
             tables = self.tables[layer]

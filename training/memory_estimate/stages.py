@@ -33,6 +33,7 @@ from sparse_forcing.training.memory_estimate.bytes import (
     parameter_count,
     trained_count,
 )
+from sparse_forcing.training.recipes.consistency import ConsistencyConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import FIT_SIZE, AutoencoderConfig
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig
@@ -119,10 +120,10 @@ def estimate_one_network(
     shards: int = 1,
     encoders: int = 0,
     lora: LoraConfig | None = None,
-    guided: bool = False,
+    teacher: dict[str, Any] | None = None,
 ) -> MemoryEstimate:
-    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
-    weights are kept, frozen, to learn from."""
+    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; teacher: config of a frozen
+    transformer that it learns from."""
     trained = trained_count(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
@@ -130,7 +131,7 @@ def estimate_one_network(
         gradients=trained // shards * _STATE_BYTES,
         optimizers=2 * trained // shards * _STATE_BYTES,
         averages=trained // shards * _STATE_BYTES,
-        frozen=parameter_count(config) // shards * _STATE_BYTES if guided else 0,
+        frozen=parameter_count(teacher) // shards * _STATE_BYTES if teacher else 0,
         encoders=encoders,
         cache=cache_bytes(config, work),
         activations=activation_bytes(config, work),
@@ -150,7 +151,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         return estimate_autoencoder(config), []
     if isinstance(config, RetentionConfig):
         return estimate_retention(config)
-    if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
+    if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig, ConsistencyConfig)):
         raise ConfigError(f"{type(config).__name__}: there is no estimate of what this stage needs")
     if config.loop.micro_batches % processes:
         raise ConfigError(
@@ -166,9 +167,13 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         trained = {**trained, "selector_tokens": math.prod((config.memory or model.memory).tile)}
     if work.memory and work.memory.kind == "sparse" and trained.get("selector_tokens"):
         notes.append("what the learned selector's own arithmetic keeps is not counted")
+    if isinstance(config, ConsistencyConfig):
+        own = model_sizes(config.teacher)
+        estimate = estimate_one_network(trained, work, teacher=own.transformer, **options)
+        return estimate, list(dict.fromkeys([*notes, *own.notes]))
     if not isinstance(config, DistillConfig):
-        guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
-        return estimate_one_network(trained, work, guided=guided, **options), notes
+        guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1  # by its own starting weights
+        return estimate_one_network(trained, work, teacher=model.transformer if guided else None, **options), notes
     teacher, critic = model_sizes(config.teacher), model_sizes(config.critic_model)
     estimate = estimate_distillation(
         trained,
@@ -279,14 +284,14 @@ def _number_bytes(dtype: str) -> int:
     return compute_dtype(dtype, torch.device(resolve_device("auto"))).itemsize
 
 
-def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> Work:
+def _work(config: DistillConfig | ForcingConfig | OdeConfig | ConsistencyConfig, model: ModelSizes) -> Work:
     """The micro-batch of a stage."""
     frames, context, memory = config.data.latent_frames, 0, None
     windows: tuple[int, ...] = ()
     if isinstance(config, DistillConfig):
         frames, memory = config.rollout_frames, config.memory or model.memory
         windows = (frames, *[config.window_frames or frames] * (config.windows - 1))
-    elif isinstance(config, ForcingConfig) and config.mode == "teacher":
+    elif isinstance(config, ConsistencyConfig) or (isinstance(config, ForcingConfig) and config.mode == "teacher"):
         memory = config.memory or model.memory
         if memory.kind == "full":  # clean and noisy frames side by side
             context, memory = frames, None

@@ -23,7 +23,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, make_model_memory
+from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timesteps
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -45,6 +45,7 @@ from sparse_forcing.training.recipes.shared import (
     noise_like,
     prepare,
 )
+from sparse_forcing.training.recipes.teacher_forcing import flow_beside, flow_through_memory
 
 MODES = ("bidirectional", "diffusion", "teacher")
 
@@ -187,52 +188,32 @@ class ForcingRecipe(OneNetwork):
             return self.run(noisy, timestep, text, ParallelAttention(frames, mask)), nothing
         level = self.context_levels(sources, chunks)
         context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
-        if self.memory.kind != "full":
-            return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks, sources[0])
-        policy = ParallelAttention.teacher_forcing(chunks)
-        inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
-        return self.run(noisy, timestep, text, policy, **inputs), nothing
+        if self.memory.kind == "full":
+            return flow_beside(self.model, noisy, context, timestep, text, chunks, level=1000 * level), nothing
+        distilled = self.sampled_layers(sources[0]) if self.config.selector_weight else frozenset()
+        flow, losses = flow_through_memory(
+            self.model, self.memory, noisy, context, timestep, text, chunks, level=1000 * level,
+            cache_gradient=self.config.cache_gradient, distilled=distilled,
+        )  # fmt: skip
+        return flow, torch.stack(losses).mean() if losses else nothing
 
     @torch.no_grad()
     def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
         window = self.config.guidance_window or self.memory.window
-        policy = ParallelAttention.teacher_forcing(chunks, window=window)
         texts = torch.cat([text, self.pipe.text.encode([""] * len(text)).to(text)])
-        x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
-        flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)
-        return guided(flow.transpose(1, 2), self.config.guidance_scale)
+        x, context, t = (torch.cat([part, part]) for part in (noisy, clean, timestep))
+        flow = flow_beside(self.guide, x, context, t, texts, chunks, window=window)
+        return guided(flow, self.config.guidance_scale)
 
-    def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy, **inputs: Tensor) -> Tensor:
-        return self.model(noisy.transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
+    def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy: ParallelAttention) -> Tensor:
+        return self.model(noisy.transpose(1, 2), timestep, text, policy=policy).transpose(1, 2)
 
     def context_levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
         """[B, F] noise of the context: squared uniform draws, so that most of it is nearly clean."""
         level = torch.stack([torch.rand(len(chunks), generator=g) for g in sources]) ** 2 * self.config.context_noise
         return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
-
-    def flow_through_memory(
-        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int],
-        source: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
-        memory = make_model_memory(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
-        if self.config.selector_weight:
-            memory.distil_selectors(self.sampled_layers(source))
-        parts, start = [], 0
-        for frames in chunks:
-            part = slice(start, start + frames)
-            memory.begin_chunk(frames)
-            parts.append(self.run(noisy[:, part], timestep[:, start], text, memory.denoising_pass()))
-            start += frames
-            if start == noisy.shape[1]:
-                break  # nothing comes after the last chunk
-            with torch.set_grad_enabled(self.config.cache_gradient == "clean" and torch.is_grad_enabled()):
-                self.run(context[:, part], level[:, part.start], text, memory.clean_pass())
-        losses = memory.selector_losses
-        extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
-        return torch.cat(parts, 1), extra
 
     def sampled_layers(self, source: torch.Generator) -> frozenset[int]:
         layers = len(self.model.blocks)

@@ -79,6 +79,17 @@ class RolloutChunk:
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
+@dataclass
+class RolloutTrace:
+    """What a rollout without gradients leaves of each chunk, to take its exit step again with them.
+
+    exits: [B, f, C, H, W] latents that the exit step began from; contexts: the same of what the clean pass read.
+    """
+
+    exits: list[Tensor] = field(default_factory=list)
+    contexts: list[Tensor] = field(default_factory=list)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingRollout:
     """What differs in training, as in Self-Forcing (arXiv 2506.08009).
@@ -88,11 +99,13 @@ class TrainingRollout:
         gradient_from_frame: latent frame from which chunks carry gradients.
         context_noise: noise the context before the clean pass as Self-Forcing's trainer does (its grid has no zero,
             so timestep 0 means sigma of the last entry).
+        trace: is given every chunk's exit.
     """
 
     exit_steps: list[int]
     gradient_from_frame: int = 0
     context_noise: bool = False
+    trace: RolloutTrace | None = None
 
 
 def rollout(
@@ -145,6 +158,8 @@ def rollout(
             sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
         )
         context = _context(latents.detach(), noise, sampler.shift, training)
+        if training is not None and training.trace is not None:
+            training.trace.contexts.append(context)
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
@@ -302,11 +317,19 @@ class _Network:
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
             return False
-        return step == self.training.exit_steps[self.index] and self.start >= self.training.gradient_from_frame
+        return step == self._exit_step and self.start >= self.training.gradient_from_frame
+
+    @property
+    def _exit_step(self) -> int:
+        """The step that makes the current chunk in training."""
+        assert self.training is not None
+        return self.training.exit_steps[self.index]
 
     def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
         """v of the current chunk x [B, f, C, H, W]."""
         gradient = self._needs_gradient(step)
+        if self.training is not None and self.training.trace is not None and step == self._exit_step:
+            self.training.trace.exits.append(x.detach())
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
             return self._run(x, timestep, False, None if gradient else self.text_keys_values)

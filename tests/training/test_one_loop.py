@@ -36,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("one_loop")  # one process makes the pairs 
 
 RECIPES = {
     "autoencoder": "AutoencoderRecipe", "pretrain": "PretrainRecipe", "forcing": "ForcingRecipe", "ode": "OdeRecipe",
-    "retention": "RetentionRecipe", "distill": "DistillRecipe",
+    "consistency": "ConsistencyRecipe", "retention": "RetentionRecipe", "distill": "DistillRecipe",
 }  # fmt: skip
 ALONE = ("autoencoder", "pretrain")
 """Stages that train in one process."""
@@ -81,6 +81,9 @@ def settings_of(model_folder: Path, trajectories: Path) -> Callable[..., dict[st
             config["memory"] = {"kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 2}
             config["data"] = {"kind": "procedural", "size": 32, "latent_frames": 10}
             config["query_noise"] = 0.9
+        if stage == "consistency":
+            config |= {"teacher": str(model_folder), "teacher_window": 4, "guidance_scale": 2.0}
+            config["sampler"] = {"steps": 2}
         if stage == "ode":
             config["sampler"] = {"steps": 2}
             config["data"] = {"kind": "shards", "path": str(trajectories), "size": 32, "latent_frames": 4}

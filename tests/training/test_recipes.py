@@ -112,7 +112,7 @@ def test_selector_loss_needs_a_selector(model_folder: Path) -> None:
 
 def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder: Path) -> None:
     recipe = distill(model_folder, windows=3, window_frames=2)
-    clips = list(recipe.clips(0, 0, _GENERATOR))
+    clips = list(recipe.clips(recipe.draw(0, 0, _GENERATOR)))
     assert [clip.shape[1] for clip, *_ in clips] == [HORIZON] * 3
     masks = [mask for _, mask, *_ in clips]
     assert masks[0] is None
@@ -129,7 +129,7 @@ def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder:
 
 def test_a_causal_teacher_scores_every_chunk_after_the_finished_ones(model_folder: Path) -> None:
     recipe = distill(model_folder, score=ScoreConfig(causal_window=4))
-    clip, _, scores, *_ = next(recipe.clips(0, 0, _CRITIC))
+    clip, _, scores, *_ = next(recipe.clips(recipe.draw(0, 0, _CRITIC)))
     timestep = torch.tensor([300.0, 800.0])
     noisy = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
     text = recipe.pipe.text.encode(recipe.source.prompts(0, 2))
@@ -165,7 +165,8 @@ def test_the_fake_score_starts_from_the_teacher_the_student_or_a_model_of_its_ow
 
 
 def test_critic_rollouts_build_no_graph(model_folder: Path) -> None:
-    for clip, *_ in distill(model_folder).clips(0, 0, _CRITIC):
+    recipe = distill(model_folder)
+    for clip, *_ in recipe.clips(recipe.draw(0, 0, _CRITIC)):
         assert not clip.requires_grad
 
 
@@ -174,7 +175,7 @@ def test_updates_and_ranks_draw_apart_and_repeatably(model_folder: Path) -> None
 
     def first(step: int, micro_batch: int, stream: int) -> torch.Tensor:
         with torch.no_grad():
-            return next(recipe.clips(step, micro_batch, stream))[0]
+            return next(recipe.clips(recipe.draw(step, micro_batch, stream))).clip
 
     clips = [first(0, 0, _GENERATOR), first(0, 0, _CRITIC), first(0, 1, _CRITIC), first(1, 0, _CRITIC)]
     assert all(not torch.equal(a, b) for i, a in enumerate(clips) for b in clips[i + 1 :])
@@ -427,10 +428,10 @@ class PicturesFirst:
 
 def test_a_kept_frame_becomes_a_picture_where_clips_start_with_one(model_folder: Path) -> None:
     recipe = distill(model_folder, windows=2, window_frames=2)
-    plain = [clip for clip, *_ in recipe.clips(0, 0, _GENERATOR)]
+    plain = [clip for clip, *_ in recipe.clips(recipe.draw(0, 0, _GENERATOR))]
     for name in ("decode", "encode", "first_frame_alone"):
         setattr(recipe.pipe.vae, name, getattr(PicturesFirst(), name))
-    first, second = (clip for clip, *_ in recipe.clips(0, 0, _GENERATOR))
+    first, second = (clip for clip, *_ in recipe.clips(recipe.draw(0, 0, _GENERATOR)))
     torch.testing.assert_close(first, plain[0])
     torch.testing.assert_close(second[:, :1], plain[1][:, :1] + 2)
     torch.testing.assert_close(second[:, 1:], plain[1][:, 1:])

@@ -38,11 +38,6 @@ class ParameterEma:
             shadow.copy_(parameter)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        for shadow, parameter in self._pairs(module):
-            parameter.copy_(shadow)
-
-    @torch.no_grad()
     def exchange(self, module: nn.Module) -> None:
         """The module gets the averages, the averages its float32 weights: called again, each has its own again, bit by
         bit, and there was no copy of all of them."""

@@ -80,6 +80,7 @@ def estimate_distillation(
     encoders: int = 0,
     lora: LoraConfig | None = None,
     critic_lora: LoraConfig | None = None,
+    scored: int | None = None,
     score_context: int = 0,
     real_passes: int = 0,
 ) -> MemoryEstimate:
@@ -89,6 +90,7 @@ def estimate_distillation(
     Args:
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
+        scored: frames of a clip that the scores compare, if not those of `work`.
         score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
         real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
             none otherwise (DMD).
@@ -96,11 +98,16 @@ def estimate_distillation(
     trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
-    at_once = replace(work, memory=None, context_frames=score_context)
+    at_once = replace(work, memory=None, frames=scored or work.frames, context_frames=score_context)
     left, again = graph_bytes(generator, work)
+    compared = activation_bytes(critic, at_once)
     if real_passes:  # whose gradients are taken before those of the rollout
         scores = [graph_bytes(critic, at_once), *[graph_bytes(teacher, at_once, frozen=True)] * real_passes]
-        again = max(again, sum(kept for kept, _ in scores) + max(more for _, more in scores))
+        found = sum(kept for kept, _ in scores) + max(more for _, more in scores)
+        if work.cache_gradient == "clean":  # nothing of the rollout is there yet, which is taken again
+            compared = max(compared, found)
+        else:
+            again = max(again, found)
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
         gradients=max(trained) // shards * _STATE_BYTES,
@@ -109,7 +116,7 @@ def estimate_distillation(
         frozen=parameter_count(teacher) // shards * _STATE_BYTES,
         encoders=encoders,
         cache=cache_bytes(generator, work),
-        activations=max(left + again, activation_bytes(critic, at_once)),
+        activations=max(left + again, compared),
     )
 
 
@@ -122,8 +129,8 @@ def estimate_one_network(
     lora: LoraConfig | None = None,
     teacher: dict[str, Any] | None = None,
 ) -> MemoryEstimate:
-    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; teacher: config of a frozen
-    transformer that it learns from."""
+    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; teacher: config of
+    a frozen transformer that it learns from."""
     trained = trained_count(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
@@ -181,7 +188,8 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         teacher.transformer,
         work,
         critic_lora=config.critic_lora,
-        score_context=work.frames if config.score.causal_window else 0,
+        scored=config.rollout_frames,
+        score_context=config.rollout_frames if config.score.causal_window else 0,
         real_passes=(2 if config.score.real_guidance else 1) if config.loss == "sid" else 0,
         **options,
     )
@@ -291,6 +299,9 @@ def _work(config: DistillConfig | ForcingConfig | OdeConfig | ConsistencyConfig,
     if isinstance(config, DistillConfig):
         frames, memory = config.rollout_frames, config.memory or model.memory
         windows = (frames, *[config.window_frames or frames] * (config.windows - 1))
+        if config.cache_gradient == "clean":  # the whole rollout at once, and every clean pass but the last
+            frames, windows = sum(windows), ()
+            context = frames - on_meta(model.transformer).config.chunk_frames
     elif isinstance(config, ConsistencyConfig) or (isinstance(config, ForcingConfig) and config.mode == "teacher"):
         memory = config.memory or model.memory
         if memory.kind == "full":  # clean and noisy frames side by side

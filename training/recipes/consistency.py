@@ -5,7 +5,7 @@ one level below, where one Euler step of the teacher leads; the last step ends a
 unlike for `ode` (Causal Forcing++, arXiv 2605.15141; consistency models, arXiv 2303.01469).
 
 A causal teacher (the student's own start, `teacher_window`) sees what the student sees, and its path from a noisy chunk
-has one end. A bidirectional one sees all chunks of a clip equally noisy, so for it a clip has one level; what it knows of
+has one end. A bidirectional one sees all chunks of a clip equally noisy, so a clip has one level, and what it knows of
 later chunks the student can only average over.
 """
 
@@ -163,9 +163,7 @@ class ConsistencyRecipe(OneNetwork):
             with swap_in_average(self.model, self.ema):
                 return self.student(x, sigma, clips)
 
-        return consistency_target(
-            lambda x, sigma: self.teacher_flow(x, sigma, clips), average, noisy, sigma, following
-        )
+        return consistency_target(lambda x, sigma: self.teacher_flow(x, sigma, clips), average, noisy, sigma, following)
 
     def student(self, x: Tensor, sigma: Tensor, clips: Clips) -> Tensor:
         """Flow of x at levels sigma, every chunk beside the clean ones before it that its memory keeps."""

@@ -158,8 +158,6 @@ def rollout(
             sampler, network.flow, noise.chunk(frames), partial(noise.fresh, frames), exit_step, after, scheduler
         )
         context = _context(latents.detach(), noise, sampler.shift, training)
-        if training is not None and training.trace is not None:
-            training.trace.contexts.append(context)
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
@@ -190,10 +188,12 @@ def _finished(latents: Tensor) -> float:
 def _context(latents: Tensor, noise: NoiseSource, shift: float, training: TrainingRollout | None) -> Tensor:
     """What later chunks see of finished latents. Noise is drawn after the last chunk, too: whoever draws next counts on
     it."""
-    if training is None or not training.context_noise:
-        return latents
-    sigma = FlowSchedule(shift).sigma_at(torch.zeros(len(latents)))
-    return add_noise(latents, noise.fresh(latents.shape[1]), sigma.to(latents.device))
+    if training is not None and training.context_noise:
+        sigma = FlowSchedule(shift).sigma_at(torch.zeros(len(latents)))
+        latents = add_noise(latents, noise.fresh(latents.shape[1]), sigma.to(latents.device))
+    if training is not None and training.trace is not None:
+        training.trace.contexts.append(latents)
+    return latents
 
 
 class CleanPass:

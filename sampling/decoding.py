@@ -18,13 +18,19 @@ from sparse_forcing.sampling.rollout import RolloutChunk, no_state
 from sparse_forcing.sampling.starts import EncodedStart
 
 
+def no_map(chunk: int) -> None:
+    """Of a chunk whose memory is elsewhere."""
+
+
 @dataclass(frozen=True)
 class VideoChunk:
     """Frames as soon as they exist.
 
     frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts), those of the first chunk after the
     picture that the video starts from; latents: [B, f, C, h, w] that were generated; seconds: model time;
-    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None;
+    persistent_of: the same for those of one chunk alone, by its number in the rollout, where chunks that were given
+        count, too; good until the next chunk is asked for.
     state: what `pipe.stream` goes on from with the chunk after this one (`resumed`); see `RolloutChunk.state`.
     """
 
@@ -35,6 +41,7 @@ class VideoChunk:
     decode_seconds: float
     cache_bytes: int
     persistent: np.ndarray | None
+    persistent_of: Callable[[int], np.ndarray | None] = field(default=no_map, repr=False, compare=False)
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
@@ -111,8 +118,8 @@ def decode_chunks(
             finite = part.latents.isfinite().all() & pixels.isfinite().all()
             shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
             side.leave()
-            lit = memory.persistent_map()
-            persistent = None if lit is None else _to_pixels(lit, shown.shape[1:4])
+            persistent_of = partial(_map_to_pixels, memory, tuple(shown.shape[1:4]))
+            persistent = persistent_of(None)
             if device.type == "cuda" and part.index < count - 1:
                 part.remember()
             frames = _on_host(shown, side)
@@ -123,7 +130,7 @@ def decode_chunks(
             yield VideoChunk(
                 index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
                 decode_seconds=time.perf_counter() - came, cache_bytes=part.cache_bytes, persistent=persistent,
-                state=partial(_state, part, carried),
+                persistent_of=persistent_of, state=partial(_state, part, carried),
             )  # fmt: skip
     finally:
         side.leave()
@@ -162,6 +169,9 @@ def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:
         side.leave()
 
 
-def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """[f, rows, cols] -> [F, H, W] by repetition."""
+def _map_to_pixels(memory: RolloutMemory, size: tuple[int, ...], chunk: int | None) -> np.ndarray | None:
+    """The memory's map [f, rows, cols] of what persists as [F, H, W], by repetition."""
+    tokens = memory.persistent_map(chunk)
+    if tokens is None:
+        return None
     return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()

@@ -65,6 +65,10 @@ class MemoryGeometry:
 class MemoryPass:
     """Attention policy of one forward pass over the current chunk."""
 
+    stops_early: ClassVar[bool] = True
+    """Whether a clean pass ends with its last layer's keys and values: nobody reads what would come after them. One
+    with gradients never does, because sharded layers count on what a layer gives being used."""
+
     def __init__(self, memory: RolloutMemory, clean: bool) -> None:
         self.memory = memory
         self.clean = clean
@@ -74,6 +78,8 @@ class MemoryPass:
         self._before = memory.snapshot() if keeps_history else None
         self._written: set[int] = set()
         self._choices: dict[int, Tensor] | None = {} if keeps_history else None
+        ends = self.stops_early and clean and not torch.is_grad_enabled()
+        self._ends_at = memory.geometry.num_layers - 1 if ends else None
 
     def token_order(self, device: torch.device) -> TokenOrder | None:
         """The memory's order of the chunk's tokens."""
@@ -90,13 +96,16 @@ class MemoryPass:
             raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
         return self.memory.rotary(head_dim, dtype, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D], and None in
+        the last layer of a clean pass."""
         memory = self.memory
         if self._before is not None:
             memory = self._before if layer in self._written else memory
             self._written.add(layer)
-        return memory.attend(layer, query, key, value, clean=self.clean, choices=self._choices)
+        ends = layer == self._ends_at
+        found = memory.attend(layer, query, key, value, clean=self.clean, choices=self._choices, ends=ends)
+        return None if ends else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,20 +283,21 @@ class RolloutMemory(ABC):
         no window of blocks."""
         raise ConfigError(f"memory.kind: {self.config.kind} has no window of blocks to observe; use sparse")
 
-    def persistent_map(self) -> Tensor | None:
+    def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         """Where what persists comes from: [f, rows, cols] in [0, 1], the share of layers and heads that keep something
-        of this place (of whatever chunk) for the first sample; None while nothing does."""
+        of this place, of one chunk or (None) of any, for the first sample; None while nothing persists."""
         return None
 
     @abstractmethod
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+        choices: dict[int, Tensor] | None = None, ends: bool = False,
+    ) -> Tensor | None:  # fmt: skip
         """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries.
 
         choices: what each layer chose when this pass ran it first; a second run repeats it, however it rounds. None
             where no layer is run again.
+        ends: nobody reads the attention, so that it is only computed, and returned, where the memory itself needs it.
         """
 
     @abstractmethod

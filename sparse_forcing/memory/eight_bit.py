@@ -37,11 +37,12 @@ class EightBitMemory(SparseMemory):
         return super().cache_bytes + shared
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None,
+        ends: bool,
+    ) -> Tensor | None:  # fmt: skip
         if (state := self.layers[layer]) is not None:
             unpack(state, moves=self.config.positions == "relative")
-        out = super()._attend(layer, query, key, value, clean, choices)
+        out = super()._attend(layer, query, key, value, clean, choices, ends)
         state = self.layers[layer]
         assert state is not None
         if clean:

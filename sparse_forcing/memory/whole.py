@@ -29,7 +29,7 @@ class WholeVideo(RolloutMemory):
 
     def attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None,
+        choices: dict[int, Tensor] | None = None, ends: bool = False,
     ) -> Tensor:  # fmt: skip
         return dense_attention(query, key, value)
 

@@ -170,7 +170,11 @@ def check_state_dict(
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first floating-point tensor that holds NaN or infinite numbers, None when there is none."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            tensor = tensor.dequantize()  # a quantization library's own, which knows little else
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return name
     return None

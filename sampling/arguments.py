@@ -57,7 +57,7 @@ def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[st
     return [check_type(name, each, str) for each in prompts]
 
 
-def changed_chunks(
+def assign_to_chunks(
     changes: Iterable[tuple[Any, T]], starts: Sequence[int], name: str = "prompt_changes", fps: float | None = None
 ) -> dict[int, T]:
     """New prompts by the number of the chunk that each holds from: the first that begins at its frame or after it.
@@ -86,7 +86,7 @@ def changed_chunks(
     return chunks
 
 
-def dtype_of(value: Any) -> torch.dtype | None:
+def resolve_dtype(value: Any) -> torch.dtype | None:
     """`torch_dtype`: a type of torch or its name. Raises ConfigError for one that weights cannot have."""
     dtype = DTYPES.get(value) if isinstance(value, str) else value
     if value is not None and dtype not in DTYPES.values():
@@ -94,14 +94,14 @@ def dtype_of(value: Any) -> torch.dtype | None:
     return dtype
 
 
-def dtypes_of(value: Any) -> Any:
+def resolve_dtypes(value: Any) -> Any:
     """`torch_dtype`, which may be a table {part or "default": type}, with types of torch. Raises ConfigError."""
     if isinstance(value, Mapping):
-        return {name: dtype_of(each) for name, each in value.items()}
-    return dtype_of(value)
+        return {name: resolve_dtype(each) for name, each in value.items()}
+    return resolve_dtype(value)
 
 
-def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
+def change_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
     """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
     in diffusers: the conditional prediction alone."""
     steps = whole_number("num_inference_steps", steps, sampler.steps)

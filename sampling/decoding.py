@@ -143,7 +143,7 @@ def _state(part: RolloutChunk, carried: list[Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def undecoded_chunks(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
+def skip_decoding(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
     """The chunks of a rollout that another process decodes: videos of this size without frames."""
     for part in parts:
         frames = np.empty((len(part.latents), 0, *size, 3), np.float32)

@@ -26,7 +26,7 @@ from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, keep_in_place, why_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
-from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
+from sparse_forcing.sampling.samplers import go_on, guide, sample_chunk
 
 
 @dataclass(kw_only=True)
@@ -148,7 +148,7 @@ def rollout(
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
-        seconds = _finished(latents) - began
+        seconds = _wait_for(latents) - began
         state = partial(network.state, owed.run, noise, index + 1, start + frames)
         yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run, state)
         if network.interrupted:
@@ -165,7 +165,7 @@ def _only_infers(model: Any) -> bool:
     return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 
 
-def _finished(latents: Tensor) -> float:
+def _wait_for(latents: Tensor) -> float:
     """The time by when they are computed: seconds are of the work, not of its launch."""
     if latents.device.type != "cpu":
         torch.accelerator.synchronize(latents.device)
@@ -348,7 +348,7 @@ class _Network:
         latents = doubled.transpose(1, 2)
         found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
         flow = (found.clone() if self.infers else found).transpose(1, 2)
-        return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
+        return flow if self.guidance_scale is None else guide(flow, self.guidance_scale)
 
     def _first_passes_as_they_are(self) -> AbstractContextManager[object]:
         """A compiled model is not compiled before the memory has made its state."""

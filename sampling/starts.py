@@ -38,7 +38,7 @@ class GivenFrames:
     picture: np.ndarray | None = None
 
 
-def given_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> GivenFrames | None:
+def check_start(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> GivenFrames | None:
     """What a caller gave to start from, checked; None for nothing.
 
     Args:

@@ -162,7 +162,7 @@ def summarize_rollouts(pipe: SparseForcingPipeline, batches: Sequence[JudgedBatc
 def drift(first: Sequence[Measurements], late: Sequence[Measurements], name: str) -> list[float]:
     """Per prompt, the absolute change of a statistic, or of all of them on average ("mean")."""
     names = NAMES if name == "mean" else (name,)
-    changes = [[abs(_known(b[n]) - _known(a[n])) for n in names] for a, b in zip(first, late)]
+    changes = [[abs(_require(b[n]) - _require(a[n])) for n in names] for a, b in zip(first, late)]
     return [sum(row) / len(row) for row in changes]
 
 
@@ -190,7 +190,7 @@ def summarize_verdicts(verdicts: Sequence[float | None]) -> dict[str, Any]:
     return found
 
 
-def _known(value: float | None) -> float:
+def _require(value: float | None) -> float:
     assert value is not None, "picture statistics are always measured"
     return value
 

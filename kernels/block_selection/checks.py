@@ -66,7 +66,7 @@ def check_slots(operation: str, name: str, slots: Tensor, heads: tuple[int, int]
     require_range(operation, name, slots, 0, LARGEST_SLOT, "slots of a pool")
 
 
-def checked_scale(operation: str, scale: float | None, query_blocks: Tensor, key_blocks: Tensor) -> float:
+def check_scale(operation: str, scale: float | None, query_blocks: Tensor, key_blocks: Tensor) -> float:
     """The factor on the scores; refuses blocks whose shapes do not fit."""
     for what, x in (("query_blocks", query_blocks), ("key_blocks", key_blocks)):
         if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] != query_blocks.shape[-1] or not x.shape[-1]:

@@ -26,8 +26,8 @@ from sparse_forcing.kernels.block_selection.checks import (
     check_devices,
     check_lists,
     check_pooling,
+    check_scale,
     check_slots,
-    checked_scale,
 )
 from sparse_forcing.kernels.block_selection.reference import Pools
 from sparse_forcing.kernels.values import checked_values, require_integers, require_range
@@ -107,7 +107,7 @@ def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float | None =
     scale None means 1 / sqrt(D). The scores feed the top-K, the coarse branch and the distillation loss.
     """
     return reference.block_scores(
-        query_blocks, key_blocks, checked_scale("block_scores", scale, query_blocks, key_blocks)
+        query_blocks, key_blocks, check_scale("block_scores", scale, query_blocks, key_blocks)
     )
 
 
@@ -134,7 +134,7 @@ def choose_blocks(
     backend: str = "auto",
 ) -> Tensor:
     """select_blocks(block_scores(...)) in one call; a fused backend never stores the whole score matrix."""
-    scale = checked_scale("choose_blocks", scale, query_blocks, key_blocks)
+    scale = check_scale("choose_blocks", scale, query_blocks, key_blocks)
     check_choice("choose_blocks", top_k, own, query_blocks)
     module = _backend(backend, query_blocks)
     if hasattr(module, "choose_blocks"):
@@ -153,7 +153,7 @@ def choose_lists(
     backend: str = "auto",
 ) -> Tensor:
     """build_block_index(..., choose_blocks(...)) in one call; a fused backend does it in one launch."""
-    scale = checked_scale("choose_lists", None, query_blocks, key_blocks)
+    scale = check_scale("choose_lists", None, query_blocks, key_blocks)
     check_choice("choose_lists", top_k, own, query_blocks)
     B, H, _, _ = query_blocks.shape
     check_slots("choose_lists", "persistent_slots", persistent_slots, (B, H), None)

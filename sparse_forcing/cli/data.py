@@ -87,7 +87,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
     from sparse_forcing.config import load_config
     from sparse_forcing.devices import resolve_device
     from sparse_forcing.launch import join_launch
-    from sparse_forcing.training.data.shards import Shards, refused_samples, shard_files
+    from sparse_forcing.training.data.shards import Shards, read_refused_samples, shard_files
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
@@ -103,7 +103,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
         if launch.number != 0:
             return None
         return {
-            "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),
+            "folder": str(output), "items": len(Shards(output)), "refused": len(read_refused_samples(output)),
             "shards_written": written,
         }  # fmt: skip
 

@@ -38,7 +38,7 @@ PIECE_SCORES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTables:
-    """What a layer knows of its tokens; modified only where no snapshot may share it (`kept_at`).
+    """What a layer knows of its tokens; modified only where no snapshot may share it (`write_into`).
 
     mass: [B, H, S] attention each cached token has got so far;
     position: [B, H, C] int32 frame in time at which a heavy hitter's key is rotated;
@@ -53,7 +53,7 @@ class TokenTables:
     def nbytes(self) -> int:
         return self.mass.nbytes + self.position.nbytes + self.place.nbytes
 
-    def kept_at(self, old: TokenTables | None) -> TokenTables:
+    def write_into(self, old: TokenTables | None) -> TokenTables:
         """The same, in the place of those of the `old` tables that have its shapes."""
         if old is None:
             return self
@@ -80,7 +80,7 @@ def attention_mass(query: Tensor, key: Tensor) -> Tensor:
     return mass
 
 
-def _extended(table: Tensor, more: Tensor) -> Tensor:
+def _extend(table: Tensor, more: Tensor) -> Tensor:
     """[B, H, C + E] of a table [B, H, C] and numbers [E] that all heads share."""
     return torch.cat([table, more.to(table).expand(*table.shape[:2], -1)], 2)
 
@@ -122,8 +122,8 @@ class HeavyHitterMemory(DenseMemory):
             rest = torch.cat([mass.gather(2, kept), mass[:, :, candidates:]], 2)
             news = TokenTables(
                 mass=F.pad(rest, (0, mass.shape[2] - rest.shape[2])),  # room for the chunk, which the clean pass counts
-                position=_extended(tables.position, position).gather(2, kept),
-                place=_extended(tables.place, place).gather(2, kept),
+                position=_extend(tables.position, position).gather(2, kept),
+                place=_extend(tables.place, place).gather(2, kept),
             )
             self._set_tables(layer, news)
             index = kept.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, state.keys.shape[-1])
@@ -163,7 +163,7 @@ class HeavyHitterMemory(DenseMemory):
         return out
 
     def _set_tables(self, layer: int, tables: TokenTables) -> None:
-        self.tables[layer] = tables.kept_at(self.tables[layer]) if self.cache_gradient == "none" else tables
+        self.tables[layer] = tables.write_into(self.tables[layer]) if self.cache_gradient == "none" else tables
 
     def _own_state(self) -> dict[str, Any]:
         tables = [None if each is None else vars(each) for each in self.tables]

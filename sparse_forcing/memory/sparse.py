@@ -252,7 +252,7 @@ class SparseMemory(RolloutMemory):
         elif selection.selectors is not None:
             assert state.value_representatives is not None
             pooled_values = gather_slots(state.value_representatives, state.slots)
-            out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
+            out = layout.add_to_tokens(out, selection.attend_coarse(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
             self._finish(layer, state, compared.queries, new)
@@ -328,7 +328,7 @@ class SparseMemory(RolloutMemory):
             index=index,
             key_sizes=state.sizes,
             place=state.history.place,
-            moved=state.history.moved(state.position) if self._shifted else None,
+            moved=state.history.count_moved_frames(state.position) if self._shifted else None,
             num_persistent=self.plan.num_persistent,
             backend=self.backend,
         )
@@ -341,7 +341,7 @@ class SparseMemory(RolloutMemory):
             state.store("key_projection", selector.key_projection.detach().clone())
             if self.rule.learned:
                 assert selector.retention is not None
-                state.store("retention_head", selector.retention.packed())
+                state.store("retention_head", selector.retention.pack())
         if "attention" in self.rule.reads:
             state.store("queries", queries)
         if self.cache_gradient == "straight_through":
@@ -352,7 +352,7 @@ class SparseMemory(RolloutMemory):
             self._write(state, merged)
         if state.history is not None:
             history = state.history.with_chunk(new["keys"], new["values"])
-            state.history = history.bounded((state.keys, state.values), state.position)
+            state.history = history.bound((state.keys, state.values), state.position)
 
     def _write(self, state: SparseLayer, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""

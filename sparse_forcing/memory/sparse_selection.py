@@ -150,9 +150,9 @@ class BlockSelection:
         compared = QueriesAndKeys(
             self.project(layer, pooled_queries, "query"), self.project(layer, gather_slots(keys, slots), "key")
         )
-        return self.coarse_of(layer, compared, gather_slots(values, slots))
+        return self.attend_coarse(layer, compared, gather_slots(values, slots))
 
-    def coarse_of(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
+    def attend_coarse(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
         """`coarse` of queries and keys that have been mapped, and pooled values [B, H, P + W, D]."""
         assert self.selectors is not None
         found = coarse_attention(*compared, values)

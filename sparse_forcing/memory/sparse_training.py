@@ -53,7 +53,7 @@ class BlockHistory:
     def blocks_in(self, name: str, slots: Tensor, position: Tensor) -> Tensor:
         """[B, H, N, T, D] "keys" (moved to `position` [B, H, S]) or "values" of the finished blocks in `slots`."""
         chunks = getattr(self, name)
-        moved = gather_slots(self.moved(position), slots) if name == "keys" else None
+        moved = gather_slots(self.count_moved_frames(position), slots) if name == "keys" else None
         return rebuild(chunks, gather_slots(self.place, slots), moved)
 
     @property
@@ -70,7 +70,7 @@ class BlockHistory:
         """The current chunk is finished: keep its blocks [B, H, n, T, D]."""
         return replace(self, keys=(*self.keys, keys.detach()), values=(*self.values, values.detach()))
 
-    def bounded(self, pool: tuple[Tensor, Tensor], position: Tensor) -> BlockHistory:
+    def bound(self, pool: tuple[Tensor, Tensor], position: Tensor) -> BlockHistory:
         """This history; the pool itself [B, H, S, T, D] as one, its keys at `position`, once it has become long."""
         slots = position.shape[2]
         if self.blocks <= HISTORY_POOLS * slots:
@@ -78,7 +78,7 @@ class BlockHistory:
         place = torch.arange(slots, dtype=torch.int32, device=position.device).expand_as(position)
         return BlockHistory(place=place, kept_at=position).with_chunk(*pool)
 
-    def moved(self, position: Tensor) -> Tensor:
+    def count_moved_frames(self, position: Tensor) -> Tensor:
         """[B, H, S] frames that keys now at `position` have moved since they were kept."""
         return (position - self.kept_at).int()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_forcing.kernels.token_rows.interface import rms_norm
-from sparse_forcing.model.remembered import remembered
+from sparse_forcing.model.remembered import remember
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 
@@ -24,13 +24,13 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-@remembered
+@remember
 def constant_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)]"""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-@remembered
+@remember
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 

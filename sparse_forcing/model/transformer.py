@@ -66,7 +66,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def _normed(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
+    def _norm_and_rotate(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
             return self._heads(norm(x))
         if is_hooked(norm):
@@ -75,11 +75,11 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         """[B, L, H, D], normed, and rotated where a table is given."""
-        return self._normed(self.to_q(x), self.norm_q, rotary)
+        return self._norm_and_rotate(self.to_q(x), self.norm_q, rotary)
 
     def keys_values(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Both [B, L, H, D]; keys normed, and rotated where a table is given."""
-        return self._normed(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
+        return self._norm_and_rotate(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, L, C], all [B, L, H, D]: one product where their weights are together."""
@@ -301,12 +301,14 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             [B, out_channels, F, H, W] flow of the noisy part.
         """
         frames, height, width = hidden_states.shape[2:]
-        x, timestep = hidden_states, self._grouped(timestep, frames)
+        x, timestep = hidden_states, self._group_timesteps(timestep, frames)
         clean_frames = 0
         if clean_hidden_states is not None:
             clean_frames = clean_hidden_states.shape[2]
             clean = timestep.new_zeros(len(x), 1) if clean_timestep is None else clean_timestep
-            timestep = torch.cat([self._grouped(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1)
+            timestep = torch.cat(
+                [self._group_timesteps(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1
+            )
             x = torch.cat([clean_hidden_states, x], 2)
         sigma = timestep[:, None, :, None, None] / 1000
 
@@ -356,7 +358,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
-    def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
+    def _group_timesteps(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
         """[B] -> [B, 1]; [B, F] stays; anything else is an error."""
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
         if timestep.ndim != 2 or timestep.shape[1] not in (1, frames):

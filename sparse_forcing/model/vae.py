@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.small.tiled_decode import decode_frames, decode_tiles, is_tiled
-from sparse_forcing.weights.parts import explained, load_part
+from sparse_forcing.weights.parts import explain_read_errors, load_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -257,7 +257,7 @@ class WanAutoencoder(nn.Module):
         """Load a local diffusers folder (the `vae` of a Wan folder). Raises WeightsError."""
         from diffusers import AutoencoderKLWan
 
-        with explained(folder):
+        with explain_read_errors(folder):
             return cls(load_part(AutoencoderKLWan, Path(folder), torch_dtype))
 
     @torch.no_grad()
@@ -269,9 +269,9 @@ class WanAutoencoder(nn.Module):
                 f"pixels: {pixels.shape[2]} frames do not fit the autoencoder; it takes 1 + a multiple of "
                 f"{self.temporal_stride}, {pixels.shape[2] - extra} for example"
             )
-        return self._normalized(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean, pixels.dtype)
+        return self._normalize(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean, pixels.dtype)
 
-    def _normalized(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    def _normalize(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
         mean = mean.float()
         return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(dtype)
 
@@ -290,7 +290,7 @@ class WanAutoencoder(nn.Module):
             parts = pixels.to(self.vae.dtype).split([1] * alone + [self.temporal_stride] * groups, 2)
             hidden = [self.vae.encoder(part, feat_cache=cache, feat_idx=[0]) for part in parts]
             mean = self.vae.quant_conv(torch.cat(hidden, 2)).chunk(2, 1)[0]
-            yield self._normalized(mean, pixels.dtype)
+            yield self._normalize(mean, pixels.dtype)
             alone = 0
 
     def decode(self, latents: Tensor) -> Tensor:

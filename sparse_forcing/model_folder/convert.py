@@ -22,8 +22,8 @@ from sparse_forcing.model_folder.folder import link_part, read_defaults
 from sparse_forcing.model_folder.keys import (
     HEAD_DIM,
     SELF_FORCING_PARTS,
-    chosen_part,
-    parts_of,
+    choose_part,
+    list_parts,
     select_state,
     to_diffusers,
 )
@@ -31,7 +31,7 @@ from sparse_forcing.model_folder.originals import (
     BUILDERS,
     build_part,
     build_transformer,
-    part_of,
+    find_part,
     read_states,
     weight_files,
 )
@@ -130,7 +130,7 @@ def _read_source(
     first = next(iter(contents.values()))
     which = options.which or _yaml_part(yaml, first)
     state = read_states(source, contents, which)
-    if (name := part_of(state)) in BUILDERS:
+    if (name := find_part(state)) in BUILDERS:
         if options.lora or options.preset or options.config:
             raise ConfigError(f"{source}: holds a {name} alone; --lora, --preset and --config are for transformers")
         plan.built[name] = BUILDERS[name](state, source)
@@ -138,7 +138,7 @@ def _read_source(
     config = _config_beside(weights)
     if config.get("model_type", "t2v") != "t2v":
         raise WeightsError(f"{source}: this is Wan for {config['model_type']!s:.20}; only text-to-video Wan runs here")
-    plan.remarks += _left_out(source, first, which)
+    plan.remarks += _list_left_out(source, first, which)
     plan.defaults = _defaults(source, weights, options, yaml, first, state, config)
     if options.lora is not None:
         state = to_diffusers(state, source=str(source))
@@ -156,12 +156,12 @@ def _read_source(
 
 
 def _yaml_part(yaml: InferenceSettings | None, content: Any) -> str | None:
-    return yaml.part if yaml is not None and yaml.part in parts_of(content) else None
+    return yaml.part if yaml is not None and yaml.part in list_parts(content) else None
 
 
-def _left_out(source: Path, content: Any, which: str | None) -> list[str]:
+def _list_left_out(source: Path, content: Any, which: str | None) -> list[str]:
     """What a checkpoint holds beside the state dict that is taken."""
-    chosen = chosen_part(content, which)
+    chosen = choose_part(content, which)
     others = [str(name) for name in content if str(name) != chosen] if chosen is not None else []
     return [f"{source}: {chosen} is taken, left out are {', '.join(others)} (see --part)"] if others else []
 
@@ -179,7 +179,7 @@ def _defaults(
         return read_defaults(source)
     layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     keys = select_state(content, options.which).keys()
-    wrapped = chosen_part(content, options.which) in SELF_FORCING_PARTS
+    wrapped = choose_part(content, options.which) in SELF_FORCING_PARTS
     wrapped = wrapped or any(key.startswith("model.") and not key.startswith("model.diffusion_model.") for key in keys)
     if options.lora is not None and wrapped:
         return PRESETS["longlive"]

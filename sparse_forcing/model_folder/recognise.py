@@ -76,7 +76,7 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list) and any(entry)
 
 
-def recognised_defaults(folder: Path) -> PipelineConfig:
+def recognise_defaults(folder: Path) -> PipelineConfig:
     """How the model of a folder without pipeline.json samples. Raises WeightsError for settings that make no sense."""
     config = read_table(folder / TRANSFORMER)
     if not config:

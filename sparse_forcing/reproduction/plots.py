@@ -88,7 +88,7 @@ def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: lis
     draw = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         left = LABEL + column * (width + MARGIN)
-        draw.text((left, 0), _fitting(draw, prompt, width), "black")
+        draw.text((left, 0), _cut_to_width(draw, prompt, width), "black")
         for place, horizon in enumerate(horizons):
             draw.text((left + place * width // len(horizons), LINE), f"{horizon}x", "black")
     for line, (name, strips) in enumerate(rows.items()):
@@ -101,7 +101,7 @@ def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: lis
         sheet.save(temporary, format="PNG")
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def _cut_to_width(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     while text and draw.textlength(text) > width:
         text = text[:-1]
     return text

@@ -18,7 +18,7 @@ from sparse_forcing.model_folder.live_bytes import peak_bytes
 from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
-from sparse_forcing.sampling.generation.settings import explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO
 
@@ -111,7 +111,7 @@ def test_running_out_of_memory_names_what_took_it_and_two_settings(monkeypatch: 
     _, on_a_cpu = preflight.relief(replace(PUBLISHED, device="cpu", dtype="bfloat16"))
     assert on_a_cpu == ["--memory sparse --cache-dtype int8", "--weights int8"]
     settings = resolve_settings(PUBLISHED, outline(PUBLISHED))  # type: ignore[arg-type]
-    with pytest.raises(SparseForcingError) as error, explained_out_of_memory(settings, PUBLISHED):
+    with pytest.raises(SparseForcingError) as error, explain_out_of_memory(settings, PUBLISHED):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert (
         f"with --memory full{took}; use --memory sparse --cache-dtype int8, or use --tiled-decoding, or lower"

@@ -24,7 +24,7 @@ from sparse_forcing.model_folder.recognise import check_supported, folder_remark
 from sparse_forcing.model_folder.sizes import WAN, on_meta
 from sparse_forcing.sampling.generation.jobs import PRESETS as NAMES
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.settings import chosen_defaults, chunk_remarks, resolve_settings
+from sparse_forcing.sampling.generation.settings import choose_defaults, chunk_remarks, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO, write_wan
 
@@ -89,7 +89,7 @@ def test_whole_videos_continue_nothing(pipe: SparseForcingPipeline) -> None:
 
 
 def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipeline) -> None:
-    chunked = pipe.with_defaults(chosen_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
+    chunked = pipe.with_defaults(choose_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
     picture = np.random.default_rng(0).random((32, 32, 3), np.float32)
     chunks = list(chunked.stream("a cat", num_inference_steps=1, image=picture, **VIDEO | {"num_frames": 17}))
     assert [len(chunk.frames) for chunk in chunks] == [9, 8]
@@ -98,9 +98,9 @@ def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipe
 
 def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseForcingPipeline) -> None:
     config = GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=1)
-    chosen = chosen_defaults(config)
+    chosen = choose_defaults(config)
     assert "plain Wan" in chunk_remarks(chosen)[0]
-    assert not chunk_remarks(chosen_defaults(replace(config, chunk_frames=None)))
+    assert not chunk_remarks(choose_defaults(replace(config, chunk_frames=None)))
     chunked = pipe.with_defaults(chosen)
     latents = torch.randn(LATENTS, generator=torch.Generator().manual_seed(0))
     given = {"latents": latents, "output_type": "latent", "num_inference_steps": 2, **VIDEO}
@@ -196,11 +196,11 @@ def test_flags_change_a_preset(wan: Path) -> None:
         prompts=("a cat",), model=str(wan), preset="longlive", shift=4.0, fps=12.0, negative_prompt="dull",
         guidance_scale=2.0,
     )  # fmt: skip
-    chosen = chosen_defaults(config)
+    chosen = choose_defaults(config)
     assert chosen == replace(
         PRESETS["longlive"], fps=12.0, negative_prompt="dull", sampler=replace(PRESETS["longlive"].sampler, shift=4.0)
     )
-    other = chosen_defaults(replace(config, sampler="euler")).sampler
+    other = choose_defaults(replace(config, sampler="euler")).sampler
     assert (other.kind, other.steps, other.step_list, other.shift) == ("euler", 50, None, 4.0)
 
 
@@ -216,7 +216,7 @@ def test_flags_change_a_preset(wan: Path) -> None:
 def test_flags_without_effect_are_refused(wan: Path, pipe: SparseForcingPipeline, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config = GenerateConfig(**{"prompts": ("a cat",), "model": str(wan), **settings})
-        chosen_defaults(config)
+        choose_defaults(config)
         resolve_settings(config, pipe)
 
 

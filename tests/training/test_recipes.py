@@ -254,7 +254,7 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
     guided = recipe(30.0)
     clip, text = torch.randn(2, HORIZON, CHANNELS, 4, 4), guided.pipe.text.encode(["a red circle", ""])
     x, time, chunks = torch.randn_like(clip), torch.full((2, HORIZON), 500.0), guided.chunks(HORIZON)
-    found = guided.guided_flow(x, clip, time, text, chunks)
+    found = guided.predict_guided_flow(x, clip, time, text, chunks)
     assert not torch.allclose(found[0], found[1])
     # Without a caption there is nothing to be guided by, and at the start both networks have the same weights.
     if memory == "full":
@@ -272,7 +272,7 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
 
 
 def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
-    def guided_flow(memory: str, window: int | None) -> torch.Tensor:
+    def predict_guided_flow(memory: str, window: int | None) -> torch.Tensor:
         config = ForcingConfig(
             loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=3.0,
             guidance_window=window,
@@ -280,12 +280,12 @@ def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
         recipe, generator = ForcingRecipe(config, Accelerator(cpu=True)), torch.Generator().manual_seed(0)
         clip, x = torch.randn(2, 2, HORIZON, CHANNELS, 4, 4, generator=generator)
         text = recipe.pipe.text.encode(["a red circle", "a blue ring"])
-        return recipe.guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
+        return recipe.predict_guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
 
-    full, window = guided_flow("full", None), guided_flow("full", 2)
+    full, window = predict_guided_flow("full", None), predict_guided_flow("full", 2)
     torch.testing.assert_close(window[:, :2], full[:, :2])
     assert not torch.allclose(window[:, 2:], full[:, 2:])
-    torch.testing.assert_close(guided_flow("sparse", 2), window)
+    torch.testing.assert_close(predict_guided_flow("sparse", 2), window)
     with pytest.raises(ConfigError, match="guidance_window: 2 must be positive and needs a guidance_scale"):
         ForcingConfig(loop=LOOP, guidance_window=2)
 

@@ -253,7 +253,7 @@ class VideoSource(Shuffled):
             video = self.videos[self.item(number + step)]
             if video.path in self.bad:
                 continue
-            with self.bad.counting(video.path):
+            with self.bad.count_failures(video.path):
                 size = (self.format.height, self.format.width)
                 return read_clip(video.path, frames=self.frames, size=size, fps=self.format.fps), video.prompt
         raise ConfigError(f"{self.config.path}: none of its {len(self.videos)} videos can be used")

@@ -135,7 +135,7 @@ class BadSamples:
         return str(path) in self.files
 
     @contextmanager
-    def counting(self, path: Path) -> Iterator[None]:
+    def count_failures(self, path: Path) -> Iterator[None]:
         """Turn a VideoError of the block into a skipped file. Raises ConfigError past the budget."""
         try:
             yield

@@ -29,9 +29,9 @@ from sparse_forcing.training.memory_estimate.bytes import (
     Work,
     activation_bytes,
     cache_bytes,
+    count_trained,
     graph_bytes,
     parameter_count,
-    trained_count,
 )
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import FIT_SIZE, AutoencoderConfig
@@ -92,7 +92,7 @@ def estimate_distillation(
         real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
             none otherwise (DMD).
     """
-    trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
+    trained = [count_trained(generator, lora), count_trained(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
     at_once = replace(work, memory=None, context_frames=score_context)
@@ -123,7 +123,7 @@ def estimate_one_network(
 ) -> MemoryEstimate:
     """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
     weights are kept, frozen, to learn from."""
-    trained = trained_count(config, lora)
+    trained = count_trained(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
         weights=whole // shards * _STATE_BYTES,

@@ -68,7 +68,7 @@ from sparse_forcing.training.recipes.shared import (
     noise_like,
     optimizer_step,
     prepare,
-    trained_part,
+    select_trained_part,
 )
 from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 from sparse_forcing.weights.manifest import model_hash
@@ -181,8 +181,8 @@ class DistillRecipe(Recipe):
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
-            "generator": trained_part(self.model, config.lora, self.pipe.weights_sha256),
-            "critic": trained_part(self.fake, config.critic_lora, critic_hash),
+            "generator": select_trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "critic": select_trained_part(self.fake, config.critic_lora, critic_hash),
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,
@@ -233,7 +233,7 @@ class DistillRecipe(Recipe):
         """One loss per window of a rollout with gradients."""
         config = self.config
         for clip, new, scores, sources, selection in self.clips(step, micro_batch, _GENERATOR):
-            at, score = self._compared(clip, sources), config.score
+            at, score = self._prepare_comparison(clip, sources), config.score
             with self._autocast():
                 if config.loss == "sid":
                     loss = sid_loss(
@@ -249,12 +249,12 @@ class DistillRecipe(Recipe):
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """One flow-matching loss per window of a rollout without gradients."""
         for clip, _, scores, sources, _ in self.clips(step, micro_batch, _CRITIC):
-            at = self._compared(clip, sources)
+            at = self._prepare_comparison(clip, sources)
             with self._autocast():
                 loss = critic_loss(at, scores["fake"])
             yield loss / len(self.windows)
 
-    def _compared(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
+    def _prepare_comparison(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
         """A clip with the noise, and one timestep per sample, at which the scores look at it."""
         score = self.config.score
         raw = torch.stack([torch.randint(0, 1000, (), generator=g) for g in sources])

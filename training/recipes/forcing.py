@@ -27,7 +27,7 @@ from sparse_forcing.memory import MemoryConfig, make_model_memory
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timesteps
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
@@ -157,7 +157,11 @@ class ForcingRecipe(OneNetwork):
         noisy = add_noise(latents, noise, self.schedule.sigma_at(timestep))
         with autocast(self.device, config.loop):
             flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
-            target = noise - latents if self.guide is None else self.guided_flow(noisy, latents, timestep, text, chunks)
+            target = (
+                noise - latents
+                if self.guide is None
+                else self.predict_guided_flow(noisy, latents, timestep, text, chunks)
+            )
         yield self.flow_loss(flow, target, timestep) + config.selector_weight * extra
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
@@ -194,7 +198,9 @@ class ForcingRecipe(OneNetwork):
         return self.run(noisy, timestep, text, policy, **inputs), nothing
 
     @torch.no_grad()
-    def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
+    def predict_guided_flow(
+        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]
+    ) -> Tensor:
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
         window = self.config.guidance_window or self.memory.window
@@ -202,7 +208,7 @@ class ForcingRecipe(OneNetwork):
         texts = torch.cat([text, self.pipe.text.encode([""] * len(text)).to(text)])
         x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
         flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)
-        return guided(flow.transpose(1, 2), self.config.guidance_scale)
+        return guide(flow.transpose(1, 2), self.config.guidance_scale)
 
     def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy, **inputs: Tensor) -> Tensor:
         return self.model(noisy.transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
@@ -219,7 +225,7 @@ class ForcingRecipe(OneNetwork):
         """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
         memory = make_model_memory(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
         if self.config.selector_weight:
-            memory.distil_selectors(self.sampled_layers(source))
+            memory.distil_selectors(self.draw_layers(source))
         parts, start = [], 0
         for frames in chunks:
             part = slice(start, start + frames)
@@ -234,7 +240,7 @@ class ForcingRecipe(OneNetwork):
         extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
         return torch.cat(parts, 1), extra
 
-    def sampled_layers(self, source: torch.Generator) -> frozenset[int]:
+    def draw_layers(self, source: torch.Generator) -> frozenset[int]:
         layers = len(self.model.blocks)
         order = torch.randperm(layers, generator=source)
         return frozenset(order[: min(self.config.selector_layers, layers)].tolist())

@@ -136,7 +136,7 @@ def prepare(
     model.to(device)
 
 
-def trained_part(model: CausalWanTransformer3DModel, lora: LoraConfig | None, base: str | None) -> Stateful:
+def select_trained_part(model: CausalWanTransformer3DModel, lora: LoraConfig | None, base: str | None) -> Stateful:
     """What a checkpoint holds of a network."""
     return model if lora is None else AdapterState(model, base)
 
@@ -238,7 +238,7 @@ class OneNetwork(Recipe):
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
         self.parts: dict[str, Stateful] = {
-            "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "model": select_trained_part(self.model, config.lora, self.pipe.weights_sha256),
             "optimizer": self.optimizer,
             "ema": self.ema,
             "data": DataIdentity(self.source, config.data.path),

@@ -50,12 +50,12 @@ class _Buttons:
     def start(
         self, prompt: Any, minutes: Any, seed: Any, memory: Any, overlay: Any, request: gradio.Request
     ) -> Iterator[tuple[Any, ...]]:
-        with _explained():
+        with _explain_errors():
             for view in self.visitors.start(request.session_hash, prompt, minutes, seed, memory, overlay):
-                yield _shown(view)
+                yield _show(view)
 
     def say(self, prompt: Any, request: gradio.Request) -> None:
-        with _explained():
+        with _explain_errors():
             self.visitors.say(request.session_hash, prompt)
 
     def stop(self, request: gradio.Request) -> None:
@@ -68,7 +68,7 @@ class _Buttons:
         self.visitors.bye(request.session_hash)
 
 
-def _shown(view: View) -> tuple[Any, ...]:
+def _show(view: View) -> tuple[Any, ...]:
     """Screen, line, curve and file; what stays as it is is left out."""
     lines = [view.line] if view.picture is None else [view.line, plain(view.picture.prompt)]
     return (
@@ -117,7 +117,7 @@ def make_page(visitors: Visitors) -> gradio.Blocks:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explain_errors() -> Iterator[None]:
     """Errors become the browser's messages; those that are not ours are printed here, too."""
     try:
         yield

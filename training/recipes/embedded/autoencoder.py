@@ -37,7 +37,7 @@ from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.optim import apply_gradients
 from sparse_forcing.training.engine.resume import Resume
-from sparse_forcing.training.engine.settings import RunConfig, bounded
+from sparse_forcing.training.engine.settings import RunConfig, check_bounds
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.tiny import TINY
 from sparse_forcing.training.recipes.validation import sample_path, switch_to_eval
@@ -122,9 +122,9 @@ class AutoencoderConfig:
             raise ConfigError(f"sizes: at most {LARGEST_SIZE} pixels, got {max(self.sizes)}")
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate: must be positive, got {self.learning_rate:g}")
-        bounded(self, SIZES)
+        check_bounds(self, SIZES)
         if self.decoder_blocks is not None:
-            bounded(self, {"decoder_blocks": (1, 64)})
+            check_bounds(self, {"decoder_blocks": (1, 64)})
         if min(self.anchor, self.object_weight, self.noise) < 0:
             raise ConfigError("anchor, object_weight and noise must not be negative")
         if self.extra_channels and self.init_from is None:
@@ -145,7 +145,7 @@ def fit_patches(patches: PatchAutoencoder, seed: int, clips: int) -> list[float]
     return patches.fit(batch.pixels)
 
 
-def trained_autoencoder(name: str, setting: str) -> TokenAutoencoder:
+def load_trained_autoencoder(name: str, setting: str) -> TokenAutoencoder:
     """The frozen autoencoder of a model, by the model's folder or by its folder `vae`.
 
     Raises:
@@ -177,7 +177,7 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
         )  # fmt: skip
         fit_patches(vae.patches, config.loop.seed, config.fit_clips)
         return vae, None
-    trained = trained_autoencoder(config.init_from, "init_from")
+    trained = load_trained_autoencoder(config.init_from, "init_from")
     if config.extra_channels or config.encoder_learns:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
         if config.decoder_blocks not in (None, blocks):

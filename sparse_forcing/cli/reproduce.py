@@ -19,9 +19,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="A.B=C", help="change one setting; repeatable")
     parser.add_argument("--output", type=path, metavar="PATH", required=True, help="folder of trainings and rollouts")
     parser.add_argument("--results", type=path, metavar="PATH", required=True, help="folder of the table and the plots")
-    parser.add_argument(
-        "--selector", type=path, metavar="PATH", help="of the selector's recall (default: beside --results)"
-    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -29,13 +26,12 @@ def run(arguments: argparse.Namespace) -> int:
     done, 143 when a training was stopped to be resumed."""
     from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
-    selector = arguments.selector or arguments.results.parent / "selector"
-    for folder in (arguments.output, arguments.results, selector):
+    for folder in (arguments.output, arguments.results):
         check_writable(folder, folder=True)
     work = Reproduction(read_reproduce_config(arguments.config, arguments.set), arguments.output)
     code = work.run()
     if code == 0:
-        work.write(arguments.results, selector)
+        work.write(arguments.results)
     return code
 
 

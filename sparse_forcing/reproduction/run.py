@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 from sparse_forcing.config import load_config, to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.eval.bench.judging import chunks_until
-from sparse_forcing.eval.bench.selector import measure_recall
-from sparse_forcing.files import atomic_write_json, read_json
+from sparse_forcing.eval.bench.options import RecallBenchConfig
+from sparse_forcing.files import read_json
 from sparse_forcing.reproduction.claims import FULL_CACHE
-from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, hash_settings, plan_trainings
+from sparse_forcing.reproduction.plan import VARIANTS, Training, TrainingPlan, plan_trainings
+from sparse_forcing.reproduction.recall import SelectorRecall, WorldRecall
 from sparse_forcing.reproduction.students import DecodingTimes, EvaluationConfig, Student, StudentRollouts
 from sparse_forcing.reproduction.tables import write_results, write_selector
 from sparse_forcing.reproduction.tasks import Task, run_tasks
@@ -29,10 +28,11 @@ TIMED = (*FULL_CACHE, "sparse")
 
 @dataclass(frozen=True, kw_only=True)
 class ReproduceConfig:
-    """What to train, whom to judge, and on what."""
+    """What to train, whom to judge, and on what; `worlds` is what `bench recall` asks, None for nothing."""
 
     training: TrainingPlan
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    worlds: RecallBenchConfig | None = None
     variants: tuple[str, ...] = tuple(VARIANTS)
 
     def __post_init__(self) -> None:
@@ -69,6 +69,7 @@ class Reproduction:
             out=self.folder,
         )
         self.recall = self._recall() if "sparse" in self.rollouts else None
+        self.worlds = WorldRecall(config=config.worlds, out=self.folder) if config.worlds else None
 
     def _rollouts(self, name: str) -> StudentRollouts:
         training = self.chains[VARIANTS[name].student][-1]
@@ -115,6 +116,8 @@ class Reproduction:
             yield Task(name="timing", done=self.times.path.is_file, ready=self.is_trained, run=self.times.measure)
         if self.recall is not None:
             yield Task(name="recall", done=self.recall.path.is_file, ready=self.is_trained, run=self.recall.measure)
+        if self.worlds is not None:
+            yield Task(name="worlds", done=self.worlds.is_done, run=self.worlds.measure)
 
     def is_trained(self) -> bool:
         return all(chain[-1].complete() for chain in self.chains.values())
@@ -124,8 +127,8 @@ class Reproduction:
         exit code of a training that was stopped."""
         return run_tasks(list(self.tasks()), self.output / "locks")
 
-    def write(self, results: Path, selector_results: Path) -> None:
-        """Table, plots and JSON of everything that was measured."""
+    def write(self, results: Path) -> None:
+        """Table, plots and JSON of everything that was measured; recall goes into folders beside `results`."""
         variants = {name: rollouts.result() for name, rollouts in self.rollouts.items()}
         result = {
             "settings": to_plain(self.config),
@@ -137,30 +140,7 @@ class Reproduction:
         shown = self.prompts[: self.config.evaluation.sheet_prompts]
         write_results(result, {name: rollouts.folder for name, rollouts in self.rollouts.items()}, shown, results)
         if self.recall:
-            write_selector(read_json(self.recall.path), selector_results)
+            write_selector(read_json(self.recall.path), results.parent / "selector")
+        if self.worlds:
+            self.worlds.write(results.parent / "recall")
         print((results / "miniature.md").read_text(), end="")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SelectorRecall:
-    """Recall of the sparse student's selector on its own rollouts as far as the training horizon, in a file."""
-
-    student: Student
-    prompts: list[str]
-    seed: int
-    device: str
-    out: Path
-
-    @cached_property
-    def path(self) -> Path:
-        return self.out / f"recall-{hash_settings([self.student.describe(), self.prompts, self.seed])}.json"
-
-    def measure(self) -> int:
-        pipe = self.student.load(self.device)
-        chunks = chunks_until(pipe, 1)
-        rows = measure_recall(pipe, self.prompts, chunks=chunks, seed=self.seed, memory=self.student.memory)
-        settings = {"prompts": len(self.prompts), "chunks": chunks, "seed": self.seed}
-        self.out.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(self.path, {**settings, "weights_sha256": pipe.weights_sha256, "recall": rows})
-        print("recall of the selector is measured", file=sys.stderr, flush=True)
-        return 0

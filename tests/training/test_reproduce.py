@@ -45,6 +45,7 @@ def settings(model: Path) -> dict[str, Any]:
             "prompts": 4, "ablation_prompts": 2, "batch_size": 2, "horizons": [1, 2], "timing_prompts": 2,
             "recall_prompts": 2, "sheet_prompts": 1,
         },
+        "worlds": {"model": str(model), "worlds": ["revisit"], "gaps": [2], "count": 2, "memories": ["full", "sparse"]},
     }  # fmt: skip
 
 
@@ -107,6 +108,15 @@ def test_selector_results_are_of_held_out_rollouts(done: Path) -> None:
     assert [row["share"] for row in found["recall"]] == [0.0625, 0.125, 0.25]
     assert all(len(row["learned"]["prompts"]) == found["prompts"] == 2 for row in found["recall"])
     assert "gap closed" in (done / "results/selector/recall.md").read_text()
+
+
+def test_what_comes_back_in_worlds_is_in_the_results(done: Path) -> None:
+    found = json.loads((done / "results/recall/recall.json").read_text())
+    assert found["memories"].keys() == {"full", "sparse"}
+    assert "revisit" in (done / "results/recall/recall.md").read_text()
+    for picture in ("recall.png", "sheet.png"):
+        assert (done / "results/recall" / picture).read_bytes().startswith(b"\x89PNG")
+    assert found["settings"].keys().isdisjoint({"output"})
 
 
 def test_a_second_call_does_nothing(done: Path, model_folder: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -98,7 +99,7 @@ def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: lis
             enlarged = Image.fromarray(strip).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (LABEL + column * (width + MARGIN), top))
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        iio.imwrite(temporary, np.asarray(sheet), plugin="pillow", extension=".png")
 
 
 def _cut_to_width(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:

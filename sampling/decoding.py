@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.memory import RolloutMemory
@@ -109,7 +110,7 @@ def decode_chunks(
                 continue
             part, came = arrived.pop()
             finite = part.latents.isfinite().all() & pixels.isfinite().all()
-            shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            shown = rearrange(((pixels.float() + 1) / 2).clamp(0, 1), "b c f h w -> b f h w c")
             side.leave()
             lit = memory.persistent_map()
             persistent = None if lit is None else _to_pixels(lit, shown.shape[1:4])

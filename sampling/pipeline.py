@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -357,4 +358,4 @@ class SparseForcingPipeline(PipelineComponents):
             return torch.cat([chunk.latents for chunk in chunks], 1)
         frames = np.concatenate([chunk.frames for chunk in chunks], 1)
         frames = frames[:, : self.defaults.num_frames if num_frames is None else num_frames]
-        return frames if output_type == "np" else torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+        return frames if output_type == "np" else rearrange(torch.from_numpy(frames), "b f h w c -> b f c h w")

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -133,7 +134,7 @@ class EncodedStart:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
-        pixels = (torch.from_numpy(chunk).permute(0, 4, 1, 2, 3) * 2 - 1 for chunk in self._given.chunks)
+        pixels = (rearrange(torch.from_numpy(x), "b f h w c -> b c f h w") * 2 - 1 for x in self._given.chunks)
         for encoded in self._vae.encode_stream(part.to(self._device) for part in pixels):
             latents = encoded.transpose(1, 2).to(self._dtype)
             if self._batch % len(latents):

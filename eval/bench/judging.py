@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.measuring.statistics import LEVEL, summarize
@@ -117,7 +118,7 @@ def judge_batch(
 
 def judge(frames: np.ndarray, prompt: str, start_frame: int) -> Measurements:
     """Verdicts and statistics of one segment [F, H, W, 3] in [0, 1] that begins at `start_frame` of its video."""
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) * 2 - 1
+    pixels = rearrange(torch.from_numpy(frames), "f h w c -> f c h w") * 2 - 1
     result = check_clip(pixels, prompt, start_frame=start_frame)
     verdicts = {name: result.verdict(name) for name in ATTRIBUTES}
     record: Measurements = {name: None if right is None else float(right) for name, right in verdicts.items()}

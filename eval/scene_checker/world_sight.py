@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf, log, log10
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -74,7 +75,7 @@ def _pick(clip: Tensor, frames: list[int]) -> Tensor:
     clip = torch.as_tensor(clip)
     if clip.ndim != 4 or clip.shape[-1] != 3:
         raise VideoError(f"clip: expected [frames, side, side, 3], got {list(clip.shape)}")
-    picked = clip[frames].movedim(-1, 1)
+    picked = rearrange(clip[frames], "f h w c -> f c h w")
     return as_rgb(picked * 2 - 1 if picked.is_floating_point() else picked)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import update_persistent
@@ -71,7 +72,7 @@ def attention_mass(query: Tensor, key: Tensor) -> Tensor:
     In float32 or better. Rows are taken a few at a time, independently of the batch.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    keys = key.permute(0, 2, 3, 1).to(dtype)
+    keys = rearrange(key, "b s h d -> b h d s").to(dtype)
     rows = max(1, PIECE_SCORES // key.shape[1])
     mass = keys.new_zeros(keys.shape[0], keys.shape[1], keys.shape[3])
     with torch.autocast(query.device.type, enabled=False):  # it would round what is ranked to 8 bits

@@ -368,7 +368,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     def _embed_patches(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> tokens [B, F*R*C, dim]."""
         _, ph, pw = self.config.patch_size
-        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        tokens = rearrange(self.patch_embedding(x), "b d f r c -> b (f r c) d")
         if self.position_embedder is None:
             return tokens
         waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)

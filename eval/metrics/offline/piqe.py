@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+from einops import rearrange
 
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
@@ -35,8 +36,7 @@ def piqe_index(frame: np.ndarray) -> float:
     high, wide = -frame.shape[0] % BLOCK, -frame.shape[1] % BLOCK
     padded = np.pad(frame, ((0, high), (0, wide), (0, 0)), mode="edge")
     picture = normalize_luma(padded)
-    rows, columns = picture.shape[0] // BLOCK, picture.shape[1] // BLOCK
-    blocks = picture.reshape(rows, BLOCK, columns, BLOCK).transpose(0, 2, 1, 3).reshape(-1, BLOCK, BLOCK)
+    blocks = rearrange(picture, "(rows p) (columns q) -> (rows columns) p q", p=BLOCK, q=BLOCK)
     variance = blocks.var(axis=(1, 2), ddof=1)
     active = variance > ACTIVE
     if not active.any():

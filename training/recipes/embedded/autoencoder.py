@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.config import constructor_settings
@@ -326,7 +327,7 @@ class AutoencoderRecipe(Recipe):
             drawn = self.vae.decode(self.vae.encode(pixels))
         folder.mkdir(parents=True, exist_ok=True)
         pairs = torch.cat([pixels, drawn], -1).clamp(-1, 1).add(1).div(2)
-        for number, frames in enumerate(pairs.permute(0, 2, 3, 4, 1).float().cpu().numpy()):
+        for number, frames in enumerate(rearrange(pairs, "b c f h w -> b f h w c").float().cpu().numpy()):
             write_video(sample_path(folder, step, number), frames, fps=FRAME_RATE)
 
     def export(self, folder: Path) -> None:

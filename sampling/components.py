@@ -211,10 +211,16 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None,
-        prompts: Iterable[str] | None = None, prompt_cache: Path | None = None,
-        text_encoder_device: str | torch.device = "cpu", weights: Storage | None = None, **options: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        model: str,
+        torch_dtype: Any = None,
+        text_encoder: nn.Module | None = None,
+        prompts: Iterable[str] | None = None,
+        prompt_cache: Path | None = None,
+        text_encoder_device: str | torch.device = "cpu",
+        weights: Storage | None = None,
+        **options: Any,
+    ) -> Any:
         """Load an embedded model by name, a folder that `save_pretrained` wrote, a diffusers Wan folder, or a model of
         the hub (or its local cache) by its id.
 
@@ -227,8 +233,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_cache: folder that keeps what they were read as; a prompt that is in it needs no umT5.
             weights: "int8" or "fp8": the linear layers of the folder's transformer and umT5 are stored in 8 bits, once
                 they are loaded and before anything is moved.
-            options: those of diffusers' pipelines: other parts, `variant`, `device_map`, `quantization_config`,
-                `revision`, `cache_dir`, `local_files_only`, ...
+            options: diffusers' own: other parts, `variant`, `device_map`, `quantization_config`, `revision`, ...
 
         Raises:
             WeightsError: unknown model, missing or damaged file, parts that do not fit together.
@@ -255,21 +260,30 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             check_components(folder, given)
             with explain_read_errors(folder), _quiet():
                 pipe = super().from_pretrained(
-                    str(folder), torch_dtype=types, use_safetensors=True,
-                    defaults=read_defaults(folder), weights_sha256=digest,
+                    str(folder),
+                    torch_dtype=types,
+                    use_safetensors=True,
+                    defaults=read_defaults(folder),
+                    weights_sha256=digest,
                     **options | ({"text_encoder": None} if "text_encoder" in given else {}),
-                )  # fmt: skip
-            if "transformer" not in given:
-                finish_transformer(pipe.transformer, folder)
-            if text_encoder is not None:  # of any kind
-                pipe.register_modules(text_encoder=text_encoder)
-            elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):
-                pipe.register_modules(tokenizer=tokenizer)
-            text = texts or (None if "text_encoder" in given else pipe.text)
-            check_fit(folder, pipe.transformer, None if text is None else text.dim, pipe.autoencoder)
-            pipe.known_texts = texts or pipe.known_texts
+                )
+            pipe._complete(folder, given, text_encoder, texts)
             pipe._quantize(storage, given)
         return pipe
+
+    def _complete(
+        self, folder: Path, given: Collection[str], text_encoder: nn.Module | None, texts: KnownTexts | None
+    ) -> None:
+        """What diffusers does not load: the rest of the transformer, tokenizers; then check that the parts fit."""
+        if "transformer" not in given:
+            finish_transformer(self.transformer, folder)
+        if text_encoder is not None:  # of any kind
+            self.register_modules(text_encoder=text_encoder)
+        elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, self.text_encoder)):
+            self.register_modules(tokenizer=tokenizer)
+        text = texts or (None if "text_encoder" in given else self.text)
+        check_fit(folder, self.transformer, None if text is None else text.dim, self.autoencoder)
+        self.known_texts = texts or self.known_texts
 
     def _quantize(self, storage: Storage | None, given: Collection[str]) -> None:
         """Store the linear layers of what is not `given` in 8 bits, where that is asked for."""

@@ -121,11 +121,8 @@ def decode_chunks(
                 raise not_finite(part.index)
             if given is not None and given.picture is not None and part.index == 0:
                 frames, persistent = _with_picture(given.picture, frames, persistent)
-            yield VideoChunk(
-                index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
-                decode_seconds=time.perf_counter() - came, cache_bytes=part.cache_bytes, persistent=persistent,
-                state=partial(_state, part, carried),
-            )  # fmt: skip
+            seconds, state = time.perf_counter() - came, partial(_state, part, carried)
+            yield _make_chunk(part, frames, single, decode_seconds=seconds, persistent=persistent, state=state)
     finally:
         side.leave()
 
@@ -148,10 +145,28 @@ def skip_decoding(parts: Iterator[RolloutChunk], size: tuple[int, int], *, singl
     """The chunks of a rollout that another process decodes: videos of this size without frames."""
     for part in parts:
         frames = np.empty((len(part.latents), 0, *size, 3), np.float32)
-        yield VideoChunk(
-            index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
-            decode_seconds=0.0, cache_bytes=part.cache_bytes, persistent=None,
-        )  # fmt: skip
+        yield _make_chunk(part, frames, single)
+
+
+def _make_chunk(
+    part: RolloutChunk,
+    frames: np.ndarray,
+    single: bool,
+    *,
+    decode_seconds: float = 0.0,
+    persistent: np.ndarray | None = None,
+    state: Callable[[], dict[str, Any]] = no_state,
+) -> VideoChunk:
+    return VideoChunk(
+        index=part.index,
+        frames=frames[0] if single else frames,
+        latents=part.latents,
+        seconds=part.seconds,
+        decode_seconds=decode_seconds,
+        cache_bytes=part.cache_bytes,
+        persistent=persistent,
+        state=state,
+    )
 
 
 def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:

@@ -316,9 +316,13 @@ class _Network:
         assert self.text is not None
         text = self._conditional(self.text)
         made = DenoisingStep(
-            chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
+            chunk=self.index,
+            step=step,
+            timestep=timestep,
+            latents=x.detach(),
+            text=text,
             unconditional_text=self.unconditional_text,
-        )  # fmt: skip
+        )
         callback(made)
         if made.text is not text or made.unconditional_text is not self.unconditional_text:
             self.unconditional_text = made.unconditional_text

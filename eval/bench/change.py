@@ -96,9 +96,11 @@ def judge_changes(
 
     def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:
         settings = RolloutSettings(
-            horizons=(3,), seed=config.seed, num_inference_steps=config.num_inference_steps,
+            horizons=(3,),
+            seed=config.seed,
+            num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
-        )  # fmt: skip
+        )
         recache = config.recache and prompt_changes is not None
         chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes, recache=recache)
         return np.concatenate([chunk.frames for chunk in chunks], 1)

@@ -185,9 +185,13 @@ def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) 
     check_placement(config, defaults, device)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
     pipe = SparseForcingPipeline.from_pretrained(
-        config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
-        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device, weights=config.weights,
-    ).with_defaults(defaults)  # fmt: skip
+        config.model,
+        torch_dtype=dtype,
+        prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
+        prompt_cache=config.prompt_cache,
+        text_encoder_device=text_encoder_device,
+        weights=config.weights,
+    ).with_defaults(defaults)
     if config.compile:
         pipe.transformer.compile()
     place(pipe, config, device, text_encoder_device)

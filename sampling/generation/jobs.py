@@ -302,10 +302,17 @@ def _jobs(config: GenerateConfig, row: PromptRow, number: int) -> Iterator[Job]:
             if row.output is not None and config.num_samples > 1:
                 video = video.with_name(f"{video.stem}-{extra}.mp4")
         job = Job(
-            prompt=row.prompt, seed=seed + sample, index=sample, video=video, sidecar=video.with_suffix(".json"),
-            original_prompt=row.original_prompt, negative_prompt=row.negative_prompt, start_image=row.image,
-            start_video=row.video, then=row.then,
-        )  # fmt: skip
+            prompt=row.prompt,
+            seed=seed + sample,
+            index=sample,
+            video=video,
+            sidecar=video.with_suffix(".json"),
+            original_prompt=row.original_prompt,
+            negative_prompt=row.negative_prompt,
+            start_image=row.image,
+            start_video=row.video,
+            then=row.then,
+        )
         try:
             job.config(config)
         except ConfigError as error:

@@ -103,9 +103,11 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
         if launch.number != 0:
             return None
         return {
-            "folder": str(output), "items": len(Shards(output)), "refused": len(read_refused_samples(output)),
+            "folder": str(output),
+            "items": len(Shards(output)),
+            "refused": len(read_refused_samples(output)),
             "shards_written": written,
-        }  # fmt: skip
+        }
 
 
 def _render(arguments: argparse.Namespace) -> dict[str, object]:

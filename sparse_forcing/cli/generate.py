@@ -75,15 +75,21 @@ FLAGS = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
     parser.add_argument(
-        "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=argparse.SUPPRESS,
+        "--then",
+        nargs=2,
+        action="append",
+        metavar=("SECONDS", "PROMPT"),
+        default=argparse.SUPPRESS,
         help="another prompt from this second on (from the next chunk that begins); may be given again",
-    )  # fmt: skip
+    )
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
     parser.add_argument(
-        "--shard", type=shard, metavar="I/N",
+        "--shard",
+        type=shard,
+        metavar="I/N",
         help="every N-th video from the I-th (of a suite: prompt), for several machines",
-    )  # fmt: skip
+    )
     parser.add_argument("--check", action="store_true", help="check each video against its caption (model tiny)")
     parser.add_argument("--json", action="store_true", help="print one JSON array of what was written")
 

@@ -47,14 +47,23 @@ class MemoryGeometry:
 
     @classmethod
     def of(
-        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None,
+        cls,
+        transformer: Mapping[str, Any],
+        rows: int,
+        cols: int,
+        *,
+        capacity_frames: int | None = None,
         chunk_frames: int | None = None,
-    ) -> MemoryGeometry:  # fmt: skip
+    ) -> MemoryGeometry:
         """Of a transformer's config and the tokens of its latent frames; `chunk_frames` in place of the config's."""
         return cls(
-            rows=rows, cols=cols, capacity_frames=capacity_frames, num_layers=transformer["num_layers"],
-            chunk_frames=chunk_frames or transformer["chunk_frames"], horizon_frames=transformer["horizon_frames"],
-        )  # fmt: skip
+            rows=rows,
+            cols=cols,
+            capacity_frames=capacity_frames,
+            num_layers=transformer["num_layers"],
+            chunk_frames=chunk_frames or transformer["chunk_frames"],
+            horizon_frames=transformer["horizon_frames"],
+        )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -281,9 +290,15 @@ class RolloutMemory(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
         choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries.
 
         choices: what each layer chose when this pass ran it first; a second run repeats it, however it rounds. None

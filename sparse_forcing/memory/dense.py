@@ -134,9 +134,15 @@ class DenseMemory(RolloutMemory):
         return delta
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
         choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         start = self.cached_tokens
         end = start + key.shape[1]
         if self.cache_gradient != "none":

@@ -148,9 +148,15 @@ class HeavyHitterMemory(DenseMemory):
         return torch.cat([own, delta.to(own.dtype).expand(len(own), -1, own.shape[2])], 1)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
         choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         out = super().attend(layer, query, key, value, clean=clean, choices=choices)
         if clean:
             mass = attention_mass(query, self.cached(layer)[0])

@@ -31,7 +31,7 @@ from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
+from sparse_forcing.memory.sparse_selection import BlockSelection
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
 from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
@@ -212,9 +212,15 @@ class SparseMemory(RolloutMemory):
             state.move_positions(frames)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
         choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
             return self._attend(layer, query, key, value, clean, choices)
 
@@ -241,7 +247,10 @@ class SparseMemory(RolloutMemory):
 
         pooled = selection.pool_chunk(layout, layer, query, queries, "query", again=again)
         compared = selection.compare(layer, state, pooled)
-        index = self._choose(layer, state, compared, choices)
+        choices = {} if choices is None else choices
+        if layer not in choices:
+            choices[layer] = selection.lists(state, compared)
+        index = choices[layer]
         if rebuilt:
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
@@ -274,14 +283,6 @@ class SparseMemory(RolloutMemory):
         if clean:
             self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         return fixed.add_coarse(layout, layer, state, scores, out)
-
-    def _choose(
-        self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
-    ) -> Tensor:
-        choices = {} if choices is None else choices
-        if layer not in choices:
-            choices[layer] = self.selection.lists(state, compared)
-        return choices[layer]
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
         """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""
@@ -335,13 +336,7 @@ class SparseMemory(RolloutMemory):
 
     def _finish(self, layer: int, state: SparseLayer, queries: Tensor, new: dict[str, Tensor]) -> None:
         """What a clean pass leaves beside its blocks: mapped queries to rank by, the chunk as autograd may see it."""
-        if self.selection.selectors is not None:
-            # A copy: outside a layer's pass its parameters may be sharded away.
-            selector = self.selection.selectors[layer]
-            state.store("key_projection", selector.key_projection.detach().clone())
-            if self.rule.learned:
-                assert selector.retention is not None
-                state.store("retention_head", selector.retention.pack())
+        self.selection.copy_weights(layer, state, retention=self.rule.learned)
         if "attention" in self.rule.reads:
             state.store("queries", queries)
         if self.cache_gradient == "straight_through":
@@ -366,9 +361,13 @@ class SparseMemory(RolloutMemory):
         if state is None:
             in_place = self.cache_gradient == "none"
             state = SparseLayer.empty(
-                self.plan, keys, self.rule, layers=len(self.layers) if in_place else None,
-                selector=self.selection.selectors is not None, history=self.cache_gradient == "detached",
-            )  # fmt: skip
+                self.plan,
+                keys,
+                self.rule,
+                layers=len(self.layers) if in_place else None,
+                selector=self.selection.selectors is not None,
+                history=self.cache_gradient == "detached",
+            )
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
             if in_place:
                 self._all = state

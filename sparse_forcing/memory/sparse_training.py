@@ -117,19 +117,39 @@ class RebuiltAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pool: tuple[Tensor, Tensor], history: BlockHistory,
-        tables: PassTables, layout: TileLayout,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pool: tuple[Tensor, Tensor],
+        history: BlockHistory,
+        tables: PassTables,
+        layout: TileLayout,
+    ) -> Tensor:
         """query, key, value: [B, L, H, D] of the chunk; pool: all keys and values as they lie now, not kept."""
         found = block_sparse_attention(
-            layout.to_blocks(query), *pool, tables.index, query_sizes=layout.ragged_sizes(query.device),
-            key_sizes=tables.key_sizes, num_persistent=tables.num_persistent, backend=tables.backend,
-        )  # fmt: skip
+            layout.to_blocks(query),
+            *pool,
+            tables.index,
+            query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=tables.key_sizes,
+            num_persistent=tables.num_persistent,
+            backend=tables.backend,
+        )
         out = layout.from_blocks(found.out).contiguous()
         ctx.save_for_backward(
-            query, key, value, out, found.lse, tables.index, tables.key_sizes, tables.place, tables.moved,
-            *history.keys, *history.values,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            out,
+            found.lse,
+            tables.index,
+            tables.key_sizes,
+            tables.place,
+            tables.moved,
+            *history.keys,
+            *history.values,
+        )
         ctx.layout, ctx.num_persistent, ctx.backend = layout, tables.num_persistent, tables.backend
         return out
 
@@ -141,9 +161,18 @@ class RebuiltAttention(torch.autograd.Function):
         keys = rebuild((*chunks[: len(chunks) // 2], key), place, moved)
         values = rebuild((*chunks[len(chunks) // 2 :], value), place)
         found = block_sparse_attention_backward(
-            grad, query, keys, values, index, out=out, lse=lse, query_sizes=layout.ragged_sizes(query.device),
-            key_sizes=key_sizes, num_persistent=ctx.num_persistent, backend=ctx.backend,
-        )  # fmt: skip
+            grad,
+            query,
+            keys,
+            values,
+            index,
+            out=out,
+            lse=lse,
+            query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=key_sizes,
+            num_persistent=ctx.num_persistent,
+            backend=ctx.backend,
+        )
         slots = place.argsort(-1)[..., -layout.num_blocks :]  # of the current chunk, which is the end of the history
         grad_key, grad_value = (gather_slots(x, slots) for x in found[1:])
         return *(layout.from_blocks(x) for x in (found[0], grad_key, grad_value)), None, None, None, None
@@ -157,17 +186,27 @@ def window_mass(
     values [B, H, W, T, D] are all it sees."""
     everything = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
     mass = block_sparse_attention(
-        queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=key_sizes, return_mass=True,
-        query_sizes=query_sizes, backend=backend,
-    ).mass  # fmt: skip
+        queries,
+        keys,
+        values,
+        everything.expand(*queries.shape[:3], -1),
+        key_sizes=key_sizes,
+        return_mass=True,
+        query_sizes=query_sizes,
+        backend=backend,
+    ).mass
     assert mass is not None
     return mass
 
 
 def selector_loss(
-    selector: BlockSelector, queries: Tensor, keys: Tensor, query_sizes: Tensor | None, key_sizes: Tensor | None,
+    selector: BlockSelector,
+    queries: Tensor,
+    keys: Tensor,
+    query_sizes: Tensor | None,
+    key_sizes: Tensor | None,
     mass: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """KL between the attention mass [B, H, n, W] of the window's blocks and the softmax of the selector's scores for
     queries [B, H, n, T, D] and keys [B, H, W, T, D], which get no gradient."""
 

@@ -28,9 +28,15 @@ class WholeVideo(RolloutMemory):
         super().begin_chunk(frames)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
         choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         return dense_attention(query, key, value)
 
     def _make_room(self, frames: int) -> None:

@@ -104,9 +104,15 @@ class Attention(nn.Module):
 
 class CausalWanBlock(nn.Module):
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None,
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        cross_attn_norm: bool,
+        eps: float,
+        selector_tokens: int | None,
         learned_retention: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.selector = None
@@ -301,14 +307,12 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             [B, out_channels, F, H, W] flow of the noisy part.
         """
         frames, height, width = hidden_states.shape[2:]
-        x, timestep = hidden_states, self._group_timesteps(timestep, frames)
+        x, timestep = hidden_states, self._group(timestep, frames)
         clean_frames = 0
         if clean_hidden_states is not None:
             clean_frames = clean_hidden_states.shape[2]
             clean = timestep.new_zeros(len(x), 1) if clean_timestep is None else clean_timestep
-            timestep = torch.cat(
-                [self._group_timesteps(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1
-            )
+            timestep = torch.cat([self._group(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1)
             x = torch.cat([clean_hidden_states, x], 2)
         sigma = timestep[:, None, :, None, None] / 1000
 
@@ -358,7 +362,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
-    def _group_timesteps(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
+    def _group(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
         """[B] -> [B, 1]; [B, F] stays; anything else is an error."""
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
         if timestep.ndim != 2 or timestep.shape[1] not in (1, frames):

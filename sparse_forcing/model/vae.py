@@ -197,9 +197,11 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         )
         self.normalize = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
         self.decoder = nn.Sequential(
-            nn.Linear(latent_channels, dim), *(ConvBlock(dim) for _ in range(decoder_blocks or num_blocks)),
-            nn.LayerNorm(dim), nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
-        )  # fmt: skip
+            nn.Linear(latent_channels, dim),
+            *(ConvBlock(dim) for _ in range(decoder_blocks or num_blocks)),
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
+        )
 
     @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:

@@ -107,9 +107,15 @@ def write_adapters(folder: Path, adapters: Mapping[str, Adapter]) -> None:
     alphas = {name: adapter.scale * ranks[name] for name, adapter in adapters.items()}
     first = next(iter(adapters))
     settings: dict[str, Any] = {
-        "peft_type": "LORA", "r": ranks[first], "lora_alpha": alphas[first], "target_modules": sorted(adapters),
-        "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.0, "bias": "none",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "target_modules": sorted(adapters),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
     tensors = dict(_tensors(adapters))
     with atomic_path(target / WEIGHTS) as temporary:
         save_file(tensors, temporary)

@@ -167,9 +167,14 @@ def _list_left_out(source: Path, content: Any, which: str | None) -> list[str]:
 
 
 def _defaults(
-    source: Path, weights: Path, options: ConvertOptions, yaml: InferenceSettings | None, content: Any,
-    state: Mapping[str, Any], config: Mapping[str, Any],
-) -> PipelineConfig:  # fmt: skip
+    source: Path,
+    weights: Path,
+    options: ConvertOptions,
+    yaml: InferenceSettings | None,
+    content: Any,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> PipelineConfig:
     """How the model samples: as asked for, as its folder says, or as its family does by the names in the file."""
     if yaml is not None:
         return yaml.defaults
@@ -269,8 +274,9 @@ def _check_parts_fit(target: Path, plan: _Plan) -> None:
         return read_table(plan.linked[part] / "config.json").get(name) if part in plan.linked else None
 
     for (one, name), (two, other) in (
-        (("transformer", "text_dim"), ("text_encoder", "d_model")), (("transformer", "in_channels"), ("vae", "z_dim")),
-    ):  # fmt: skip
+        (("transformer", "text_dim"), ("text_encoder", "d_model")),
+        (("transformer", "in_channels"), ("vae", "z_dim")),
+    ):
         left, right = number(one, name), number(two, other)
         if left is not None and right is not None and left != right:
             raise WeightsError(f"{target}: parts do not fit together: {one} has {name} {left}, {two} {other} {right}")

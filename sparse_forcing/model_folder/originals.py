@@ -134,11 +134,14 @@ def build_text_encoder(state: Mapping[str, Tensor], source: PathLike) -> Any:
         vocabulary, width = renamed["shared.weight"].shape
         buckets, heads = renamed["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape
         sizes = {
-            "vocab_size": vocabulary, "d_model": width, "num_heads": heads, "relative_attention_num_buckets": buckets,
+            "vocab_size": vocabulary,
+            "d_model": width,
+            "num_heads": heads,
+            "relative_attention_num_buckets": buckets,
             "d_kv": renamed["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[0] // heads,
             "d_ff": renamed["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
             "num_layers": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-        }  # fmt: skip
+        }
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{source}: not Wan's umT5; missing or misshapen: {error}") from error
     renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]

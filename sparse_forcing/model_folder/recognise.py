@@ -98,9 +98,11 @@ def _plain(folder: Path, config: Mapping[str, Any]) -> PipelineConfig:
         return base
     shift = float(scheduler.get(_SCHEDULERS[kind], 1.0))
     sampler = SamplerConfig(
-        kind="unipc" if kind == "UniPCMultistepScheduler" else "euler", steps=WAN_STEPS, shift=shift,
+        kind="unipc" if kind == "UniPCMultistepScheduler" else "euler",
+        steps=WAN_STEPS,
+        shift=shift,
         guidance_scale=_DIFFUSERS_GUIDANCE,
-    )  # fmt: skip
+    )
     return replace(base, sampler=sampler)
 
 
@@ -135,9 +137,10 @@ def _remarks(folder: Path) -> Iterator[str]:
     if strange := [name for name in config if name not in known and not name.startswith("_")]:
         yield f"{folder / TRANSFORMER}: not used: {', '.join(sorted(strange))}"
     if others := sorted(
-        path.name for path in folder.iterdir()
+        path.name
+        for path in folder.iterdir()
         if path.is_dir() and path.name not in _PARTS and not path.name.startswith((".", "_"))
-    ):  # fmt: skip
+    ):
         yield f"{folder}: parts that are not used: {', '.join(others)}"
     if (folder / PIPELINE_FILE).is_file():
         return

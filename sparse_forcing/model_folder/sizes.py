@@ -119,15 +119,25 @@ def autoencoder_of(kind: str, config: dict[str, Any]) -> Any:
 
 
 def _sizes(
-    transformer: dict[str, Any], defaults: PipelineConfig, text: torch.nn.Module, text_len: int, vae: Any,
+    transformer: dict[str, Any],
+    defaults: PipelineConfig,
+    text: torch.nn.Module,
+    text_len: int,
+    vae: Any,
     notes: list[str],
-) -> ModelSizes:  # fmt: skip
+) -> ModelSizes:
     geometry = VideoGeometry.of(vae, on_meta(transformer).config)
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
-        transformer=transformer, rows=rows, cols=cols, text_len=text_len, text=text,
-        autoencoder_bytes=_bytes(vae), memory=defaults.memory, notes=notes,
-    )  # fmt: skip
+        transformer=transformer,
+        rows=rows,
+        cols=cols,
+        text_len=text_len,
+        text=text,
+        autoencoder_bytes=_bytes(vae),
+        memory=defaults.memory,
+        notes=notes,
+    )
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -146,9 +146,11 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 def _about(config: EncodeConfig, folder: Path, listing: str) -> dict[str, Any]:
     """What the stored tensors depend on."""
     return {
-        "kind": "latents", **settings_and_samples(config, listing), "autoencoder": folder_hash(folder / "vae"),
+        "kind": "latents",
+        **settings_and_samples(config, listing),
+        "autoencoder": folder_hash(folder / "vae"),
         "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
-    }  # fmt: skip
+    }
 
 
 def settings_and_samples(config: Any, listing: str) -> dict[str, Any]:

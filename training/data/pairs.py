@@ -101,14 +101,22 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
 
     listing = "\n".join(source.all_prompts) if isinstance(source, Shuffled) else ""
     about = {
-        "kind": "ode trajectories", **settings_and_samples(config, listing), "weights": pipe.weights_sha256,
-        "timesteps": few_step_timesteps(config.sampler).tolist(), "shape": [len(kept), *shape],
-    }  # fmt: skip
+        "kind": "ode trajectories",
+        **settings_and_samples(config, listing),
+        "weights": pipe.weights_sha256,
+        "timesteps": few_step_timesteps(config.sampler).tolist(),
+        "shape": [len(kept), *shape],
+    }
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     return write_shards(
-        out, config.count, trajectories, per_shard=config.per_shard, about=about,
-        loose_text=(loose, lambda prompts: pipe.text.encode(prompts).to(dtype)), progress=say,
-    )  # fmt: skip
+        out,
+        config.count,
+        trajectories,
+        per_shard=config.per_shard,
+        about=about,
+        loose_text=(loose, lambda prompts: pipe.text.encode(prompts).to(dtype)),
+        progress=say,
+    )
 
 
 def _generator(seed: int, item: int) -> torch.Generator:
@@ -116,9 +124,14 @@ def _generator(seed: int, item: int) -> torch.Generator:
 
 
 def integrate(
-    pipe: SparseForcingPipeline, x: Tensor, text: Tensor, negative: Tensor, sigmas: Tensor, kept: list[int],
+    pipe: SparseForcingPipeline,
+    x: Tensor,
+    text: Tensor,
+    negative: Tensor,
+    sigmas: Tensor,
+    kept: list[int],
     config: PairsConfig,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Euler steps of the guided teacher from noise x [B, F, C, H, W]: the kept states [B, S + 1, F, C, H, W]."""
     text, states = torch.cat([text, negative]), []
     for step, sigma in enumerate(sigmas):

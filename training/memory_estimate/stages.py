@@ -246,11 +246,14 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
     with FakeTensorMode():
         vae, old = (
             TokenAutoencoder(
-                channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+                channels,
+                components=config.components,
+                dim=config.dim,
+                num_blocks=config.num_blocks,
                 decoder_blocks=config.decoder_blocks,
             )
             for channels in (config.latent_channels + config.extra_channels, config.latent_channels)
-        )  # fmt: skip
+        )
         shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
         saved: dict[int, Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(

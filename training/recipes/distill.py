@@ -212,14 +212,24 @@ class DistillRecipe(Recipe):
         config, metrics = self.config, {}
         if step % config.critic_ratio == 0:
             metrics = optimizer_step(
-                self.model, self.optimizers["generator"], config.loop, config.generator, step,
-                lambda micro_batch: self.generator_losses(step, micro_batch), name="generator",
-            )  # fmt: skip
+                self.model,
+                self.optimizers["generator"],
+                config.loop,
+                config.generator,
+                step,
+                lambda micro_batch: self.generator_losses(step, micro_batch),
+                name="generator",
+            )
             self._average(step)
         metrics |= optimizer_step(
-            self.fake, self.optimizers["critic"], config.loop, config.critic, step,
-            lambda micro_batch: self.critic_losses(step, micro_batch), name="critic",
-        )  # fmt: skip
+            self.fake,
+            self.optimizers["critic"],
+            config.loop,
+            config.critic,
+            step,
+            lambda micro_batch: self.critic_losses(step, micro_batch),
+            name="critic",
+        )
         return metrics
 
     def _average(self, step: int) -> None:
@@ -241,9 +251,13 @@ class DistillRecipe(Recipe):
                     )
                 else:
                     loss = dmd_loss(
-                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance,
-                        fake_guidance=score.fake_guidance, mask=new,
-                    )  # fmt: skip
+                        at,
+                        scores["real"],
+                        scores["fake"],
+                        real_guidance=score.real_guidance,
+                        fake_guidance=score.fake_guidance,
+                        mask=new,
+                    )
             yield (loss + config.selector_weight * selection) / len(self.windows)
 
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
@@ -288,9 +302,10 @@ class DistillRecipe(Recipe):
         channels, rows, cols = latents.shape[2:]
         noise = SeededNoise(sources, (channels, rows, cols), self.device, torch.float32)
         training = TrainingRollout(
-            exit_steps=[exit_step] * len(chunks), gradient_from_frame=0 if train else sum(chunks),
+            exit_steps=[exit_step] * len(chunks),
+            gradient_from_frame=0 if train else sum(chunks),
             context_noise=config.context_noise,
-        )  # fmt: skip
+        )
         stream_of_chunks = rollout(self.model, text, chunks, memory, noise, config.sampler, training=training)
         past = latents[:, :0]
         for window in self.windows:
@@ -330,16 +345,22 @@ class DistillRecipe(Recipe):
         sampled = SparseForcingPipeline(
             **{**self.pipe.components, "transformer": self.model},
             defaults=replace(self.pipe.defaults, sampler=self.config.sampler, memory=self.memory),
-        )  # fmt: skip
+        )
         # Sharded weights arrive in the type of the computation.
         with self._autocast(), swap_in_average(self.model, self.ema):
             write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(
-            self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora,
-            sampler=self.config.sampler, memory=self.memory,
-        )  # fmt: skip
+            self.pipe,
+            self.config.model,
+            self.model,
+            self.ema,
+            folder,
+            lora=self.config.lora,
+            sampler=self.config.sampler,
+            memory=self.memory,
+        )
 
 
 def train(config: DistillConfig, out: Path, resume: Resume | None = None) -> int:

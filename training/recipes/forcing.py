@@ -178,9 +178,14 @@ class ForcingRecipe(OneNetwork):
         return timestep.repeat_interleave(frames, 1).to(self.device)
 
     def flow(
-        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        chunks: list[int],
         sources: list[torch.Generator],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Flow [B, F, C, H, W] of the noisy latents, and the selector's loss (0 without one)."""
         frames, nothing = noisy.shape[1], noisy.new_zeros(())
         window, sink = self.memory.window, self.memory.sink
@@ -219,9 +224,15 @@ class ForcingRecipe(OneNetwork):
         return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
 
     def flow_through_memory(
-        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int],
+        self,
+        noisy: Tensor,
+        context: Tensor,
+        timestep: Tensor,
+        level: Tensor,
+        text: Tensor,
+        chunks: list[int],
         source: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
         memory = make_model_memory(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
         if self.config.selector_weight:

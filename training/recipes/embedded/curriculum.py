@@ -90,9 +90,12 @@ class PretrainConfig:
     """
 
     RENAMED: ClassVar = {
-        "seed": "loop.seed", "device": "loop.device", "max_grad_norm": "loop.max_grad_norm",
-        "keep_checkpoints": "loop.keep_checkpoints", "checkpoint_minutes": "loop.checkpoint_every (in steps)",
-    }  # fmt: skip
+        "seed": "loop.seed",
+        "device": "loop.device",
+        "max_grad_norm": "loop.max_grad_norm",
+        "keep_checkpoints": "loop.keep_checkpoints",
+        "checkpoint_minutes": "loop.checkpoint_every (in steps)",
+    }
 
     loop: PretrainLoop = field(default_factory=PretrainLoop)
     num_attention_heads: int = 6

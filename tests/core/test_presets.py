@@ -58,16 +58,23 @@ def test_names_on_the_command_line_are_the_presets() -> None:
 
 def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPipeline) -> None:
     theirs = WanPipeline(
-        AutoTokenizer.from_pretrained(wan / "tokenizer"), UMT5EncoderModel.from_pretrained(wan / "text_encoder"),
-        AutoencoderKLWan.from_pretrained(wan / "vae"), UniPCMultistepScheduler.from_pretrained(wan / "scheduler"),
+        AutoTokenizer.from_pretrained(wan / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(wan / "text_encoder"),
+        AutoencoderKLWan.from_pretrained(wan / "vae"),
+        UniPCMultistepScheduler.from_pretrained(wan / "scheduler"),
         WanTransformer3DModel.from_pretrained(wan / "transformer"),
-    )  # fmt: skip
+    )
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(LATENTS, generator=torch.Generator().manual_seed(3))
     expected = theirs(
-        "a red ball", negative_prompt="blue", latents=noise.transpose(1, 2), output_type="latent",
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, **VIDEO,
-    ).frames  # fmt: skip
+        "a red ball",
+        negative_prompt="blue",
+        latents=noise.transpose(1, 2),
+        output_type="latent",
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        **VIDEO,
+    ).frames
     found = pipe(
         "a red ball", negative_prompt="blue", latents=noise, output_type="latent", num_inference_steps=STEPS, **VIDEO
     ).frames
@@ -112,11 +119,14 @@ def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseFor
     ("name", "changes", "expected"),
     [
         ("scheduler/scheduler_config.json", {"flow_shift": 7.0}, {"kind": "unipc", "shift": 7.0}),
-        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
-         {"kind": "euler", "shift": 2.0}),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
+            {"kind": "euler", "shift": 2.0},
+        ),
         ("transformer/config.json", {"_class_name": "CausalWanTransformer3DModel"}, {"kind": "few_step", "steps": 4}),
     ],
-)  # fmt: skip
+)
 def test_what_a_folder_says_is_how_it_samples(
     wan: Path, tmp_path: Path, name: str, changes: dict, expected: dict
 ) -> None:
@@ -126,9 +136,15 @@ def test_what_a_folder_says_is_how_it_samples(
 
 def test_causal_configs_of_others_name_chunk_window_and_sink(wan: Path, tmp_path: Path) -> None:
     folder = edited(
-        wan, tmp_path, "transformer/config.json", _class_name="CausalWanTransformer3DModel", num_frames_per_block=1,
-        local_attn_size=6, sink_size=2, causal_tricks=True,
-    )  # fmt: skip
+        wan,
+        tmp_path,
+        "transformer/config.json",
+        _class_name="CausalWanTransformer3DModel",
+        num_frames_per_block=1,
+        local_attn_size=6,
+        sink_size=2,
+        causal_tricks=True,
+    )
     defaults = read_defaults(folder)
     assert (defaults.preset, defaults.chunk_frames) == ("self-forcing-framewise", 1)
     assert (defaults.memory.kind, defaults.memory.window_frames, defaults.memory.sink_frames) == ("sink", 6, 2)
@@ -164,7 +180,7 @@ def test_what_is_not_used_is_remarked_on(wan: Path, tmp_path: Path) -> None:
         ("model_index.json", {"boundary_ratio": 0.875}, "Wan 2.2 A14B"),
         ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, "image encoder"),
     ],
-)  # fmt: skip
+)
 def test_other_wans_are_refused_by_name_before_anything_is_loaded(
     wan: Path, tmp_path: Path, name: str, changes: dict, message: str
 ) -> None:
@@ -179,10 +195,13 @@ def test_other_wans_are_refused_by_name_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("scheduler/scheduler_config.json", "{"), ("model_index.json", "[]"),
-     ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": "x"}'),
-     ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": -1}')],
-)  # fmt: skip
+    [
+        ("scheduler/scheduler_config.json", "{"),
+        ("model_index.json", "[]"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": "x"}'),
+        ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": -1}'),
+    ],
+)
 def test_damaged_configs_are_one_line(wan: Path, tmp_path: Path, name: str, text: str) -> None:
     folder = edited(wan, tmp_path, name)
     (folder / name).write_text(text)
@@ -193,9 +212,14 @@ def test_damaged_configs_are_one_line(wan: Path, tmp_path: Path, name: str, text
 
 def test_flags_change_a_preset(wan: Path) -> None:
     config = GenerateConfig(
-        prompts=("a cat",), model=str(wan), preset="longlive", shift=4.0, fps=12.0, negative_prompt="dull",
+        prompts=("a cat",),
+        model=str(wan),
+        preset="longlive",
+        shift=4.0,
+        fps=12.0,
+        negative_prompt="dull",
         guidance_scale=2.0,
-    )  # fmt: skip
+    )
     chosen = choose_defaults(config)
     assert chosen == replace(
         PRESETS["longlive"], fps=12.0, negative_prompt="dull", sampler=replace(PRESETS["longlive"].sampler, shift=4.0)

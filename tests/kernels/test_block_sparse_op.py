@@ -115,7 +115,10 @@ def test_a_forced_backend_that_cannot_run_says_why():
 def test_bad_shapes_and_types_are_named(change, message):
     p = problem()
     arguments = {
-        "query": p.query, "key_pool": p.key_pool, "value_pool": p.value_pool, "block_index": p.block_index
-    } | change  # fmt: skip
+        "query": p.query,
+        "key_pool": p.key_pool,
+        "value_pool": p.value_pool,
+        "block_index": p.block_index,
+    } | change
     with pytest.raises(ValueError, match=f"block_sparse_attention: {message}"):
         block_sparse_attention(**arguments)

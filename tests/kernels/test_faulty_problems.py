@@ -168,8 +168,9 @@ def test_an_empty_pool_has_no_slot_to_list(backend):
 def test_a_slot_listed_twice_counts_twice(backend):
     query, key_pool, value_pool = inputs()
     twice = attend(backend, lists(1, 3, 1))
-    apart = attend("reference", lists(1, 3, 4), tensors=[query, *(torch.cat([x, x[:, :, 1:2]], 2) for x in
-                                                                  (key_pool, value_pool))])  # fmt: skip
+    apart = attend(
+        "reference", lists(1, 3, 4), tensors=[query, *(torch.cat([x, x[:, :, 1:2]], 2) for x in (key_pool, value_pool))]
+    )
     same(twice[:4], apart[:4])
     for mine, exact in zip(twice[4:], apart[4:]):
         exact[:, :, 1] += exact[:, :, 4]
@@ -210,9 +211,15 @@ def test_the_backward_call_takes_expanded_pools(expand, backend):
     got = block_sparse_attention(*leaves, lists(2, 0), backend="reference")
     wanted = torch.autograd.grad(got.out, leaves, normal(*got.out.shape, seed=9))
     found = block_sparse_attention_backward(
-        normal(*got.out.shape, seed=9), query, key_pool, value_pool, lists(2, 0), out=got.out, lse=got.lse,
+        normal(*got.out.shape, seed=9),
+        query,
+        key_pool,
+        value_pool,
+        lists(2, 0),
+        out=got.out,
+        lse=got.lse,
         backend=backend,
-    )  # fmt: skip
+    )
     same(list(found), list(wanted))
 
 
@@ -284,9 +291,12 @@ def penalty(backend: str, dtype: torch.dtype, orders: int) -> list[Tensor]:
     index = lists(1, 3, 0).clone()
     index[0, 0, 1] = -1
     got = block_sparse_attention(
-        *leaves, index, backend=backend,
-        query_sizes=torch.tensor([5, 5, 2]).int(), key_sizes=torch.tensor([6, 4, 0, 3]).int().expand(B, H, S),
-    )  # fmt: skip
+        *leaves,
+        index,
+        backend=backend,
+        query_sizes=torch.tensor([5, 5, 2]).int(),
+        key_sizes=torch.tensor([6, 4, 0, 3]).int().expand(B, H, S),
+    )
     value = got.out.square().sum() + got.lse.masked_fill(got.lse == float("-inf"), 0).sin().sum()
     for order in range(orders):
         grads = torch.autograd.grad(value, leaves, create_graph=order + 1 < orders)
@@ -370,8 +380,13 @@ def slots(*entries: int, dtype: torch.dtype = torch.int64) -> Tensor:
     ],
 )
 def test_lists_are_not_made_of_what_does_not_fit(change, message, backend):
-    good = {"query_blocks": blocks(2), "key_blocks": blocks(5, 1), "persistent_slots": slots(9, 8), "top_k": 2,
-            "window_slots": slots(1, 2, 3, 4, 5)}  # fmt: skip
+    good = {
+        "query_blocks": blocks(2),
+        "key_blocks": blocks(5, 1),
+        "persistent_slots": slots(9, 8),
+        "top_k": 2,
+        "window_slots": slots(1, 2, 3, 4, 5),
+    }
     selection.choose_lists(**good, backend=backend)
     with pytest.raises(SparseForcingError, match=f"choose_lists: {message}"):
         selection.choose_lists(**good | change, backend=backend)

@@ -82,8 +82,9 @@ def test_a_curriculum_grows_at_its_end_alone() -> None:
     longer = replace(second, steps=9)
     assert list(list_changed_settings(saved, PretrainConfig(stages=(first, longer, first)))) == []
     assert list(list_changed_settings(saved, PretrainConfig(stages=(longer, longer)))) == [
-        "stages.0.latent_frames: 1 -> 2", "stages.0.steps: 3 -> 9",
-    ]  # fmt: skip
+        "stages.0.latent_frames: 1 -> 2",
+        "stages.0.steps: 3 -> 9",
+    ]
 
 
 def test_every_free_setting_is_one() -> None:

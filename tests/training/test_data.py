@@ -381,9 +381,13 @@ def test_processes_of_one_launch_write_what_one_process_writes(tmp_path: Path, m
     def launch(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
         return subprocess.run(
-            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more], cwd=ROOT, text=True,
-            capture_output=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
 
     done = launch()
     assert done.returncode == 0, done.stderr

@@ -41,9 +41,15 @@ DATA = DataConfig(size=32, latent_frames=HORIZON)
 
 def distill(folder: Path, **changes: Any) -> DistillRecipe:
     defaults: dict[str, Any] = {
-        "loop": LOOP, "model": str(folder), "teacher": str(folder), "data": DATA, "sampler": SamplerConfig(steps=2),
-        "rollout_frames": HORIZON, "critic_ratio": 2, "memory": SPARSE,
-    }  # fmt: skip
+        "loop": LOOP,
+        "model": str(folder),
+        "teacher": str(folder),
+        "data": DATA,
+        "sampler": SamplerConfig(steps=2),
+        "rollout_frames": HORIZON,
+        "critic_ratio": 2,
+        "memory": SPARSE,
+    }
     return DistillRecipe(DistillConfig(**{**defaults, **changes}), Accelerator(cpu=True))
 
 
@@ -223,9 +229,14 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
 
     def drawn(share: float) -> torch.Tensor:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, sampler=sampler, sampler_level_fraction=share, shift=4.0,
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            sampler=sampler,
+            sampler_level_fraction=share,
+            shift=4.0,
             weighting="unit_variance",
-        )  # fmt: skip
+        )
         recipe, sources = ForcingRecipe(config, Accelerator(cpu=True)), generators(0, 0, 200, stream=2)
         levels = recipe.levels(sources, [CHUNK, CHUNK])
         assert torch.equal(levels[:, 0], levels[:, CHUNK - 1])
@@ -246,9 +257,14 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
 def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_path: Path, memory: str) -> None:
     def recipe(scale: float) -> ForcingRecipe:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=scale,
-            weighting="unit_variance", optimizer=OptimizerConfig(learning_rate=1e-4),
-        )  # fmt: skip
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            memory=MEMORIES[memory],
+            guidance_scale=scale,
+            weighting="unit_variance",
+            optimizer=OptimizerConfig(learning_rate=1e-4),
+        )
         return ForcingRecipe(config, Accelerator(cpu=True))
 
     guided = recipe(30.0)
@@ -274,9 +290,13 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
 def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
     def predict_guided_flow(memory: str, window: int | None) -> torch.Tensor:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=3.0,
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            memory=MEMORIES[memory],
+            guidance_scale=3.0,
             guidance_window=window,
-        )  # fmt: skip
+        )
         recipe, generator = ForcingRecipe(config, Accelerator(cpu=True)), torch.Generator().manual_seed(0)
         clip, x = torch.randn(2, 2, HORIZON, CHANNELS, 4, 4, generator=generator)
         text = recipe.pipe.text.encode(["a red circle", "a blue ring"])
@@ -405,8 +425,10 @@ def test_a_selector_that_learns_in_both_ways_adds_little_memory(checkpointing: b
     sparse = read_defaults(find_model("tiny-base")).memory
     options: dict[str, Any] = {
         "loop": replace(LOOP, global_batch=1, micro_batch=1, gradient_checkpointing=checkpointing),
-        "data": DataConfig(size=64, latent_frames=10), "rollout_frames": 10, "sampler": SamplerConfig(steps=1),
-    }  # fmt: skip
+        "data": DataConfig(size=64, latent_frames=10),
+        "rollout_frames": 10,
+        "sampler": SamplerConfig(steps=1),
+    }
     learning: dict[str, Any] = {"learned_selector": True, "selector_weight": 0.1, "selector_layers": 8}
     window = held_bytes(distill(Path("tiny-base"), memory=replace(sparse, kind="window"), **options))
     assert held_bytes(distill(Path("tiny-base"), memory=sparse, **options, **learning)) < 1.06 * window

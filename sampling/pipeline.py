@@ -287,7 +287,7 @@ class SparseForcingPipeline(PipelineComponents):
         selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
         if parallel is not None:
             if config.kind == "sparse" and config.retention == "random":
-                raise ConfigError("memory.retention: random counts all heads, of which a process of several has a part")
+                raise ConfigError("memory.retention: random draws for all heads at once; here a process has only some")
             selectors = parallel.own_selectors(selectors)
         return make_memory(config, geometry, selectors=selectors)
 
@@ -309,7 +309,7 @@ class SparseForcingPipeline(PipelineComponents):
         def texts(prompt: str | list[str]) -> Tensor:
             prompts = prompt_list(prompt, "prompt_changes")
             if len(prompts) not in (1, num_prompts):
-                raise ConfigError(f"prompt_changes: {len(prompts)} prompts for {num_prompts} that the video began with")
+                raise ConfigError(f"prompt_changes: got {len(prompts)} prompts, the video began with {num_prompts}")
             return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)
 
         if changes is None:

@@ -57,8 +57,8 @@ def check_start(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int
         return None
     if geometry.whole_video:
         raise ConfigError(
-            "image and video: these weights make all frames at once and cannot go on from given ones; only with "
-            "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            "image and video: these weights make all frames at once and cannot go on from given ones; with "
+            "chunk_frames (--chunk-frames) they can, although they were not trained for it"
         )
     if image is not None:
         picture = _pixels("image", image, "HW3", size)[None, None]
@@ -138,7 +138,7 @@ class EncodedStart:
         for encoded in self._vae.encode_stream(part.to(self._device) for part in pixels):
             latents = encoded.transpose(1, 2).to(self._dtype)
             if self._batch % len(latents):
-                raise ConfigError(f"video: {len(latents)} videos for {self._batch} that are to go on from them")
+                raise ConfigError(f"video: {len(latents)} were given to start {self._batch} videos from")
             latents = latents.repeat_interleave(self._batch // len(latents), 0)
             self._last.append(latents)
             while self._last and self._held - self._last[0].shape[1] >= self._vae.lead_frames:

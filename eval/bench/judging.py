@@ -46,7 +46,7 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         if not self.horizons or min(self.horizons) < 1 or len(set(self.horizons)) < len(self.horizons):
-            raise ConfigError(f"horizons: different positive multiples of the clip are needed, got {self.horizons}")
+            raise ConfigError(f"horizons: expected different positive multiples of the clip, got {self.horizons}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -64,7 +64,7 @@ class Entry:
             if text is not None:
                 _check_text(text)
         if self.index < 0:
-            raise ConfigError(f"index must not be negative, not {self.index}")
+            raise ConfigError(f"index must be 0 or more, not {self.index}")
 
     @property
     def text(self) -> str | None:

@@ -118,7 +118,7 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, back
     """
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
-            f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nk]"
+            f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nk]"
         )
     check_choice("select_blocks", top_k, own, scores)
     return _backend(backend, scores).select_blocks(scores, top_k, own)
@@ -185,11 +185,11 @@ def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None 
     scores = scores_over_candidates
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
-            f"block_importance: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nc]"
+            f"block_importance: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nc]"
         )
     if query_sizes is not None and query_sizes.shape != (scores.shape[2],):
         raise SparseForcingError(
-            f"block_importance: query_sizes is {list(query_sizes.shape)}, need [{scores.shape[2]}]"
+            f"block_importance: query_sizes is {list(query_sizes.shape)}, expected [{scores.shape[2]}]"
         )
     return reference.block_importance(scores, query_sizes)
 
@@ -204,7 +204,7 @@ def update_persistent(
     if capacity < 0 or importance.shape != candidate_slots.shape or candidate_slots.dim() != 3:
         raise SparseForcingError(
             f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
-            f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes [B, H, Nc]"
+            f"{list(candidate_slots.shape)}; expected capacity >= 0 and equal shapes [B, H, Nc]"
         )
     require_integers("update_persistent", "candidate_slots", candidate_slots)
     check_devices("update_persistent", importance, candidate_slots)

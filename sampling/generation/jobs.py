@@ -184,20 +184,24 @@ class GenerateConfig:
         if self.shard is not None:
             check_shard(self.shard)
             if self.to_file:
-                raise ConfigError(f"--output {self.output} is one video, of which --shard makes no part; give a folder")
+                raise ConfigError(
+                    f"--output {self.output} is a single video, which --shard cannot divide; give a folder"
+                )
             if self.grid is not None:
-                raise ConfigError("--grid shows all videos of a list; leave it or --shard out")
+                raise ConfigError(
+                    "--grid shows all videos of a list, of which --shard makes a part; leave out one of the two"
+                )
 
     def _check_together(self) -> None:
         """Raise ConfigError for what one process of several, which has the cache of its heads, cannot do."""
         for name in ("overlay", "resume", "checkpoint_every", "cuda_graphs", "compile"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"{flag(name)} needs the whole model in one process; leave it or --sequence-parallel out"
+                    f"{flag(name)} needs the whole model in one process; leave out either it or --sequence-parallel"
                 )
         if self.retention == "random":
             raise ConfigError(
-                "--retention random counts all heads, of which each process of --sequence-parallel has some"
+                "--retention random draws for all heads at once, and a process of --sequence-parallel has only some"
             )
 
     @property

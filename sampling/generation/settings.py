@@ -145,8 +145,8 @@ def _check_whole(config: GenerateConfig, pipe: SparseForcingPipeline) -> MemoryC
     for name in ("memory", *MEMORY_KNOBS, "overlay", "image", "video"):
         if getattr(config, name):
             raise ConfigError(
-                f"{flag(name)} has no effect with {config.model}: plain Wan weights make all frames at once; with "
-                "--chunk-frames 3 they make chunks, which they were not trained for"
+                f"{flag(name)} has no effect with {config.model}: plain Wan weights make all frames at once; "
+                "--chunk-frames 3 makes them go chunk by chunk, although they were not trained for it"
             )
     return pipe.default_memory
 

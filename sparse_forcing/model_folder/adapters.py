@@ -51,7 +51,7 @@ def read_adapters(path: Path, scale: float = 1.0) -> tuple[dict[str, Adapter], l
     """
     state = select_state(load_weights(path), None, source=str(path))
     if bad := not_finite(state):
-        raise WeightsError(f"{path}: tensor {bad} holds NaN or infinite numbers; the adapter is of no use")
+        raise WeightsError(f"{path}: tensor {bad} holds NaN or infinite numbers; the adapter cannot be used")
     sides: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in state.items():

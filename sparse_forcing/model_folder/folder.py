@@ -86,7 +86,7 @@ def finish_transformer(model: CausalWanTransformer3DModel, folder: Path) -> None
     # Attention on a CPU makes zeros of queries that are NaN: no video would tell.
     if bad := not_finite(model.state_dict()):
         raise WeightsError(
-            f"{folder / 'transformer'}: tensor {bad} holds NaN or infinite numbers; the weights are of no use"
+            f"{folder / 'transformer'}: tensor {bad} holds NaN or infinite numbers; the weights cannot be used"
         )
     add_kept_adapters(model, folder)
     for remark in folder_remarks(folder):

@@ -87,7 +87,7 @@ def read_states(source: Path, contents: Mapping[Path, Any], which: str | None) -
             )
         state.update(part)
     if bad := not_finite(state):
-        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint is of no use")
+        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint cannot be used")
     return state
 
 

@@ -130,8 +130,8 @@ class Layout:
         T = self.problem.key_pool.shape[3]
         if max(Tq, T) > MAX_BLOCK or D > MAX_HEAD_DIM:
             raise SparseForcingError(
-                f"block_sparse_attention (triton): blocks of {max(Tq, T)} tokens and head dim {D}; "
-                f"at most {MAX_BLOCK} and {MAX_HEAD_DIM}: use smaller tiles or backend='reference'"
+                f"block_sparse_attention (triton): blocks of {max(Tq, T)} tokens and head dim {D} are "
+                f"too large, the limits are {MAX_BLOCK} and {MAX_HEAD_DIM}; use smaller tiles or backend='reference'"
             )
 
     @property

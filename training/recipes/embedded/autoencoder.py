@@ -133,7 +133,9 @@ class AutoencoderConfig:
         if self.extra_channels and self.init_from is None:
             raise ConfigError("extra_channels: need an autoencoder to add them to (init_from)")
         if self.encoder_learns and (self.init_from is None or self.extra_channels):
-            raise ConfigError("encoder_learns: goes with init_from, and without extra_channels, which imply it")
+            raise ConfigError(
+                "encoder_learns: needs init_from, and has no effect beside extra_channels, which imply it"
+            )
         check_world_share(self.worlds, self.world_fraction)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)

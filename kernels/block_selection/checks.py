@@ -73,7 +73,7 @@ def check_scale(operation: str, scale: float | None, query_blocks: Tensor, key_b
     for what, x in (("query_blocks", query_blocks), ("key_blocks", key_blocks)):
         if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] != query_blocks.shape[-1] or not x.shape[-1]:
             raise SparseForcingError(
-                f"{operation}: {what} is {list(x.shape)} {x.dtype}, expected floating point [B, H, N, D], one D for both"
+                f"{operation}: {what} is {list(x.shape)} {x.dtype}, expected floating [B, H, N, D], one D for both"
             )
     if key_blocks.shape[:2] != query_blocks.shape[:2]:
         raise SparseForcingError(

@@ -51,7 +51,10 @@ OUTPUT_TYPES = ("np", "pt", "latent")
 
 @dataclass
 class SparseForcingPipelineOutput(BaseOutput):
-    """frames: one video per prompt and sample: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents."""
+    """Whole videos, one for each prompt and sample.
+
+    frames: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents [B, F, C, h, w].
+    """
 
     frames: Any
 

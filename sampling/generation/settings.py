@@ -34,8 +34,11 @@ WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
-    prompt_changes: further prompts by the frame from which each holds."""
+    """What a run generates, in numbers.
+
+    height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
+    prompt_changes: further prompts by the frame from which each holds.
+    """
 
     height: int
     width: int

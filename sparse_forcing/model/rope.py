@@ -19,7 +19,7 @@ THETA = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """cos and sin, each [L, D/2]."""
+    """A rotary table: cos and sin, each [L, D/2]."""
 
     cos: Tensor
     sin: Tensor

@@ -48,9 +48,12 @@ _TOKENIZER = "google/umt5-xxl"  # where it lies in the folder of an original Wan
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """which: part of the checkpoint; head_dim: None to take it from a config, or else Wan's; base: model folder that
+    """How a checkpoint is converted.
+
+    which: part of the checkpoint; head_dim: None to take it from a config, or else Wan's; base: model folder that
     fills in what the source lacks; preset, config: how the model samples, by name or by Self-Forcing's YAML; lora: an
-    adapter file, merged unless `keep_lora`."""
+    adapter file, merged unless `keep_lora`.
+    """
 
     which: str | None = None
     head_dim: int | None = None
@@ -72,8 +75,11 @@ class ConvertOptions:
 
 @dataclass
 class Converted:
-    """tensors: how many were compared; preset: how the model samples, None without a
-    transformer; remarks: what of the source is not used, and what is still missing."""
+    """What a conversion did.
+
+    tensors: how many were compared; preset: how the model samples, None without a transformer; remarks: what of the
+    source is not used, and what is still missing.
+    """
 
     tensors: int = 0
     preset: str | None = None

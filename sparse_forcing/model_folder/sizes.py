@@ -37,8 +37,11 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; rows, cols: tokens of a latent frame; text: its text encoder, without
-    storage; autoencoder_bytes: size of the autoencoder; notes: what was assumed."""
+    """The sizes of a model, without its weights.
+
+    transformer: its config; rows, cols: tokens of a latent frame; text: its text encoder, without storage;
+    autoencoder_bytes: size of the autoencoder; notes: what was assumed.
+    """
 
     transformer: dict[str, Any]
     rows: int

@@ -19,7 +19,7 @@ LABEL = 150
 
 
 def draw_plots(result: Mapping[str, Any], out: Path) -> None:
-    """accuracy.png, drift.png and cache.png."""
+    """Draw accuracy.png, drift.png and cache.png."""
     horizons = [int(h) for h in next(iter(result["variants"].values()))["horizons"]]
     for path, group, measures, label in (
         ("accuracy.png", "accuracy", ("all", "attributes"), "percent right"),

@@ -21,7 +21,7 @@ from sparse_forcing.scenes.worlds.config import WorldConfig
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn from
+    """Clips: pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn from
     and the frame of its scene [B] at which each clip starts."""
 
     pixels: Tensor

@@ -195,7 +195,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPlan:
-    """launches fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
+    """Launches of the forward pass, and what they fill: out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
 
     out_rest, of out's shape and type, is what rounding took from out; empty unless it was asked for and there is any.
     """
@@ -263,7 +263,8 @@ def _plan_mass(layout: Layout, row_mass: Tensor, lse: Tensor, counts: Tensor, ma
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardPlan:
-    """launches fill the gradients of query, key_pool and value_pool, contiguous, in the inputs' shapes and type."""
+    """Launches of the backward pass, which fill the gradients of query, key_pool and value_pool, contiguous, in
+    the inputs' shapes and type."""
 
     launches: list[Launch]
     grad_query: Tensor

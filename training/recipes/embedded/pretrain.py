@@ -125,8 +125,11 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 @dataclass(frozen=True)
 class PretrainLosses:
-    """flow: squared error of the flow, for people to read; balanced: that error by noise level, to learn from; pose,
-    course and attribute: of the other heads."""
+    """Losses of one step.
+
+    flow: squared error of the flow, for people to read; balanced: that error by noise level, to learn from; pose,
+    course and attribute: of the other heads.
+    """
 
     flow: Tensor
     balanced: Tensor

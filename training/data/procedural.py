@@ -21,8 +21,8 @@ from sparse_forcing.scenes.worlds.config import WorldConfig
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """Clips: pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn from
-    and the frame of its scene [B] at which each clip starts."""
+    """Clips: pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn
+    from and the frame of its scene [B] at which each clip starts."""
 
     pixels: Tensor
     captions: list[str]

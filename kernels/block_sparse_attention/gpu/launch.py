@@ -195,7 +195,7 @@ def _is_aligned(x: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPlan:
-    """Launches of the forward pass, and what they fill: out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
+    """Launches of the forward pass, which fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
 
     out_rest, of out's shape and type, is what rounding took from out; empty unless it was asked for and there is any.
     """

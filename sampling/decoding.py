@@ -19,13 +19,19 @@ from sparse_forcing.sampling.rollout import RolloutChunk, no_state
 from sparse_forcing.sampling.starts import EncodedStart
 
 
+def no_map(chunk: int) -> None:
+    """Of a chunk whose memory is elsewhere."""
+
+
 @dataclass(frozen=True)
 class VideoChunk:
     """Frames as soon as they exist.
 
     frames: float32 [F, H, W, 3] in [0, 1] ([B, F, H, W, 3] for a list of prompts), those of the first chunk after the
     picture that the video starts from; latents: [B, f, C, h, w] that were generated; seconds: model time;
-    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None.
+    persistent: [F, H, W] in [0, 1], where the persistent blocks of a sparse memory come from, or None;
+    persistent_of: the same for those of one chunk alone, by its number in the rollout, where chunks that were given
+        count, too; good until the next chunk is asked for.
     state: what `pipe.stream` goes on from with the chunk after this one (`resumed`); see `RolloutChunk.state`.
     """
 
@@ -36,6 +42,7 @@ class VideoChunk:
     decode_seconds: float
     cache_bytes: int
     persistent: np.ndarray | None
+    persistent_of: Callable[[int], np.ndarray | None] = field(default=no_map, repr=False, compare=False)
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
@@ -95,15 +102,7 @@ def decode_chunks(
     arrived: list[tuple[RolloutChunk, float]] = []
     side = SideStream(device)
 
-    def latents() -> Iterator[Tensor]:
-        for part in parts:
-            if given is not None and part.index == 0 and given.lead is not None:
-                yield given.lead.transpose(1, 2)
-            arrived.append((part, time.perf_counter()))
-            side.enter(part.latents)
-            yield part.latents.transpose(1, 2)
-
-    stream = vae.decode_stream(latents(), carried)
+    stream = vae.decode_stream(_hand_over(parts, given, arrived, side), carried)
     try:
         for pixels in stream:
             if not arrived:  # of what leads in
@@ -112,8 +111,8 @@ def decode_chunks(
             finite = part.latents.isfinite().all() & pixels.isfinite().all()
             shown = rearrange(((pixels.float() + 1) / 2).clamp(0, 1), "b c f h w -> b f h w c")
             side.leave()
-            lit = memory.persistent_map()
-            persistent = None if lit is None else _to_pixels(lit, shown.shape[1:4])
+            persistent_of = partial(_map_to_pixels, memory, tuple(shown.shape[1:4]))
+            persistent = persistent_of(None)
             if device.type == "cuda" and part.index < count - 1:
                 part.remember()
             frames = _on_host(shown, side)
@@ -121,10 +120,34 @@ def decode_chunks(
                 raise not_finite(part.index)
             if given is not None and given.picture is not None and part.index == 0:
                 frames, persistent = _with_picture(given.picture, frames, persistent)
-            seconds, state = time.perf_counter() - came, partial(_state, part, carried)
-            yield _make_chunk(part, frames, single, decode_seconds=seconds, persistent=persistent, state=state)
+            yield VideoChunk(
+                index=part.index,
+                frames=frames[0] if single else frames,
+                latents=part.latents,
+                seconds=part.seconds,
+                decode_seconds=time.perf_counter() - came,
+                cache_bytes=part.cache_bytes,
+                persistent=persistent,
+                persistent_of=persistent_of,
+                state=partial(_state, part, carried),
+            )
     finally:
         side.leave()
+
+
+def _hand_over(
+    parts: Iterator[RolloutChunk],
+    given: EncodedStart | None,
+    arrived: list[tuple[RolloutChunk, float]],
+    side: SideStream,
+) -> Iterator[Tensor]:
+    """Latents [B, C, f, h, w] for the decoder, after those that lead it in; `arrived` tells which chunk and when."""
+    for part in parts:
+        if given is not None and part.index == 0 and given.lead is not None:
+            yield given.lead.transpose(1, 2)
+        arrived.append((part, time.perf_counter()))
+        side.enter(part.latents)
+        yield part.latents.transpose(1, 2)
 
 
 def _with_picture(
@@ -145,28 +168,15 @@ def skip_decoding(parts: Iterator[RolloutChunk], size: tuple[int, int], *, singl
     """The chunks of a rollout that another process decodes: videos of this size without frames."""
     for part in parts:
         frames = np.empty((len(part.latents), 0, *size, 3), np.float32)
-        yield _make_chunk(part, frames, single)
-
-
-def _make_chunk(
-    part: RolloutChunk,
-    frames: np.ndarray,
-    single: bool,
-    *,
-    decode_seconds: float = 0.0,
-    persistent: np.ndarray | None = None,
-    state: Callable[[], dict[str, Any]] = no_state,
-) -> VideoChunk:
-    return VideoChunk(
-        index=part.index,
-        frames=frames[0] if single else frames,
-        latents=part.latents,
-        seconds=part.seconds,
-        decode_seconds=decode_seconds,
-        cache_bytes=part.cache_bytes,
-        persistent=persistent,
-        state=state,
-    )
+        yield VideoChunk(
+            index=part.index,
+            frames=frames[0] if single else frames,
+            latents=part.latents,
+            seconds=part.seconds,
+            decode_seconds=0.0,
+            cache_bytes=part.cache_bytes,
+            persistent=None,
+        )
 
 
 def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:
@@ -178,6 +188,9 @@ def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:
         side.leave()
 
 
-def _to_pixels(tokens: Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """[f, rows, cols] -> [F, H, W] by repetition."""
+def _map_to_pixels(memory: RolloutMemory, size: tuple[int, ...], chunk: int | None) -> np.ndarray | None:
+    """The memory's map [f, rows, cols] of what persists as [F, H, W], by repetition."""
+    tokens = memory.persistent_map(chunk)
+    if tokens is None:
+        return None
     return torch.nn.functional.interpolate(tokens[None, None], size=size, mode="nearest")[0, 0].cpu().numpy()

@@ -28,6 +28,8 @@ from sparse_forcing.model_folder.fit import not_finite_error
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
     StepEnd,
+    VideoLayout,
+    VideoPlan,
     assign_to_chunks,
     change_sampler,
     check_embeddings,
@@ -42,7 +44,6 @@ from sparse_forcing.sampling.components import MODELS, PipelineComponents
 from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, skip_decoding
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, warn_if_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
-from sparse_forcing.sampling.plan import VideoLayout, VideoPlan
 from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
 from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, check_start
 

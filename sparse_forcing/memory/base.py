@@ -283,9 +283,9 @@ class RolloutMemory(ABC):
         no window of blocks."""
         raise ConfigError(f"memory.kind: {self.config.kind} has no window of blocks to observe; use sparse")
 
-    def persistent_map(self) -> Tensor | None:
+    def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         """Where what persists comes from: [f, rows, cols] in [0, 1], the share of layers and heads that keep something
-        of this place (of whatever chunk) for the first sample; None while nothing does."""
+        of this place, of one chunk or (None) of any, for the first sample; None while nothing persists."""
         return None
 
     @abstractmethod

@@ -185,12 +185,13 @@ class HeavyHitterMemory(DenseMemory):
     def cache_bytes(self) -> int:
         return super().cache_bytes + sum(tables.nbytes for tables in filter(None, self.tables))
 
-    def persistent_map(self) -> Tensor | None:
+    def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         places = [tables.place[0] for tables in self.tables if tables is not None]
         if not self.num_heavy:
             return None
         shape = (self.chunk_frames, self.geometry.rows, self.geometry.cols)
         tokens = self.chunk_frames * self.geometry.tokens_per_frame
-        place = torch.cat(places).long() % tokens  # [layers * H, C]
-        kept = torch.zeros(len(place), tokens, device=place.device).scatter_(1, place, 1.0)
-        return kept.mean(0).view(shape)
+        place = torch.cat(places).long()  # [layers * H, C]
+        counts = torch.ones_like(place) if chunk is None else place // tokens == chunk
+        found = torch.zeros(len(place), tokens, device=place.device)
+        return found.scatter_reduce_(1, place % tokens, counts.to(found), "amax").mean(0).view(shape)

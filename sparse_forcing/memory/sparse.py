@@ -394,6 +394,6 @@ class SparseMemory(RolloutMemory):
         state.keys = rebuild(state.history.keys, place, tables.moved)
         state.values = rebuild(state.history.values, place)
 
-    def persistent_map(self) -> Tensor | None:
+    def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         states = [state for state in filter(None, self.layers) if state.persistent.shape[2]]
-        return map_origins(states, self.layout) if states else None
+        return map_origins(states, self.layout, chunk) if states else None

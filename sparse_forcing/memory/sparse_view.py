@@ -56,14 +56,16 @@ def view_blocks(plan: SlotPlan, layer: int, state: SparseLayer, slots: Tensor, c
     )
 
 
-def map_origins(states: list[SparseLayer], layout: TileLayout) -> Tensor:
-    """[f, rows, cols] in [0, 1]: share of layers and heads whose persistent set holds something of this place, of
-    whatever chunk, for the first sample."""
+def map_origins(states: list[SparseLayer], layout: TileLayout, chunk: int | None) -> Tensor:
+    """[f, rows, cols] in [0, 1]: share of layers and heads whose persistent set holds something of this place, of one
+    chunk or (None) of any, for the first sample."""
     n = layout.num_blocks
     kept = torch.zeros(n, device=states[0].window.device)
     for state in states:
-        place = gather_slots(state.origin, state.persistent)[0] % n
-        kept += torch.zeros(len(place), n, device=kept.device).scatter_(1, place, 1.0).mean(0) / len(states)
+        origin = gather_slots(state.origin, state.persistent)[0]
+        counts = torch.ones_like(origin) if chunk is None else origin // n == chunk
+        found = torch.zeros(len(origin), n, device=kept.device)
+        kept += found.scatter_reduce_(1, origin % n, counts.to(found), "amax").mean(0) / len(states)
     layout = layout.on(kept.device)
     tokens = kept.repeat_interleave(layout.sizes)[layout.inverse]
     return tokens.view(layout.frames, layout.rows, layout.cols)

@@ -503,3 +503,42 @@ def test_enter_changes_the_prompt_and_leaving_the_page_stops_the_video(page: Any
         ("tick", "seen"),
         ("unload", "bye"),
     ]
+
+
+@pytest.fixture(scope="module")
+def worlds() -> Any:
+    from sparse_forcing import SparseForcingPipeline
+    from sparse_forcing.cli.playground.worlds import Worlds
+
+    return Worlds(SparseForcingPipeline.from_pretrained("tiny-base"), Room(1 << 30))
+
+
+def test_a_world_can_be_panned_to_both_ends_of_its_way_out(worlds: Any) -> None:
+    place, _, first = worlds.pan("3", 0, -1)
+    assert place == 0
+    last = first
+    for _ in range(30):
+        place, line, last = worlds.pan("3", place, 1)
+    assert f"picture {place + 1} of {place + 1}" in line
+    assert first.shape == last.shape
+    assert (first != last).any()
+
+
+@pytest.mark.slow
+def test_the_way_back_shows_the_truth_and_both_memories_and_what_is_kept(worlds: Any) -> None:
+    looks = list(worlds.go_on(3))
+    drawn = [look for look in looks if look.way_back is not None]
+    side = worlds.pipe.defaults.height
+    assert all(look.way_back.shape[1] == 3 * side + 8 for look in drawn)
+    lit = [look.way_out for look in looks if look.way_out is not None]
+    assert len(lit) >= 1
+    chunks = (lit[0].shape[1] + 4) // (side + 4)
+    brightness = [lit[0][:, i * (side + 4) : i * (side + 4) + side].max() for i in range(chunks)]
+    assert max(brightness) > 1.5 * min(brightness), "some chunks of the way out are kept, others are not"
+    assert worlds.room.used == 0
+
+
+@pytest.mark.parametrize("number", ["x", -1, "1" * 50])
+def test_worlds_have_whole_numbers(worlds: Any, number: Any) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        list(worlds.go_on(number))

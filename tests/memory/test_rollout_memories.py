@@ -139,6 +139,10 @@ def test_persistent_map_counts_layers_and_heads(run):
     lit = run.memory.persistent_map()
     assert lit.shape == (3, 4, 6)
     assert 0 < lit.max() <= 1
+    apart = torch.stack([run.memory.persistent_map(chunk) for chunk in range(5)])
+    assert apart[-1].max() == 0, "nothing of the window persists"
+    assert (apart.sum(0) >= lit - 1e-6).all()
+    assert (apart.max(0).values <= lit + 1e-6).all()
 
 
 def test_a_chunk_longer_than_the_window_is_refused(run):

@@ -81,6 +81,12 @@ class Place:
     def number(self) -> int:
         return self.room._number(self)
 
+    def wait(self) -> Iterator[int]:
+        """Yield the number in line every now and then until it is in the room, or has left."""
+        while self.size and (number := self.number):
+            yield number
+            time.sleep(LOOK)
+
     def leave(self) -> None:
         """Give the bytes back, or stop waiting; again does nothing."""
         self.room._leave(self)
@@ -157,7 +163,7 @@ class Visitors:
                 **self.options,
             )
             self.videos[session], self._files[session] = (video, place), file
-            for number in self._in_line(place):
+            for number in place.wait():
                 yield View(line=f"Waiting for room: number {number} in line.")
             if self.videos.get(session) != (video, place):
                 yield View(line="Stopped.")
@@ -170,11 +176,6 @@ class Visitors:
                 place.leave()
             if self.videos.get(session) == (video, place):
                 del self.videos[session]
-
-    def _in_line(self, place: Place) -> Iterator[int]:
-        while place.size and (number := place.number):
-            yield number
-            time.sleep(LOOK)
 
     def _show(self, session: str | None, video: LiveVideo, file: Path) -> Iterator[View]:
         points: list[tuple[float, int, float]] = []
@@ -250,8 +251,13 @@ def read_form(minutes: Any, seed: Any, memory: Any, overlay: Any) -> GenerateCon
         raise ConfigError(f"minutes: expected a number above 0, at most {MAX_MINUTES}, got {minutes!r:.60}")
     if memory not in KINDS:
         raise ConfigError(f"memory: expected one of {', '.join(KINDS)}, got {memory!r:.60}")
+    lit = bool(overlay) and memory in MEMORY_KNOBS["persistent_blocks"]
+    return GenerateConfig(seconds=minutes * 60, seed=read_seed(seed), memory=memory, overlay=lit)
+
+
+def read_seed(seed: Any) -> int:
+    """The whole number that was typed; nothing is 0. Raises ConfigError."""
     text = "0" if seed is None else str(seed).strip() or "0"
     if not (text.isascii() and text.isdigit() and len(text) < 40):
         raise ConfigError(f"seed: expected a whole number, got {text!r:.60}")
-    lit = bool(overlay) and memory in MEMORY_KNOBS["persistent_blocks"]
-    return GenerateConfig(seconds=minutes * 60, seed=int(text), memory=memory, overlay=lit)
+    return int(text)

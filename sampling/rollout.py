@@ -49,7 +49,7 @@ class DenoisingStep:
 StepCallback = Callable[[DenoisingStep], None]
 
 
-def nothing_to_remember() -> None:
+def remember_nothing() -> None:
     """The clean pass of a chunk that owes none."""
 
 
@@ -75,7 +75,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
-    remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
+    remember: Callable[[], None] = field(default=remember_nothing, repr=False, compare=False)
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 

@@ -84,14 +84,14 @@ class Attention(nn.Module):
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, L, C], all [B, L, H, D]: one product where their weights are together."""
         infers = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        joined = self._joined() if infers and x.dtype == torch.float32 else None
+        joined = self._join_weights() if infers and x.dtype == torch.float32 else None
         if joined is None:
             return self.queries(x, rotary), *self.keys_values(x, rotary)
         products = F.linear(x, joined.weight, joined.bias).unflatten(-1, (3, -1))
         found = norm_rotate_pairs(products[:, :, :2], joined.norms, self.norm_q.eps, rotary.cos, rotary.sin)
         return found[:, :, 0], found[:, :, 1], self._heads(products[:, :, 2])
 
-    def _joined(self) -> JoinedWeights | None:
+    def _join_weights(self) -> JoinedWeights | None:
         """The weights of the three products, laid side by side on first use; None where they are not plain ones."""
         layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
         if self._together is None or not self._together.holds(layers, norms):

@@ -24,7 +24,7 @@ from sparse_forcing.model_folder.keys import (
     strip_wrappers,
     to_diffusers,
 )
-from sparse_forcing.model_folder.recognise import unsupported
+from sparse_forcing.model_folder.recognise import name_unsupported
 from sparse_forcing.weights.parts import explain_read_errors
 from sparse_forcing.weights.safe_load import check_state_dict, load_weights, not_finite
 
@@ -107,7 +107,7 @@ def build_transformer(
 
     renamed = to_diffusers(state, source=str(source))
     settings = dict(config) if config else infer_config(renamed, head_dim=head_dim, source=str(source))
-    if name := unsupported(settings):
+    if name := name_unsupported(settings):
         raise WeightsError(f"{source}: this is {name}; only text-to-video Wan 2.1 and its causal descendants run here")
     with torch.device("meta"), explain_read_errors(source, f"makes no model with head dimension {head_dim}"):
         model = CausalWanTransformer3DModel(**settings)

@@ -48,7 +48,7 @@ def check_supported(folder: Path) -> None:
     experts = (folder / "transformer_2").is_dir() or _is_part(index.get("transformer_2"))
     if experts or index.get("boundary_ratio") is not None:
         _refuse(folder, "Wan 2.2 A14B, which has two experts")
-    if name := unsupported(config):
+    if name := name_unsupported(config):
         _refuse(folder, name)
     if vae.get("patch_size") is not None or vae.get("z_dim") == 48:
         _refuse(folder, "of Wan 2.2's autoencoder (48 latent channels)")
@@ -56,7 +56,7 @@ def check_supported(folder: Path) -> None:
         _refuse(folder, "an image-to-video Wan (it has an image encoder)")
 
 
-def unsupported(config: Mapping[str, Any]) -> str | None:
+def name_unsupported(config: Mapping[str, Any]) -> str | None:
     """The name of a transformer, by its config in diffusers' words, that cannot be run here; None for one that can."""
     if config.get("in_channels") == 48:
         return "Wan 2.2 TI2V-5B (48 latent channels)"

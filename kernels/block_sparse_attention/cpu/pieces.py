@@ -134,7 +134,7 @@ class Lists:
         self.slots = self.slots.clamp(min=0)
         self.sizes = sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
 
-    def padded_keys(self, cut: Cut) -> Iterator[Tensor | None]:
+    def find_padding(self, cut: Cut) -> Iterator[Tensor | None]:
         """Per piece [n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
         if self.sizes is None:
             yield from itertools.repeat(None)

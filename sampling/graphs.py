@@ -27,14 +27,14 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory import RolloutMemory
 from sparse_forcing.model.layers import is_hooked
 
-Pass = Callable[[Tensor, Tensor], Tensor]
-"""Flow of latents [B, C, f, H, W] at timesteps [B]; the rest is bound."""
+Pass = Callable[[Tensor, Tensor], Tensor | None]
+"""Flow of latents [B, C, f, H, W] at timesteps [B], None of a clean pass; the rest is bound."""
 
 
 class Recorder(Protocol):
     """Records calls on fixed tensors."""
 
-    def __call__(self, run: Pass, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    def __call__(self, run: Pass, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor | None]:
         """A function that makes the same calls on `inputs`, and returns the same tensor every time. Recording computes
         nothing."""
         ...
@@ -44,12 +44,12 @@ def cuda_recorder() -> Recorder:
     """Records CUDA graphs that share one pool of memory: they never run at once."""
     pool = torch.cuda.graph_pool_handle()
 
-    def record(run: Pass, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+    def record(run: Pass, inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor | None]:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             out = run(*inputs)
 
-        def replay() -> Tensor:
+        def replay() -> Tensor | None:
             graph.replay()
             return out
 
@@ -101,10 +101,10 @@ class RecordedPasses:
 
     def __init__(self, memory: RolloutMemory, record: Recorder) -> None:
         self.memory, self.record = memory, record
-        self._replays: dict[bool, tuple[Hashable, Buffers, Callable[[], Tensor]]] = {}
+        self._replays: dict[bool, tuple[Hashable, Buffers, Callable[[], Tensor | None]]] = {}
         self._seen: dict[bool, tuple[Hashable, int]] = {}
 
-    def __call__(self, run: Pass, latents: Tensor, timestep: Tensor, *, clean: bool) -> Tensor:
+    def __call__(self, run: Pass, latents: Tensor, timestep: Tensor, *, clean: bool) -> Tensor | None:
         """`run(latents, timestep)`; what it returns is valid until the next pass."""
         if self.memory.shapes is None or torch.is_grad_enabled():
             return run(latents, timestep)

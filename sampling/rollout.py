@@ -309,7 +309,9 @@ class _Network:
         gradient = self._needs_gradient(step)
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
-            return self._run(x, timestep, False, None if gradient else self.text_keys_values)
+            flow = self._run(x, timestep, False, None if gradient else self.text_keys_values)
+            assert flow is not None, "only clean passes end early"
+            return flow
 
     def report(self, callback: StepCallback, step: int, timestep: Tensor, x: Tensor) -> tuple[Tensor, bool]:
         """Tell the callback what a step led to, and take what it changed: a hook of the samplers."""
@@ -340,17 +342,19 @@ class _Network:
             while sum(part.shape[1] for part in self.recent) > (self.memory.config.window or 0):
                 self.recent.popleft()
 
-    def _run(self, x: Tensor, timestep: Tensor, clean: bool, text_keys_values: TextKeysValues | None) -> Tensor:
+    def _run(self, x: Tensor, timestep: Tensor, clean: bool, text_keys_values: TextKeysValues | None) -> Tensor | None:
         doubled = torch.cat([x, x]) if self.guidance_scale is not None else x
         t = timestep.to(x.device).expand(len(doubled))
 
-        def run(latents: Tensor, t: Tensor) -> Tensor:
+        def run(latents: Tensor, t: Tensor) -> Tensor | None:
             policy = self.memory.clean_pass() if clean else self.memory.denoising_pass()
             with self.mode(), self._first_passes_as_they_are():
                 return self.model(latents, t, self.text, policy=policy, text_keys_values=text_keys_values)
 
         latents = doubled.transpose(1, 2)
         found = run(latents, t) if self.passes is None else self.passes(run, latents, t, clean=clean)
+        if found is None:
+            return None
         flow = (found.clone() if self.infers else found).transpose(1, 2)
         return flow if self.guidance_scale is None else guide(flow, self.guidance_scale)
 

@@ -24,6 +24,8 @@ from sparse_forcing.model.rope import Rotary, rotary_table
 REWRITTEN = ("window", "sink", "sparse")
 """Kinds of memory whose window can be written again."""
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
+Choices = dict[int, Tensor]
+"""The lists of slots that each layer chose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +76,10 @@ class MemoryGeometry:
 class MemoryPass:
     """Attention policy of one forward pass over the current chunk."""
 
+    stops_early: ClassVar[bool] = True
+    """Whether a clean pass ends with its last layer's keys and values: nobody reads what would come after them. One
+    with gradients never does, because sharded layers count on what a layer gives being used."""
+
     def __init__(self, memory: RolloutMemory, clean: bool) -> None:
         self.memory = memory
         self.clean = clean
@@ -82,7 +88,9 @@ class MemoryPass:
         keeps_history = torch.is_grad_enabled() and memory.cache_gradient != "none"
         self._before = memory.snapshot() if keeps_history else None
         self._written: set[int] = set()
-        self._choices: dict[int, Tensor] | None = {} if keeps_history else None
+        self._choices: Choices | None = {} if keeps_history else None
+        ends = self.stops_early and clean and not torch.is_grad_enabled()
+        self._ends_at = memory.geometry.num_layers - 1 if ends else None
 
     def token_order(self, device: torch.device) -> TokenOrder | None:
         """The memory's order of the chunk's tokens."""
@@ -99,13 +107,16 @@ class MemoryPass:
             raise ConfigError(f"memory: made for {geometry.rows}x{geometry.cols} tokens a frame, got {rows}x{cols}")
         return self.memory.rotary(head_dim, dtype, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """Leave a layer's keys and values [B, L, H, D] in the memory; returns the attention [B, L, H, D], and None in
+        the last layer of a clean pass."""
         memory = self.memory
         if self._before is not None:
             memory = self._before if layer in self._written else memory
             self._written.add(layer)
-        return memory.attend(layer, query, key, value, clean=self.clean, choices=self._choices)
+        ends = layer == self._ends_at
+        found = memory.attend(layer, query, key, value, clean=self.clean, choices=self._choices, ends=ends)
+        return None if ends else found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,12 +308,14 @@ class RolloutMemory(ABC):
         value: Tensor,
         *,
         clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries.
 
         choices: what each layer chose when this pass ran it first; a second run repeats it, however it rounds. None
             where no layer is run again.
+        ends: nobody reads the attention, so that it is only computed, and returned, where the memory itself needs it.
         """
 
     @abstractmethod

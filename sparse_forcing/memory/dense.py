@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_forcing.memory.base import REWRITTEN, MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.base import REWRITTEN, Choices, MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 from sparse_forcing.model.rope import shift_time, shift_time_
@@ -141,26 +141,27 @@ class DenseMemory(RolloutMemory):
         value: Tensor,
         *,
         clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         start = self.cached_tokens
         end = start + key.shape[1]
         if self.cache_gradient != "none":
-            return self._attend_out_of_place(layer, query, key, value, start, clean)
+            return self._attend_out_of_place(layer, query, key, value, start, clean, ends)
         state = self._room(layer, key, start, end)
         state.keys[:, start:end] = key
         state.values[:, start:end] = value
-        return dense_attention(query, state.keys[:, :end], state.values[:, :end])
+        return None if ends else dense_attention(query, state.keys[:, :end], state.values[:, :end])
 
     def _attend_out_of_place(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, start: int, clean: bool
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, start: int, clean: bool, ends: bool
+    ) -> Tensor | None:
         """The same where autograd may hold the cache: the layer gets new tensors and a new state."""
         old = self.layers[layer] or DenseLayer(key.new_empty(0, 0), value.new_empty(0, 0))
         pairs = ((old.keys, key), (old.values, value))
         with self.history():
             keys, values = (torch.cat([x[:, :start], new], 1) if start else new for x, new in pairs)
-        out = dense_attention(query, keys, values)
+        out = None if ends else dense_attention(query, keys, values)
         if clean:
             with self.history():
                 keys, values = (torch.cat([x[:, :start], self.merge_clean(x[:, start:], new)], 1) for x, new in pairs)

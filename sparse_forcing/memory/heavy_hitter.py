@@ -29,7 +29,7 @@ from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import update_persistent
-from sparse_forcing.memory.base import MemoryGeometry
+from sparse_forcing.memory.base import Choices, MemoryGeometry
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.dense import DenseLayer, DenseMemory
 
@@ -155,9 +155,10 @@ class HeavyHitterMemory(DenseMemory):
         value: Tensor,
         *,
         clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:
-        out = super().attend(layer, query, key, value, clean=clean, choices=choices)
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
+        out = super().attend(layer, query, key, value, clean=clean, choices=choices, ends=ends)
         if clean:
             mass = attention_mass(query, self.cached(layer)[0])
             tables = self.tables[layer]

@@ -25,14 +25,14 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import update_persistent
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention, full_lists_attention
 from sparse_forcing.kernels.values import trusted_values
-from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
+from sparse_forcing.memory.base import Choices, MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
 from sparse_forcing.memory.sparse_selection import BlockSelection
-from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, rebuild, selector_loss, window_mass
+from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, selector_loss, window_mass
 from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
 from sparse_forcing.model.geometry import TileLayout
@@ -219,16 +219,22 @@ class SparseMemory(RolloutMemory):
         value: Tensor,
         *,
         clean: bool,
-        choices: dict[int, Tensor] | None = None,
-    ) -> Tensor:
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
-            return self._attend(layer, query, key, value, clean, choices)
+            found = self._attend(layer, query, key, value, clean, choices, ends)
+        state = self.layers[layer]
+        if state is not None and state.history is not None:  # a pool is made for each pass, of one layer at a time
+            state.keys = state.values = key.new_empty(0)
+        return found
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None
-    ) -> Tensor:
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: Choices | None, ends: bool
+    ) -> Tensor | None:
+        ends = ends and not self.rule.measures_mass(clean)
         if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
-            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean)
+            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean, ends)
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
@@ -246,6 +252,9 @@ class SparseMemory(RolloutMemory):
             self._write(state, new)
 
         pooled = selection.pool_chunk(layout, layer, query, queries, "query", again=again)
+        if ends:
+            self._finish(layer, state, selection.project(layer, pooled, "query").detach(), new)
+            return None
         compared = selection.compare(layer, state, pooled)
         choices = {} if choices is None else choices
         if layer not in choices:
@@ -265,23 +274,26 @@ class SparseMemory(RolloutMemory):
         self._measure(layer, state, queries.detach(), clean)
         if clean:
             self._finish(layer, state, compared.queries, new)
-        if state.history is not None:  # each pass makes its pool of the history: one layer has one at a time
-            state.keys = state.values = keys.new_empty(0)
         return out
 
     def _attend_in_few_calls(
-        self, fixed: FixedSelection, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool
-    ) -> Tensor:
+        self, fixed: FixedSelection, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, ends: bool
+    ) -> Tensor | None:
         layout, state = self.layout, self.layers[layer]
         assert state is not None
-        pooled, scores, index = fixed.choose(layout, layer, state, query, key, value)
+        fixed.store(layout, layer, state, key, value)
+        pooled = fixed.pool_queries(layout, layer, query)
+        if clean:
+            self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
+        if ends:
+            return None
+        scores = fixed.scores(layer, state, pooled)
+        index = fixed.lists(state, scores)
         queries, measure = layout.to_blocks(query), self.rule.measures_mass(clean)
         if measure or (found := full_lists_attention(queries, state.keys, state.values, index)) is None:
             out = self._attend_to_pool(state, queries, index, measure=measure)
         else:
             out = layout.from_blocks(found)
-        if clean:
-            self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         return fixed.add_coarse(layout, layer, state, scores, out)
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
@@ -378,21 +390,9 @@ class SparseMemory(RolloutMemory):
                 self.layers[layer] = state
         elif self.cache_gradient != "none":
             state = self.layers[layer] = replace(state)  # a snapshot may hold the old one
-        if not state.keys.numel():
-            self._rebuild_pools(state, keys)
+        if state.history is not None and not state.keys.numel():
+            state.keys, state.values = state.history.pools(keys, state.position if self._shifted else None)
         return state
-
-    def _rebuild_pools(self, state: SparseLayer, keys: Tensor) -> None:
-        """The pools as the history tells them, but for the current chunk's slots, which the pass is about to fill."""
-        assert state.history is not None
-        b, h, _, t, d = keys.shape
-        if not state.history.blocks:
-            state.keys, state.values = (keys.new_zeros(b, h, self.num_slots, t, d) for _ in range(2))
-            return
-        tables = self._tables(state, state.window)
-        place = tables.place.clamp(max=state.history.blocks - 1)
-        state.keys = rebuild(state.history.keys, place, tables.moved)
-        state.values = rebuild(state.history.values, place)
 
     def persistent_map(self, chunk: int | None = None) -> Tensor | None:
         states = [state for state in filter(None, self.layers) if state.persistent.shape[2]]

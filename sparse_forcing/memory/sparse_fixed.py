@@ -71,15 +71,6 @@ class FixedSelection:
             self._weights[key] = FixedWeights.of(self.selectors[layer], dtype)
         return self._weights[key]
 
-    def choose(
-        self, layout: TileLayout, layer: int, state: SparseLayer, query: Tensor, key: Tensor, value: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Leave the chunk's keys and values in the pool: pooled queries, scores and lists that follow."""
-        self.store(layout, layer, state, key, value)
-        pooled = self.pool_queries(layout, layer, query)
-        scores = self.scores(layer, state, pooled)
-        return pooled, scores, self.lists(state, scores)
-
     def store(self, layout: TileLayout, layer: int, state: SparseLayer, key: Tensor, value: Tensor) -> None:
         """Write the chunk's keys and values [B, L, H, D] and what is pooled of them into its slots, in place."""
         assert state.value_representatives is not None

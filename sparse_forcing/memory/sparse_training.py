@@ -78,6 +78,17 @@ class BlockHistory:
         place = torch.arange(slots, dtype=torch.int32, device=position.device).expand_as(position)
         return BlockHistory(place=place, kept_at=position).with_chunk(*pool)
 
+    def pools(self, keys: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, H, S, T, D] as they lie in their slots, but for those of the current chunk, whose blocks
+        look like `keys` [B, H, n, T, D]. position: [B, H, S] of all keys now, None while none has moved."""
+        if not self.blocks:
+            b, h, _, t, d = keys.shape
+            shape = b, h, self.place.shape[2], t, d
+            return keys.new_zeros(shape), keys.new_zeros(shape)
+        place = self.place.clamp(max=self.blocks - 1)
+        moved = None if position is None else self.count_moved_frames(position)
+        return rebuild(self.keys, place, moved), rebuild(self.values, place)
+
     def count_moved_frames(self, position: Tensor) -> Tensor:
         """[B, H, S] frames that keys now at `position` have moved since they were kept."""
         return (position - self.kept_at).int()

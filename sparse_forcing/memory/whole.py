@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.base import Choices, MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 
@@ -35,7 +35,8 @@ class WholeVideo(RolloutMemory):
         value: Tensor,
         *,
         clean: bool,
-        choices: dict[int, Tensor] | None = None,
+        choices: Choices | None = None,
+        ends: bool = False,
     ) -> Tensor:
         return dense_attention(query, key, value)
 

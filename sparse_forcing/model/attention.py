@@ -34,8 +34,9 @@ class AttentionPolicy(Protocol):
         """Rotary table of this pass's tokens, in their order."""
         ...
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, L, H, D] after norm and rotation -> [B, L, H, D]."""
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
+        """[B, L, H, D] after norm and rotation -> [B, L, H, D]; None where the pass ends: all there is of it lies with
+        the policy, and the model computes nothing more."""
         ...
 
 

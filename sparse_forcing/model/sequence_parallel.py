@@ -141,7 +141,8 @@ class _AttentionOfHeads:
     def rotary(self, rows: int, cols: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Rotary:
         return self.policy.rotary(rows, cols, head_dim, dtype, device)
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor | None:
         """[B, L_r, H, D] -> [B, L_r, H, D]."""
         own = self.parallel.to_heads(query, key, value, self.lengths)
-        return self.parallel.to_tokens(self.policy.attend(layer, *own), self.lengths)
+        found = self.policy.attend(layer, *own)
+        return None if found is None else self.parallel.to_tokens(found, self.lengths)

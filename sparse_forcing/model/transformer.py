@@ -136,13 +136,15 @@ class CausalWanBlock(nn.Module):
         rotary: Rotary,
         policy: AttentionPolicy,
         layer: int,
-    ) -> Tensor:
-        """x [B, L, C], modulation [B, G, 6, C], embedded text or its keys and values -> [B, L, C]."""
+    ) -> Tensor | None:
+        """x [B, L, C], modulation [B, G, 6, C], text embedded or as keys and values -> [B, L, C] or None: the end."""
         table = (self.scale_shift_table[:, None] + modulation).to(x.dtype)
         shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
         h = modulated_norm(x, shift1, scale1, self.eps)
         attended = policy.attend(layer, *self.attn1.project(h, rotary))
+        if attended is None:
+            return None
         update, gate, norm2 = self.attn1.output(attended), gate1, self.norm2
         if norm2 is None:
             h = x = add_gated(x, update, gate)
@@ -304,7 +306,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
                 tensor is returned where the second one is None.
 
         Returns:
-            [B, out_channels, F, H, W] flow of the noisy part.
+            [B, out_channels, F, H, W] flow of the noisy part; None of a pass that its policy ends: the clean pass of a
+            memory, which leaves all there is of it there.
         """
         frames, height, width = hidden_states.shape[2:]
         x, timestep = hidden_states, self._group(timestep, frames)
@@ -324,10 +327,11 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
         rotary = attention.rotary(rows, cols, self.config.attention_head_dim, table_dtype, tokens.device)
         texts: list = text_keys_values or self._same_text(encoder_hidden_states)
-        tokens = self._run_blocks(tokens, modulation, texts, rotary, attention)
-
+        computed = self._run_blocks(tokens, modulation, texts, rotary, attention)
+        if computed is None:
+            return None
+        tokens = computed[:, clean_frames * rows * cols :]
         if clean_frames:
-            tokens = tokens[:, clean_frames * rows * cols :]
             embedding, sigma = embedding[:, clean_frames:], sigma[:, :, clean_frames:]
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
@@ -341,7 +345,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
 
     def _run_blocks(
         self, tokens: Tensor, modulation: Tensor, texts: list, rotary: Rotary, attention: AttentionPolicy
-    ) -> Tensor:
+    ) -> Tensor | None:
         """All blocks over frame-major tokens [B, L, C]; inside, tokens lie in the order the policy asks for, and each
         of several processes has a part of them."""
         order, parallel, count = attention.token_order(tokens.device), self.sequence_parallel, tokens.shape[1]
@@ -357,6 +361,8 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
                 tokens = checkpoint(block, tokens, modulation, text, rotary, attention, layer, use_reentrant=False)
             else:
                 tokens = block(tokens, modulation, text, rotary, attention, layer)
+        if tokens is None:
+            return None
         if parallel is not None:
             tokens = parallel.join(tokens, count)
         return tokens if order is None else tokens[:, order.inverse]

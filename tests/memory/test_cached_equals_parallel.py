@@ -66,7 +66,7 @@ class RecordingMemory(SparseMemory):
         super().__init__(*args, **kwargs)
         self.record: dict[tuple[bool, int, int], torch.Tensor] = {}
 
-    def attend(self, layer, query, key, value, *, clean, choices=None):
+    def attend(self, layer, query, key, value, *, clean, choices=None, ends=False):
         choices = {}
         out = super().attend(layer, query, key, value, clean=clean, choices=choices)
         index, origin = choices[layer], self.layers[layer].origin[:, :, None]

@@ -203,7 +203,7 @@ class Recording(HeavyHitterMemory):
         super().__init__(*args)
         self.record: dict[tuple[int, int], Tensor] = {}
 
-    def attend(self, layer, query, key, value, *, clean, choices=None):
+    def attend(self, layer, query, key, value, *, clean, choices=None, ends=False):
         if self.num_heavy:
             tables, n = self.tables[layer], self.geometry.tokens_per_frame
             self.record[layer, self.next_frame // CHUNK] = (tables.position * n + tables.place % n).long()

@@ -37,9 +37,10 @@ from sparse_forcing.model.layers import (
     PatchEmbedding,
     RMSNorm,
     WideLayerNorm,
-    constant_tensor,
+    convert_to_flow,
     frame_position_waves,
     is_hooked,
+    scale_input,
 )
 from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
@@ -321,7 +322,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
 
         _, ph, pw = self.config.patch_size
         rows, cols = height // ph, width // pw
-        tokens = self._embed_patches(self._scale_input(x, sigma))
+        tokens = self._embed_patches(scale_input(x, sigma, self.config.latent_std))
         embedding, modulation = self.condition_embedder(timestep, encoder_hidden_states)
         attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
@@ -336,7 +337,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
-        return _as_output(self._to_flow(out, hidden_states, sigma), return_dict)
+        return _as_output(convert_to_flow(out, hidden_states, sigma, self.config.latent_std), return_dict)
 
     def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
         """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
@@ -384,22 +385,3 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)
         position = self.position_embedder(waves.to(self.position_embedder.weight.dtype)).to(tokens.dtype)
         return tokens + position.repeat(x.shape[2], 1)
-
-    def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
-        std = constant_tensor(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
-        return std, ((1 - sigma) * std) ** 2 + sigma**2
-
-    def _scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if self.config.latent_std is None:
-            return x
-        return (x * self._variance(sigma)[1].rsqrt()).to(x.dtype)
-
-    def _to_flow(self, out: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Network output -> flow. With D the variance of x_t and s the std of x0, x0 = c_skip x_t + c_out F with
-        c_skip = (1-t) s^2 / D and c_out = t s / sqrt(D) gives v = (x_t - x0) / t without the division."""
-        if self.config.latent_std is None:
-            return out
-        std, variance = self._variance(sigma)
-        out, x_wide = (z.to(variance.dtype) for z in (out, x))
-        return ((sigma - (1 - sigma) * std**2) / variance * x_wide - std * variance.rsqrt() * out).to(x.dtype)

@@ -246,7 +246,7 @@ class ForcingRecipe(OneNetwork):
             if start == noisy.shape[1]:
                 break  # nothing comes after the last chunk
             with torch.set_grad_enabled(self.config.cache_gradient == "clean" and torch.is_grad_enabled()):
-                self.run(context[:, part], level[:, part.start], text, memory.clean_pass())
+                self.model(context[:, part].transpose(1, 2), level[:, part.start], text, policy=memory.clean_pass())
         losses = memory.selector_losses
         extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
         return torch.cat(parts, 1), extra

@@ -291,7 +291,7 @@ class SparseForcingPipeline(PipelineComponents):
         selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
         if parallel is not None:
             if config.kind == "sparse" and config.retention == "random":
-                raise ConfigError("memory.retention: random draws for all heads at once; here a process has only some")
+                raise ConfigError("memory.retention: random counts all heads together; here a process has only some")
             selectors = parallel.own_selectors(selectors)
         return make_memory(config, geometry, selectors=selectors)
 
@@ -313,7 +313,9 @@ class SparseForcingPipeline(PipelineComponents):
         def texts(prompt: str | list[str]) -> Tensor:
             prompts = prompt_list(prompt, "prompt_changes")
             if len(prompts) not in (1, num_prompts):
-                raise ConfigError(f"prompt_changes: got {len(prompts)} prompts, the video began with {num_prompts}")
+                raise ConfigError(
+                    f"prompt_changes: {len(prompts)} prompts for {num_prompts}; give one, or as many as at first"
+                )
             return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)
 
         if changes is None:

@@ -138,7 +138,7 @@ class EncodedStart:
         for encoded in self._vae.encode_stream(part.to(self._device) for part in pixels):
             latents = encoded.transpose(1, 2).to(self._dtype)
             if self._batch % len(latents):
-                raise ConfigError(f"video: {len(latents)} were given to start {self._batch} videos from")
+                raise ConfigError(f"video: {len(latents)} videos for {self._batch} prompts; give one, or one for each")
             latents = latents.repeat_interleave(self._batch // len(latents), 0)
             self._last.append(latents)
             while self._last and self._held - self._last[0].shape[1] >= self._vae.lead_frames:

@@ -201,7 +201,7 @@ class GenerateConfig:
                 )
         if self.retention == "random":
             raise ConfigError(
-                "--retention random draws for all heads at once, and a process of --sequence-parallel has only some"
+                "--retention random counts all heads together, and a process of --sequence-parallel has only some"
             )
 
     @property

@@ -85,7 +85,7 @@ def test_a_group_of_one_computes_the_same_bits_and_refuses_what_it_cannot_share(
         (["--cuda-graphs"], "--cuda-graphs needs the whole model in one process"),
         (["--resume"], "--resume needs the whole model in one process"),
         (["--compile"], "--compile needs the whole model in one process"),
-        (["--retention", "random"], "--retention random draws for all heads"),
+        (["--retention", "random"], "--retention random counts all heads"),
     ],
 )
 def test_what_cannot_be_combined_is_one_line(

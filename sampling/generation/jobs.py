@@ -184,9 +184,7 @@ class GenerateConfig:
         if self.shard is not None:
             check_shard(self.shard)
             if self.to_file:
-                raise ConfigError(
-                    f"--output {self.output} is a single video, which --shard cannot divide; give a folder"
-                )
+                raise ConfigError(f"--output {self.output} is one video, which --shard cannot divide; give a folder")
             if self.grid is not None:
                 raise ConfigError(
                     "--grid shows all videos of a list, of which --shard makes a part; leave out one of the two"

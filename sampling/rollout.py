@@ -26,7 +26,7 @@ from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, keep_in_place, why_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
-from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
+from sparse_forcing.sampling.samplers import go_on, guide, sample_chunk
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class DenoisingStep:
 StepCallback = Callable[[DenoisingStep], None]
 
 
-def nothing_to_remember() -> None:
+def remember_nothing() -> None:
     """The clean pass of a chunk that owes none."""
 
 
@@ -75,7 +75,7 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
-    remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
+    remember: Callable[[], None] = field(default=remember_nothing, repr=False, compare=False)
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
 
 
@@ -161,7 +161,7 @@ def rollout(
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
-        seconds = _finished(latents) - began
+        seconds = _wait_for(latents) - began
         state = partial(network.state, owed.run, noise, index + 1, start + frames)
         yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run, state)
         if network.interrupted:
@@ -178,7 +178,7 @@ def _only_infers(model: Any) -> bool:
     return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 
 
-def _finished(latents: Tensor) -> float:
+def _wait_for(latents: Tensor) -> float:
     """The time by when they are computed: seconds are of the work, not of its launch."""
     if latents.device.type != "cpu":
         torch.accelerator.synchronize(latents.device)
@@ -341,9 +341,13 @@ class _Network:
         assert self.text is not None
         text = self._conditional(self.text)
         made = DenoisingStep(
-            chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
+            chunk=self.index,
+            step=step,
+            timestep=timestep,
+            latents=x.detach(),
+            text=text,
             unconditional_text=self.unconditional_text,
-        )  # fmt: skip
+        )
         callback(made)
         if made.text is not text or made.unconditional_text is not self.unconditional_text:
             self.unconditional_text = made.unconditional_text
@@ -375,7 +379,7 @@ class _Network:
         if found is None:
             return None
         flow = (found.clone() if self.infers else found).transpose(1, 2)
-        return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
+        return flow if self.guidance_scale is None else guide(flow, self.guidance_scale)
 
     def _first_passes_as_they_are(self) -> AbstractContextManager[object]:
         """A compiled model is not compiled before the memory has made its state."""

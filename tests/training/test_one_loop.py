@@ -46,15 +46,30 @@ def embedded(stage: str, *, steps: int, **loop: Any) -> dict[str, Any]:
     """Settings of a small autoencoder or pretraining run."""
     if stage == "autoencoder":
         return {
-            "loop": {"steps": steps, **loop}, "sizes": [16, 32], "batch_size": 2, "components": 8,
-            "latent_channels": 4, "dim": 8, "num_blocks": 1, "fit_clips": 8,
-        }  # fmt: skip
+            "loop": {"steps": steps, **loop},
+            "sizes": [16, 32],
+            "batch_size": 2,
+            "components": 8,
+            "latent_channels": 4,
+            "dim": 8,
+            "num_blocks": 1,
+            "fit_clips": 8,
+        }
     stages = [{"latent_frames": 4, "batch_size": 2, "steps": steps, "sizes": [16], "continuation": 0.5}]
     return {
-        "loop": loop, "stages": stages, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
-        "ffn_dim": 16, "text_dim": 8, "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 1,
+        "loop": loop,
+        "stages": stages,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "ffn_dim": 16,
+        "text_dim": 8,
+        "latent_channels": 4,
+        "pose_layer": 1,
+        "course_layer": 0,
+        "text_steps": 1,
         "fit_clips": 16,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from sparse_forcing.training.memory_estimate.bytes import (
     Work,
     activation_bytes,
     cache_bytes,
+    count_trained,
     graph_bytes,
     parameter_count,
-    trained_count,
 )
 from sparse_forcing.training.recipes.consistency import ConsistencyConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
@@ -95,7 +95,7 @@ def estimate_distillation(
         real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
             none otherwise (DMD).
     """
-    trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
+    trained = [count_trained(generator, lora), count_trained(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
     at_once = replace(work, memory=None, frames=scored or work.frames, context_frames=score_context)
@@ -131,7 +131,7 @@ def estimate_one_network(
 ) -> MemoryEstimate:
     """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; teacher: config of
     a frozen transformer that it learns from."""
-    trained = trained_count(config, lora)
+    trained = count_trained(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
         weights=whole // shards * _STATE_BYTES,
@@ -259,11 +259,14 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
     with FakeTensorMode():
         vae, old = (
             TokenAutoencoder(
-                channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+                channels,
+                components=config.components,
+                dim=config.dim,
+                num_blocks=config.num_blocks,
                 decoder_blocks=config.decoder_blocks,
             )
             for channels in (config.latent_channels + config.extra_channels, config.latent_channels)
-        )  # fmt: skip
+        )
         shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
         saved: dict[int, Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(

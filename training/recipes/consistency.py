@@ -32,7 +32,7 @@ from sparse_forcing.model.flow import (
     flow_to_x0,
 )
 from sparse_forcing.model_folder.folder import find_model, load_transformer
-from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
@@ -187,7 +187,7 @@ class ConsistencyRecipe(OneNetwork):
             flow = self.teacher(x.transpose(1, 2), t[:, 0], text, policy=policy).transpose(1, 2)
         else:
             flow = flow_beside(self.teacher, x, clean, t, text, clips.chunks, window=config.teacher_window)
-        return flow if config.guidance_scale == 1 else guided(flow, config.guidance_scale)
+        return flow if config.guidance_scale == 1 else guide(flow, config.guidance_scale)
 
 
 def student_levels(config: ConsistencyConfig) -> Tensor:

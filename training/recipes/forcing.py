@@ -27,7 +27,7 @@ from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timesteps
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
@@ -158,7 +158,11 @@ class ForcingRecipe(OneNetwork):
         noisy = add_noise(latents, noise, self.schedule.sigma_at(timestep))
         with autocast(self.device, config.loop):
             flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
-            target = noise - latents if self.guide is None else self.guided_flow(noisy, latents, timestep, text, chunks)
+            target = (
+                noise - latents
+                if self.guide is None
+                else self.predict_guided_flow(noisy, latents, timestep, text, chunks)
+            )
         yield self.flow_loss(flow, target, timestep) + config.selector_weight * extra
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
@@ -175,9 +179,14 @@ class ForcingRecipe(OneNetwork):
         return timestep.repeat_interleave(frames, 1).to(self.device)
 
     def flow(
-        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        chunks: list[int],
         sources: list[torch.Generator],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Flow [B, F, C, H, W] of the noisy latents, and the selector's loss (0 without one)."""
         frames, nothing = noisy.shape[1], noisy.new_zeros(())
         window, sink = self.memory.window, self.memory.sink
@@ -190,22 +199,32 @@ class ForcingRecipe(OneNetwork):
         context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
         if self.memory.kind == "full":
             return flow_beside(self.model, noisy, context, timestep, text, chunks, level=1000 * level), nothing
-        distilled = self.sampled_layers(sources[0]) if self.config.selector_weight else frozenset()
+        distilled = self.draw_layers(sources[0]) if self.config.selector_weight else frozenset()
         flow, losses = flow_through_memory(
-            self.model, self.memory, noisy, context, timestep, text, chunks, level=1000 * level,
-            cache_gradient=self.config.cache_gradient, distilled=distilled,
-        )  # fmt: skip
+            self.model,
+            self.memory,
+            noisy,
+            context,
+            timestep,
+            text,
+            chunks,
+            level=1000 * level,
+            cache_gradient=self.config.cache_gradient,
+            distilled=distilled,
+        )
         return flow, torch.stack(losses).mean() if losses else nothing
 
     @torch.no_grad()
-    def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
+    def predict_guided_flow(
+        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]
+    ) -> Tensor:
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
         window = self.config.guidance_window or self.memory.window
         texts = torch.cat([text, self.pipe.text.encode([""] * len(text)).to(text)])
         x, context, t = (torch.cat([part, part]) for part in (noisy, clean, timestep))
         flow = flow_beside(self.guide, x, context, t, texts, chunks, window=window)
-        return guided(flow, self.config.guidance_scale)
+        return guide(flow, self.config.guidance_scale)
 
     def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy: ParallelAttention) -> Tensor:
         return self.model(noisy.transpose(1, 2), timestep, text, policy=policy).transpose(1, 2)
@@ -215,7 +234,7 @@ class ForcingRecipe(OneNetwork):
         level = torch.stack([torch.rand(len(chunks), generator=g) for g in sources]) ** 2 * self.config.context_noise
         return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
 
-    def sampled_layers(self, source: torch.Generator) -> frozenset[int]:
+    def draw_layers(self, source: torch.Generator) -> frozenset[int]:
         layers = len(self.model.blocks)
         order = torch.randperm(layers, generator=source)
         return frozenset(order[: min(self.config.selector_layers, layers)].tolist())

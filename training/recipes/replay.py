@@ -43,8 +43,15 @@ def replay(
     chunks = [part.shape[1] for part in trace.exits]
     batch, frames = noisy.shape[:2]
     flow, losses = flow_through_memory(
-        model, memory, noisy, clean, timestep.expand(batch, frames), text, chunks, cache_gradient="clean",
+        model,
+        memory,
+        noisy,
+        clean,
+        timestep.expand(batch, frames),
+        text,
+        chunks,
+        cache_gradient="clean",
         distilled=distilled,
-    )  # fmt: skip
+    )
     passed_on = (flow_to_x0(flow, noisy, sigma.expand(batch)) * gradient).sum()
     return passed_on - passed_on.detach(), torch.stack(losses).mean() if losses else noisy.new_zeros(())

@@ -14,9 +14,16 @@ from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 
 
 def flow_beside(
-    model: CausalWanTransformer3DModel, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],
-    *, level: Tensor | None = None, window: int | None = None,
-) -> Tensor:  # fmt: skip
+    model: CausalWanTransformer3DModel,
+    noisy: Tensor,
+    clean: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    chunks: list[int],
+    *,
+    level: Tensor | None = None,
+    window: int | None = None,
+) -> Tensor:
     """Flow of the noisy chunks, in one pass over clean and noisy ones side by side.
 
     Args:
@@ -29,10 +36,18 @@ def flow_beside(
 
 
 def flow_through_memory(
-    model: CausalWanTransformer3DModel, settings: MemoryConfig, noisy: Tensor, clean: Tensor, timestep: Tensor,
-    text: Tensor, chunks: list[int], *, level: Tensor | None = None, cache_gradient: str = "detached",
+    model: CausalWanTransformer3DModel,
+    settings: MemoryConfig,
+    noisy: Tensor,
+    clean: Tensor,
+    timestep: Tensor,
+    text: Tensor,
+    chunks: list[int],
+    *,
+    level: Tensor | None = None,
+    cache_gradient: str = "detached",
     distilled: frozenset[int] = frozenset(),
-) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+) -> tuple[Tensor, list[Tensor]]:
     """Flow of the noisy chunks, each predicted before its clean one is left in a memory of `settings`.
 
     Args:

@@ -125,7 +125,7 @@ def window_mask(chunks: int, blocks: int, window_chunks: int) -> Tensor:
     return (age >= 0) & (age < window_chunks)
 
 
-def striped_and_diagonal(maps: Tensor, blocks: int, window: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
+def find_striped_and_diagonal(maps: Tensor, blocks: int, window: Tensor) -> tuple[tuple[int, int], tuple[int, int]]:
     """(layer, head) of the two heads that show the patterns best, by these measures rather than by eye.
 
     Stripes: how unevenly old blocks are attended to (spread of the columns' means, over their mean), times the share of
@@ -151,7 +151,7 @@ def draw_attention(memory: RecordingMemory, window_chunks: int, target: Path) ->
     maps, n = memory.maps(), memory.tiles.num_blocks
     chunks = maps.shape[-1] // n
     window = window_mask(chunks, n, window_chunks)
-    striped, diagonal = striped_and_diagonal(maps, n, window)
+    striped, diagonal = find_striped_and_diagonal(maps, n, window)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.3), layout="constrained", sharey=True)
     titles = ("long-range: vertical stripes", "local: a diagonal")
     visible = (torch.arange(chunks).repeat_interleave(n) + 1)[:, None] * n

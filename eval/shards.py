@@ -36,23 +36,26 @@ def write_shard(runner: Runner, entries: Sequence[Entry], records: Sequence[Reco
     config = runner.config
     names = [[str(entry.video), entry.text, entry.index, entry.seed, write_returns(entry.returns)] for entry in entries]
     path = shard_file(config)
-    atomic_write_json(path, {
-        "kind": KIND,
-        "shard": config.shard,
-        "videos_in_all": len(entries),
-        "same": {  # in all shards, or they are not of one run
-            "target": str(config.target),
-            "list of videos": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
-            "suite": config.suite,
-            "mode": config.mode,
-            "static_filter": config.static_filter,
-            "metrics": {metric.name: metric.version for metric in runner.metrics},
-            "networks": runner.fingerprints,
-            "versions": list_versions(RESULT_PACKAGES),
+    atomic_write_json(
+        path,
+        {
+            "kind": KIND,
+            "shard": config.shard,
+            "videos_in_all": len(entries),
+            "same": {  # in all shards, or they are not of one run
+                "target": str(config.target),
+                "list of videos": hashlib.sha256(json.dumps(names).encode()).hexdigest(),
+                "suite": config.suite,
+                "mode": config.mode,
+                "static_filter": config.static_filter,
+                "metrics": {metric.name: metric.version for metric in runner.metrics},
+                "networks": runner.fingerprints,
+                "versions": list_versions(RESULT_PACKAGES),
+            },
+            "skipped": runner.skipped,
+            "videos": [{key: value for key, value in record.items() if key != "from_cache"} for record in records],
         },
-        "skipped": runner.skipped,
-        "videos": [{key: value for key, value in record.items() if key != "from_cache"} for record in records],
-    })  # fmt: skip
+    )
     return path
 
 
@@ -68,9 +71,14 @@ def merge_shards(config: EvaluateConfig) -> tuple[EvaluateConfig, dict[str, Any]
     first = found[0][1]
     same = first["same"]
     config = replace(
-        config, merge=(), target=Path(same["target"]), suite=same["suite"], mode=same["mode"],
-        static_filter=same["static_filter"], metrics=tuple(same["metrics"]),
-    )  # fmt: skip
+        config,
+        merge=(),
+        target=Path(same["target"]),
+        suite=same["suite"],
+        mode=same["mode"],
+        static_filter=same["static_filter"],
+        metrics=tuple(same["metrics"]),
+    )
     metrics = suite_metrics(config.suite, config.metrics)
     for metric in metrics:
         if metric.version != same["metrics"][metric.name]:

@@ -69,7 +69,7 @@ _TENSOR_OPS = ("HGMMA", "HMMA", "UTCHMMA", "UTCQMMA")
 
 
 @contextmanager
-def compiling_for(name: str) -> Iterator[None]:
+def compile_for(name: str) -> Iterator[None]:
     """Triton believes the active GPU is `name`; nothing can be launched, everything can be compiled."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -182,7 +182,7 @@ def row_examples(head_dim: int, dtype: torch.dtype) -> list[Any]:
 
 
 def compile_launch(launch: Any) -> Any:
-    """Compiled kernel of one launch, inside `compiling_for`."""
+    """Compiled kernel of one launch, inside `compile_for`."""
     _KERNELS.add(launch.kernel)
     return launch.compile()
 
@@ -195,7 +195,7 @@ def static_report(
     """
     recorded = load_recorded().get(name, {}) if (tokens, head_dim, dtype) == (64, 128, torch.bfloat16) else {}
     rows = []
-    with compiling_for(name):
+    with compile_for(name):
         for label, launch in examples(name, tokens, head_dim, dtype):
             row = {"kernel": label, "arch": name, **describe(compile_launch(launch), name, launch)}
             rows.append(row | {"recorded": recorded.get(label)})
@@ -338,13 +338,15 @@ def backend_status() -> list[dict[str, str]]:
     for operation, module in (("block_sparse_attention", attention), ("block_selection", selection)):
         for backend in module.BACKENDS[1:]:
             reason = module.why_unavailable(backend, probe)
-            used = reason is None and backend == (chosen if module is attention else _selected(device, module, probe))
+            used = reason is None and backend == (
+                chosen if module is attention else _choose_selection(device, module, probe)
+            )
             status = "used" if used else "available" if reason is None else "unavailable"
             rows.append({"operation": operation, "backend": backend, "status": status, "reason": reason or ""})
     return rows
 
 
-def _selected(device: torch.device, selection: Any, probe: torch.Tensor) -> str:
+def _choose_selection(device: torch.device, selection: Any, probe: torch.Tensor) -> str:
     return "triton" if device.type != "cpu" and selection.why_unavailable("triton", probe) is None else "reference"
 
 

@@ -76,11 +76,11 @@ def target(device: torch.device) -> str:
     """Architecture name in the launch tables: "sm_90", "gfx942", ...; the interpreter plays the plainest one."""
     if INTERPRETED or device.type != "cuda":
         return "interpreter"
-    return _target_of(device.index if device.index is not None else torch.cuda.current_device())
+    return _find_target(device.index if device.index is not None else torch.cuda.current_device())
 
 
 @functools.lru_cache
-def _target_of(index: int) -> str:
+def _find_target(index: int) -> str:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip is not None:
         return properties.gcnArchName.split(":")[0]

@@ -58,7 +58,7 @@ def require_integers(operation: str, name: str, x: Tensor) -> None:
     """Refuse a tensor that is not of whole numbers: a mask or a score is easily taken for a list of slots."""
     if x.dtype not in INTEGERS:
         raise SparseForcingError(
-            f"{operation}: {name} is {list(x.shape)} {x.dtype}, need whole numbers, such as torch.int32"
+            f"{operation}: {name} is {list(x.shape)} {x.dtype}, expected whole numbers, such as torch.int32"
         )
 
 
@@ -69,7 +69,7 @@ def require_range(operation: str, name: str, x: Tensor, least: int, most: int, m
     low, high = (int(value) for value in x.aminmax())
     if low < least or high > most:
         raise SparseForcingError(
-            f"{operation}: {name} holds {high if high > most else low}, need {least} to {most}: {meaning}"
+            f"{operation}: {name} holds {high if high > most else low}, expected {least} to {most}: {meaning}"
         )
 
 
@@ -79,5 +79,5 @@ def require_scale(operation: str, scale: float | None, head_dim: int) -> float:
         return head_dim**-0.5
     scale = float(scale)
     if not 0 < scale < math.inf:
-        raise SparseForcingError(f"{operation}: scale is {scale}, need a positive, finite number or None")
+        raise SparseForcingError(f"{operation}: scale is {scale}, expected a positive, finite number or None")
     return scale

@@ -1,4 +1,5 @@
-"""What a caller hands to the pipeline, checked before anything is computed: each error names the argument.
+"""What a caller hands to the pipeline, checked before anything is computed: each error names the argument. What the
+arguments of a stream come to is its `VideoPlan`.
 
 Shapes: B videos, F frames, H x W pixels, C channels and h x w of latents, T text tokens.
 """
@@ -8,7 +9,7 @@ from __future__ import annotations
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory.base import REWRITTEN
+from sparse_forcing.memory.base import REWRITTEN, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.sampling.noise import GivenNoise, NoiseSource, SeededNoise
+from sparse_forcing.sampling.starts import GivenFrames
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -32,6 +34,46 @@ StepEnd = Callable[..., Mapping[str, Tensor] | None]
 (`current_chunk` of `num_timesteps` steps), the timestep and tensors by name: `latents` [B, f, C, h, w], `prompt_embeds`
 and `negative_prompt_embeds` [B, T, text_dim]. What it returns takes their place; setting the pipeline's `_interrupt`
 ends the video with this chunk."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoLayout:
+    """The sizes of a video and what it goes on from.
+
+    size: height and width in pixels; latent_size: rows and columns of its latents.
+    chunks: latent frames of each chunk to generate; starts: the pixel frame that each begins with.
+    """
+
+    size: tuple[int, int]
+    latent_size: tuple[int, int]
+    chunks: list[int]
+    starts: list[int]
+    given: GivenFrames | None
+
+    @property
+    def latent_frames(self) -> int | None:
+        """Latent frames in all, given ones among them; None where it is not known how many are given."""
+        before = 0 if self.given is None else self.given.latent_frames
+        return None if before is None else before + sum(self.chunks)
+
+
+@dataclass(frozen=True)
+class VideoPlan:
+    """Everything that a rollout is started with.
+
+    text: [B, T, text_dim]; unconditional_text, text_at, recache: see `rollout`.
+    single: whether one video was asked for by itself, so that its frames have no batch dimension.
+    """
+
+    layout: VideoLayout
+    sampler: SamplerConfig
+    text: Tensor
+    unconditional_text: Tensor | None
+    text_at: Callable[[int], Tensor | None] | None
+    noise: NoiseSource
+    memory: RolloutMemory
+    recache: bool
+    single: bool
 
 
 def whole_number(name: str, value: Any, default: int) -> int:
@@ -57,7 +99,7 @@ def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[st
     return [check_type(name, each, str) for each in prompts]
 
 
-def changed_chunks(
+def assign_to_chunks(
     changes: Iterable[tuple[Any, T]], starts: Sequence[int], name: str = "prompt_changes", fps: float | None = None
 ) -> dict[int, T]:
     """New prompts by the number of the chunk that each holds from: the first that begins at its frame or after it.
@@ -86,7 +128,7 @@ def changed_chunks(
     return chunks
 
 
-def dtype_of(value: Any) -> torch.dtype | None:
+def resolve_dtype(value: Any) -> torch.dtype | None:
     """`torch_dtype`: a type of torch or its name. Raises ConfigError for one that weights cannot have."""
     dtype = DTYPES.get(value) if isinstance(value, str) else value
     if value is not None and dtype not in DTYPES.values():
@@ -94,14 +136,14 @@ def dtype_of(value: Any) -> torch.dtype | None:
     return dtype
 
 
-def dtypes_of(value: Any) -> Any:
+def resolve_dtypes(value: Any) -> Any:
     """`torch_dtype`, which may be a table {part or "default": type}, with types of torch. Raises ConfigError."""
     if isinstance(value, Mapping):
-        return {name: dtype_of(each) for name, each in value.items()}
-    return dtype_of(value)
+        return {name: resolve_dtype(each) for name, each in value.items()}
+    return resolve_dtype(value)
 
 
-def changed_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
+def change_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -> SamplerConfig:
     """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
     in diffusers: the conditional prediction alone."""
     steps = whole_number("num_inference_steps", steps, sampler.steps)

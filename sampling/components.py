@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from sparse_forcing.devices import memory_explained
+from sparse_forcing.devices import explain_memory_shortage
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import atomic_write_json
 from sparse_forcing.memory import MemoryConfig
@@ -34,11 +34,11 @@ from sparse_forcing.model_folder.folder import (
     find_model,
     finish_transformer,
     forget_origin,
-    kind_of,
+    identify_autoencoder,
     read_defaults,
 )
 from sparse_forcing.model_folder.recognise import PIPELINE_FILE
-from sparse_forcing.sampling.arguments import dtypes_of
+from sparse_forcing.sampling.arguments import resolve_dtypes
 from sparse_forcing.sampling.loading import (
     check_components,
     component_dtypes,
@@ -47,7 +47,7 @@ from sparse_forcing.sampling.loading import (
 )
 from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
 from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.parts import explained
+from sparse_forcing.weights.parts import explain_read_errors
 
 MODELS = ("transformer", "text_encoder", "vae")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -92,7 +92,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         self.tiny_decoder: TinyDecoder | None = None
         self.defaults = defaults or self._plain_defaults()
         self.weights_sha256 = weights_sha256
-        self.geometry = self.defaults.fitted(VideoGeometry.of(self.autoencoder, transformer.config))
+        self.geometry = self.defaults.fit_geometry(VideoGeometry.of(self.autoencoder, transformer.config))
 
     def with_defaults(self, defaults: PipelineConfig) -> Any:
         """The same parts with other defaults."""
@@ -104,7 +104,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         """Wan's defaults, for these kinds of parts."""
         words, wan = isinstance(self.text_encoder, WordTextEncoder), isinstance(self.autoencoder, WanAutoencoder)
         return PipelineConfig(
-            text_encoder="words" if words else "umt5", vae="wan" if wan else kind_of(self.autoencoder)
+            text_encoder="words" if words else "umt5", vae="wan" if wan else identify_autoencoder(self.autoencoder)
         )
 
     @property
@@ -165,7 +165,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
     def to(self, *args: Any, text_encoder_device: str | torch.device | None = None, **kwargs: Any) -> Any:
         """Move the model, change its type, or both, as in diffusers; the text encoder elsewhere if it would take too
         much memory there (umT5 is four times as large as Wan 2.1 1.3B)."""
-        with memory_explained(f"the model was moved to {', '.join(map(str, (*args, *kwargs.values())))}"):
+        with explain_memory_shortage(f"the model was moved to {', '.join(map(str, (*args, *kwargs.values())))}"):
             if text_encoder_device is None:
                 return super().to(*args, **kwargs)
             for name in MODELS:
@@ -211,10 +211,16 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, torch_dtype: Any = None, text_encoder: nn.Module | None = None,
-        prompts: Iterable[str] | None = None, prompt_cache: Path | None = None,
-        text_encoder_device: str | torch.device = "cpu", weights: Storage | None = None, **options: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        model: str,
+        torch_dtype: Any = None,
+        text_encoder: nn.Module | None = None,
+        prompts: Iterable[str] | None = None,
+        prompt_cache: Path | None = None,
+        text_encoder_device: str | torch.device = "cpu",
+        weights: Storage | None = None,
+        **options: Any,
+    ) -> Any:
         """Load an embedded model by name, a folder that `save_pretrained` wrote, a diffusers Wan folder, or a model of
         the hub (or its local cache) by its id.
 
@@ -227,8 +233,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             prompt_cache: folder that keeps what they were read as; a prompt that is in it needs no umT5.
             weights: "int8" or "fp8": the linear layers of the folder's transformer and umT5 are stored in 8 bits, once
                 they are loaded and before anything is moved.
-            options: those of diffusers' pipelines: other parts, `variant`, `device_map`, `quantization_config`,
-                `revision`, `cache_dir`, `local_files_only`, ...
+            options: diffusers' own: other parts, `variant`, `device_map`, `quantization_config`, `revision`, ...
 
         Raises:
             WeightsError: unknown model, missing or damaged file, parts that do not fit together.
@@ -239,12 +244,12 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         storage = check_storage("weights", weights)
         if storage and options.get("quantization_config") is not None:
             raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
-        dtype = dtypes_of(options.pop("dtype", torch_dtype))
+        dtype = resolve_dtypes(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
         given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None}
         given |= {"text_encoder", "tokenizer"} if text_encoder is not None else set()
-        with memory_explained(f"model {model} was loaded"):
-            with explained(folder):
+        with explain_memory_shortage(f"model {model} was loaded"):
+            with explain_read_errors(folder):
                 digest = model_hash(folder)
             texts, types = None, component_dtypes(folder, dtype)
             if prompts is not None and text_encoder is None:
@@ -253,23 +258,32 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                     texts = read_first(folder, list(prompts), *how)
                 given |= set() if texts is None else {"text_encoder"}
             check_components(folder, given)
-            with explained(folder), _quiet():
+            with explain_read_errors(folder), _quiet():
                 pipe = super().from_pretrained(
-                    str(folder), torch_dtype=types, use_safetensors=True,
-                    defaults=read_defaults(folder), weights_sha256=digest,
+                    str(folder),
+                    torch_dtype=types,
+                    use_safetensors=True,
+                    defaults=read_defaults(folder),
+                    weights_sha256=digest,
                     **options | ({"text_encoder": None} if "text_encoder" in given else {}),
-                )  # fmt: skip
-            if "transformer" not in given:
-                finish_transformer(pipe.transformer, folder)
-            if text_encoder is not None:  # of any kind
-                pipe.register_modules(text_encoder=text_encoder)
-            elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, pipe.text_encoder)):
-                pipe.register_modules(tokenizer=tokenizer)
-            text = texts or (None if "text_encoder" in given else pipe.text)
-            check_fit(folder, pipe.transformer, None if text is None else text.dim, pipe.autoencoder)
-            pipe.known_texts = texts or pipe.known_texts
+                )
+            pipe._complete(folder, given, text_encoder, texts)
             pipe._quantize(storage, given)
         return pipe
+
+    def _complete(
+        self, folder: Path, given: Collection[str], text_encoder: nn.Module | None, texts: KnownTexts | None
+    ) -> None:
+        """What diffusers does not load: the rest of the transformer, tokenizers; then check that the parts fit."""
+        if "transformer" not in given:
+            finish_transformer(self.transformer, folder)
+        if text_encoder is not None:  # of any kind
+            self.register_modules(text_encoder=text_encoder)
+        elif "tokenizer" not in given and (tokenizer := load_component_tokenizer(folder, self.text_encoder)):
+            self.register_modules(tokenizer=tokenizer)
+        text = texts or (None if "text_encoder" in given else self.text)
+        check_fit(folder, self.transformer, None if text is None else text.dim, self.autoencoder)
+        self.known_texts = texts or self.known_texts
 
     def _quantize(self, storage: Storage | None, given: Collection[str]) -> None:
         """Store the linear layers of what is not `given` in 8 bits, where that is asked for."""
@@ -317,7 +331,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
         """[B, text_len, dim]; warns with `prompt_remarks`. What umT5 read before is not read again."""
         prompts = [prompts] if isinstance(prompts, str) else prompts
-        with memory_explained("the text encoder read the prompt"):
+        with explain_memory_shortage("the text encoder read the prompt"):
             encoder = None if self.text_encoder is None and self.known_texts.dim else self.text
             if encoder is not None and not isinstance(encoder, UMT5TextEncoder):
                 return encoder.encode(prompts)
@@ -329,7 +343,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         if not isinstance(encoder := self.text, UMT5TextEncoder):
             raise ConfigError("free_text_encoder: an embedded model's text encoder is a few megabytes; it stays")
         self.known_texts.limit = None
-        with torch.no_grad(), memory_explained("the text encoder read the prompts"):
+        with torch.no_grad(), explain_memory_shortage("the text encoder read the prompts"):
             self.known_texts.learn([*prompts, self.defaults.negative_prompt], encoder)
         del encoder
         self.register_modules(text_encoder=None)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.memory import RolloutMemory
@@ -101,22 +102,14 @@ def decode_chunks(
     arrived: list[tuple[RolloutChunk, float]] = []
     side = SideStream(device)
 
-    def latents() -> Iterator[Tensor]:
-        for part in parts:
-            if given is not None and part.index == 0 and given.lead is not None:
-                yield given.lead.transpose(1, 2)
-            arrived.append((part, time.perf_counter()))
-            side.enter(part.latents)
-            yield part.latents.transpose(1, 2)
-
-    stream = vae.decode_stream(latents(), carried)
+    stream = vae.decode_stream(_hand_over(parts, given, arrived, side), carried)
     try:
         for pixels in stream:
             if not arrived:  # of what leads in
                 continue
             part, came = arrived.pop()
             finite = part.latents.isfinite().all() & pixels.isfinite().all()
-            shown = ((pixels.float() + 1) / 2).clamp(0, 1).permute(0, 2, 3, 4, 1)
+            shown = rearrange(((pixels.float() + 1) / 2).clamp(0, 1), "b c f h w -> b f h w c")
             side.leave()
             persistent_of = partial(_map_to_pixels, memory, tuple(shown.shape[1:4]))
             persistent = persistent_of(None)
@@ -128,12 +121,33 @@ def decode_chunks(
             if given is not None and given.picture is not None and part.index == 0:
                 frames, persistent = _with_picture(given.picture, frames, persistent)
             yield VideoChunk(
-                index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
-                decode_seconds=time.perf_counter() - came, cache_bytes=part.cache_bytes, persistent=persistent,
-                persistent_of=persistent_of, state=partial(_state, part, carried),
-            )  # fmt: skip
+                index=part.index,
+                frames=frames[0] if single else frames,
+                latents=part.latents,
+                seconds=part.seconds,
+                decode_seconds=time.perf_counter() - came,
+                cache_bytes=part.cache_bytes,
+                persistent=persistent,
+                persistent_of=persistent_of,
+                state=partial(_state, part, carried),
+            )
     finally:
         side.leave()
+
+
+def _hand_over(
+    parts: Iterator[RolloutChunk],
+    given: EncodedStart | None,
+    arrived: list[tuple[RolloutChunk, float]],
+    side: SideStream,
+) -> Iterator[Tensor]:
+    """Latents [B, C, f, h, w] for the decoder, after those that lead it in; `arrived` tells which chunk and when."""
+    for part in parts:
+        if given is not None and part.index == 0 and given.lead is not None:
+            yield given.lead.transpose(1, 2)
+        arrived.append((part, time.perf_counter()))
+        side.enter(part.latents)
+        yield part.latents.transpose(1, 2)
 
 
 def _with_picture(
@@ -150,14 +164,19 @@ def _state(part: RolloutChunk, carried: list[Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def undecoded_chunks(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
+def skip_decoding(parts: Iterator[RolloutChunk], size: tuple[int, int], *, single: bool) -> Iterator[VideoChunk]:
     """The chunks of a rollout that another process decodes: videos of this size without frames."""
     for part in parts:
         frames = np.empty((len(part.latents), 0, *size, 3), np.float32)
         yield VideoChunk(
-            index=part.index, frames=frames[0] if single else frames, latents=part.latents, seconds=part.seconds,
-            decode_seconds=0.0, cache_bytes=part.cache_bytes, persistent=None,
-        )  # fmt: skip
+            index=part.index,
+            frames=frames[0] if single else frames,
+            latents=part.latents,
+            seconds=part.seconds,
+            decode_seconds=0.0,
+            cache_bytes=part.cache_bytes,
+            persistent=None,
+        )
 
 
 def _on_host(frames: Tensor, side: SideStream) -> np.ndarray:

@@ -123,7 +123,7 @@ class LiveVideo:
                     return
                 if isinstance(made, Exception):
                     raise made
-                for picture in self._pictures_of(*made, first=shown):
+                for picture in self._make_pictures(*made, first=shown):
                     now = self._clock()
                     due = max(due, now)
                     self._sleep(due - now)
@@ -217,7 +217,7 @@ class LiveVideo:
                     told = time.monotonic()
                     yield Stall(seconds=told - began)
 
-    def _pictures_of(self, chunk: Any, prompt: str, *, first: int) -> Iterator[LivePicture]:
+    def _make_pictures(self, chunk: Any, prompt: str, *, first: int) -> Iterator[LivePicture]:
         frames = light_up(chunk.frames, chunk.persistent) if self.overlay else chunk.frames
         speed = len(frames) / (chunk.seconds + chunk.decode_seconds)
         for number, frame in enumerate(frames[: self.settings.num_frames - first], first):

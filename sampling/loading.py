@@ -19,7 +19,7 @@ from sparse_forcing.model.text import WordTextEncoder, load_tokenizer
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.word_tokenizer import WordTokenizer
 from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults, usual_dtype
-from sparse_forcing.weights.parts import check_model, check_part, explained, require_part
+from sparse_forcing.weights.parts import check_model, check_part, explain_read_errors, require_part
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
 PIPELINE = "SparseForcingPipeline"
@@ -32,15 +32,15 @@ def component_index(folder: Path) -> dict[str, Any]:
     words, embedded = defaults.text_encoder == "words", EMBEDDED_AUTOENCODERS.get(defaults.vae)
     return {
         "_class_name": PIPELINE,
-        "transformer": _named(CausalWanTransformer3DModel),
-        "text_encoder": _named(WordTextEncoder) if words else ("transformers", "UMT5EncoderModel"),
+        "transformer": _name(CausalWanTransformer3DModel),
+        "text_encoder": _name(WordTextEncoder) if words else ("transformers", "UMT5EncoderModel"),
         "tokenizer": NOTHING,
-        "vae": _named(embedded) if embedded else ("diffusers", "AutoencoderKLWan"),
+        "vae": _name(embedded) if embedded else ("diffusers", "AutoencoderKLWan"),
         "scheduler": _scheduler(folder),
     }
 
 
-def _named(kind: type) -> tuple[str, str]:
+def _name(kind: type) -> tuple[str, str]:
     return kind.__module__, kind.__name__
 
 
@@ -50,7 +50,7 @@ def _scheduler(folder: Path) -> tuple[str | None, str | None]:
     path = folder / "model_index.json"
     if not is_file(path, WeightsError):
         return NOTHING
-    with explained(path):
+    with explain_read_errors(path):
         index = read_json(path, max_bytes=MAX_CONFIG_BYTES)
         _, name = index.get("scheduler") or NOTHING
         if index.get("_class_name") != PIPELINE or name is None:
@@ -103,7 +103,7 @@ def _check_umt5(folder: Path) -> None:
     from transformers import UMT5Config, UMT5EncoderModel
 
     found = check_part(folder)
-    with explained(folder, "no readable umT5 encoder"):
+    with explain_read_errors(folder, "no readable umT5 encoder"):
         config = UMT5Config.from_pretrained(folder, local_files_only=True)
         if getattr(config, "quantization_config", None):
             return
@@ -121,7 +121,7 @@ def load_component_tokenizer(folder: Path, text_encoder: Any) -> Any:
     if isinstance(text_encoder, WordTextEncoder):
         if not (folder / "tokenizer").is_dir():
             return None
-        with explained(folder / "tokenizer"):
+        with explain_read_errors(folder / "tokenizer"):
             tokenizer = WordTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         if tokenizer.ids != text_encoder.tokenizer.ids:
             raise WeightsError(f"{folder}: tokenizer and text_encoder have other words; they are of different models")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -27,8 +28,10 @@ from sparse_forcing.model_folder.fit import not_finite_error
 from sparse_forcing.sampling.arguments import (
     PromptChanges,
     StepEnd,
-    changed_chunks,
-    changed_sampler,
+    VideoLayout,
+    VideoPlan,
+    assign_to_chunks,
+    change_sampler,
     check_embeddings,
     check_memory,
     check_type,
@@ -38,19 +41,21 @@ from sparse_forcing.sampling.arguments import (
     whole_number,
 )
 from sparse_forcing.sampling.components import MODELS, PipelineComponents
-from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, undecoded_chunks
+from sparse_forcing.sampling.decoding import VideoChunk, decode_chunks, skip_decoding
 from sparse_forcing.sampling.graphs import check_cuda_graphs, cuda_recorder, warn_if_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
-from sparse_forcing.sampling.plan import VideoLayout, VideoPlan
 from sparse_forcing.sampling.rollout import DenoisingStep, RolloutChunk, StepCallback, rollout
-from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, given_frames
+from sparse_forcing.sampling.starts import EncodedStart, GivenFrames, check_start
 
 OUTPUT_TYPES = ("np", "pt", "latent")
 
 
 @dataclass
 class SparseForcingPipelineOutput(BaseOutput):
-    """frames: one video per prompt and sample: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents."""
+    """Whole videos, one for each prompt and sample.
+
+    frames: [B, F, H, W, 3] array, [B, F, 3, H, W] tensor, or latents [B, F, C, h, w].
+    """
 
     frames: Any
 
@@ -120,7 +125,7 @@ class SparseForcingPipeline(PipelineComponents):
             negative_prompt, guidance_scale: what guidance leads away from; 1 or less is none, as in diffusers.
             num_frames: pixel frames to cover, `image` among them, those of `video` not.
             latents: [B, F, C, h, w] noise of the whole video instead of random noise.
-            prompt_changes, image, video: see `PromptChanges` and `given_frames`.
+            prompt_changes, image, video: see `PromptChanges` and `check_start`.
             memory, reserve_cache: the kind; a `full` cache takes its memory at once instead of as it grows.
             callback_on_step_end: see `StepEnd`; it is given what `callback_on_step_end_tensor_inputs` names.
             cuda_graphs: replay passes as CUDA graphs; None: on a CUDA device, where nothing rules it out.
@@ -132,7 +137,7 @@ class SparseForcingPipeline(PipelineComponents):
         """
         graphs = check_cuda_graphs(self._execution_device, cuda_graphs)
         layout = self._layout(height, width, num_frames, image, video)
-        sampler = changed_sampler(self.defaults.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
+        sampler = change_sampler(self.defaults.sampler, steps=num_inference_steps, guidance_scale=guidance_scale)
         config = check_memory(self.defaults.memory if memory is None else memory, recache=recache)
         repeats = whole_number("num_videos_per_prompt", num_videos_per_prompt, 1)
         text = self._texts(prompt, prompt_embeds, repeats)
@@ -151,7 +156,7 @@ class SparseForcingPipeline(PipelineComponents):
         """The sizes of a video, the defaults' where none are given, and the frames it goes on from."""
         size = whole_number("height", height, self.defaults.height), whole_number("width", width, self.defaults.width)
         latent_size = self.geometry.latent_size(*size)
-        given = given_frames(image, video, self.geometry, size)
+        given = check_start(image, video, self.geometry, size)
         frames = whole_number("num_frames", num_frames, self.defaults.num_frames)
         chunks, starts = self.geometry.timeline(frames, "nothing" if given is None else given.kind)
         return VideoLayout(size=size, latent_size=latent_size, chunks=chunks, starts=starts, given=given)
@@ -161,7 +166,7 @@ class SparseForcingPipeline(PipelineComponents):
     ) -> Iterator[VideoChunk]:
         """Start the rollout of a plan and decode it; offloaded parts leave the device after it."""
         given = plan.layout.given
-        initial = None if given is None or resumed is not None else self._encoded(given, len(plan.text))
+        initial = None if given is None or resumed is not None else self._encode_start(given, len(plan.text))
         parts = rollout(
             self.transformer,
             plan.text,
@@ -192,7 +197,7 @@ class SparseForcingPipeline(PipelineComponents):
         """The video's chunks; of several processes that make it together, the first one decodes."""
         parallel = self.transformer.sequence_parallel
         if parallel is not None and parallel.rank > 0:
-            return undecoded_chunks(parts, plan.layout.size, single=plan.single)
+            return skip_decoding(parts, plan.layout.size, single=plan.single)
         return decode_chunks(
             self.autoencoder,
             parts,
@@ -221,7 +226,7 @@ class SparseForcingPipeline(PipelineComponents):
             warnings.warn("negative_prompt has no effect without guidance; set guidance_scale above 1", stacklevel=3)
         return self.encode_prompt([prompt]).to(text).expand_as(text) if guided else None
 
-    def _encoded(self, given: GivenFrames, batch: int) -> EncodedStart:
+    def _encode_start(self, given: GivenFrames, batch: int) -> EncodedStart:
         """The latents that so many videos start with."""
         return EncodedStart(given, self.autoencoder, batch, self._execution_device, self.dtype)
 
@@ -286,7 +291,7 @@ class SparseForcingPipeline(PipelineComponents):
         selectors, parallel = self.transformer.selectors, self.transformer.sequence_parallel
         if parallel is not None:
             if config.kind == "sparse" and config.retention == "random":
-                raise ConfigError("memory.retention: random counts all heads, of which a process of several has a part")
+                raise ConfigError("memory.retention: random counts all heads together; here a process has only some")
             selectors = parallel.own_selectors(selectors)
         return make_memory(config, geometry, selectors=selectors)
 
@@ -308,7 +313,9 @@ class SparseForcingPipeline(PipelineComponents):
         def texts(prompt: str | list[str]) -> Tensor:
             prompts = prompt_list(prompt, "prompt_changes")
             if len(prompts) not in (1, num_prompts):
-                raise ConfigError(f"prompt_changes: {len(prompts)} prompts for {num_prompts} that the video began with")
+                raise ConfigError(
+                    f"prompt_changes: {len(prompts)} prompts for {num_prompts}; give one, or as many as at first"
+                )
             return self._texts(prompts * (num_prompts // len(prompts)), None, repeats)
 
         if changes is None:
@@ -316,7 +323,7 @@ class SparseForcingPipeline(PipelineComponents):
         if callable(changes):
             return lambda index: None if (prompt := changes(starts[index])) is None else texts(prompt)
         pairs = check_type("prompt_changes", changes, Mapping).items()
-        return {number: texts(prompt) for number, prompt in changed_chunks(pairs, starts).items()}.get
+        return {number: texts(prompt) for number, prompt in assign_to_chunks(pairs, starts).items()}.get
 
     def __call__(
         self,
@@ -348,13 +355,13 @@ class SparseForcingPipeline(PipelineComponents):
             **kwargs,
         )
         with self.progress_bar(total=self._num_chunks * self._num_timesteps) as bar:
-            frames = self._joined(list(stream), output_type, kwargs.get("num_frames"))
+            frames = self._join(list(stream), output_type, kwargs.get("num_frames"))
         return SparseForcingPipelineOutput(frames) if return_dict else (frames,)
 
-    def _joined(self, chunks: list[VideoChunk], output_type: str, num_frames: int | None) -> Any:
+    def _join(self, chunks: list[VideoChunk], output_type: str, num_frames: int | None) -> Any:
         """The frames of a video, cut to length, or its latents."""
         if output_type == "latent":
             return torch.cat([chunk.latents for chunk in chunks], 1)
         frames = np.concatenate([chunk.frames for chunk in chunks], 1)
         frames = frames[:, : self.defaults.num_frames if num_frames is None else num_frames]
-        return frames if output_type == "np" else torch.from_numpy(frames).permute(0, 1, 4, 2, 3)
+        return frames if output_type == "np" else rearrange(torch.from_numpy(frames), "b f h w c -> b f c h w")

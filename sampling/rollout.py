@@ -26,7 +26,7 @@ from sparse_forcing.model.layers import is_hooked
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel, TextKeysValues
 from sparse_forcing.sampling.graphs import RecordedPasses, Recorder, keep_in_place, why_not_recorded
 from sparse_forcing.sampling.noise import NoiseSource
-from sparse_forcing.sampling.samplers import go_on, guided, sample_chunk
+from sparse_forcing.sampling.samplers import go_on, guide, sample_chunk
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class DenoisingStep:
 StepCallback = Callable[[DenoisingStep], None]
 
 
-def nothing_to_remember() -> None:
+def remember_nothing() -> None:
     """The clean pass of a chunk that owes none."""
 
 
@@ -75,8 +75,19 @@ class RolloutChunk:
     latents: Tensor
     seconds: float
     cache_bytes: int
-    remember: Callable[[], None] = field(default=nothing_to_remember, repr=False, compare=False)
+    remember: Callable[[], None] = field(default=remember_nothing, repr=False, compare=False)
     state: Callable[[], dict[str, Any]] = field(default=no_state, repr=False, compare=False)
+
+
+@dataclass
+class RolloutTrace:
+    """What a rollout without gradients leaves of each chunk, to take its exit step again with them.
+
+    exits: [B, f, C, H, W] latents that the exit step began from; contexts: the same of what the clean pass read.
+    """
+
+    exits: list[Tensor] = field(default_factory=list)
+    contexts: list[Tensor] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,11 +99,13 @@ class TrainingRollout:
         gradient_from_frame: latent frame from which chunks carry gradients.
         context_noise: noise the context before the clean pass as Self-Forcing's trainer does (its grid has no zero,
             so timestep 0 means sigma of the last entry).
+        trace: is given every chunk's exit.
     """
 
     exit_steps: list[int]
     gradient_from_frame: int = 0
     context_noise: bool = False
+    trace: RolloutTrace | None = None
 
 
 def rollout(
@@ -148,7 +161,7 @@ def rollout(
         owed = CleanPass(partial(network.clean, context, context_timestep) if memory.remembers else None)
         if training and index < len(chunks) - 1:  # before anybody changes the weights
             owed.run()
-        seconds = _finished(latents) - began
+        seconds = _wait_for(latents) - began
         state = partial(network.state, owed.run, noise, index + 1, start + frames)
         yield RolloutChunk(index, start, latents, seconds, memory.cache_bytes, owed.run, state)
         if network.interrupted:
@@ -165,7 +178,7 @@ def _only_infers(model: Any) -> bool:
     return all(type(weight) is nn.Parameter and weight.device.type == "cpu" for weight in model.parameters())
 
 
-def _finished(latents: Tensor) -> float:
+def _wait_for(latents: Tensor) -> float:
     """The time by when they are computed: seconds are of the work, not of its launch."""
     if latents.device.type != "cpu":
         torch.accelerator.synchronize(latents.device)
@@ -175,10 +188,12 @@ def _finished(latents: Tensor) -> float:
 def _context(latents: Tensor, noise: NoiseSource, shift: float, training: TrainingRollout | None) -> Tensor:
     """What later chunks see of finished latents. Noise is drawn after the last chunk, too: whoever draws next counts on
     it."""
-    if training is None or not training.context_noise:
-        return latents
-    sigma = FlowSchedule(shift).sigma_at(torch.zeros(len(latents)))
-    return add_noise(latents, noise.fresh(latents.shape[1]), sigma.to(latents.device))
+    if training is not None and training.context_noise:
+        sigma = FlowSchedule(shift).sigma_at(torch.zeros(len(latents)))
+        latents = add_noise(latents, noise.fresh(latents.shape[1]), sigma.to(latents.device))
+    if training is not None and training.trace is not None:
+        training.trace.contexts.append(latents)
+    return latents
 
 
 class CleanPass:
@@ -302,11 +317,19 @@ class _Network:
     def _needs_gradient(self, step: int) -> bool:
         if self.training is None:
             return False
-        return step == self.training.exit_steps[self.index] and self.start >= self.training.gradient_from_frame
+        return step == self._exit_step and self.start >= self.training.gradient_from_frame
+
+    @property
+    def _exit_step(self) -> int:
+        """The step that makes the current chunk in training."""
+        assert self.training is not None
+        return self.training.exit_steps[self.index]
 
     def flow(self, x: Tensor, timestep: Tensor, step: int) -> Tensor:
         """v of the current chunk x [B, f, C, H, W]."""
         gradient = self._needs_gradient(step)
+        if self.training is not None and self.training.trace is not None and step == self._exit_step:
+            self.training.trace.exits.append(x.detach())
         with torch.set_grad_enabled(gradient):
             # In a pass with gradients the text projections take part in it, so they are computed afresh.
             flow = self._run(x, timestep, False, None if gradient else self.text_keys_values)
@@ -318,9 +341,13 @@ class _Network:
         assert self.text is not None
         text = self._conditional(self.text)
         made = DenoisingStep(
-            chunk=self.index, step=step, timestep=timestep, latents=x.detach(), text=text,
+            chunk=self.index,
+            step=step,
+            timestep=timestep,
+            latents=x.detach(),
+            text=text,
             unconditional_text=self.unconditional_text,
-        )  # fmt: skip
+        )
         callback(made)
         if made.text is not text or made.unconditional_text is not self.unconditional_text:
             self.unconditional_text = made.unconditional_text
@@ -352,7 +379,7 @@ class _Network:
         if found is None:
             return None
         flow = (found.clone() if self.infers else found).transpose(1, 2)
-        return flow if self.guidance_scale is None else guided(flow, self.guidance_scale)
+        return flow if self.guidance_scale is None else guide(flow, self.guidance_scale)
 
     def _first_passes_as_they_are(self) -> AbstractContextManager[object]:
         """A compiled model is not compiled before the memory has made its state."""

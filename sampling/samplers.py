@@ -142,7 +142,7 @@ def sample_chunk(
     return sample_unipc(flow, x, config.steps, config.shift, levels, after)
 
 
-def guided(flow: Tensor, guidance_scale: float) -> Tensor:
+def guide(flow: Tensor, guidance_scale: float) -> Tensor:
     """uncond + w (cond - uncond) of a doubled batch [cond | uncond]."""
     cond, uncond = flow.chunk(2)
     return torch.lerp(uncond, cond, guidance_scale)

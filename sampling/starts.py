@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
@@ -38,7 +39,7 @@ class GivenFrames:
     picture: np.ndarray | None = None
 
 
-def given_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> GivenFrames | None:
+def check_start(image: Any, video: Any, geometry: VideoGeometry, size: tuple[int, int]) -> GivenFrames | None:
     """What a caller gave to start from, checked; None for nothing.
 
     Args:
@@ -56,8 +57,8 @@ def given_frames(image: Any, video: Any, geometry: VideoGeometry, size: tuple[in
         return None
     if geometry.whole_video:
         raise ConfigError(
-            "image and video: these weights make all frames at once and cannot go on from given ones; only with "
-            "chunk_frames (--chunk-frames) they can, which they were not trained for"
+            "image and video: these weights make all frames at once and cannot go on from given ones; with "
+            "chunk_frames (--chunk-frames) they can, although they were not trained for it"
         )
     if image is not None:
         picture = _pixels("image", image, "HW3", size)[None, None]
@@ -133,11 +134,11 @@ class EncodedStart:
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[Tensor]:
-        pixels = (torch.from_numpy(chunk).permute(0, 4, 1, 2, 3) * 2 - 1 for chunk in self._given.chunks)
+        pixels = (rearrange(torch.from_numpy(x), "b f h w c -> b c f h w") * 2 - 1 for x in self._given.chunks)
         for encoded in self._vae.encode_stream(part.to(self._device) for part in pixels):
             latents = encoded.transpose(1, 2).to(self._dtype)
             if self._batch % len(latents):
-                raise ConfigError(f"video: {len(latents)} videos for {self._batch} that are to go on from them")
+                raise ConfigError(f"video: {len(latents)} videos for {self._batch} prompts; give one, or one for each")
             latents = latents.repeat_interleave(self._batch // len(latents), 0)
             self._last.append(latents)
             while self._last and self._held - self._last[0].shape[1] >= self._vae.lead_frames:

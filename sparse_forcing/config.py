@@ -110,7 +110,7 @@ def build_config(
 ) -> T:
     """Build dataclass `cls` from nested mappings and overrides, strictly; `source` opens the message of an error."""
     try:
-        changed = _changed(tree, list(overrides))
+        changed = _change(tree, list(overrides))
         return _build(cls, changed, "", _leaves(cls))
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from error
@@ -162,7 +162,7 @@ def read_settings(path: PathLike) -> dict[str, Any]:
     return tree
 
 
-def _changed(tree: Any, overrides: Sequence[str]) -> Any:
+def _change(tree: Any, overrides: Sequence[str]) -> Any:
     """The tree with overrides, which need a mapping; without them it is left to be judged as it is."""
     if not overrides or not isinstance(tree, Mapping):
         return tree

@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 @contextmanager
-def memory_explained(while_: str) -> Iterator[None]:
+def explain_memory_shortage(while_: str) -> Iterator[None]:
     """Running out of memory while a model is loaded or reads text becomes a SparseForcingError that says what helps.
 
     Args:

@@ -105,10 +105,10 @@ class JoinedLaunch(Launch):
     def gather(self, value: T) -> list[T]:
         import torch.distributed as dist
 
-        from sparse_forcing.processes import explained_peers
+        from sparse_forcing.processes import explain_lost_peers
 
         found: list[Any] = [None] * self.count
-        with explained_peers(self.count):
+        with explain_lost_peers(self.count):
             dist.all_gather_object(found, value)
         return found
 

@@ -47,7 +47,7 @@ def leave_group() -> Iterator[None]:
 
 
 @contextmanager
-def explained_peers(count: int) -> Iterator[None]:
+def explain_lost_peers(count: int) -> Iterator[None]:
     """What a collective raises when one of the `count` processes has gone becomes a SparseForcingError of one line."""
     try:
         yield

@@ -24,7 +24,7 @@ _process_is_ours = False
 
 
 def own_process(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Say that this process is a command's own: its idle threads sleep, and `limited_threads` chooses their number.
+    """Say that this process is a command's own: its idle threads sleep, and `limit_threads` chooses their number.
 
     Nothing happens where torch is there already, for then somebody else imported it. Unless the user chose otherwise.
     """
@@ -37,7 +37,7 @@ def own_process(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 @contextmanager
-def limited_threads(operations: Callable[[], float]) -> Iterator[None]:
+def limit_threads(operations: Callable[[], float]) -> Iterator[None]:
     """Compute with no more threads than passes of so many operations are worth, in a process that is a command's own.
 
     Args:

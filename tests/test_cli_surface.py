@@ -116,8 +116,11 @@ def test_help_describes_every_flag_and_prints_to_stdout(command: str, capsys: py
 def test_help_and_bad_arguments_never_import_torch(arguments: list[str], code: int, tmp_path: Path) -> None:
     child = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH, *arguments],
-        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), "PATH": ""}, capture_output=True, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(ROOT), "PATH": ""},
+        capture_output=True,
+        text=True,
+    )
     assert child.returncode == code, child.stderr
     assert "Traceback" not in child.stderr
 

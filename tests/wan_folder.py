@@ -74,8 +74,10 @@ def write_original(source: Path, folder: Path) -> Path:
     config = {"_class_name": "WanModel", "model_type": "t2v", "dim": HEADS * HEAD_DIM, "num_heads": HEADS}
     (folder / "config.json").write_text(json.dumps(config))
     text = load_file(source / "text_encoder" / "model.safetensors")
-    torch.save({_umt5_key(key): x for key, x in text.items() if "embed_tokens" not in key},
-               folder / "models_t5_umt5-xxl-enc-bf16.pth")  # fmt: skip
+    torch.save(
+        {_umt5_key(key): x for key, x in text.items() if "embed_tokens" not in key},
+        folder / "models_t5_umt5-xxl-enc-bf16.pth",
+    )
     vae = load_file(source / "vae" / WEIGHTS)
     torch.save({_vae_key(key): x for key, x in vae.items()}, folder / "Wan2.1_VAE.pth")
     shutil.copytree(source / "tokenizer", folder / "google" / "umt5-xxl")
@@ -86,11 +88,16 @@ def _umt5_key(key: str) -> str:
     if key == "shared.weight":
         return "token_embedding.weight"
     for new, old in (
-        ("encoder.final_layer_norm", "norm"), ("encoder.block", "blocks"), ("layer.0.layer_norm", "norm1"),
-        ("layer.1.layer_norm", "norm2"), ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
-        ("layer.0.SelfAttention", "attn"), ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
-        ("layer.1.DenseReluDense.wi_1", "ffn.fc1"), ("layer.1.DenseReluDense.wo", "ffn.fc2"),
-    ):  # fmt: skip
+        ("encoder.final_layer_norm", "norm"),
+        ("encoder.block", "blocks"),
+        ("layer.0.layer_norm", "norm1"),
+        ("layer.1.layer_norm", "norm2"),
+        ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+        ("layer.0.SelfAttention", "attn"),
+        ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+        ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
+        ("layer.1.DenseReluDense.wo", "ffn.fc2"),
+    ):
         key = key.replace(new, old)
     return key
 
@@ -104,9 +111,13 @@ def _vae_key(key: str) -> str:
     key = re.sub(r"mid_block\.resnets\.(\d)", lambda match: f"middle.{2 * int(match[1])}", key)
     key = key.replace("mid_block.attentions.0", "middle.1")
     for new, old in (
-        ("post_quant_conv.", "conv2."), ("quant_conv.", "conv1."), ("conv_in.", "conv1."), ("norm_out.", "head.0."),
-        ("conv_out.", "head.2."), ("conv_shortcut.", "shortcut."),
-    ):  # fmt: skip
+        ("post_quant_conv.", "conv2."),
+        ("quant_conv.", "conv1."),
+        ("conv_in.", "conv1."),
+        ("norm_out.", "head.0."),
+        ("conv_out.", "head.2."),
+        ("conv_shortcut.", "shortcut."),
+    ):
         key = key.replace(new, old)
     if "middle" in key or "samples" in key:
         for new, old in (("norm1", "0"), ("conv1", "2"), ("norm2", "3"), ("conv2", "6")):

@@ -17,6 +17,7 @@ STAGES: dict[str, tuple[str, str]] = {
     "autoencoder": ("sparse_forcing.training.recipes.embedded.autoencoder", "AutoencoderConfig"),
     "pretrain": ("sparse_forcing.training.recipes.embedded.pretrain", "PretrainConfig"),
     "forcing": ("sparse_forcing.training.recipes.forcing", "ForcingConfig"),
+    "consistency": ("sparse_forcing.training.recipes.consistency", "ConsistencyConfig"),
     "ode": ("sparse_forcing.training.recipes.ode", "OdeConfig"),
     "retention": ("sparse_forcing.training.recipes.retention", "RetentionConfig"),
     "distill": ("sparse_forcing.training.recipes.distill", "DistillConfig"),

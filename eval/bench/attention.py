@@ -84,8 +84,15 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
         errors = check_correctness(where, backend, dtypes)
     for line, worst, allowed in errors:
         print(f"  {line}: relative error {worst:.1e}, allowed {allowed:.0e}")
-    report: dict = {"device": str(where), "backend": backend, "torch": torch.__version__, "ok": True,
-                    "threads": torch.get_num_threads(), "attention": [], "breakdown": []}  # fmt: skip
+    report: dict = {
+        "device": str(where),
+        "backend": backend,
+        "torch": torch.__version__,
+        "ok": True,
+        "threads": torch.get_num_threads(),
+        "attention": [],
+        "breakdown": [],
+    }
     if any(not worst <= allowed for _, worst, allowed in errors):
         print("bench attention: the result is wrong; nothing was timed", file=sys.stderr)
         print(json.dumps(report | {"ok": False}))

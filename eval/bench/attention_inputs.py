@@ -17,7 +17,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # query, key and value bloc
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """heads x head_dim, queries and window keys in tokens, blocks of `block` tokens, `persistent` tokens per head."""
+    """Sizes of a problem: queries and window keys in tokens, blocks of `block` tokens, `persistent` tokens per head."""
 
     heads: int
     head_dim: int

@@ -26,7 +26,7 @@ from sparse_forcing.eval.bench.judging import (
     summarize_verdicts,
 )
 from sparse_forcing.eval.bench.options import ChangeBenchConfig
-from sparse_forcing.eval.bench.rollout import chosen_memories, compare_memories, percent
+from sparse_forcing.eval.bench.rollout import choose_memories, compare_memories, percent
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
 from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
@@ -47,7 +47,7 @@ def run(config: ChangeBenchConfig) -> int:
         raise ConfigError(
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
-    for memory in chosen_memories(pipe, config.memories).values():
+    for memory in choose_memories(pipe, config.memories).values():
         check_memory(memory, recache=config.recache)
     changes = changing_prompts(config.prompts, seed=config.seed)
 
@@ -96,9 +96,11 @@ def judge_changes(
 
     def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:
         settings = RolloutSettings(
-            horizons=(3,), seed=config.seed, num_inference_steps=config.num_inference_steps,
+            horizons=(3,),
+            seed=config.seed,
+            num_inference_steps=config.num_inference_steps,
             guidance_scale=config.guidance_scale,
-        )  # fmt: skip
+        )
         recache = config.recache and prompt_changes is not None
         chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes, recache=recache)
         return np.concatenate([chunk.frames for chunk in chunks], 1)
@@ -107,15 +109,15 @@ def judge_changes(
     # What grows may have grown already, but not before it was told to.
     starts = [0 if change.attribute == "motion" else clip for change in changes]
     return {
-        "before": _judged(changed, befores, 0, clip, [0] * len(changes)),
-        "1st after": _judged(changed, afters, clip, clip, starts),
-        "2nd after": _judged(changed, afters, 2 * clip, clip, [start + clip for start in starts]),
-        "1st unchanged": _judged(unchanged, afters, clip, clip, [clip] * len(changes)),
-        "2nd unchanged": _judged(unchanged, afters, 2 * clip, clip, [2 * clip] * len(changes)),
+        "before": _judge_clips(changed, befores, 0, clip, [0] * len(changes)),
+        "1st after": _judge_clips(changed, afters, clip, clip, starts),
+        "2nd after": _judge_clips(changed, afters, 2 * clip, clip, [start + clip for start in starts]),
+        "1st unchanged": _judge_clips(unchanged, afters, clip, clip, [clip] * len(changes)),
+        "2nd unchanged": _judge_clips(unchanged, afters, 2 * clip, clip, [2 * clip] * len(changes)),
     }
 
 
-def _judged(
+def _judge_clips(
     videos: np.ndarray, prompts: Sequence[str], at: int, frames: int, starts: Sequence[int]
 ) -> list[Measurements]:
     """The clips of videos [B, F, H, W, 3] that begin with frame `at`; starts: how long each has been what it shows."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.measuring.statistics import LEVEL, summarize
@@ -45,7 +46,7 @@ class RolloutSettings:
 
     def __post_init__(self) -> None:
         if not self.horizons or min(self.horizons) < 1 or len(set(self.horizons)) < len(self.horizons):
-            raise ConfigError(f"horizons: different positive multiples of the clip are needed, got {self.horizons}")
+            raise ConfigError(f"horizons: expected different positive multiples of the clip, got {self.horizons}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ def judge_batch(
 
 def judge(frames: np.ndarray, prompt: str, start_frame: int) -> Measurements:
     """Verdicts and statistics of one segment [F, H, W, 3] in [0, 1] that begins at `start_frame` of its video."""
-    pixels = torch.from_numpy(frames).permute(0, 3, 1, 2) * 2 - 1
+    pixels = rearrange(torch.from_numpy(frames), "f h w c -> f c h w") * 2 - 1
     result = check_clip(pixels, prompt, start_frame=start_frame)
     verdicts = {name: result.verdict(name) for name in ATTRIBUTES}
     record: Measurements = {name: None if right is None else float(right) for name, right in verdicts.items()}
@@ -162,7 +163,7 @@ def summarize_rollouts(pipe: SparseForcingPipeline, batches: Sequence[JudgedBatc
 def drift(first: Sequence[Measurements], late: Sequence[Measurements], name: str) -> list[float]:
     """Per prompt, the absolute change of a statistic, or of all of them on average ("mean")."""
     names = NAMES if name == "mean" else (name,)
-    changes = [[abs(_known(b[n]) - _known(a[n])) for n in names] for a, b in zip(first, late)]
+    changes = [[abs(_require(b[n]) - _require(a[n])) for n in names] for a, b in zip(first, late)]
     return [sum(row) / len(row) for row in changes]
 
 
@@ -190,7 +191,7 @@ def summarize_verdicts(verdicts: Sequence[float | None]) -> dict[str, Any]:
     return found
 
 
-def _known(value: float | None) -> float:
+def _require(value: float | None) -> float:
     assert value is not None, "picture statistics are always measured"
     return value
 

@@ -61,9 +61,16 @@ def _draw_gaps(ax: Any, rows: Mapping[str, Any], cells: Sequence[str], aspect: s
         means, reach = _shares(row, cells, aspect)
         x = np.arange(len(cells)) + 0.03 * (number - len(rows) / 2)
         ax.errorbar(
-            x, means, yerr=reach, label=f"{name} ({_kib(row, cells)} KiB)", color=color(number), marker="o",
-            markersize=3, capsize=2, linewidth=1.2,
-        )  # fmt: skip
+            x,
+            means,
+            yerr=reach,
+            label=f"{name} ({_kib(row, cells)} KiB)",
+            color=color(number),
+            marker="o",
+            markersize=3,
+            capsize=2,
+            linewidth=1.2,
+        )
     ax.set_xticks(range(len(cells)), [cell.partition("gap ")[2] for cell in cells])
     ax.set(xlabel="gap, windows", ylabel="percent right at return", ylim=(-3, 103))
 

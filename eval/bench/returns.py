@@ -13,6 +13,7 @@ from itertools import groupby, pairwise
 
 import numpy as np
 import torch
+from einops import rearrange
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.scene_checker.world_judge import Verdict, compare
@@ -143,7 +144,7 @@ def world_frames(world: World, side: int) -> torch.Tensor:
     """The true frames of a world, [F, S, S, 3] in [0, 1]."""
     from sparse_forcing.scenes.worlds.draw import render_world
 
-    return (render_world(world, side).movedim(1, -1) * 0.5 + 0.5).clamp(0, 1)
+    return (rearrange(render_world(world, side), "f c h w -> f h w c") * 0.5 + 0.5).clamp(0, 1)
 
 
 def _judge(task: Task, frames: np.ndarray, cache_bytes: int) -> Answer:

@@ -44,7 +44,7 @@ def memory_variants(default: MemoryConfig) -> dict[str, MemoryConfig]:
     }
 
 
-def chosen_memories(pipe: SparseForcingPipeline, names: Sequence[str]) -> dict[str, MemoryConfig]:
+def choose_memories(pipe: SparseForcingPipeline, names: Sequence[str]) -> dict[str, MemoryConfig]:
     """The variants of a model's memory by their names. Raises ConfigError for a name that is none."""
     variants = memory_variants(pipe.default_memory)
     unknown = set(names) - set(variants)
@@ -83,7 +83,7 @@ def compare_memories(
         measure: a memory's row of the result, and of it the shares of what is entirely right.
         tables: Markdown of a result.
     """
-    memories = chosen_memories(pipe, config.memories)
+    memories = choose_memories(pipe, config.memories)
     rows: dict[str, dict] = {}
     result = {
         "config": to_plain(config),

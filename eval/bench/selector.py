@@ -71,9 +71,11 @@ def recall_table(means: dict[tuple[str, float], Tensor]) -> list[dict[str, Any]]
             value = means[name, share]
             heads = value.mean(0)
             row[name] = {
-                "mean": heads.mean().item(), "spread": heads.std().item(), "layers": heads.tolist(),
+                "mean": heads.mean().item(),
+                "spread": heads.std().item(),
+                "layers": heads.tolist(),
                 "prompts": value.mean((1, 2)).tolist(),
-            }  # fmt: skip
+            }
         if "learned" in row:
             gap = row["oracle"]["mean"] - row["mean"]["mean"]
             row["gap_closed"] = (row["learned"]["mean"] - row["mean"]["mean"]) / gap if gap else None
@@ -83,9 +85,14 @@ def recall_table(means: dict[tuple[str, float], Tensor]) -> list[dict[str, Any]]
 
 @torch.no_grad()
 def measure_recall(
-    pipe: SparseForcingPipeline, prompts: list[str], *, chunks: int, seed: int = 0, memory: MemoryConfig | None = None,
+    pipe: SparseForcingPipeline,
+    prompts: list[str],
+    *,
+    chunks: int,
+    seed: int = 0,
+    memory: MemoryConfig | None = None,
     batch_size: int = 8,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Roll out `chunks` chunks per prompt through the sparse memory and compare selectors on what its layers see.
 
     Raises:

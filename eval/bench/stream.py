@@ -211,10 +211,15 @@ def build(
         kind="few_step", steps=config.num_inference_steps, shift=architecture.defaults.sampler.shift
     )
     return Stream(
-        architecture=architecture, model=model, text=text, sampler=sampler, latent_size=latent_size, seed=config.seed,
+        architecture=architecture,
+        model=model,
+        text=text,
+        sampler=sampler,
+        latent_size=latent_size,
+        seed=config.seed,
         graphs=check_cuda_graphs(device, config.cuda_graphs),
         vae=build_autoencoder(architecture, device) if config.decode else None,
-    )  # fmt: skip
+    )
 
 
 def build_autoencoder(architecture: Architecture, device: torch.device) -> VideoAutoencoder:

@@ -105,7 +105,7 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> None:
-    """stream.json, stream.md and, where there is matplotlib, stream.png."""
+    """Write stream.json, stream.md and, where there is matplotlib, stream.png."""
     if importlib.util.find_spec("matplotlib") is not None:
         with atomic_path(folder / "stream.png") as path:
             plot(result, path)

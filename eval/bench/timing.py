@@ -35,7 +35,7 @@ def measure_seconds(
 def capture_graph(function: Callable[[], object], device: torch.device) -> Callable[[], object]:
     """Replay of a CUDA graph of CAPTURED_CALLS calls; the function was called before. RuntimeError if impossible."""
     if device.type != "cuda":
-        raise RuntimeError(f"{device.type} has none")
+        raise RuntimeError(f"{device.type} has no CUDA graphs")
     with torch.cuda.device(device):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

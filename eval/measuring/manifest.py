@@ -64,7 +64,7 @@ class Entry:
             if text is not None:
                 _check_text(text)
         if self.index < 0:
-            raise ConfigError(f"index must not be negative, not {self.index}")
+            raise ConfigError(f"index must be 0 or more, not {self.index}")
 
     @property
     def text(self) -> str | None:
@@ -105,14 +105,14 @@ def read_manifest(path: Path) -> list[Entry]:
 
 def _from_row(row: Row) -> Entry:
     try:
-        known = _typed({name: row.fields[name] for name in FIELDS if name in row.fields})
+        known = _check_types({name: row.fields[name] for name in FIELDS if name in row.fields})
         extra = {name: value for name, value in row.fields.items() if name not in FIELDS}
         return Entry(**{**known, "video": row.video, "extra": extra})
     except ConfigError as error:
         raise ConfigError(f"{row.where}: {error}") from error
 
 
-def _typed(record: dict[str, Any]) -> dict[str, Any]:
+def _check_types(record: dict[str, Any]) -> dict[str, Any]:
     for name, kind in (("prompt", str), ("original_prompt", str), ("index", int), ("seed", int)):
         value = record.get(name)
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
@@ -145,7 +145,7 @@ def _make_entry(video: Path) -> Entry:
         known = {name: record.get(name) for name in FIELDS} if isinstance(record, dict) else {}
         try:
             changes = _later_prompts(record) if known else []
-            known = _typed(known | {"prompt_changes": bool(changes)})
+            known = _check_types(known | {"prompt_changes": bool(changes)})
             if changes:
                 known |= {"prompt": "; ".join([known["prompt"] or "", *changes]), "original_prompt": None}
             return Entry(**{**known, "video": video})

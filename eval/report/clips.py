@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import os
 import urllib.parse
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
@@ -52,17 +52,11 @@ def filmstrip(path: Path, frames: int) -> str | None:
                 image = Image.fromarray(frame)
                 width = max(1, round(image.width * HEIGHT / image.height))
                 method = Image.Resampling.NEAREST if image.height < HEIGHT else Image.Resampling.LANCZOS
-                pictures.append(image.resize((width, HEIGHT), method))
+                pictures.append(np.asarray(image.resize((width, HEIGHT), method)))
     except VideoError:
         return None
-    strip = Image.new("RGB", (sum(picture.width + 2 for picture in pictures), HEIGHT), "white")
-    across = 0
-    for picture in pictures:
-        strip.paste(picture, (across, 0))
-        across += picture.width + 2
-    buffer = io.BytesIO()
-    strip.save(buffer, "JPEG", quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode()
+    strip = np.concatenate([np.pad(picture, ((0, 0), (0, 2), (0, 0)), constant_values=255) for picture in pictures], 1)
+    data = base64.b64encode(iio.imwrite("<bytes>", strip, plugin="pillow", extension=".jpeg", quality=85)).decode()
     return f'<img class="strip" alt="{len(pictures)} frames" src="data:image/jpeg;base64,{data}">'
 
 

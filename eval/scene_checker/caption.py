@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError
-from sparse_forcing.eval.scene_checker.scene_motion import STEADY_TREND, Motion, resize_left, seen_motion
+from sparse_forcing.eval.scene_checker.scene_motion import STEADY_TREND, Motion, classify_motion, resize_left
 from sparse_forcing.eval.scene_checker.scene_tracking import (
     FOLDS,
     LEAST_AREA,
@@ -151,7 +151,7 @@ def _judge_object(track: Track, background: Background, wanted: SceneObject, sta
         colour = None
     shape, radius, overlap = _best_shape(track, visible)
     size = min(SIZE_RADIUS, key=lambda name: abs(log(SIZE_RADIUS[name] / radius))) if shape else None
-    motion = seen_motion(track, FOLDS.get(shape or str(wanted.shape)))
+    motion = classify_motion(track, FOLDS.get(shape or str(wanted.shape)))
     motion_name = motion.name if shape else None
     stray = float(track.stray.median())
 

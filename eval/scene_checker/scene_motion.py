@@ -28,7 +28,7 @@ class Motion:
     measures: dict[str, float]
 
 
-def seen_motion(track: Track, fold: int | None) -> Motion:
+def classify_motion(track: Track, fold: int | None) -> Motion:
     """Classify the motion; ``fold`` is the rotational symmetry of the shape, None where rotation cannot show."""
     visible = track.visible
     frames = int(visible.sum())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.eval.scene_checker.world_sight import Sighting, see_return
@@ -73,7 +74,7 @@ def ground_truth_accuracy(
     sightings, entries, begun = [], [], time.perf_counter()
     for world, returns in zip(batch.worlds, batch.returns, strict=True):
         entry = returns[-1]
-        clip = render_world(world, side, frames=range(*entry.frames)).movedim(1, -1) * 0.5 + 0.5
+        clip = rearrange(render_world(world, side, frames=range(*entry.frames)), "f c h w -> f h w c") * 0.5 + 0.5
         sightings.append(see_return(clip, world, entry, start=entry.frames[0]))
         entries.append(entry)
     found = shares([compare(seen, entry) for seen, entry in zip(sightings, entries, strict=True)])

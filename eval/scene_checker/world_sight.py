@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import inf, log, log10
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
@@ -49,7 +50,7 @@ def see_return(clip: Tensor, world: World, entry: Return, *, start: int = 0) -> 
     Raises ConfigError when no frame of the return is in the clip, VideoError for a malformed clip.
     """
     frames = _frames(entry, start, len(clip))
-    rgb = _picked(clip, [frame - start for frame in frames])
+    rgb = _pick(clip, [frame - start for frame in frames])
     side = rgb.shape[-1]
     truth, ground = (as_rgb(render_world(world, side, frames=frames, objects=objects)) for objects in (True, False))
     rmse = float((rgb - truth).square().mean().sqrt())
@@ -69,12 +70,12 @@ def _frames(entry: Return, start: int, length: int) -> list[int]:
     return [first + (last - first) * step // max(1, count - 1) for step in range(count)]
 
 
-def _picked(clip: Tensor, frames: list[int]) -> Tensor:
+def _pick(clip: Tensor, frames: list[int]) -> Tensor:
     """Those frames as [F, 3, S, S] in 0..255."""
     clip = torch.as_tensor(clip)
     if clip.ndim != 4 or clip.shape[-1] != 3:
         raise VideoError(f"clip: expected [frames, side, side, 3], got {list(clip.shape)}")
-    picked = clip[frames].movedim(-1, 1)
+    picked = rearrange(clip[frames], "f h w c -> f c h w")
     return as_rgb(picked * 2 - 1 if picked.is_floating_point() else picked)
 
 

@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -30,7 +31,7 @@ def middle_frames(total: int, count: int) -> list[int]:
 
 def to_tensor(frames: np.ndarray) -> torch.Tensor:
     """uint8 [F, H, W, 3] -> float32 [F, 3, H, W] in 0..255."""
-    return torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    return rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "f h w c -> f c h w").float()
 
 
 def short_side_size(height: int, width: int, size: int) -> tuple[int, int]:

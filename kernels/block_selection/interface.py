@@ -26,8 +26,8 @@ from sparse_forcing.kernels.block_selection.checks import (
     check_devices,
     check_lists,
     check_pooling,
+    check_scale,
     check_slots,
-    checked_scale,
 )
 from sparse_forcing.kernels.block_selection.reference import Pools
 from sparse_forcing.kernels.values import checked_values, require_integers, require_range
@@ -107,7 +107,7 @@ def block_scores(query_blocks: Tensor, key_blocks: Tensor, scale: float | None =
     scale None means 1 / sqrt(D). The scores feed the top-K, the coarse branch and the distillation loss.
     """
     return reference.block_scores(
-        query_blocks, key_blocks, checked_scale("block_scores", scale, query_blocks, key_blocks)
+        query_blocks, key_blocks, check_scale("block_scores", scale, query_blocks, key_blocks)
     )
 
 
@@ -118,7 +118,7 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, back
     """
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
-            f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nk]"
+            f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nk]"
         )
     check_choice("select_blocks", top_k, own, scores)
     return _backend(backend, scores).select_blocks(scores, top_k, own)
@@ -134,7 +134,7 @@ def choose_blocks(
     backend: str = "auto",
 ) -> Tensor:
     """select_blocks(block_scores(...)) in one call; a fused backend never stores the whole score matrix."""
-    scale = checked_scale("choose_blocks", scale, query_blocks, key_blocks)
+    scale = check_scale("choose_blocks", scale, query_blocks, key_blocks)
     check_choice("choose_blocks", top_k, own, query_blocks)
     module = _backend(backend, query_blocks)
     if hasattr(module, "choose_blocks"):
@@ -153,7 +153,7 @@ def choose_lists(
     backend: str = "auto",
 ) -> Tensor:
     """build_block_index(..., choose_blocks(...)) in one call; a fused backend does it in one launch."""
-    scale = checked_scale("choose_lists", None, query_blocks, key_blocks)
+    scale = check_scale("choose_lists", None, query_blocks, key_blocks)
     check_choice("choose_lists", top_k, own, query_blocks)
     B, H, _, _ = query_blocks.shape
     check_slots("choose_lists", "persistent_slots", persistent_slots, (B, H), None)
@@ -185,11 +185,11 @@ def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None 
     scores = scores_over_candidates
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
-            f"block_importance: scores is {list(scores.shape)} {scores.dtype}, need floating point [B, H, Nq, Nc]"
+            f"block_importance: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nc]"
         )
     if query_sizes is not None and query_sizes.shape != (scores.shape[2],):
         raise SparseForcingError(
-            f"block_importance: query_sizes is {list(query_sizes.shape)}, need [{scores.shape[2]}]"
+            f"block_importance: query_sizes is {list(query_sizes.shape)}, expected [{scores.shape[2]}]"
         )
     return reference.block_importance(scores, query_sizes)
 
@@ -204,7 +204,7 @@ def update_persistent(
     if capacity < 0 or importance.shape != candidate_slots.shape or candidate_slots.dim() != 3:
         raise SparseForcingError(
             f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
-            f"{list(candidate_slots.shape)}; need capacity >= 0 and equal shapes [B, H, Nc]"
+            f"{list(candidate_slots.shape)}; expected capacity >= 0 and equal shapes [B, H, Nc]"
         )
     require_integers("update_persistent", "candidate_slots", candidate_slots)
     check_devices("update_persistent", importance, candidate_slots)

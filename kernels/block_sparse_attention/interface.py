@@ -45,7 +45,7 @@ BACKENDS = ("auto", *BACKEND_MODULES)
 
 
 class BlockSparseOutput(NamedTuple):
-    """out [B, H, Nq, Tq, D] in query's dtype; lse [B, H, Nq, Tq], natural log; mass [B, H, Nq, M] or None."""
+    """Attention out [B, H, Nq, Tq, D] in query's dtype, lse [B, H, Nq, Tq], natural log, mass [B, H, Nq, M] or None."""
 
     out: Tensor
     lse: Tensor

@@ -56,7 +56,7 @@ def check_shapes(problem: Problem) -> None:
     """Refuse shapes, types and devices that do not fit; pools and lists are broadcast already."""
 
     def fail(what: str, tensor: Tensor, wanted: str) -> None:
-        raise SparseForcingError(f"{OPERATION}: {what} is {list(tensor.shape)} {tensor.dtype}, need {wanted}")
+        raise SparseForcingError(f"{OPERATION}: {what} is {list(tensor.shape)} {tensor.dtype}, expected {wanted}")
 
     query, key_pool, value_pool, block_index, query_sizes, key_sizes, _, num_persistent = problem
     if query.dim() != 5 or not query.is_floating_point() or not query.shape[-1]:

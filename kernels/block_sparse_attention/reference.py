@@ -70,7 +70,7 @@ def gradients(problem: Problem, grad_out: Tensor, grad_lse: Tensor | None) -> tu
     """Gradients of query, key_pool and value_pool by autograd; differentiable again where autograd is recording."""
     recording = torch.is_grad_enabled()
     with torch.enable_grad():
-        query, key_pool, value_pool = (_connected(x) for x in problem.inputs)
+        query, key_pool, value_pool = (_connect(x) for x in problem.inputs)
         problem = problem._replace(query=query, key_pool=key_pool, value_pool=value_pool)
         out, lse, _ = forward(problem)
         outputs, upstream = ([out], [grad_out]) if grad_lse is None else ([out, lse], [grad_out, grad_lse])
@@ -90,8 +90,8 @@ def second_gradients(
         given = (grad_out, grad_lse, *problem.inputs)
         return [None if x is None else torch.zeros_like(x) for x in given]
     with torch.enable_grad():
-        query, key_pool, value_pool = (_connected(x) for x in problem.inputs)
-        grad_out, grad_lse = _connected(grad_out), None if grad_lse is None else _connected(grad_lse)
+        query, key_pool, value_pool = (_connect(x) for x in problem.inputs)
+        grad_out, grad_lse = _connect(grad_out), None if grad_lse is None else _connect(grad_lse)
         connected = problem._replace(query=query, key_pool=key_pool, value_pool=value_pool)
         first = gradients(connected, grad_out, grad_lse)
         pairs = [(x, grad) for x, grad in zip(first, upstream) if grad is not None and x.requires_grad]
@@ -104,6 +104,6 @@ def second_gradients(
         return [None if x is None else next(found) for x in sources]
 
 
-def _connected(x: Tensor) -> Tensor:
+def _connect(x: Tensor) -> Tensor:
     """x as a tensor of its own to differentiate by, in the graph of x where it has one."""
     return x.view_as(x) if x.requires_grad else x.detach().requires_grad_()

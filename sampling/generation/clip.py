@@ -31,9 +31,15 @@ class Clip:
     """
 
     def __init__(
-        self, config: GenerateConfig, settings: Settings, job: Job, fps: float, *, keep_in: Path | None = None,
+        self,
+        config: GenerateConfig,
+        settings: Settings,
+        job: Job,
+        fps: float,
+        *,
+        keep_in: Path | None = None,
         begun: Checkpoint | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.config, self.settings, self.job, self.fps = config, settings, job, fps
         self._keep_in, self._begun = keep_in, begun
         self._kept: dict[str, KeptSegments] = {}

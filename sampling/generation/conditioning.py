@@ -13,7 +13,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.media.images import fit, read_image
 from sparse_forcing.media.video import count_frames, iterate_video, probe
 from sparse_forcing.sampling.generation.jobs import MAX_FRAMES, GenerateConfig, Job
-from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults
+from sparse_forcing.sampling.generation.settings import Settings, choose_defaults
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -57,7 +57,7 @@ def read_start(config: GenerateConfig, note: Callable[[str], None]) -> np.ndarra
     if config.image is not None:
         return read_image(config.image)
     if config.video is not None:
-        own, fps = probe(config.video).fps, chosen_defaults(config).fps
+        own, fps = probe(config.video).fps, choose_defaults(config).fps
         if abs(own - fps) > SAME_RATE * fps:
             what = "frames in between are left out" if own > fps else "its frames are shown several times"
             note(f"{config.video}: {own:g} frames/s, the model makes {fps:g}: {what}")

@@ -35,14 +35,14 @@ from sparse_forcing.sampling.generation.outputs import (
 )
 from sparse_forcing.sampling.generation.settings import (
     Settings,
-    chosen_defaults,
+    choose_defaults,
     chunk_remarks,
-    explained_out_of_memory,
+    explain_out_of_memory,
     resolve_settings,
     stream_arguments,
 )
 from sparse_forcing.shards import hold_shard
-from sparse_forcing.threads import limited_threads
+from sparse_forcing.threads import limit_threads
 from sparse_forcing.versions import list_versions
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def generate(
         for folder in folders:
             check_writable(folder, folder=True)
         with launch.hold(lambda: hold_shard(config.output, config.shard)):
-            waiting = launch.from_first(lambda: _waiting_jobs(config, jobs, folders, progress))
+            waiting = launch.from_first(lambda: _select_waiting_jobs(config, jobs, folders, progress))
             if own := launch.share(waiting):
                 yield from _generate_all(config, own, progress, shown=len(jobs), launch=launch)
             launch.wait()
@@ -90,7 +90,7 @@ def generate(
                 progress.note(f"{config.grid}: {len(jobs)} videos side by side")
 
 
-def _waiting_jobs(
+def _select_waiting_jobs(
     config: GenerateConfig, jobs: Sequence[Job], folders: Sequence[Path], progress: Progress
 ) -> list[Job]:
     """The jobs that are to be done, once nobody else writes there."""
@@ -120,7 +120,7 @@ def _generate_all(
     if config.sequence_parallel:
         check_launch(config, launch)
     starts = Starts(config, jobs, progress.note)
-    for remark in chunk_remarks(chosen_defaults(config)):
+    for remark in chunk_remarks(choose_defaults(config)):
         progress.note(f"warning: {remark}")
     if too_small := _shortage(config):
         progress.note(f"warning: {too_small}")
@@ -137,7 +137,7 @@ def _generate_all(
         check_grid(config.grid, shown, settings.num_frames, height, width)
     for job in jobs:  # before the first is made
         resolve_settings(job.config(config), pipe)
-    with limited_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
+    with limit_threads(lambda: pipe.pass_operations(settings.height, settings.width)):
         for number, job in enumerate(jobs, 1):
             own = job.config(config)
             settings = resolve_settings(own, pipe)
@@ -181,13 +181,17 @@ def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) 
     check_cuda_graphs(torch.device(device), config.cuda_graphs)
     if config.compile:
         check_compiler(torch.device(device))
-    defaults = chosen_defaults(config)
+    defaults = choose_defaults(config)
     check_placement(config, defaults, device)
     dtype = getattr(torch, config.dtype) if config.dtype else usual_dtype(find_model(config.model), device)
     pipe = SparseForcingPipeline.from_pretrained(
-        config.model, torch_dtype=dtype, prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
-        prompt_cache=config.prompt_cache, text_encoder_device=text_encoder_device, weights=config.weights,
-    ).with_defaults(defaults)  # fmt: skip
+        config.model,
+        torch_dtype=dtype,
+        prompts=None if prompts is None else [*prompts, defaults.negative_prompt],
+        prompt_cache=config.prompt_cache,
+        text_encoder_device=text_encoder_device,
+        weights=config.weights,
+    ).with_defaults(defaults)
     if config.compile:
         pipe.transformer.compile()
     place(pipe, config, device, text_encoder_device)
@@ -213,7 +217,7 @@ def generate_video(
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
     resumed = None if begun is None else begun.stream
-    with explained_out_of_memory(settings, config), _collected_warnings(progress) as messages, clip:
+    with explain_out_of_memory(settings, config), _collect_warnings(progress) as messages, clip:
         for chunk in pipe.stream(job.prompt, **stream_arguments(config, settings, job), resumed=resumed, **given):
             clip.add(chunk)
             progress.frames(clip.written, settings.num_frames)
@@ -272,7 +276,7 @@ def _describe_run(pipe: SparseForcingPipeline, config: GenerateConfig, settings:
 
 
 @contextmanager
-def _collected_warnings(progress: Progress) -> Iterator[list[str]]:
+def _collect_warnings(progress: Progress) -> Iterator[list[str]]:
     """Show once what the model warns of (a prompt cut at the token limit, unknown words); keep it for the sidecar."""
     messages: list[str] = []
 

@@ -184,20 +184,22 @@ class GenerateConfig:
         if self.shard is not None:
             check_shard(self.shard)
             if self.to_file:
-                raise ConfigError(f"--output {self.output} is one video, of which --shard makes no part; give a folder")
+                raise ConfigError(f"--output {self.output} is one video, which --shard cannot divide; give a folder")
             if self.grid is not None:
-                raise ConfigError("--grid shows all videos of a list; leave it or --shard out")
+                raise ConfigError(
+                    "--grid shows all videos of a list, of which --shard makes a part; leave out one of the two"
+                )
 
     def _check_together(self) -> None:
         """Raise ConfigError for what one process of several, which has the cache of its heads, cannot do."""
         for name in ("overlay", "resume", "checkpoint_every", "cuda_graphs", "compile"):
             if getattr(self, name):
                 raise ConfigError(
-                    f"{flag(name)} needs the whole model in one process; leave it or --sequence-parallel out"
+                    f"{flag(name)} needs the whole model in one process; leave out either it or --sequence-parallel"
                 )
         if self.retention == "random":
             raise ConfigError(
-                "--retention random counts all heads, of which each process of --sequence-parallel has some"
+                "--retention random counts all heads together, and a process of --sequence-parallel has only some"
             )
 
     @property
@@ -302,10 +304,17 @@ def _jobs(config: GenerateConfig, row: PromptRow, number: int) -> Iterator[Job]:
             if row.output is not None and config.num_samples > 1:
                 video = video.with_name(f"{video.stem}-{extra}.mp4")
         job = Job(
-            prompt=row.prompt, seed=seed + sample, index=sample, video=video, sidecar=video.with_suffix(".json"),
-            original_prompt=row.original_prompt, negative_prompt=row.negative_prompt, start_image=row.image,
-            start_video=row.video, then=row.then,
-        )  # fmt: skip
+            prompt=row.prompt,
+            seed=seed + sample,
+            index=sample,
+            video=video,
+            sidecar=video.with_suffix(".json"),
+            original_prompt=row.original_prompt,
+            negative_prompt=row.negative_prompt,
+            start_image=row.image,
+            start_video=row.video,
+            then=row.then,
+        )
         try:
             job.config(config)
         except ConfigError as error:

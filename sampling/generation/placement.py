@@ -46,8 +46,11 @@ def place(pipe: SparseForcingPipeline, config: GenerateConfig, device: str, text
     elif config.offload == "blocks":
         # All but the blocks is small; while one computes the next one comes.
         pipe.enable_group_offload(
-            torch.device(device), offload_type="block_level", num_blocks_per_group=1, exclude_modules="vae",
+            torch.device(device),
+            offload_type="block_level",
+            num_blocks_per_group=1,
+            exclude_modules="vae",
             use_stream=device.startswith("cuda"),
-        )  # fmt: skip
+        )
     else:
         pipe.to(device, text_encoder_device=text_encoder_device)

@@ -32,7 +32,7 @@ from sparse_forcing.model_folder.recognise import read_table
 from sparse_forcing.model_folder.sizes import ModelSizes, autoencoder_of, model_sizes, on_meta
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.placement import check_decoder
-from sparse_forcing.sampling.generation.settings import Settings, chosen_defaults, resolve_settings
+from sparse_forcing.sampling.generation.settings import Settings, choose_defaults, resolve_settings
 
 HEADROOM = 1.1
 GIB = 2**30
@@ -109,15 +109,15 @@ def outline(config: GenerateConfig) -> Outline:
     sizes = model_sizes(config.model)
     try:
         folder: Path | None = find_model(config.model)
-        defaults = chosen_defaults(config)
+        defaults = choose_defaults(config)
     except WeightsError:
         folder = None
-        defaults = chosen_defaults(config, preset(config.model if config.model in PRESETS else "self-forcing"))
+        defaults = choose_defaults(config, preset(config.model if config.model in PRESETS else "self-forcing"))
     vae = {} if folder is None else constructor_settings(read_table(folder / "vae" / "config.json"))
     with torch.device("meta"):
         autoencoder = autoencoder_of(defaults.vae, vae)
     geometry = VideoGeometry.of(autoencoder, on_meta(sizes.transformer).config)
-    return Outline(defaults, defaults.fitted(geometry), sizes, autoencoder)
+    return Outline(defaults, defaults.fit_geometry(geometry), sizes, autoencoder)
 
 
 def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs:

@@ -57,7 +57,7 @@ def read_prompts(path: PathLike) -> list[str]:
         ConfigError: the file cannot be read, is not UTF-8, is huge, holds no prompt, or a line is not a prompt.
     """
     as_json = is_jsonl(path)
-    return [check_prompt(_prompt_of(line, where) if as_json else line, where) for where, line in read_lines(path)]
+    return [check_prompt(_read_prompt(line, where) if as_json else line, where) for where, line in read_lines(path)]
 
 
 def read_lines(path: PathLike) -> list[tuple[str, str]]:
@@ -88,7 +88,7 @@ def read_lines(path: PathLike) -> list[tuple[str, str]]:
     return found
 
 
-def _prompt_of(line: str, where: str) -> str:
+def _read_prompt(line: str, where: str) -> str:
     """The prompt of one line of a JSONL file."""
     row = parse_json(line, source=where)
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):

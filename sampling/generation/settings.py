@@ -34,8 +34,11 @@ WATCHABLE_SIDE = 256  # pictures are enlarged by a whole number up to this many 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
-    prompt_changes: further prompts by the frame from which each holds."""
+    """What a run generates, in numbers.
+
+    height, width: pixels that are generated; scale: pixels of the mp4 for each; num_frames: pixel frames wanted;
+    prompt_changes: further prompts by the frame from which each holds.
+    """
 
     height: int
     width: int
@@ -47,7 +50,7 @@ class Settings:
     prompt_changes: dict[int, str]
 
 
-def chosen_defaults(config: GenerateConfig, own: PipelineConfig | None = None) -> PipelineConfig:
+def choose_defaults(config: GenerateConfig, own: PipelineConfig | None = None) -> PipelineConfig:
     """The defaults of the model's folder (or `own`), or of a preset, with what the run changes of them; no weights are
     read.
 
@@ -145,8 +148,8 @@ def _check_whole(config: GenerateConfig, pipe: SparseForcingPipeline) -> MemoryC
     for name in ("memory", *MEMORY_KNOBS, "overlay", "image", "video"):
         if getattr(config, name):
             raise ConfigError(
-                f"{flag(name)} has no effect with {config.model}: plain Wan weights make all frames at once; with "
-                "--chunk-frames 3 they make chunks, which they were not trained for"
+                f"{flag(name)} has no effect with {config.model}: plain Wan weights make all frames at once; "
+                "--chunk-frames 3 makes them go chunk by chunk, although they were not trained for it"
             )
     return pipe.default_memory
 
@@ -164,12 +167,12 @@ def _prompt_changes(config: GenerateConfig, pipe: SparseForcingPipeline, num_fra
     """The prompts of --then by the frame that the next chunk begins with. Raises ConfigError where none does."""
     if not config.then:
         return {}
-    from sparse_forcing.sampling.arguments import changed_chunks
+    from sparse_forcing.sampling.arguments import assign_to_chunks
 
     start: Start = "picture" if config.image is not None else "video" if config.video is not None else "nothing"
     starts = pipe.geometry.timeline(num_frames, start)[1]
     wanted = [(math.ceil(seconds * pipe.fps - ROUNDING), prompt.strip()) for seconds, prompt in config.then]
-    return {starts[number]: prompt for number, prompt in changed_chunks(wanted, starts, "--then", pipe.fps).items()}
+    return {starts[number]: prompt for number, prompt in assign_to_chunks(wanted, starts, "--then", pipe.fps).items()}
 
 
 def picture_scale(scale: int | None, height: int, width: int) -> int:
@@ -212,7 +215,7 @@ def memory_config(config: GenerateConfig, default: MemoryConfig) -> MemoryConfig
 
 
 @contextmanager
-def explained_out_of_memory(settings: Settings, config: GenerateConfig | None = None) -> Iterator[None]:
+def explain_out_of_memory(settings: Settings, config: GenerateConfig | None = None) -> Iterator[None]:
     """Running out of memory becomes a SparseForcingError that says at what size, what took it, and which flags help."""
     try:
         yield

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.launch import Launch
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
-from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, stream_arguments
+from sparse_forcing.sampling.generation.settings import Settings, explain_out_of_memory, stream_arguments
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -41,7 +41,7 @@ def follow_video(
     pipe: SparseForcingPipeline, config: GenerateConfig, settings: Settings, job: Job, given: Mapping[str, Any]
 ) -> None:
     """Help to make a video that the first process decodes and writes, and whose warnings it shows."""
-    with explained_out_of_memory(settings, config), warnings.catch_warnings():
+    with explain_out_of_memory(settings, config), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         for _ in pipe.stream(job.prompt, **stream_arguments(config, settings, job), **given):
             pass

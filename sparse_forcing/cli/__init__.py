@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Prints one line, no traceback, for input that cannot be used."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] not in COMMANDS:
-        return _guarded(PROGRAM, lambda: _top_level(arguments))
+        return _run_guarded(PROGRAM, lambda: _top_level(arguments))
     return run_module(f"sparse_forcing.cli.{arguments[0]}", arguments[1:], name=f"{PROGRAM} {arguments[0]}")
 
 
@@ -49,7 +49,7 @@ def run_module(module: str, arguments: Sequence[str], *, name: str | None = None
     if module.rpartition(".")[2] not in MACHINE_TO_THEMSELVES:
         own_process()
     name = name or f"python -m {module}"
-    return _guarded(name, lambda: _command(name, module, list(arguments)))
+    return _run_guarded(name, lambda: _command(name, module, list(arguments)))
 
 
 def say(text: str) -> None:
@@ -59,7 +59,7 @@ def say(text: str) -> None:
         OutputError: standard output takes nothing more, on a full disk for example.
     """
     try:
-        with _explained_output():
+        with _explain_output():
             print(text, flush=True)
     except BrokenPipeError:
         _discard(sys.stdout)
@@ -73,8 +73,8 @@ def note(text: str) -> None:
         _discard(sys.stderr)
 
 
-def _guarded(name: str, work: Callable[[], int]) -> int:
-    previous = {number: signal.signal(number, _terminated) for number in _stopping_signals()}
+def _run_guarded(name: str, work: Callable[[], int]) -> int:
+    previous = {number: signal.signal(number, _raise_terminated) for number in _list_stopping_signals()}
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
@@ -129,13 +129,13 @@ def _top_level(arguments: list[str]) -> int:
     return 2
 
 
-def _stopping_signals() -> list[int]:
+def _list_stopping_signals() -> list[int]:
     """SIGTERM, and SIGHUP (the terminal is gone) unless it is ignored, as under nohup."""
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [signal.SIGTERM] if ignored else [signal.SIGTERM, signal.SIGHUP]
 
 
-def _terminated(number: int, frame: Any) -> None:
+def _raise_terminated(number: int, frame: Any) -> None:
     # An exception, so that half-written files are removed on the way out.
     sys.exit(128 + number)
 
@@ -148,7 +148,7 @@ def _open_streams() -> None:
 
 
 @contextmanager
-def _explained_output() -> Iterator[None]:
+def _explain_output() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
@@ -165,7 +165,7 @@ def _one_line(message: Warning | str, category: type[Warning], *where: Any, **li
 
 def _flush() -> None:
     try:
-        with _explained_output():
+        with _explain_output():
             sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)

@@ -24,14 +24,18 @@ _FORWARD = ("part", "head_dim", "base", "preset", "config", "lora", "lora_scale"
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "source", metavar="SOURCE", type=path,
+        "source",
+        metavar="SOURCE",
+        type=path,
         help="weight file, folder of shards, an original Wan's folder, or a model folder; pickled code is refused",
-    )  # fmt: skip
+    )
     parser.add_argument("target", metavar="TARGET", type=path, help="new folder to write")
     parser.add_argument(
-        "--base", metavar="FOLDER", type=path,
+        "--base",
+        metavar="FOLDER",
+        type=path,
         help="model to take text encoder, tokenizer and autoencoder from, in diffusers' layout (linked) or Wan's own",
-    )  # fmt: skip
+    )
     parser.add_argument("--preset", choices=PRESETS, help="how the weights are sampled (default: told from the file)")
     parser.add_argument("--config", metavar="FILE", type=path, help="Self-Forcing's YAML file, in place of a preset")
     parser.add_argument("--lora", metavar="FILE", type=path, help="adapter to merge into the weights")
@@ -41,9 +45,11 @@ def add_arguments(parser: Parser) -> None:
         "--part", metavar="NAME", help="part of the checkpoint (default: generator_ema, else generator)"
     )
     parser.add_argument(
-        "--head-dim", type=whole_number, metavar="N",
+        "--head-dim",
+        type=whole_number,
+        metavar="N",
         help="numbers in an attention head (default: a config's beside the weights or of --base, else 128)",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--to", choices=("wan", "self-forcing"), help="write a model folder back as their programs load it"
     )
@@ -86,9 +92,15 @@ def _convert(arguments: argparse.Namespace) -> dict:
     from sparse_forcing.weights.manifest import write_manifest
 
     options = ConvertOptions(
-        which=arguments.part, head_dim=arguments.head_dim, base=arguments.base, preset=arguments.preset,
-        config=arguments.config, lora=arguments.lora, lora_scale=arguments.lora_scale, keep_lora=arguments.keep_lora,
-    )  # fmt: skip
+        which=arguments.part,
+        head_dim=arguments.head_dim,
+        base=arguments.base,
+        preset=arguments.preset,
+        config=arguments.config,
+        lora=arguments.lora,
+        lora_scale=arguments.lora_scale,
+        keep_lora=arguments.keep_lora,
+    )
     done = convert(arguments.source, arguments.target, options)
     hashes = write_manifest(arguments.target)
     return {"sha256": hashes, "tensors": done.tensors, "preset": done.preset, "remarks": done.remarks}

@@ -87,7 +87,7 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
     from sparse_forcing.config import load_config
     from sparse_forcing.devices import resolve_device
     from sparse_forcing.launch import join_launch
-    from sparse_forcing.training.data.shards import Shards, refused_samples, shard_files
+    from sparse_forcing.training.data.shards import Shards, read_refused_samples, shard_files
 
     module_name, config_class, function = _FROM_CONFIG[arguments.kind]
     module = importlib.import_module(module_name)
@@ -103,9 +103,11 @@ def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
         if launch.number != 0:
             return None
         return {
-            "folder": str(output), "items": len(Shards(output)), "refused": len(refused_samples(output)),
+            "folder": str(output),
+            "items": len(Shards(output)),
+            "refused": len(read_refused_samples(output)),
             "shards_written": written,
-        }  # fmt: skip
+        }
 
 
 def _render(arguments: argparse.Namespace) -> dict[str, object]:
@@ -136,6 +138,7 @@ def _as_lines(entries: list[dict[str, Any]]) -> str:
 def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     """Render clip `number` from a seed of its own, so that it does not depend on how many are made."""
     import torch
+    from einops import rearrange
 
     from sparse_forcing.media.video import write_video
     from sparse_forcing.scenes.captions import caption
@@ -145,15 +148,22 @@ def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     seed = random.Random(f"{arguments.seed}/{number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(1, generator, two_object_fraction=float(bool(arguments.two_objects)), split=arguments.split)
-    pixels = render(scenes, arguments.num_frames, arguments.size)[0].permute(0, 2, 3, 1)
+    pixels = render(scenes, arguments.num_frames, arguments.size)[0]
     text = caption(scenes.scenes()[0], random.Random(seed))
     name = f"{number:06d}.mp4"
-    write_video(arguments.output / name, (pixels * 0.5 + 0.5).numpy(), arguments.fps, scale=arguments.scale)
+    write_video(
+        arguments.output / name,
+        rearrange(pixels * 0.5 + 0.5, "f c h w -> f h w c").numpy(),
+        arguments.fps,
+        scale=arguments.scale,
+    )
     return {"video": name, "prompt": text, "index": 0, "seed": seed}
 
 
 def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     """Render world `number` of the seed; the line says what comes back and how to draw the world again."""
+    from einops import rearrange
+
     from sparse_forcing.media.video import write_video
     from sparse_forcing.scenes.worlds.batch import draw_world
     from sparse_forcing.scenes.worlds.config import WorldConfig
@@ -168,9 +178,14 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
         grounds=(arguments.ground,) if arguments.ground else GROUNDS,
     )
     world = draw_world(arguments.world, arguments.seed, number, config)
-    pixels = render_world(world, arguments.size).permute(0, 2, 3, 1)
+    pixels = render_world(world, arguments.size)
     name = f"{number:06d}.mp4"
-    write_video(arguments.output / name, (pixels * 0.5 + 0.5).numpy(), arguments.fps, scale=arguments.scale)
+    write_video(
+        arguments.output / name,
+        rearrange(pixels * 0.5 + 0.5, "f c h w -> f h w c").numpy(),
+        arguments.fps,
+        scale=arguments.scale,
+    )
     truth = write_record(world, config)  # in a file of its own: manifests hold what evaluation knows, and no more
     return {
         "video": name,

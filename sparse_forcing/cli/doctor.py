@@ -19,7 +19,7 @@ from sparse_forcing.cli.generate import FLAGS
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
-REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "av", "numpy", "yaml")
+REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "einops", "av", "imageio", "numpy", "yaml")
 _VIDEO = (
     "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
     "window_frames", "sink_frames", "persistent_blocks", "cache_dtype", "tile", "text_encoder_device",

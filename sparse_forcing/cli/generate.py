@@ -75,15 +75,21 @@ FLAGS = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("prompts", metavar="PROMPT", nargs="*", default=argparse.SUPPRESS, help="what the video shows")
     parser.add_argument(
-        "--then", nargs=2, action="append", metavar=("SECONDS", "PROMPT"), default=argparse.SUPPRESS,
+        "--then",
+        nargs=2,
+        action="append",
+        metavar=("SECONDS", "PROMPT"),
+        default=argparse.SUPPRESS,
         help="another prompt from this second on (from the next chunk that begins); may be given again",
-    )  # fmt: skip
+    )
     add_config_flags(parser, GenerateConfig, FLAGS)
     parser.add_argument("--suite", choices=SUITES, help="generate a benchmark's prompts under its names; resumes")
     parser.add_argument(
-        "--shard", type=shard, metavar="I/N",
+        "--shard",
+        type=shard,
+        metavar="I/N",
         help="every N-th video from the I-th (of a suite: prompt), for several machines",
-    )  # fmt: skip
+    )
     parser.add_argument("--check", action="store_true", help="check each video against its caption (model tiny)")
     parser.add_argument("--json", action="store_true", help="print one JSON array of what was written")
 
@@ -198,14 +204,14 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
 def _check_caption(record: dict[str, Any]) -> dict[str, bool | None]:
     """What the caption checker says of the written file, at the size it was generated in; None: not in the caption."""
     import torch
+    from einops import rearrange
 
     from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES, check_clip
     from sparse_forcing.media.video import read_video
 
     frames, scale = read_video(record["path"])[0], record["scale"]
-    count, height, width, _ = frames.shape
-    native = frames.reshape(count, height // scale, scale, width // scale, scale, 3).mean((2, 4)).round()
-    result = check_clip(torch.from_numpy(native.astype("uint8")).permute(0, 3, 1, 2), record["prompt"])
+    native = rearrange(frames, "f (h p) (w q) c -> f c h w (p q)", p=scale, q=scale).mean(-1).round()
+    result = check_clip(torch.from_numpy(native.astype("uint8")), record["prompt"])
     return {"all": result.all, **{name: result.verdict(name) for name in ATTRIBUTES}}
 
 

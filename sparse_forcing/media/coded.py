@@ -45,7 +45,7 @@ class PictureCoder:
     """
 
     def __init__(self, rate: Fraction, height: int, width: int, crf: int, first: int = 0) -> None:
-        self._make = lambda: _configured(av.CodecContext.create("libx264", "w"), rate, height, width, crf)
+        self._make = lambda: _configure(av.CodecContext.create("libx264", "w"), rate, height, width, crf)
         self._rate, self._next = rate, first
         self._codec: Any = None
 
@@ -57,16 +57,16 @@ class PictureCoder:
         frame = frame.reformat(format=self._codec.pix_fmt, dst_colorspace=Colorspace.ITU709)
         frame.pts, frame.time_base = self._next, 1 / self._rate
         self._next += 1
-        ready = [_coded(packet) for packet in self._codec.encode(frame)]
+        ready = [_copy_packet(packet) for packet in self._codec.encode(frame)]
         return ready if self._next % SEGMENT_FRAMES else ready + self.finish()
 
     def finish(self) -> list[Coded]:
         """The rest of the present segment, which ends here."""
         codec, self._codec = self._codec, None
-        return [] if codec is None else [_coded(packet) for packet in codec.encode(None)]
+        return [] if codec is None else [_copy_packet(packet) for packet in codec.encode(None)]
 
 
-def _configured(codec: Any, rate: Fraction, height: int, width: int, crf: int) -> Any:
+def _configure(codec: Any, rate: Fraction, height: int, width: int, crf: int) -> Any:
     codec.height, codec.width, codec.framerate, codec.time_base = height, width, rate, 1 / rate
     codec.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
     codec.flags |= av.codec.context.Flags.global_header
@@ -78,7 +78,7 @@ def _configured(codec: Any, rate: Fraction, height: int, width: int, crf: int) -
     return codec
 
 
-def _coded(packet: Any) -> Coded:
+def _copy_packet(packet: Any) -> Coded:
     return Coded(packet.pts, packet.dts, packet.is_keyframe, bytes(packet))
 
 
@@ -94,7 +94,7 @@ class Mp4File:
         fragments = {"frag_duration": str(round(FRAGMENT_SECONDS * 1e6))}
         self._container = av.open(str(path), "w", format="mp4", options=_GROWING | fragments if growing else _WHOLE)
         self._stream = self._container.add_stream("libx264", rate=rate)
-        _configured(self._stream, rate, height, width, crf)
+        _configure(self._stream, rate, height, width, crf)
         self._time_base = 1 / rate
 
     def add(self, pictures: Iterable[Coded]) -> None:

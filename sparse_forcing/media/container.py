@@ -61,7 +61,7 @@ class Video:
         self.path, self.stamps, self._container = path, found.packets, container
         self._stream = first_video(path, container)
         self.aspect = Fraction(self._stream.sample_aspect_ratio or 1)
-        self.declared = _declared_frames(container, self._stream)
+        self.declared = _count_declared_frames(container, self._stream)
         self.fps, self.constant = _rate(found.times, float(self._stream.average_rate or 0))
         if not 0 < self.fps <= MAX_FPS:
             raise VideoError(f"{path}: has a frame rate of {self.fps:g}, which must be above 0 and at most {MAX_FPS}")
@@ -169,7 +169,7 @@ def check_size(path: PathLike, height: int, width: int) -> None:
         raise VideoError(f"{path}: pictures of {width}x{height} exceed the bound of {MAX_PIXELS} pixels")
 
 
-def _declared_frames(container: Any, stream: Any) -> int:
+def _count_declared_frames(container: Any, stream: Any) -> int:
     """Frames that are shown, of those that the container says it stores; 0 if it does not say."""
     if stream.frames and "mov" in container.format.name.split(
         ","

@@ -26,7 +26,7 @@ def show(frame: Any, aspect: Fraction, path: PathLike) -> np.ndarray:
         picture = over_white(frame.to_ndarray(format="rgba", height=height, width=width))
     else:
         picture = frame.to_ndarray(format="rgb24", height=height, width=width)
-    return picture if turn is None else _turned(picture, turn)
+    return picture if turn is None else _turn_picture(picture, turn)
 
 
 def shown_size(frame: Any, aspect: Fraction, path: PathLike) -> tuple[int, int]:
@@ -69,7 +69,7 @@ def _turn(frame: Any, path: PathLike) -> tuple[int, int, int, int] | None:
     return (signs[0], signs[1], signs[2], signs[3])
 
 
-def _turned(picture: np.ndarray, turn: tuple[int, int, int, int]) -> np.ndarray:
+def _turn_picture(picture: np.ndarray, turn: tuple[int, int, int, int]) -> np.ndarray:
     a, b, c, d = turn
     if a == 0:
         picture = picture.swapaxes(0, 1)

@@ -45,9 +45,17 @@ class VideoWriter:
     """
 
     def __init__(
-        self, path: PathLike, *, fps: float, height: int, width: int, scale: int = 1, crf: int = 12,
-        kept: KeptSegments | None = None, live: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        path: PathLike,
+        *,
+        fps: float,
+        height: int,
+        width: int,
+        scale: int = 1,
+        crf: int = 12,
+        kept: KeptSegments | None = None,
+        live: Path | None = None,
+    ) -> None:
         if not (math.isfinite(fps) and 0 < fps <= 1000):
             raise OutputError(f"cannot write {path}: frame rate {fps} is outside (0, 1000]")
         if scale < 1 or not (0 < height * scale <= MAX_SIDE and 0 < width * scale <= MAX_SIDE):

@@ -27,9 +27,9 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         raise VideoError(f"{path}: no such image file")
     try:
         # Twice, onto different grounds: a file without its last rows leaves them as they were, and nothing is said.
-        with _decoded(path, max_pixels, ground=255) as image:
+        with _decode(path, max_pixels, ground=255) as image:
             other = image.tobytes()
-        with _decoded(path, max_pixels, ground=0) as image:
+        with _decode(path, max_pixels, ground=0) as image:
             if image.tobytes() != other:
                 raise VideoError(f"{path}: rows of the picture are missing; the file is cut or damaged")
             return np.asarray(_to_rgb(ImageOps.exif_transpose(image)))
@@ -40,7 +40,7 @@ def read_image(path: PathLike, *, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
 
 @contextmanager
-def _decoded(path: PathLike, max_pixels: int, *, ground: int) -> Iterator[Image.Image]:
+def _decode(path: PathLike, max_pixels: int, *, ground: int) -> Iterator[Image.Image]:
     """The picture as it is stored; `ground` is the value of every band where the file says nothing."""
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())

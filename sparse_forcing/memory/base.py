@@ -24,6 +24,8 @@ from sparse_forcing.model.rope import Rotary, rotary_table
 REWRITTEN = ("window", "sink", "sparse")
 """Kinds of memory whose window can be written again."""
 CACHE_GRADIENTS = ("none", "detached", "straight_through", "clean")
+Choices = dict[int, Tensor]
+"""The lists of slots that each layer chose."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,14 +49,23 @@ class MemoryGeometry:
 
     @classmethod
     def of(
-        cls, transformer: Mapping[str, Any], rows: int, cols: int, *, capacity_frames: int | None = None,
+        cls,
+        transformer: Mapping[str, Any],
+        rows: int,
+        cols: int,
+        *,
+        capacity_frames: int | None = None,
         chunk_frames: int | None = None,
-    ) -> MemoryGeometry:  # fmt: skip
+    ) -> MemoryGeometry:
         """Of a transformer's config and the tokens of its latent frames; `chunk_frames` in place of the config's."""
         return cls(
-            rows=rows, cols=cols, capacity_frames=capacity_frames, num_layers=transformer["num_layers"],
-            chunk_frames=chunk_frames or transformer["chunk_frames"], horizon_frames=transformer["horizon_frames"],
-        )  # fmt: skip
+            rows=rows,
+            cols=cols,
+            capacity_frames=capacity_frames,
+            num_layers=transformer["num_layers"],
+            chunk_frames=chunk_frames or transformer["chunk_frames"],
+            horizon_frames=transformer["horizon_frames"],
+        )
 
     @property
     def tokens_per_frame(self) -> int:
@@ -77,7 +88,7 @@ class MemoryPass:
         keeps_history = torch.is_grad_enabled() and memory.cache_gradient != "none"
         self._before = memory.snapshot() if keeps_history else None
         self._written: set[int] = set()
-        self._choices: dict[int, Tensor] | None = {} if keeps_history else None
+        self._choices: Choices | None = {} if keeps_history else None
         ends = self.stops_early and clean and not torch.is_grad_enabled()
         self._ends_at = memory.geometry.num_layers - 1 if ends else None
 
@@ -290,9 +301,16 @@ class RolloutMemory(ABC):
 
     @abstractmethod
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None, ends: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         """Write the chunk's keys and values [B, L, H, D] and return the attention of its queries.
 
         choices: what each layer chose when this pass ran it first; a second run repeats it, however it rounds. None

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_forcing.memory.base import REWRITTEN, MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.base import REWRITTEN, Choices, MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 from sparse_forcing.model.rope import shift_time, shift_time_
@@ -134,9 +134,16 @@ class DenseMemory(RolloutMemory):
         return delta
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None, ends: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         start = self.cached_tokens
         end = start + key.shape[1]
         if self.cache_gradient != "none":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory.base import MemoryGeometry
+from sparse_forcing.memory.base import Choices, MemoryGeometry
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.slots import gather_slots, put_slots_, round_blocks, widen_blocks
 from sparse_forcing.memory.sparse import SparseMemory
@@ -37,9 +37,8 @@ class EightBitMemory(SparseMemory):
         return super().cache_bytes + shared
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None,
-        ends: bool,
-    ) -> Tensor | None:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: Choices | None, ends: bool
+    ) -> Tensor | None:
         if (state := self.layers[layer]) is not None:
             unpack(state, moves=self.config.positions == "relative")
         out = super()._attend(layer, query, key, value, clean, choices, ends)

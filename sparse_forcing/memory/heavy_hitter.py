@@ -25,10 +25,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.kernels.block_selection.interface import update_persistent
-from sparse_forcing.memory.base import MemoryGeometry
+from sparse_forcing.memory.base import Choices, MemoryGeometry
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.dense import DenseLayer, DenseMemory
 
@@ -38,7 +39,7 @@ PIECE_SCORES = 1 << 16
 
 @dataclass(frozen=True, kw_only=True)
 class TokenTables:
-    """What a layer knows of its tokens; modified only where no snapshot may share it (`kept_at`).
+    """What a layer knows of its tokens; modified only where no snapshot may share it (`write_into`).
 
     mass: [B, H, S] attention each cached token has got so far;
     position: [B, H, C] int32 frame in time at which a heavy hitter's key is rotated;
@@ -53,7 +54,7 @@ class TokenTables:
     def nbytes(self) -> int:
         return self.mass.nbytes + self.position.nbytes + self.place.nbytes
 
-    def kept_at(self, old: TokenTables | None) -> TokenTables:
+    def write_into(self, old: TokenTables | None) -> TokenTables:
         """The same, in the place of those of the `old` tables that have its shapes."""
         if old is None:
             return self
@@ -71,7 +72,7 @@ def attention_mass(query: Tensor, key: Tensor) -> Tensor:
     In float32 or better. Rows are taken a few at a time, independently of the batch.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    keys = key.permute(0, 2, 3, 1).to(dtype)
+    keys = rearrange(key, "b s h d -> b h d s").to(dtype)
     rows = max(1, PIECE_SCORES // key.shape[1])
     mass = keys.new_zeros(keys.shape[0], keys.shape[1], keys.shape[3])
     with torch.autocast(query.device.type, enabled=False):  # it would round what is ranked to 8 bits
@@ -80,7 +81,7 @@ def attention_mass(query: Tensor, key: Tensor) -> Tensor:
     return mass
 
 
-def _extended(table: Tensor, more: Tensor) -> Tensor:
+def _extend(table: Tensor, more: Tensor) -> Tensor:
     """[B, H, C + E] of a table [B, H, C] and numbers [E] that all heads share."""
     return torch.cat([table, more.to(table).expand(*table.shape[:2], -1)], 2)
 
@@ -122,8 +123,8 @@ class HeavyHitterMemory(DenseMemory):
             rest = torch.cat([mass.gather(2, kept), mass[:, :, candidates:]], 2)
             news = TokenTables(
                 mass=F.pad(rest, (0, mass.shape[2] - rest.shape[2])),  # room for the chunk, which the clean pass counts
-                position=_extended(tables.position, position).gather(2, kept),
-                place=_extended(tables.place, place).gather(2, kept),
+                position=_extend(tables.position, position).gather(2, kept),
+                place=_extend(tables.place, place).gather(2, kept),
             )
             self._set_tables(layer, news)
             index = kept.transpose(1, 2).unsqueeze(-1).expand(-1, -1, -1, state.keys.shape[-1])
@@ -147,9 +148,16 @@ class HeavyHitterMemory(DenseMemory):
         return torch.cat([own, delta.to(own.dtype).expand(len(own), -1, own.shape[2])], 1)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None, ends: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         out = super().attend(layer, query, key, value, clean=clean, choices=choices, ends=ends)
         if clean:
             mass = attention_mass(query, self.cached(layer)[0])
@@ -163,7 +171,7 @@ class HeavyHitterMemory(DenseMemory):
         return out
 
     def _set_tables(self, layer: int, tables: TokenTables) -> None:
-        self.tables[layer] = tables.kept_at(self.tables[layer]) if self.cache_gradient == "none" else tables
+        self.tables[layer] = tables.write_into(self.tables[layer]) if self.cache_gradient == "none" else tables
 
     def _own_state(self) -> dict[str, Any]:
         tables = [None if each is None else vars(each) for each in self.tables]

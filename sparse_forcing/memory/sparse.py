@@ -25,13 +25,13 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import update_persistent
 from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention, full_lists_attention
 from sparse_forcing.kernels.values import trusted_values
-from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
+from sparse_forcing.memory.base import Choices, MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.memory.retention import BlockView, RetentionRule, find_rule
 from sparse_forcing.memory.slots import gather_slots, slot_index
 from sparse_forcing.memory.sparse_fixed import FixedSelection
 from sparse_forcing.memory.sparse_pool import Move, SlotPlan, SparseLayer
-from sparse_forcing.memory.sparse_selection import BlockSelection, QueriesAndKeys
+from sparse_forcing.memory.sparse_selection import BlockSelection
 from sparse_forcing.memory.sparse_training import PassTables, RebuiltAttention, selector_loss, window_mass
 from sparse_forcing.memory.sparse_view import map_origins, view_blocks
 from sparse_forcing.model.attention import TokenOrder
@@ -212,9 +212,16 @@ class SparseMemory(RolloutMemory):
             state.move_positions(frames)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None, ends: bool = False,
-    ) -> Tensor | None:  # fmt: skip
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor | None:
         with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
             found = self._attend(layer, query, key, value, clean, choices, ends)
         state = self.layers[layer]
@@ -223,9 +230,8 @@ class SparseMemory(RolloutMemory):
         return found
 
     def _attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: dict[int, Tensor] | None,
-        ends: bool,
-    ) -> Tensor | None:  # fmt: skip
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: Choices | None, ends: bool
+    ) -> Tensor | None:
         ends = ends and not self.rule.measures_mass(clean)
         if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
             return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean, ends)
@@ -250,7 +256,10 @@ class SparseMemory(RolloutMemory):
             self._finish(layer, state, selection.project(layer, pooled, "query").detach(), new)
             return None
         compared = selection.compare(layer, state, pooled)
-        index = self._choose(layer, state, compared, choices)
+        choices = {} if choices is None else choices
+        if layer not in choices:
+            choices[layer] = selection.lists(state, compared)
+        index = choices[layer]
         if rebuilt:
             pools, tables = (state.keys, state.values), self._tables(state, index)
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
@@ -261,7 +270,7 @@ class SparseMemory(RolloutMemory):
         elif selection.selectors is not None:
             assert state.value_representatives is not None
             pooled_values = gather_slots(state.value_representatives, state.slots)
-            out = layout.add_to_tokens(out, selection.coarse_of(layer, compared, pooled_values))
+            out = layout.add_to_tokens(out, selection.attend_coarse(layer, compared, pooled_values))
         self._measure(layer, state, queries.detach(), clean)
         if clean:
             self._finish(layer, state, compared.queries, new)
@@ -286,14 +295,6 @@ class SparseMemory(RolloutMemory):
         else:
             out = layout.from_blocks(found)
         return fixed.add_coarse(layout, layer, state, scores, out)
-
-    def _choose(
-        self, layer: int, state: SparseLayer, compared: QueriesAndKeys, choices: dict[int, Tensor] | None
-    ) -> Tensor:
-        choices = {} if choices is None else choices
-        if layer not in choices:
-            choices[layer] = self.selection.lists(state, compared)
-        return choices[layer]
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
         """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""
@@ -340,20 +341,14 @@ class SparseMemory(RolloutMemory):
             index=index,
             key_sizes=state.sizes,
             place=state.history.place,
-            moved=state.history.moved(state.position) if self._shifted else None,
+            moved=state.history.count_moved_frames(state.position) if self._shifted else None,
             num_persistent=self.plan.num_persistent,
             backend=self.backend,
         )
 
     def _finish(self, layer: int, state: SparseLayer, queries: Tensor, new: dict[str, Tensor]) -> None:
         """What a clean pass leaves beside its blocks: mapped queries to rank by, the chunk as autograd may see it."""
-        if self.selection.selectors is not None:
-            # A copy: outside a layer's pass its parameters may be sharded away.
-            selector = self.selection.selectors[layer]
-            state.store("key_projection", selector.key_projection.detach().clone())
-            if self.rule.learned:
-                assert selector.retention is not None
-                state.store("retention_head", selector.retention.packed())
+        self.selection.copy_weights(layer, state, retention=self.rule.learned)
         if "attention" in self.rule.reads:
             state.store("queries", queries)
         if self.cache_gradient == "straight_through":
@@ -364,7 +359,7 @@ class SparseMemory(RolloutMemory):
             self._write(state, merged)
         if state.history is not None:
             history = state.history.with_chunk(new["keys"], new["values"])
-            state.history = history.bounded((state.keys, state.values), state.position)
+            state.history = history.bound((state.keys, state.values), state.position)
 
     def _write(self, state: SparseLayer, blocks: dict[str, Tensor]) -> None:
         """Put the chunk's blocks into its slots; out of place where autograd holds the pool."""
@@ -378,9 +373,13 @@ class SparseMemory(RolloutMemory):
         if state is None:
             in_place = self.cache_gradient == "none"
             state = SparseLayer.empty(
-                self.plan, keys, self.rule, layers=len(self.layers) if in_place else None,
-                selector=self.selection.selectors is not None, history=self.cache_gradient == "detached",
-            )  # fmt: skip
+                self.plan,
+                keys,
+                self.rule,
+                layers=len(self.layers) if in_place else None,
+                selector=self.selection.selectors is not None,
+                history=self.cache_gradient == "detached",
+            )
             state.place_chunk(self.plan, self.chunk_position, self.rule.fresh)
             if in_place:
                 self._all = state

@@ -57,7 +57,7 @@ class SlotPlan:
             )
         self.config, self.geometry = config, geometry
         self._layouts: dict[int, TileLayout] = {}
-        self.layout = self._layout_of(geometry.chunk_frames)
+        self.layout = self._find_layout(geometry.chunk_frames)
         self.window_capacity = full_chunks * self.layout.num_blocks
         self.num_slots = config.persistent_blocks + self.window_capacity
         self.window: tuple[tuple[int, int], ...] = ()
@@ -66,7 +66,7 @@ class SlotPlan:
         self.chunk = -1
         self._used_slots = 0
 
-    def _layout_of(self, frames: int) -> TileLayout:
+    def _find_layout(self, frames: int) -> TileLayout:
         if frames not in self._layouts:
             self._layouts[frames] = TileLayout(frames, self.geometry.rows, self.geometry.cols, self.config.tile)
         return self._layouts[frames]
@@ -80,7 +80,7 @@ class SlotPlan:
 
     def begin_again(self, frames: int) -> int:
         """Put the next of those chunks back; returns its blocks."""
-        self.layout = self._layout_of(frames)
+        self.layout = self._find_layout(frames)
         self.window = (*self.window, (frames, self.layout.num_blocks))
         return self.layout.num_blocks
 
@@ -92,22 +92,22 @@ class SlotPlan:
         """Go on from the state of another plan, whose current chunk has so many latent frames."""
         for name in _PLANNED:
             setattr(self, name, state[name])
-        self.layout = self._layout_of(chunk_frames or self.geometry.chunk_frames)
+        self.layout = self._find_layout(chunk_frames or self.geometry.chunk_frames)
 
     @property
     def uniform(self) -> bool:
         """Whether the blocks of this chunk and of a usual one are all full."""
-        return self.layout.uniform and self._layout_of(self.geometry.chunk_frames).uniform
+        return self.layout.uniform and self._find_layout(self.geometry.chunk_frames).uniform
 
     @property
     def frame_blocks(self) -> int:
         """Blocks that lie beside each other in time."""
-        return self._layout_of(1).num_blocks
+        return self._find_layout(1).num_blocks
 
     def begin(self, frames: int) -> Move:
         """Plan for a chunk of `frames` latent frames: room in the window, and slots."""
         old, window = self.layout, self.window
-        self.layout = self._layout_of(frames)
+        self.layout = self._find_layout(frames)
         new, leaving = self.layout.num_blocks, 0
         # A short first chunk has as many blocks as a full one, so slots are counted as well as frames.
         while window and (

@@ -135,6 +135,16 @@ class BlockSelection:
             self._places[key] = torch.arange(num_window - n, num_window, device=device)
         return self._places[key]
 
+    def copy_weights(self, layer: int, state: SparseLayer, *, retention: bool) -> None:
+        """Put the weights that blocks are ranked by into the state: outside a layer's pass they may be sharded away."""
+        if self.selectors is None:
+            return
+        selector = self.selectors[layer]
+        state.store("key_projection", selector.key_projection.detach().clone())
+        if retention:
+            assert selector.retention is not None
+            state.store("retention_head", selector.retention.pack())
+
     def coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool) -> Tensor:
         """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory.
 
@@ -150,9 +160,9 @@ class BlockSelection:
         compared = QueriesAndKeys(
             self.project(layer, pooled_queries, "query"), self.project(layer, gather_slots(keys, slots), "key")
         )
-        return self.coarse_of(layer, compared, gather_slots(values, slots))
+        return self.attend_coarse(layer, compared, gather_slots(values, slots))
 
-    def coarse_of(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
+    def attend_coarse(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
         """`coarse` of queries and keys that have been mapped, and pooled values [B, H, P + W, D]."""
         assert self.selectors is not None
         found = coarse_attention(*compared, values)

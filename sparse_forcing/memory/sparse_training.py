@@ -53,7 +53,7 @@ class BlockHistory:
     def blocks_in(self, name: str, slots: Tensor, position: Tensor) -> Tensor:
         """[B, H, N, T, D] "keys" (moved to `position` [B, H, S]) or "values" of the finished blocks in `slots`."""
         chunks = getattr(self, name)
-        moved = gather_slots(self.moved(position), slots) if name == "keys" else None
+        moved = gather_slots(self.count_moved_frames(position), slots) if name == "keys" else None
         return rebuild(chunks, gather_slots(self.place, slots), moved)
 
     @property
@@ -70,7 +70,7 @@ class BlockHistory:
         """The current chunk is finished: keep its blocks [B, H, n, T, D]."""
         return replace(self, keys=(*self.keys, keys.detach()), values=(*self.values, values.detach()))
 
-    def bounded(self, pool: tuple[Tensor, Tensor], position: Tensor) -> BlockHistory:
+    def bound(self, pool: tuple[Tensor, Tensor], position: Tensor) -> BlockHistory:
         """This history; the pool itself [B, H, S, T, D] as one, its keys at `position`, once it has become long."""
         slots = position.shape[2]
         if self.blocks <= HISTORY_POOLS * slots:
@@ -86,10 +86,10 @@ class BlockHistory:
             shape = b, h, self.place.shape[2], t, d
             return keys.new_zeros(shape), keys.new_zeros(shape)
         place = self.place.clamp(max=self.blocks - 1)
-        moved = None if position is None else self.moved(position)
+        moved = None if position is None else self.count_moved_frames(position)
         return rebuild(self.keys, place, moved), rebuild(self.values, place)
 
-    def moved(self, position: Tensor) -> Tensor:
+    def count_moved_frames(self, position: Tensor) -> Tensor:
         """[B, H, S] frames that keys now at `position` have moved since they were kept."""
         return (position - self.kept_at).int()
 
@@ -128,19 +128,39 @@ class RebuiltAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, pool: tuple[Tensor, Tensor], history: BlockHistory,
-        tables: PassTables, layout: TileLayout,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        pool: tuple[Tensor, Tensor],
+        history: BlockHistory,
+        tables: PassTables,
+        layout: TileLayout,
+    ) -> Tensor:
         """query, key, value: [B, L, H, D] of the chunk; pool: all keys and values as they lie now, not kept."""
         found = block_sparse_attention(
-            layout.to_blocks(query), *pool, tables.index, query_sizes=layout.ragged_sizes(query.device),
-            key_sizes=tables.key_sizes, num_persistent=tables.num_persistent, backend=tables.backend,
-        )  # fmt: skip
+            layout.to_blocks(query),
+            *pool,
+            tables.index,
+            query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=tables.key_sizes,
+            num_persistent=tables.num_persistent,
+            backend=tables.backend,
+        )
         out = layout.from_blocks(found.out).contiguous()
         ctx.save_for_backward(
-            query, key, value, out, found.lse, tables.index, tables.key_sizes, tables.place, tables.moved,
-            *history.keys, *history.values,
-        )  # fmt: skip
+            query,
+            key,
+            value,
+            out,
+            found.lse,
+            tables.index,
+            tables.key_sizes,
+            tables.place,
+            tables.moved,
+            *history.keys,
+            *history.values,
+        )
         ctx.layout, ctx.num_persistent, ctx.backend = layout, tables.num_persistent, tables.backend
         return out
 
@@ -152,9 +172,18 @@ class RebuiltAttention(torch.autograd.Function):
         keys = rebuild((*chunks[: len(chunks) // 2], key), place, moved)
         values = rebuild((*chunks[len(chunks) // 2 :], value), place)
         found = block_sparse_attention_backward(
-            grad, query, keys, values, index, out=out, lse=lse, query_sizes=layout.ragged_sizes(query.device),
-            key_sizes=key_sizes, num_persistent=ctx.num_persistent, backend=ctx.backend,
-        )  # fmt: skip
+            grad,
+            query,
+            keys,
+            values,
+            index,
+            out=out,
+            lse=lse,
+            query_sizes=layout.ragged_sizes(query.device),
+            key_sizes=key_sizes,
+            num_persistent=ctx.num_persistent,
+            backend=ctx.backend,
+        )
         slots = place.argsort(-1)[..., -layout.num_blocks :]  # of the current chunk, which is the end of the history
         grad_key, grad_value = (gather_slots(x, slots) for x in found[1:])
         return *(layout.from_blocks(x) for x in (found[0], grad_key, grad_value)), None, None, None, None
@@ -168,17 +197,27 @@ def window_mass(
     values [B, H, W, T, D] are all it sees."""
     everything = torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)
     mass = block_sparse_attention(
-        queries, keys, values, everything.expand(*queries.shape[:3], -1), key_sizes=key_sizes, return_mass=True,
-        query_sizes=query_sizes, backend=backend,
-    ).mass  # fmt: skip
+        queries,
+        keys,
+        values,
+        everything.expand(*queries.shape[:3], -1),
+        key_sizes=key_sizes,
+        return_mass=True,
+        query_sizes=query_sizes,
+        backend=backend,
+    ).mass
     assert mass is not None
     return mass
 
 
 def selector_loss(
-    selector: BlockSelector, queries: Tensor, keys: Tensor, query_sizes: Tensor | None, key_sizes: Tensor | None,
+    selector: BlockSelector,
+    queries: Tensor,
+    keys: Tensor,
+    query_sizes: Tensor | None,
+    key_sizes: Tensor | None,
     mass: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """KL between the attention mass [B, H, n, W] of the window's blocks and the softmax of the selector's scores for
     queries [B, H, n, T, D] and keys [B, H, W, T, D], which get no gradient."""
 

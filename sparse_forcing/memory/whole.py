@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory.base import MemoryGeometry, RolloutMemory
+from sparse_forcing.memory.base import Choices, MemoryGeometry, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import dense_attention
 
@@ -28,9 +28,16 @@ class WholeVideo(RolloutMemory):
         super().begin_chunk(frames)
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, clean: bool,
-        choices: dict[int, Tensor] | None = None, ends: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        clean: bool,
+        choices: Choices | None = None,
+        ends: bool = False,
+    ) -> Tensor:
         return dense_attention(query, key, value)
 
     def _make_room(self, frames: int) -> None:

@@ -68,18 +68,18 @@ class FlowSchedule:
         y = y - y.min()
         return y * NUM_TRAIN_TIMESTEPS / y.sum()
 
-    def index_of(self, timestep: Tensor) -> Tensor:
+    def find_index(self, timestep: Tensor) -> Tensor:
         """Nearest entry of the grid for each timestep."""
         grid = self.timesteps.to(timestep.device)
         return (grid - timestep[..., None].to(grid.dtype)).abs().argmin(-1)
 
     def sigma_at(self, timestep: Tensor) -> Tensor:
         """sigma of the nearest grid entry (t = 0 gives the last sigma, not 0, as in the reference)."""
-        return self.sigmas.to(timestep.device)[self.index_of(timestep)]
+        return self.sigmas.to(timestep.device)[self.find_index(timestep)]
 
     def training_weight_at(self, timestep: Tensor) -> Tensor:
         """Self-Forcing's weight of a training loss at these timesteps, of the same shape."""
-        return self.training_weights.to(timestep.device)[self.index_of(timestep)]
+        return self.training_weights.to(timestep.device)[self.find_index(timestep)]
 
     def warp(self, steps: list[int] | Tensor) -> Tensor:
         """Timesteps of a few-step list: entry 1000 - step of the grid followed by 0."""

@@ -16,7 +16,7 @@ from sparse_forcing.model.layers import RMSNorm, is_hooked, is_plain
 
 @dataclass(frozen=True)
 class JoinedWeights:
-    """weight: [N * C, C] and bias: [N * C] of N linear layers; norms: [M, C] weights of norms."""
+    """Weights [N * C, C] and biases [N * C] of N linear layers as one; norms: [M, C] weights of norms."""
 
     weight: Tensor
     bias: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sparse_forcing.kernels.token_rows.interface import rms_norm
-from sparse_forcing.model.remembered import remembered
+from sparse_forcing.model.remembered import remember
 
 _GELU = 2 * math.sqrt(2 / math.pi)
 
@@ -24,13 +25,13 @@ def timestep_sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], -1)
 
 
-@remembered
+@remember
 def constant_tensor(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """[len(values)]"""
     return torch.tensor(values, dtype=dtype, device=device)
 
 
-@remembered
+@remember
 def frame_position_waves(rows: int, cols: int, harmonics: int, device: torch.device) -> Tensor:
     """[rows * cols, 4 * harmonics]: sines and cosines of 1, 2, ... turns across and down the frame, at token centres.
 
@@ -165,3 +166,24 @@ class ConditionEmbedder(nn.Module):
             pooled = (text * used).sum(1) / used.sum(1).clamp(min=1)
             embedding = embedding + self.pooled_text_embedder(pooled)[:, None]
         return embedding, self.time_proj(F.silu(embedding)).unflatten(-1, (6, -1))
+
+
+def scale_input(x: Tensor, sigma: Tensor, latent_std: Sequence[float] | None) -> Tensor:
+    """x_t [B, C, F, H, W] at unit variance, where the standard deviation of each latent channel is known."""
+    return x if latent_std is None else (x * _variance(sigma, latent_std)[1].rsqrt()).to(x.dtype)
+
+
+def convert_to_flow(out: Tensor, x: Tensor, sigma: Tensor, latent_std: Sequence[float] | None) -> Tensor:
+    """Network output -> flow. With D the variance of x_t and s the std of x0, x0 = c_skip x_t + c_out F with
+    c_skip = (1-t) s^2 / D and c_out = t s / sqrt(D) gives v = (x_t - x0) / t without the division."""
+    if latent_std is None:
+        return out
+    std, variance = _variance(sigma, latent_std)
+    out, x_wide = (z.to(variance.dtype) for z in (out, x))
+    return ((sigma - (1 - sigma) * std**2) / variance * x_wide - std * variance.rsqrt() * out).to(x.dtype)
+
+
+def _variance(sigma: Tensor, latent_std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
+    std = constant_tensor(tuple(latent_std), sigma.dtype, sigma.device)[:, None, None, None]
+    return std, ((1 - sigma) * std) ** 2 + sigma**2

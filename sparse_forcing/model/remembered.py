@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 Made = TypeVar("Made", bound=Callable[..., Tensor])
 
 
-def remembered(make: Made) -> Made:
+def remember(make: Made) -> Made:
     """`make`, whose tensors are kept by its arguments: bringing numbers to a GPU waits for it. They serve training,
     too, whoever asks first; where tensors are traced or have no storage, none is kept and none used."""
     kept = lru_cache(maxsize=64)(make)

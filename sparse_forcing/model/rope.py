@@ -13,13 +13,13 @@ from torch import Tensor
 
 from sparse_forcing.kernels.token_rows.interface import rotate, turn_time_
 from sparse_forcing.kernels.token_rows.reference import turn_time
-from sparse_forcing.model.remembered import remembered
+from sparse_forcing.model.remembered import remember
 
 THETA = 10_000.0
 
 
 class Rotary(NamedTuple):
-    """cos and sin, each [L, D/2]."""
+    """A rotary table: cos and sin, each [L, D/2]."""
 
     cos: Tensor
     sin: Tensor
@@ -34,7 +34,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-@remembered
+@remember
 def _frequencies(dim: int, device: torch.device) -> Tensor:
     return THETA ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 

@@ -32,7 +32,7 @@ class RetentionHead(nn.Module):
         self.hidden = nn.Parameter(torch.randn(heads, inputs, HIDDEN) / inputs**0.5)
         self.out = nn.Parameter(torch.zeros(heads, HIDDEN))
 
-    def packed(self) -> Tensor:
+    def pack(self) -> Tensor:
         """[H, 2 D + 3, M] copy of all weights, for `predict`."""
         return torch.cat([self.hidden, self.out[:, None]], 1).detach()
 

@@ -24,7 +24,7 @@ from sparse_forcing.launch import PATIENCE
 from sparse_forcing.model.attention import AttentionPolicy, TokenOrder
 from sparse_forcing.model.rope import Rotary
 from sparse_forcing.model.selector import BlockSelector
-from sparse_forcing.processes import explained_peers
+from sparse_forcing.processes import explain_lost_peers
 
 
 def even_parts(count: int, parts: int) -> list[int]:
@@ -67,7 +67,7 @@ class SequenceParallel:
     def same_generator(self, device: torch.device) -> torch.Generator:
         """A generator on the CPU with a seed that the first process draws: noise must be equal everywhere."""
         seed = torch.randint(2**62, (1,)).to(device)
-        with explained_peers(self.size):
+        with explain_lost_peers(self.size):
             dist.broadcast(seed, 0 if self.group is None else dist.get_global_rank(self.group, 0), self.group)
         return torch.Generator().manual_seed(int(seed.item()))
 
@@ -94,7 +94,7 @@ class SequenceParallel:
         lengths = even_parts(count, self.size)
         padded = torch.nn.functional.pad(tokens, (0, 0, 0, max(lengths) - tokens.shape[1])).contiguous()
         found = [torch.empty_like(padded) for _ in lengths]
-        with explained_peers(self.size):
+        with explain_lost_peers(self.size):
             dist.all_gather(found, padded, group=self.group)
         return torch.cat([part[:, :length] for part, length in zip(found, lengths)], 1)
 
@@ -116,7 +116,7 @@ class SequenceParallel:
         sent, received = [part.numel() for part in parts], [math.prod(shape) for shape in shapes]
         buffer = torch.cat([part.reshape(-1) for part in parts])
         found = buffer.new_empty(sum(received))
-        with explained_peers(self.size):
+        with explain_lost_peers(self.size):
             dist.all_to_all_single(found, buffer, received, sent, group=self.group)
         return [part.view(shape) for part, shape in zip(found.split(received), shapes)]
 

@@ -23,7 +23,7 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.model.word_tokenizer import PAD, WordTokenizer
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.scenes.roles import role_remarks
-from sparse_forcing.weights.parts import explained, require_part
+from sparse_forcing.weights.parts import explain_read_errors, require_part
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -150,7 +150,7 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
     from transformers import AutoTokenizer
 
     require_part(folder / "tokenizer")
-    with explained(folder / "tokenizer"):
+    with explain_read_errors(folder / "tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     if len(tokenizer) > vocab_size:
         raise WeightsError(
@@ -184,7 +184,7 @@ class UMT5TextEncoder(nn.Module):
 
         folder = Path(folder)
         require_part(folder / "text_encoder")
-        with explained(folder, "no readable umT5 encoder"):
+        with explain_read_errors(folder, "no readable umT5 encoder"):
             encoder, info = UMT5EncoderModel.from_pretrained(
                 folder / "text_encoder",
                 dtype=torch_dtype,

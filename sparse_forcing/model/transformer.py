@@ -37,9 +37,10 @@ from sparse_forcing.model.layers import (
     PatchEmbedding,
     RMSNorm,
     WideLayerNorm,
-    constant_tensor,
+    convert_to_flow,
     frame_position_waves,
     is_hooked,
+    scale_input,
 )
 from sparse_forcing.model.rope import Rotary, apply_rotary
 from sparse_forcing.model.selector import BlockSelector
@@ -66,7 +67,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1))
 
-    def _normed(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
+    def _norm_and_rotate(self, x: Tensor, norm: RMSNorm, rotary: Rotary | None) -> Tensor:
         if rotary is None:
             return self._heads(norm(x))
         if is_hooked(norm):
@@ -75,23 +76,23 @@ class Attention(nn.Module):
 
     def queries(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
         """[B, L, H, D], normed, and rotated where a table is given."""
-        return self._normed(self.to_q(x), self.norm_q, rotary)
+        return self._norm_and_rotate(self.to_q(x), self.norm_q, rotary)
 
     def keys_values(self, x: Tensor, rotary: Rotary | None = None) -> tuple[Tensor, Tensor]:
         """Both [B, L, H, D]; keys normed, and rotated where a table is given."""
-        return self._normed(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
+        return self._norm_and_rotate(self.to_k(x), self.norm_k, rotary), self._heads(self.to_v(x))
 
     def project(self, x: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values of x [B, L, C], all [B, L, H, D]: one product where their weights are together."""
         infers = not torch.compiler.is_compiling() and torch.is_inference_mode_enabled()
-        joined = self._joined() if infers and x.dtype == torch.float32 else None
+        joined = self._join_weights() if infers and x.dtype == torch.float32 else None
         if joined is None:
             return self.queries(x, rotary), *self.keys_values(x, rotary)
         products = F.linear(x, joined.weight, joined.bias).unflatten(-1, (3, -1))
         found = norm_rotate_pairs(products[:, :, :2], joined.norms, self.norm_q.eps, rotary.cos, rotary.sin)
         return found[:, :, 0], found[:, :, 1], self._heads(products[:, :, 2])
 
-    def _joined(self) -> JoinedWeights | None:
+    def _join_weights(self) -> JoinedWeights | None:
         """The weights of the three products, laid side by side on first use; None where they are not plain ones."""
         layers, norms = (self.to_q, self.to_k, self.to_v), (self.norm_q, self.norm_k)
         if self._together is None or not self._together.holds(layers, norms):
@@ -104,9 +105,15 @@ class Attention(nn.Module):
 
 class CausalWanBlock(nn.Module):
     def __init__(
-        self, dim: int, ffn_dim: int, heads: int, cross_attn_norm: bool, eps: float, selector_tokens: int | None,
+        self,
+        dim: int,
+        ffn_dim: int,
+        heads: int,
+        cross_attn_norm: bool,
+        eps: float,
+        selector_tokens: int | None,
         learned_retention: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
         self.eps = eps
         self.selector = None
@@ -304,18 +311,18 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             memory, which leaves all there is of it there.
         """
         frames, height, width = hidden_states.shape[2:]
-        x, timestep = hidden_states, self._grouped(timestep, frames)
+        x, timestep = hidden_states, self._group(timestep, frames)
         clean_frames = 0
         if clean_hidden_states is not None:
             clean_frames = clean_hidden_states.shape[2]
             clean = timestep.new_zeros(len(x), 1) if clean_timestep is None else clean_timestep
-            timestep = torch.cat([self._grouped(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1)
+            timestep = torch.cat([self._group(clean, clean_frames, expand=True), timestep.expand(-1, frames)], 1)
             x = torch.cat([clean_hidden_states, x], 2)
         sigma = timestep[:, None, :, None, None] / 1000
 
         _, ph, pw = self.config.patch_size
         rows, cols = height // ph, width // pw
-        tokens = self._embed_patches(self._scale_input(x, sigma))
+        tokens = self._embed_patches(scale_input(x, sigma, self.config.latent_std))
         embedding, modulation = self.condition_embedder(timestep, encoder_hidden_states)
         attention: AttentionPolicy = policy or ParallelAttention(x.shape[2])
         table_dtype = torch.float64 if tokens.dtype == torch.float64 else torch.float32
@@ -330,7 +337,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).to(tokens.dtype).unbind(2)
         tokens = self.proj_out(modulated_norm(tokens, shift, scale, self.config.eps))
         out = rearrange(tokens, "b (f r c) (p q ch) -> b ch f (r p) (c q)", f=frames, r=rows, c=cols, p=ph, q=pw)
-        return _as_output(self._to_flow(out, hidden_states, sigma), return_dict)
+        return _as_output(convert_to_flow(out, hidden_states, sigma, self.config.latent_std), return_dict)
 
     def _same_text(self, encoder_hidden_states: Tensor) -> list[Tensor]:
         """The embedded text for every block: without cached keys and values each projects it itself, where sharding and
@@ -362,7 +369,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
         return tokens if order is None else tokens[:, order.inverse]
 
     @staticmethod
-    def _grouped(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
+    def _group(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:
         """[B] -> [B, 1]; [B, F] stays; anything else is an error."""
         timestep = timestep[:, None] if timestep.ndim == 1 else timestep
         if timestep.ndim != 2 or timestep.shape[1] not in (1, frames):
@@ -372,28 +379,9 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
     def _embed_patches(self, x: Tensor) -> Tensor:
         """[B, C, F, H, W] -> tokens [B, F*R*C, dim]."""
         _, ph, pw = self.config.patch_size
-        tokens = self.patch_embedding(x).flatten(2).transpose(1, 2)
+        tokens = rearrange(self.patch_embedding(x), "b d f r c -> b (f r c) d")
         if self.position_embedder is None:
             return tokens
         waves = frame_position_waves(x.shape[3] // ph, x.shape[4] // pw, self.config.position_harmonics, x.device)
         position = self.position_embedder(waves.to(self.position_embedder.weight.dtype)).to(tokens.dtype)
         return tokens + position.repeat(x.shape[2], 1)
-
-    def _variance(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """(std per channel, variance of x_t): shapes [C, 1, 1, 1] and [B, C, F or 1, 1, 1]."""
-        std = constant_tensor(tuple(self.config.latent_std), sigma.dtype, sigma.device)[:, None, None, None]
-        return std, ((1 - sigma) * std) ** 2 + sigma**2
-
-    def _scale_input(self, x: Tensor, sigma: Tensor) -> Tensor:
-        if self.config.latent_std is None:
-            return x
-        return (x * self._variance(sigma)[1].rsqrt()).to(x.dtype)
-
-    def _to_flow(self, out: Tensor, x: Tensor, sigma: Tensor) -> Tensor:
-        """Network output -> flow. With D the variance of x_t and s the std of x0, x0 = c_skip x_t + c_out F with
-        c_skip = (1-t) s^2 / D and c_out = t s / sqrt(D) gives v = (x_t - x0) / t without the division."""
-        if self.config.latent_std is None:
-            return out
-        std, variance = self._variance(sigma)
-        out, x_wide = (z.to(variance.dtype) for z in (out, x))
-        return ((sigma - (1 - sigma) * std**2) / variance * x_wide - std * variance.rsqrt() * out).to(x.dtype)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.small.tiled_decode import decode_frames, decode_tiles, is_tiled
-from sparse_forcing.weights.parts import explained, load_part
+from sparse_forcing.weights.parts import explain_read_errors, load_part
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -93,7 +93,10 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
         """Fit the components to pixels [B, 3, F, H, W]; returns each latent channel's standard deviation."""
 
         def parts() -> Iterator[Tensor]:  # in float64 all at once they would take several times the pixels' memory
-            return (self._to_patches(part).flatten(0, 3).double() for part in pixels.split(CLIPS_AT_ONCE))
+            return (
+                rearrange(self._to_patches(part), "b f h w n -> (b f h w) n").double()
+                for part in pixels.split(CLIPS_AT_ONCE)
+            )
 
         total = pixels.numel() // len(self.mean)
         mean = torch.stack([part.sum(0) for part in parts()]).sum(0) / total
@@ -117,16 +120,13 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
             if size % step:
                 raise ConfigError(f"pixels: {name} = {size} is not a multiple of {step}")
         latents = ((self._to_patches(pixels.to(self.mean.dtype)) - self.mean) @ self.basis.T) / self.scale
-        return latents.movedim(-1, 1).contiguous()
+        return rearrange(latents, "b f h w c -> b c f h w").contiguous()
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
         """[B, C, f, h, w] -> pixels [B, 3, f*t, h*s, w*s], clamped to [-1, 1]."""
-        patches = (latents.movedim(1, -1).to(self.basis.dtype) * self.scale) @ self.basis + self.mean
-        s = self.spatial_stride
-        return rearrange(
-            patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s
-        ).clamp(-1, 1)
+        coded = rearrange(latents, "b c f h w -> b f h w c").to(self.basis.dtype) * self.scale
+        return _to_pixels(coded @ self.basis + self.mean, self.temporal_stride, self.spatial_stride).clamp(-1, 1)
 
     def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         for pixels in pieces:
@@ -135,6 +135,12 @@ class PatchAutoencoder(ModelMixin, ConfigMixin):
     def decode_stream(self, chunks: Iterable[Tensor], carried: list[Any] | None = None) -> Iterator[Tensor]:
         for chunk in chunks:
             yield self.decode(chunk)
+
+
+def _to_pixels(patches: Tensor, temporal_stride: int, spatial_stride: int) -> Tensor:
+    """[B, f, h, w, 3*t*s*s] -> [B, 3, f*t, h*s, w*s]."""
+    t, s = temporal_stride, spatial_stride
+    return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=t, p=s, q=s)
 
 
 class ConvBlock(nn.Module):
@@ -149,7 +155,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, rows, cols, dim] -> the same."""
-        mixed = self.depthwise(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        mixed = rearrange(self.depthwise(rearrange(x, "n h w c -> n c h w")), "n c h w -> n h w c")
         return x + self.contract(nn.functional.gelu(self.expand(self.norm(mixed)), approximate="tanh"))
 
 
@@ -191,20 +197,22 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
         )
         self.normalize = nn.BatchNorm1d(latent_channels, affine=False, momentum=0.01)
         self.decoder = nn.Sequential(
-            nn.Linear(latent_channels, dim), *(ConvBlock(dim) for _ in range(decoder_blocks or num_blocks)),
-            nn.LayerNorm(dim), nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
-        )  # fmt: skip
+            nn.Linear(latent_channels, dim),
+            *(ConvBlock(dim) for _ in range(decoder_blocks or num_blocks)),
+            nn.LayerNorm(dim),
+            nn.Linear(dim, 3 * temporal_stride * spatial_stride**2),
+        )
 
     @apply_forward_hook
     def encode(self, pixels: Tensor) -> Tensor:
         """[B, 3, F, H, W] with F a multiple of temporal_stride -> [B, C, F/t, H/s, W/s]."""
         batch = len(pixels)
-        patches = self.patches.encode(pixels).movedim(1, -1).flatten(0, 1)
+        patches = rearrange(self.patches.encode(pixels), "b c f h w -> (b f) h w c")
         codes = self.encoder(patches)
         mean = self.normalize.running_mean
         assert mean is not None
-        codes = self.normalize(codes.flatten(0, 2).to(mean.dtype)).view_as(codes)
-        return codes.unflatten(0, (batch, -1)).movedim(-1, 1).contiguous()
+        codes = self.normalize(rearrange(codes, "n h w c -> (n h w) c").to(mean.dtype)).view_as(codes)
+        return rearrange(codes, "(b f) h w c -> b c f h w", b=batch).contiguous()
 
     @apply_forward_hook
     def decode(self, latents: Tensor) -> Tensor:
@@ -213,10 +221,9 @@ class TokenAutoencoder(ModelMixin, ConfigMixin):
 
     def draw(self, latents: Tensor) -> Tensor:
         """`decode` without the clamp, for training."""
-        batch, s = len(latents), self.spatial_stride
-        codes = latents.movedim(1, -1).flatten(0, 1).to(self.patches.basis.dtype)
-        patches = self.decoder(codes).float().unflatten(0, (batch, -1))
-        return rearrange(patches, "b f h w (c t p q) -> b c (f t) (h p) (w q)", c=3, t=self.temporal_stride, p=s, q=s)
+        codes = rearrange(latents, "b c f h w -> (b f) h w c").to(self.patches.basis.dtype)
+        patches = rearrange(self.decoder(codes).float(), "(b f) h w n -> b f h w n", b=len(latents))
+        return _to_pixels(patches, self.temporal_stride, self.spatial_stride)
 
     def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
         for pixels in pieces:
@@ -257,7 +264,7 @@ class WanAutoencoder(nn.Module):
         """Load a local diffusers folder (the `vae` of a Wan folder). Raises WeightsError."""
         from diffusers import AutoencoderKLWan
 
-        with explained(folder):
+        with explain_read_errors(folder):
             return cls(load_part(AutoencoderKLWan, Path(folder), torch_dtype))
 
     @torch.no_grad()
@@ -269,9 +276,9 @@ class WanAutoencoder(nn.Module):
                 f"pixels: {pixels.shape[2]} frames do not fit the autoencoder; it takes 1 + a multiple of "
                 f"{self.temporal_stride}, {pixels.shape[2] - extra} for example"
             )
-        return self._normalized(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean, pixels.dtype)
+        return self._normalize(self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean, pixels.dtype)
 
-    def _normalized(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
+    def _normalize(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
         mean = mean.float()
         return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(dtype)
 
@@ -290,7 +297,7 @@ class WanAutoencoder(nn.Module):
             parts = pixels.to(self.vae.dtype).split([1] * alone + [self.temporal_stride] * groups, 2)
             hidden = [self.vae.encoder(part, feat_cache=cache, feat_idx=[0]) for part in parts]
             mean = self.vae.quant_conv(torch.cat(hidden, 2)).chunk(2, 1)[0]
-            yield self._normalized(mean, pixels.dtype)
+            yield self._normalize(mean, pixels.dtype)
             alone = 0
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json
-from sparse_forcing.model_folder.keys import listed, select_state, strip_wrappers, wan_to_diffusers_key
+from sparse_forcing.model_folder.keys import abbreviate, select_state, strip_wrappers, wan_to_diffusers_key
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, load_weights, not_finite
 
 ADAPTER = "adapter"
@@ -51,7 +51,7 @@ def read_adapters(path: Path, scale: float = 1.0) -> tuple[dict[str, Adapter], l
     """
     state = select_state(load_weights(path), None, source=str(path))
     if bad := not_finite(state):
-        raise WeightsError(f"{path}: tensor {bad} holds NaN or infinite numbers; the adapter is of no use")
+        raise WeightsError(f"{path}: tensor {bad} holds NaN or infinite numbers; the adapter cannot be used")
     sides: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in state.items():
@@ -65,7 +65,7 @@ def read_adapters(path: Path, scale: float = 1.0) -> tuple[dict[str, Adapter], l
         side = {"lora_down": "lora_A", "lora_up": "lora_B"}.get(side, side)
         sides.setdefault(name, {})[side] = tensor
     if unknown or not sides:
-        raise WeightsError(f"{path}: not adapters of a Wan model; {listed('unknown', unknown or list(state))}")
+        raise WeightsError(f"{path}: not adapters of a Wan model; {abbreviate('unknown', unknown or list(state))}")
     stated = sum("alpha" in parts for parts in sides.values())
     remarks = [] if stated else [f"{path}: holds no alpha, which is taken to be the rank (--lora-scale changes it)"]
     return {name: _adapter(path, name, parts, scale) for name, parts in sides.items()}, remarks
@@ -107,9 +107,15 @@ def write_adapters(folder: Path, adapters: Mapping[str, Adapter]) -> None:
     alphas = {name: adapter.scale * ranks[name] for name, adapter in adapters.items()}
     first = next(iter(adapters))
     settings: dict[str, Any] = {
-        "peft_type": "LORA", "r": ranks[first], "lora_alpha": alphas[first], "target_modules": sorted(adapters),
-        "rank_pattern": ranks, "alpha_pattern": alphas, "lora_dropout": 0.0, "bias": "none",
-    }  # fmt: skip
+        "peft_type": "LORA",
+        "r": ranks[first],
+        "lora_alpha": alphas[first],
+        "target_modules": sorted(adapters),
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
     tensors = dict(_tensors(adapters))
     with atomic_path(target / WEIGHTS) as temporary:
         save_file(tensors, temporary)

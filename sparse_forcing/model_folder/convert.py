@@ -22,8 +22,8 @@ from sparse_forcing.model_folder.folder import link_part, read_defaults
 from sparse_forcing.model_folder.keys import (
     HEAD_DIM,
     SELF_FORCING_PARTS,
-    chosen_part,
-    parts_of,
+    choose_part,
+    list_parts,
     select_state,
     to_diffusers,
 )
@@ -31,7 +31,7 @@ from sparse_forcing.model_folder.originals import (
     BUILDERS,
     build_part,
     build_transformer,
-    part_of,
+    find_part,
     read_states,
     weight_files,
 )
@@ -48,9 +48,12 @@ _TOKENIZER = "google/umt5-xxl"  # where it lies in the folder of an original Wan
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertOptions:
-    """which: part of the checkpoint; head_dim: None to take it from a config, or else Wan's; base: model folder that
+    """How a checkpoint is converted.
+
+    which: part of the checkpoint; head_dim: None to take it from a config, or else Wan's; base: model folder that
     fills in what the source lacks; preset, config: how the model samples, by name or by Self-Forcing's YAML; lora: an
-    adapter file, merged unless `keep_lora`."""
+    adapter file, merged unless `keep_lora`.
+    """
 
     which: str | None = None
     head_dim: int | None = None
@@ -72,8 +75,11 @@ class ConvertOptions:
 
 @dataclass
 class Converted:
-    """tensors: how many were compared; preset: how the model samples, None without a
-    transformer; remarks: what of the source is not used, and what is still missing."""
+    """What a conversion did.
+
+    tensors: how many were compared; preset: how the model samples, None without a transformer; remarks: what of the
+    source is not used, and what is still missing.
+    """
 
     tensors: int = 0
     preset: str | None = None
@@ -130,7 +136,7 @@ def _read_source(
     first = next(iter(contents.values()))
     which = options.which or _yaml_part(yaml, first)
     state = read_states(source, contents, which)
-    if (name := part_of(state)) in BUILDERS:
+    if (name := find_part(state)) in BUILDERS:
         if options.lora or options.preset or options.config:
             raise ConfigError(f"{source}: holds a {name} alone; --lora, --preset and --config are for transformers")
         plan.built[name] = BUILDERS[name](state, source)
@@ -138,7 +144,7 @@ def _read_source(
     config = _config_beside(weights)
     if config.get("model_type", "t2v") != "t2v":
         raise WeightsError(f"{source}: this is Wan for {config['model_type']!s:.20}; only text-to-video Wan runs here")
-    plan.remarks += _left_out(source, first, which)
+    plan.remarks += _list_left_out(source, first, which)
     plan.defaults = _defaults(source, weights, options, yaml, first, state, config)
     if options.lora is not None:
         state = to_diffusers(state, source=str(source))
@@ -156,20 +162,25 @@ def _read_source(
 
 
 def _yaml_part(yaml: InferenceSettings | None, content: Any) -> str | None:
-    return yaml.part if yaml is not None and yaml.part in parts_of(content) else None
+    return yaml.part if yaml is not None and yaml.part in list_parts(content) else None
 
 
-def _left_out(source: Path, content: Any, which: str | None) -> list[str]:
+def _list_left_out(source: Path, content: Any, which: str | None) -> list[str]:
     """What a checkpoint holds beside the state dict that is taken."""
-    chosen = chosen_part(content, which)
+    chosen = choose_part(content, which)
     others = [str(name) for name in content if str(name) != chosen] if chosen is not None else []
     return [f"{source}: {chosen} is taken, left out are {', '.join(others)} (see --part)"] if others else []
 
 
 def _defaults(
-    source: Path, weights: Path, options: ConvertOptions, yaml: InferenceSettings | None, content: Any,
-    state: Mapping[str, Any], config: Mapping[str, Any],
-) -> PipelineConfig:  # fmt: skip
+    source: Path,
+    weights: Path,
+    options: ConvertOptions,
+    yaml: InferenceSettings | None,
+    content: Any,
+    state: Mapping[str, Any],
+    config: Mapping[str, Any],
+) -> PipelineConfig:
     """How the model samples: as asked for, as its folder says, or as its family does by the names in the file."""
     if yaml is not None:
         return yaml.defaults
@@ -179,7 +190,7 @@ def _defaults(
         return read_defaults(source)
     layers = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
     keys = select_state(content, options.which).keys()
-    wrapped = chosen_part(content, options.which) in SELF_FORCING_PARTS
+    wrapped = choose_part(content, options.which) in SELF_FORCING_PARTS
     wrapped = wrapped or any(key.startswith("model.") and not key.startswith("model.diffusion_model.") for key in keys)
     if options.lora is not None and wrapped:
         return PRESETS["longlive"]
@@ -269,8 +280,9 @@ def _check_parts_fit(target: Path, plan: _Plan) -> None:
         return read_table(plan.linked[part] / "config.json").get(name) if part in plan.linked else None
 
     for (one, name), (two, other) in (
-        (("transformer", "text_dim"), ("text_encoder", "d_model")), (("transformer", "in_channels"), ("vae", "z_dim")),
-    ):  # fmt: skip
+        (("transformer", "text_dim"), ("text_encoder", "d_model")),
+        (("transformer", "in_channels"), ("vae", "z_dim")),
+    ):
         left, right = number(one, name), number(two, other)
         if left is not None and right is not None and left != right:
             raise WeightsError(f"{target}: parts do not fit together: {one} has {name} {left}, {two} {other} {right}")

@@ -57,7 +57,7 @@ class PipelineConfig:
         if not 0 <= self.context_timestep <= NUM_TRAIN_TIMESTEPS:
             raise ConfigError(f"context_timestep: from 0 to {NUM_TRAIN_TIMESTEPS}, got {self.context_timestep}")
 
-    def fitted(self, geometry: VideoGeometry) -> VideoGeometry:
+    def fit_geometry(self, geometry: VideoGeometry) -> VideoGeometry:
         """The geometry of a model's videos with the chunks that these defaults ask for."""
         return replace(
             geometry,

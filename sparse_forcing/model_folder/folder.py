@@ -27,7 +27,7 @@ from sparse_forcing.model_folder.recognise import (
     PIPELINE_FILE,
     check_supported,
     folder_remarks,
-    recognised_defaults,
+    recognise_defaults,
 )
 from sparse_forcing.weights.hub import fetch_model, is_hub_id
 from sparse_forcing.weights.manifest import write_manifest
@@ -65,7 +65,7 @@ def read_defaults(folder: Path) -> PipelineConfig:
     config = (
         build_config(PipelineConfig, read_json(path, max_bytes=MAX_CONFIG_BYTES), source=str(path))
         if path.is_file()
-        else recognised_defaults(folder)
+        else recognise_defaults(folder)
     )
     if config.vae not in (*EMBEDDED_AUTOENCODERS, "wan") or config.text_encoder not in ("words", "umt5"):
         raise WeightsError(f"{path}: unknown parts vae={config.vae!r}, text_encoder={config.text_encoder!r}")
@@ -86,7 +86,7 @@ def finish_transformer(model: CausalWanTransformer3DModel, folder: Path) -> None
     # Attention on a CPU makes zeros of queries that are NaN: no video would tell.
     if bad := not_finite(model.state_dict()):
         raise WeightsError(
-            f"{folder / 'transformer'}: tensor {bad} holds NaN or infinite numbers; the weights are of no use"
+            f"{folder / 'transformer'}: tensor {bad} holds NaN or infinite numbers; the weights cannot be used"
         )
     add_kept_adapters(model, folder)
     for remark in folder_remarks(folder):
@@ -138,7 +138,7 @@ def write_pipeline(
 def write_autoencoder(folder: Path, vae: PatchAutoencoder | TokenAutoencoder, config: PipelineConfig) -> None:
     """Write a model folder that holds an autoencoder alone, for models that are still to be trained."""
     save_part(vae, folder / "vae")
-    atomic_write_json(folder / PIPELINE_FILE, asdict(replace(config, vae=kind_of(vae))))
+    atomic_write_json(folder / PIPELINE_FILE, asdict(replace(config, vae=identify_autoencoder(vae))))
     write_manifest(folder)
 
 
@@ -154,7 +154,7 @@ def forget_origin(path: Path) -> None:
     atomic_write_json(path, {name: value for name, value in settings.items() if name not in _ORIGIN})
 
 
-def kind_of(vae: VideoAutoencoder) -> str:
+def identify_autoencoder(vae: VideoAutoencoder) -> str:
     """What a model folder calls an embedded autoencoder."""
     return next(name for name, kind in EMBEDDED_AUTOENCODERS.items() if isinstance(vae, kind))
 

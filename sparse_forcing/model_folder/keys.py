@@ -106,7 +106,7 @@ def to_diffusers(state: Mapping[str, Tensor], *, source: str = "weights") -> dic
         renamed = [(key, wan_to_diffusers_key(key), tensor) for key, tensor in stripped]
     unknown = [key for key, new, _ in renamed if new is None]
     if unknown:
-        raise WeightsError(f"{source}: not Wan 2.1 text-to-video weights; {listed('unknown', unknown)}")
+        raise WeightsError(f"{source}: not Wan 2.1 text-to-video weights; {abbreviate('unknown', unknown)}")
     out = {new: tensor for _, new, tensor in renamed if new is not None}
     if len(out) != len(renamed):
         raise WeightsError(f"{source}: several tensors have the same name once prefixes are removed")
@@ -118,24 +118,24 @@ def to_wan(state: Mapping[str, Tensor], *, source: str = "weights") -> dict[str,
     renamed = {key: diffusers_to_wan_key(key) for key in state}
     unknown = [key for key, new in renamed.items() if new is None]
     if unknown:
-        raise WeightsError(f"{source}: cannot be written as Wan weights; {listed('unknown', unknown)}")
+        raise WeightsError(f"{source}: cannot be written as Wan weights; {abbreviate('unknown', unknown)}")
     return {str(renamed[key]): tensor for key, tensor in state.items()}
 
 
-def listed(label: str, names: list[str], show: int = 5) -> str:
+def abbreviate(label: str, names: list[str], show: int = 5) -> str:
     """The first few of some names, and how many more there are."""
     more = f" and {len(names) - show} more" if len(names) > show else ""
     return f"{label}: {', '.join(names[:show])}{more}"
 
 
-def parts_of(content: Any) -> list[str]:
+def list_parts(content: Any) -> list[str]:
     """Names of the state dicts in a checkpoint; none for one that is a single state dict itself."""
     return [str(name) for name, value in content.items() if isinstance(value, Mapping)]
 
 
-def chosen_part(content: Any, which: str | None = None) -> str | None:
+def choose_part(content: Any, which: str | None = None) -> str | None:
     """Which state dict of a checkpoint `select_state` takes; None for one that is a single state dict itself."""
-    parts = parts_of(content)
+    parts = list_parts(content)
     return which or next((name for name in PREFERRED if name in parts), parts[0]) if parts else None
 
 
@@ -147,16 +147,16 @@ def select_state(content: Any, which: str | None = None, *, source: str = "weigh
     """
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{source}: holds no table of tensors")
-    parts = parts_of(content)
+    parts = list_parts(content)
     if parts:
-        if (chosen := chosen_part(content, which)) not in parts:
+        if (chosen := choose_part(content, which)) not in parts:
             raise WeightsError(f"{source}: has no part {chosen!r}; it has {', '.join(parts)}")
         content = content[chosen]
     elif which is not None:
         raise WeightsError(f"{source}: is a single state dict, it has no part {which!r}")
     strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
-        raise WeightsError(f"{source}: {listed('not tensors', strange)}")
+        raise WeightsError(f"{source}: {abbreviate('not tensors', strange)}")
     return dict(content)
 
 

@@ -16,9 +16,16 @@ from torch import Tensor
 
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import PathLike
-from sparse_forcing.model_folder.keys import HEAD_DIM, infer_config, listed, select_state, strip_wrappers, to_diffusers
-from sparse_forcing.model_folder.recognise import unsupported
-from sparse_forcing.weights.parts import explained
+from sparse_forcing.model_folder.keys import (
+    HEAD_DIM,
+    abbreviate,
+    infer_config,
+    select_state,
+    strip_wrappers,
+    to_diffusers,
+)
+from sparse_forcing.model_folder.recognise import name_unsupported
+from sparse_forcing.weights.parts import explain_read_errors
 from sparse_forcing.weights.safe_load import check_state_dict, load_weights, not_finite
 
 WEIGHT_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
@@ -37,7 +44,7 @@ _UMT5 = {
 _UMT5_TOP = {"token_embedding.weight": "shared.weight", "norm.weight": "encoder.final_layer_norm.weight"}
 
 
-def part_of(state: Mapping[str, Tensor]) -> str:
+def find_part(state: Mapping[str, Tensor]) -> str:
     """The folder that a state dict belongs into: transformer, text_encoder or vae."""
     if "token_embedding.weight" in state and any(".pos_embedding." in key for key in state):
         return "text_encoder"
@@ -80,7 +87,7 @@ def read_states(source: Path, contents: Mapping[Path, Any], which: str | None) -
             )
         state.update(part)
     if bad := not_finite(state):
-        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint is of no use")
+        raise WeightsError(f"{source}: tensor {bad} holds NaN or infinite numbers; the checkpoint cannot be used")
     return state
 
 
@@ -100,11 +107,11 @@ def build_transformer(
 
     renamed = to_diffusers(state, source=str(source))
     settings = dict(config) if config else infer_config(renamed, head_dim=head_dim, source=str(source))
-    if name := unsupported(settings):
+    if name := name_unsupported(settings):
         raise WeightsError(f"{source}: this is {name}; only text-to-video Wan 2.1 and its causal descendants run here")
-    with torch.device("meta"), explained(source, f"makes no model with head dimension {head_dim}"):
+    with torch.device("meta"), explain_read_errors(source, f"makes no model with head dimension {head_dim}"):
         model = CausalWanTransformer3DModel(**settings)
-    return _filled(model, renamed, source)
+    return _fill(model, renamed, source)
 
 
 def build_text_encoder(state: Mapping[str, Tensor], source: PathLike) -> Any:
@@ -122,22 +129,25 @@ def build_text_encoder(state: Mapping[str, Tensor], source: PathLike) -> Any:
         else:
             unknown.append(key)
     if unknown:
-        raise WeightsError(f"{source}: not Wan's umT5; {listed('unknown', unknown)}")
+        raise WeightsError(f"{source}: not Wan's umT5; {abbreviate('unknown', unknown)}")
     try:
         vocabulary, width = renamed["shared.weight"].shape
         buckets, heads = renamed["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"].shape
         sizes = {
-            "vocab_size": vocabulary, "d_model": width, "num_heads": heads, "relative_attention_num_buckets": buckets,
+            "vocab_size": vocabulary,
+            "d_model": width,
+            "num_heads": heads,
+            "relative_attention_num_buckets": buckets,
             "d_kv": renamed["encoder.block.0.layer.0.SelfAttention.q.weight"].shape[0] // heads,
             "d_ff": renamed["encoder.block.0.layer.1.DenseReluDense.wo.weight"].shape[1],
             "num_layers": len({key.split(".")[1] for key in state if key.startswith("blocks.")}),
-        }  # fmt: skip
+        }
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{source}: not Wan's umT5; missing or misshapen: {error}") from error
     renamed["encoder.embed_tokens.weight"] = renamed["shared.weight"]
-    with torch.device("meta"), explained(source, "makes no umT5"):
+    with torch.device("meta"), explain_read_errors(source, "makes no umT5"):
         model = UMT5EncoderModel(UMT5Config(**sizes))
-    model = _filled(model, renamed, source)
+    model = _fill(model, renamed, source)
     model.tie_weights()
     return model
 
@@ -147,14 +157,14 @@ def build_autoencoder(state: Mapping[str, Tensor], source: PathLike) -> Any:
     from diffusers import AutoencoderKLWan
     from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
-    with explained(source, "not Wan 2.1's autoencoder"):
+    with explain_read_errors(source, "not Wan 2.1's autoencoder"):
         channels, width = state["conv2.weight"].shape[0], state["encoder.conv1.weight"].shape[0]
         if channels == 48:
             raise WeightsError(f"{source}: this is Wan 2.2's autoencoder (48 latent channels); only Wan 2.1's is used")
         renamed = convert_wan_vae_to_diffusers(dict(state))
         with torch.device("meta"):
             model = AutoencoderKLWan(base_dim=width, z_dim=channels)
-    return _filled(model, renamed, source)
+    return _fill(model, renamed, source)
 
 
 BUILDERS = {"text_encoder": build_text_encoder, "vae": build_autoencoder}
@@ -163,13 +173,13 @@ BUILDERS = {"text_encoder": build_text_encoder, "vae": build_autoencoder}
 def build_part(path: Path) -> tuple[str, Any]:
     """The text encoder or autoencoder in a file, and the name of its folder. Raises WeightsError."""
     state = read_states(path, {path: load_weights(path)}, None)
-    name = part_of(state)
+    name = find_part(state)
     if name not in BUILDERS:
         raise WeightsError(f"{path}: holds neither Wan's umT5 nor its autoencoder")
     return name, BUILDERS[name](state, path)
 
 
-def _filled(model: Any, state: Mapping[str, Tensor], source: PathLike) -> Any:
+def _fill(model: Any, state: Mapping[str, Tensor], source: PathLike) -> Any:
     check_state_dict(model.state_dict(), state, source=str(source))
     model.load_state_dict(state, assign=True)
     return model

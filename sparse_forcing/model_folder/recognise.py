@@ -48,7 +48,7 @@ def check_supported(folder: Path) -> None:
     experts = (folder / "transformer_2").is_dir() or _is_part(index.get("transformer_2"))
     if experts or index.get("boundary_ratio") is not None:
         _refuse(folder, "Wan 2.2 A14B, which has two experts")
-    if name := unsupported(config):
+    if name := name_unsupported(config):
         _refuse(folder, name)
     if vae.get("patch_size") is not None or vae.get("z_dim") == 48:
         _refuse(folder, "of Wan 2.2's autoencoder (48 latent channels)")
@@ -56,7 +56,7 @@ def check_supported(folder: Path) -> None:
         _refuse(folder, "an image-to-video Wan (it has an image encoder)")
 
 
-def unsupported(config: Mapping[str, Any]) -> str | None:
+def name_unsupported(config: Mapping[str, Any]) -> str | None:
     """The name of a transformer, by its config in diffusers' words, that cannot be run here; None for one that can."""
     if config.get("in_channels") == 48:
         return "Wan 2.2 TI2V-5B (48 latent channels)"
@@ -76,7 +76,7 @@ def _is_part(entry: Any) -> bool:
     return isinstance(entry, list) and any(entry)
 
 
-def recognised_defaults(folder: Path) -> PipelineConfig:
+def recognise_defaults(folder: Path) -> PipelineConfig:
     """How the model of a folder without pipeline.json samples. Raises WeightsError for settings that make no sense."""
     config = read_table(folder / TRANSFORMER)
     if not config:
@@ -98,9 +98,11 @@ def _plain(folder: Path, config: Mapping[str, Any]) -> PipelineConfig:
         return base
     shift = float(scheduler.get(_SCHEDULERS[kind], 1.0))
     sampler = SamplerConfig(
-        kind="unipc" if kind == "UniPCMultistepScheduler" else "euler", steps=WAN_STEPS, shift=shift,
+        kind="unipc" if kind == "UniPCMultistepScheduler" else "euler",
+        steps=WAN_STEPS,
+        shift=shift,
         guidance_scale=_DIFFUSERS_GUIDANCE,
-    )  # fmt: skip
+    )
     return replace(base, sampler=sampler)
 
 
@@ -135,9 +137,10 @@ def _remarks(folder: Path) -> Iterator[str]:
     if strange := [name for name in config if name not in known and not name.startswith("_")]:
         yield f"{folder / TRANSFORMER}: not used: {', '.join(sorted(strange))}"
     if others := sorted(
-        path.name for path in folder.iterdir()
+        path.name
+        for path in folder.iterdir()
         if path.is_dir() and path.name not in _PARTS and not path.name.startswith((".", "_"))
-    ):  # fmt: skip
+    ):
         yield f"{folder}: parts that are not used: {', '.join(others)}"
     if (folder / PIPELINE_FILE).is_file():
         return

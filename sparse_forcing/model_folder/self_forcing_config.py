@@ -19,8 +19,11 @@ _STRIDES = (4, 8)  # of Wan 2.1's autoencoder: pixel frames, then pixels, of a l
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceSettings:
-    """defaults: of the model; part: of the checkpoint, None where the file does not say; lora_scale: alpha / rank;
-    remarks: settings that have no effect here."""
+    """What Self-Forcing's YAML says of inference.
+
+    defaults: of the model; part: of the checkpoint, None where the file does not say; lora_scale: alpha / rank;
+    remarks: settings that have no effect here.
+    """
 
     defaults: PipelineConfig
     part: str | None

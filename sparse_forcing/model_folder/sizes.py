@@ -37,8 +37,11 @@ UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_ff": 10240, "d_kv": 64, "n
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSizes:
-    """transformer: its config; rows, cols: tokens of a latent frame; text: its text encoder, without
-    storage; autoencoder_bytes: size of the autoencoder; notes: what was assumed."""
+    """The sizes of a model, without its weights.
+
+    transformer: its config; rows, cols: tokens of a latent frame; text: its text encoder, without storage;
+    autoencoder_bytes: size of the autoencoder; notes: what was assumed.
+    """
 
     transformer: dict[str, Any]
     rows: int
@@ -119,15 +122,25 @@ def autoencoder_of(kind: str, config: dict[str, Any]) -> Any:
 
 
 def _sizes(
-    transformer: dict[str, Any], defaults: PipelineConfig, text: torch.nn.Module, text_len: int, vae: Any,
+    transformer: dict[str, Any],
+    defaults: PipelineConfig,
+    text: torch.nn.Module,
+    text_len: int,
+    vae: Any,
     notes: list[str],
-) -> ModelSizes:  # fmt: skip
+) -> ModelSizes:
     geometry = VideoGeometry.of(vae, on_meta(transformer).config)
     rows, cols = geometry.token_size(*geometry.latent_size(defaults.height, defaults.width))
     return ModelSizes(
-        transformer=transformer, rows=rows, cols=cols, text_len=text_len, text=text,
-        autoencoder_bytes=_bytes(vae), memory=defaults.memory, notes=notes,
-    )  # fmt: skip
+        transformer=transformer,
+        rows=rows,
+        cols=cols,
+        text_len=text_len,
+        text=text,
+        autoencoder_bytes=_bytes(vae),
+        memory=defaults.memory,
+        notes=notes,
+    )
 
 
 def _bytes(module: torch.nn.Module) -> int:

@@ -94,8 +94,15 @@ def wan_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Wan's own config.json for a transformer's config in diffusers' words."""
     heads = config["num_attention_heads"]
     return {
-        "_class_name": "WanModel", "model_type": "t2v", "text_len": 512, "in_dim": config["in_channels"],
-        "dim": heads * config["attention_head_dim"], "ffn_dim": config["ffn_dim"], "freq_dim": config["freq_dim"],
-        "out_dim": config["out_channels"], "num_heads": heads, "num_layers": config["num_layers"],
+        "_class_name": "WanModel",
+        "model_type": "t2v",
+        "text_len": 512,
+        "in_dim": config["in_channels"],
+        "dim": heads * config["attention_head_dim"],
+        "ffn_dim": config["ffn_dim"],
+        "freq_dim": config["freq_dim"],
+        "out_dim": config["out_channels"],
+        "num_heads": heads,
+        "num_layers": config["num_layers"],
         "eps": config.get("eps", 1e-6),
-    }  # fmt: skip
+    }

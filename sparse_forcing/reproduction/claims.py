@@ -72,11 +72,11 @@ def _claims(result: Result, late: str) -> Iterator[Claim]:
     yield _flat_cache(result)
     for other, meaning in OTHERS.items():
         for measure, words in MEASURES.items():
-            yield _paired(result, late, measure, other, f"more {words} than {other} ({meaning})")
+            yield _compare_pairs(result, late, measure, other, f"more {words} than {other} ({meaning})")
     yield _selector(result)
 
 
-def _measured(result: Result, *names: str) -> bool:
+def _is_measured(result: Result, *names: str) -> bool:
     return all(name in result["variants"] for name in names)
 
 
@@ -87,7 +87,7 @@ def _missing(text: str, names: Sequence[str]) -> Claim:
 def _apart(result: Result, horizon: str, group: str, measure: str, rival: str, text: str) -> Claim:
     """The sparse student is better than the rival and their intervals do not overlap."""
     text = f"{horizon}x: {text}"
-    if not _measured(result, "sparse", rival):
+    if not _is_measured(result, "sparse", rival):
         return _missing(text, ["sparse", rival])
     cells = {name: result["variants"][name]["horizons"][horizon][group][measure] for name in ("sparse", rival)}
     (low, high), (other_low, other_high) = cells["sparse"]["interval"], cells[rival]["interval"]
@@ -99,7 +99,7 @@ def _apart(result: Result, horizon: str, group: str, measure: str, rival: str, t
     return Claim(text=text, met=met, evidence=evidence)
 
 
-def _paired_interval(result: Result, horizon: str, measure: str, other: str) -> tuple[float, tuple[float, float], int]:
+def _pair_interval(result: Result, horizon: str, measure: str, other: str) -> tuple[float, tuple[float, float], int]:
     """Mean of sparse - other over the prompts both were judged on, its 95 % interval, and how many."""
     first, second = (result["variants"][name]["records"][horizon][measure] for name in (other, "sparse"))
     shared = min(len(first), len(second))
@@ -108,7 +108,7 @@ def _paired_interval(result: Result, horizon: str, measure: str, other: str) -> 
     return mean, interval, count
 
 
-def _paired(
+def _compare_pairs(
     result: Result,
     horizon: str,
     measure: str,
@@ -117,16 +117,16 @@ def _paired(
     shows: Callable[[float, float], bool] = lambda low, high: low > 0,
 ) -> Claim:
     text = f"{horizon}x: {text}"
-    if not _measured(result, "sparse", other):
+    if not _is_measured(result, "sparse", other):
         return _missing(text, ["sparse", other])
-    mean, interval, count = _paired_interval(result, horizon, measure, other)
+    mean, interval, count = _pair_interval(result, horizon, measure, other)
     evidence = f"sparse - {other} {100 * mean:+.1f} points ({_range(interval)}) on {count} prompts"
     return Claim(text=text, met=shows(*interval), evidence=evidence)
 
 
 def _not_worse(result: Result, measure: str, text: str) -> Claim:
     """At the training horizon the paired difference is not below zero with its whole interval."""
-    return _paired(result, "1", measure, "dense", text, lambda low, high: high >= 0)
+    return _compare_pairs(result, "1", measure, "dense", text, lambda low, high: high >= 0)
 
 
 def _faster(result: Result, horizon: str) -> Claim:
@@ -149,7 +149,7 @@ def _peak(result: Result, name: str, horizon: str) -> int:
 
 def _smaller_cache(result: Result) -> Claim:
     text = f"1x: at least {CACHE_SAVED:.0%} less peak cache than the dense student with full cache"
-    if not _measured(result, "sparse", "dense"):
+    if not _is_measured(result, "sparse", "dense"):
         return _missing(text, ["sparse", "dense"])
     sparse, dense = (_peak(result, name, "1") for name in ("sparse", "dense"))
     saved = 1 - sparse / dense
@@ -159,7 +159,7 @@ def _smaller_cache(result: Result) -> Claim:
 
 def _flat_cache(result: Result) -> Claim:
     text = "cache does not grow beyond the training horizon"
-    if not _measured(result, "sparse"):
+    if not _is_measured(result, "sparse"):
         return _missing(text, ["sparse"])
     horizons = sorted(result["variants"]["sparse"]["horizons"], key=int)
     peaks = {horizon: _peak(result, "sparse", horizon) for horizon in horizons}

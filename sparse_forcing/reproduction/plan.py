@@ -219,8 +219,10 @@ class _Planner:
         return Training(folder=folder, parents=trained, config=config, function=function)
 
     def _check_horizon(self, config: Any) -> None:
-        for name, frames in (("rollout_frames", getattr(config, "rollout_frames", None)),
-                             ("data.latent_frames", config.data.latent_frames)):  # fmt: skip
+        for name, frames in (
+            ("rollout_frames", getattr(config, "rollout_frames", None)),
+            ("data.latent_frames", config.data.latent_frames),
+        ):
             if frames not in (None, self.horizon):
                 raise ConfigError(
                     f"{name}: {frames} latent frames, but horizons are counted in the model's clips of {self.horizon}"

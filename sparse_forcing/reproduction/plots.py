@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -18,7 +19,7 @@ LABEL = 150
 
 
 def draw_plots(result: Mapping[str, Any], out: Path) -> None:
-    """accuracy.png, drift.png and cache.png."""
+    """Draw accuracy.png, drift.png and cache.png."""
     horizons = [int(h) for h in next(iter(result["variants"].values()))["horizons"]]
     for path, group, measures, label in (
         ("accuracy.png", "accuracy", ("all", "attributes"), "percent right"),
@@ -88,7 +89,7 @@ def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: lis
     draw = ImageDraw.Draw(sheet)
     for column, prompt in enumerate(prompts):
         left = LABEL + column * (width + MARGIN)
-        draw.text((left, 0), _fitting(draw, prompt, width), "black")
+        draw.text((left, 0), _cut_to_width(draw, prompt, width), "black")
         for place, horizon in enumerate(horizons):
             draw.text((left + place * width // len(horizons), LINE), f"{horizon}x", "black")
     for line, (name, strips) in enumerate(rows.items()):
@@ -98,10 +99,10 @@ def contact_sheet(folders: Mapping[str, Path], prompts: list[str], horizons: lis
             enlarged = Image.fromarray(strip).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (LABEL + column * (width + MARGIN), top))
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG")
+        iio.imwrite(temporary, np.asarray(sheet), plugin="pillow", extension=".png")
 
 
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def _cut_to_width(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
     while text and draw.textlength(text) > width:
         text = text[:-1]
     return text

@@ -118,14 +118,14 @@ class Reproduction:
                     run=partial(rollouts.judge, first),
                 )
         if len(self.times.students) > 1:
-            yield Task(name="timing", done=self.times.path.is_file, ready=self.trained, run=self.times.measure)
+            yield Task(name="timing", done=self.times.path.is_file, ready=self.is_trained, run=self.times.measure)
         if self.recall is not None:
-            yield Task(name="recall", done=self.recall.path.is_file, ready=self.trained, run=self.recall.measure)
+            yield Task(name="recall", done=self.recall.path.is_file, ready=self.is_trained, run=self.recall.measure)
         if self.worlds is not None:
             ready = self.worlds.training.complete
             yield Task(name="worlds", done=self.worlds.is_done, ready=ready, run=self.worlds.measure)
 
-    def trained(self) -> bool:
+    def is_trained(self) -> bool:
         return all(chain[-1].complete() for chain in self.chains.values())
 
     def run(self) -> int:

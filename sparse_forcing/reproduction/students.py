@@ -13,9 +13,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import imageio.v3 as iio
 import numpy as np
 import torch
-from PIL import Image
 
 from sparse_forcing.config import to_plain
 from sparse_forcing.devices import resolve_device
@@ -160,7 +160,7 @@ def _columns(records: list[dict[str, Any]]) -> dict[str, list[float | None]]:
 def _write_frames(path: Path, frames: np.ndarray) -> None:
     """Frames [N, H, W, 3] side by side."""
     with atomic_path(path) as temporary:
-        Image.fromarray(np.concatenate(list(frames), 1)).save(temporary, format="PNG")
+        iio.imwrite(temporary, np.concatenate(list(frames), 1), plugin="pillow", extension=".png")
 
 
 def read_frames(folder: Path, number: int, prompt: str) -> np.ndarray:

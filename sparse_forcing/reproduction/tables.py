@@ -87,7 +87,7 @@ def _speed_lines(result: Mapping[str, Any]) -> Iterator[str]:
 
 
 def write_selector(found: Mapping[str, Any], out: Path) -> None:
-    """recall.json and recall.md of the selector's recall: `recall` rows, and how many `prompts` they come from."""
+    """Write recall.json and recall.md of the selector: `recall` rows, and how many `prompts` they come from."""
     rows = found["recall"]
     atomic_write_text(out / "recall.json", json.dumps(found, allow_nan=False) + "\n")
     lines = [

@@ -47,7 +47,7 @@ def changing_prompts(count: int, *, seed: int = 0) -> list[PromptChange]:
     changes: list[PromptChange] = []
     while len(changes) < count:
         attribute, scene = tuple(CHANGEABLE)[len(changes) % len(CHANGEABLE)], next(scenes)
-        others = [_changed(scene, attribute, value) for value in CHANGEABLE[attribute]]
+        others = [_change(scene, attribute, value) for value in CHANGEABLE[attribute]]
         others = [other for other in others if other != scene and has_held_out(other) and _can_become(scene, other)]
         if others:
             before, after = (caption(each, words, size_dropout=0) for each in (scene, words.choice(others)))
@@ -61,7 +61,7 @@ def _held_out_scenes(seed: int, objects: int) -> Iterator[Scene]:
         yield from sample_scenes(1, generator, two_object_fraction=objects - 1.0, split="heldout").scenes()
 
 
-def _changed(scene: Scene, attribute: str, value: str) -> Scene:
+def _change(scene: Scene, attribute: str, value: str) -> Scene:
     """The scene of one object with another value of an attribute; what grows or shrinks has no size."""
     if attribute == "background":
         return replace(scene, background=value)

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sparse_forcing.weights.parts import explained
+from sparse_forcing.weights.parts import explain_read_errors
 
 _FILES = ("*.json", "*/*.json", "*/*.safetensors", "tokenizer/*.model", "tokenizer/*.txt")
 """What a model consists of: no code, and no weights that would have to be unpickled."""
@@ -29,5 +29,5 @@ def fetch_model(model: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
 
     options.pop("proxies", None)  # the library takes them from the environment now
-    with explained(model, "neither a folder, nor an embedded model, nor found on the hub"):
+    with explain_read_errors(model, "neither a folder, nor an embedded model, nor found on the hub"):
         return Path(snapshot_download(model, allow_patterns=list(_FILES), **options))

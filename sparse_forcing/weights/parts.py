@@ -28,7 +28,7 @@ MAX_SIZE = 1 << 20
 
 
 @contextmanager
-def explained(source: PathLike, what: str = "cannot be loaded") -> Iterator[None]:
+def explain_read_errors(source: PathLike, what: str = "cannot be loaded") -> Iterator[None]:
     """What reading a model and its config may raise becomes a WeightsError of one line that names `source`. Running out
     of memory is no fault of theirs and passes through."""
     try:
@@ -98,7 +98,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored. Raises
     WeightsError as `check_model` does."""
     check_model(cls, folder)
-    with explained(folder):
+    with explain_read_errors(folder):
         return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
@@ -111,7 +111,7 @@ def check_model(cls: Any, folder: Path) -> None:
     """
     require_part(folder)
     found = check_part(folder)
-    with explained(folder):
+    with explain_read_errors(folder):
         config = cls.load_config(folder, local_files_only=True)
         _check_sizes(cls, config, folder)
         with torch.device("meta"):

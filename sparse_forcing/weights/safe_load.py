@@ -151,16 +151,25 @@ def check_state_dict(
         ("missing", [name for name in expected if name not in found]),
         ("unexpected", [name for name in found if name not in expected]),
         ("not a tensor", [name for name, value in found.items() if not hasattr(value, "shape")]),
-        ("wrong shape", [
-            f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
-            for name, value in expected.items()
-            if hasattr(found.get(name), "shape") and found[name].shape != value.shape
-        ]),
-        ("not floating point", [
-            name for name, value in expected.items()
-            if hasattr(found.get(name), "dtype") and value.is_floating_point() and not found[name].is_floating_point()
-        ]),
-    ):  # fmt: skip
+        (
+            "wrong shape",
+            [
+                f"{name} {list(found[name].shape)} instead of {list(value.shape)}"
+                for name, value in expected.items()
+                if hasattr(found.get(name), "shape") and found[name].shape != value.shape
+            ],
+        ),
+        (
+            "not floating point",
+            [
+                name
+                for name, value in expected.items()
+                if hasattr(found.get(name), "dtype")
+                and value.is_floating_point()
+                and not found[name].is_floating_point()
+            ],
+        ),
+    ):
         if names:
             more = f" and {len(names) - show} more" if len(names) > show else ""
             problems.append(f"{label}: {', '.join(names[:show])}{more}")
@@ -170,7 +179,11 @@ def check_state_dict(
 
 def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """Name of the first floating-point tensor that holds NaN or infinite numbers, None when there is none."""
+    from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
     for name, tensor in tensors.items():
+        if is_traceable_wrapper_subclass(tensor):
+            tensor = tensor.dequantize()  # a quantization library's own, which knows little else
         if tensor.is_floating_point() and not tensor.isfinite().all():
             return name
     return None

@@ -105,8 +105,22 @@ def test_an_original_release_becomes_a_folder_that_generates(
     for part in ("transformer", "text_encoder", "vae"):
         assert same(tensors(model / part), tensors(wan / part)), part
     assert verify_manifest(model)
-    assert main(["generate", "a cat", "--model", str(model), "--output", str(tmp_path / "c.mp4"), *FLAGS,
-                 "--num-inference-steps", "2"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "generate",
+                "a cat",
+                "--model",
+                str(model),
+                "--output",
+                str(tmp_path / "c.mp4"),
+                *FLAGS,
+                "--num-inference-steps",
+                "2",
+            ]
+        )
+        == 0
+    )
     record = json.loads((tmp_path / "c.json").read_text())
     assert record["settings"]["sampler"] == "wan_unipc"
     assert record["settings"]["chunk_frames"] is None
@@ -171,8 +185,9 @@ def test_yaml_settings_are_read_into_the_folder(
     assert (config.memory.kind, config.memory.window_frames, config.memory.sink_frames) == ("sink", 6, 1)
     assert pipe.geometry.chunks(7) == [1, 3, 3]
     first = next(iter(load_file(wan / "transformer" / WEIGHTS)))
-    assert torch.equal(load_file(tmp_path / "m/transformer" / WEIGHTS)[first],
-                       load_file(wan / "transformer" / WEIGHTS)[first] + 1)  # fmt: skip
+    assert torch.equal(
+        load_file(tmp_path / "m/transformer" / WEIGHTS)[first], load_file(wan / "transformer" / WEIGHTS)[first] + 1
+    )
     assert main(["generate", "a cat", "--model", str(tmp_path / "m"), "--output", str(tmp_path / "c.mp4"), *FLAGS]) == 0
 
 

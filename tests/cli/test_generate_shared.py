@@ -117,8 +117,9 @@ def test_each_process_makes_its_share_and_the_first_answers_for_all(
     assert run(*arguments) == 0
     captured = capsys.readouterr()
     assert (captured.out, sorted(digests(tmp_path))) == (
-        "", ["0001-a-ball-seed0.mp4", "0003-ball-ball-seed0.mp4"],
-    )  # fmt: skip
+        "",
+        ["0001-a-ball-seed0.mp4", "0003-ball-ball-seed0.mp4"],
+    )
     assert captured.err.startswith("[1] 1/2 a ball\n")
 
     others = [{"path": str(tmp_path / name)} for name in sorted(digests(tmp_path))]
@@ -171,9 +172,13 @@ def torchrun(processes: int, *arguments: object) -> Iterator[subprocess.Popen]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [*command, "-m", "sparse_forcing", "generate", *map(str, arguments)], cwd=ROOT, env=environment, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [*command, "-m", "sparse_forcing", "generate", *map(str, arguments)],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     try:
         yield process
     finally:
@@ -212,5 +217,6 @@ def test_two_processes_make_the_files_of_one_also_after_one_was_killed(model: Pa
     made = [Path(record["path"]).stem for record in json.loads(out)]
     assert made == sorted({Path(name).stem for name in digests(shared)} - finished)
     assert f"[0] {len(finished)} of 5 videos exist already" in err
-    assert {path.name for path in shared.iterdir()} == {f"{name}{end}" for name in
-        (Path(name).stem for name in digests(shared)) for end in (".mp4", ".json")}  # fmt: skip
+    assert {path.name for path in shared.iterdir()} == {
+        f"{name}{end}" for name in (Path(name).stem for name in digests(shared)) for end in (".mp4", ".json")
+    }

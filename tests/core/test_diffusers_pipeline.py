@@ -35,10 +35,18 @@ SHORT: dict[str, Any] = {"num_frames": 16}  # two chunks
 
 def make_transformer(**changes: Any) -> CausalWanTransformer3DModel:
     sizes: dict[str, Any] = {
-        "patch_size": (1, 2, 2), "num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 16,
-        "out_channels": 16, "text_dim": 16, "freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "chunk_frames": 2,
+        "patch_size": (1, 2, 2),
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 16,
+        "out_channels": 16,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 2,
+        "chunk_frames": 2,
         "horizon_frames": 6,
-    }  # fmt: skip
+    }
     model = CausalWanTransformer3DModel(**sizes | changes)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -54,10 +62,15 @@ def make_pipe(selector_tokens: int | None = 8, vae: Any = None) -> SparseForcing
     )
     text = WordTextEncoder(["a", "ball", "blue", "red"], dim=16, num_layers=1, text_len=6, neighbours=3)
     config = PipelineConfig(
-        fps=8.0, height=32, width=32, num_frames=16, text_encoder="words", vae="token",
+        fps=8.0,
+        height=32,
+        width=32,
+        num_frames=16,
+        text_encoder="words",
+        vae="token",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
         memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, density=0.5),
-    )  # fmt: skip
+    )
     return SparseForcingPipeline(transformer, text.eval(), vae.eval(), config)
 
 
@@ -121,8 +134,10 @@ def test_a_variant_lies_beside_the_plain_weights(pipe: SparseForcingPipeline, fo
 def test_each_part_has_the_type_asked_for(folder: Path) -> None:
     pipe = load(folder, torch_dtype={"text_encoder": "bfloat16", "vae": torch.float16, "default": torch.float32})
     assert (pipe.transformer.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (
-        torch.float32, torch.bfloat16, torch.float16,
-    )  # fmt: skip
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+    )
     assert load(folder, torch_dtype=torch.bfloat16).vae.dtype == torch.float32
     with pytest.raises(ConfigError, match="torch_dtype"):
         load(folder, torch_dtype={"vae": "int8"})
@@ -291,9 +306,13 @@ def test_callbacks_are_called_as_diffusers_calls_them(pipe: SparseForcingPipelin
 @pytest.mark.parametrize("kind", ["euler", "few_step", "unipc", "wan_unipc"])
 def test_what_a_callback_returns_is_gone_on_from(pipe: SparseForcingPipeline, kind: Any) -> None:
     pipe.defaults = PipelineConfig(
-        height=32, width=32, text_encoder="words", vae="token",
-        sampler=SamplerConfig(kind=kind, steps=3, guidance_scale=2.0), memory=pipe.default_memory,
-    )  # fmt: skip
+        height=32,
+        width=32,
+        text_encoder="words",
+        vae="token",
+        sampler=SamplerConfig(kind=kind, steps=3, guidance_scale=2.0),
+        memory=pipe.default_memory,
+    )
 
     def zero(called: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         last = step == called.num_timesteps - 1
@@ -349,9 +368,13 @@ def test_progress_is_shown_by_steps_and_can_be_silenced(
 
 def test_a_diffusers_scheduler_can_take_the_samplers_place(pipe: SparseForcingPipeline, tmp_path: Path) -> None:
     pipe.defaults = PipelineConfig(
-        height=32, width=32, text_encoder="words", vae="token", memory=pipe.default_memory,
+        height=32,
+        width=32,
+        text_encoder="words",
+        vae="token",
+        memory=pipe.default_memory,
         sampler=SamplerConfig(kind="unipc", steps=3, shift=3.0, guidance_scale=2.0),
-    )  # fmt: skip
+    )
     own = run(pipe)
     pipe.scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, num_train_timesteps=1000, flow_shift=3.0
@@ -437,9 +460,16 @@ def test_diffusers_own_pipeline_makes_the_same_video_with_this_transformer() -> 
     noise, text, empty = torch.randn(1, 3, 16, 4, 4), torch.randn(1, 512, 16), torch.randn(1, 512, 16)
     ours.encode_prompt = lambda prompts: empty  # type: ignore[method-assign]
     expected = theirs(
-        prompt_embeds=text, negative_prompt_embeds=empty, latents=noise.transpose(1, 2), num_inference_steps=3,
-        guidance_scale=4.0, height=32, width=32, num_frames=9, output_type="np",
-    ).frames  # fmt: skip
+        prompt_embeds=text,
+        negative_prompt_embeds=empty,
+        latents=noise.transpose(1, 2),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        height=32,
+        width=32,
+        num_frames=9,
+        output_type="np",
+    ).frames
     frames = ours(prompt_embeds=text, latents=noise).frames
     assert frames.shape == expected.shape == (1, 9, 32, 32, 3)
     np.testing.assert_allclose(frames, expected, atol=2e-5)
@@ -454,9 +484,11 @@ def test_wans_parts_can_be_offloaded(kind: str, tmp_path: Path) -> None:
         pipe.enable_model_cpu_offload(device="cpu")
     else:
         pipe.enable_group_offload(
-            onload_device=torch.device("cpu"), offload_type=kind, num_blocks_per_group=1,
+            onload_device=torch.device("cpu"),
+            offload_type=kind,
+            num_blocks_per_group=1,
             offload_to_disk_path=str(tmp_path),
-        )  # fmt: skip
+        )
     np.testing.assert_allclose(pipe(**inputs).frames, expected, atol=1e-5)
 
 

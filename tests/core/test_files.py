@@ -175,9 +175,13 @@ def test_check_writable_accepts_new_folders_and_leaves_no_trace(tmp_path: Path) 
 def test_check_writable_refuses_what_cannot_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for path, folder in [
-        (tmp_path, False), (tmp_path / "file", True), (tmp_path / "file" / "x.mp4", False),
-        (tmp_path / ("n" * 300), False), (Path("/proc/x.mp4"), False), ("a\0b", True),
-    ]:  # fmt: skip
+        (tmp_path, False),
+        (tmp_path / "file", True),
+        (tmp_path / "file" / "x.mp4", False),
+        (tmp_path / ("n" * 300), False),
+        (Path("/proc/x.mp4"), False),
+        ("a\0b", True),
+    ]:
         with pytest.raises(OutputError, match="cannot write"):
             files.check_writable(path, folder=folder)
 

@@ -61,14 +61,22 @@ def video(run: Rollout, config: MemoryConfig, *, records: bool, guidance: float 
     memory = run.make(config, horizon=6)
     recorder = FxRecorder(memory) if records else None
     noise = SeededNoise(
-        [torch.Generator().manual_seed(seed) for seed in (1, 2)], (CHANNELS, 2 * ROWS, 2 * COLS), torch.device("cpu"),
+        [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        (CHANNELS, 2 * ROWS, 2 * COLS),
+        torch.device("cpu"),
         torch.float64,
-    )  # fmt: skip
+    )
     parts = rollout(
-        run.model, run.text, [CHUNK] * CHUNKS, memory, noise, SamplerConfig(steps=2, guidance_scale=guidance),
-        unconditional_text=0 * run.text, text_at=lambda index: run.text.flip(0) if index == CHUNKS - 2 else None,
+        run.model,
+        run.text,
+        [CHUNK] * CHUNKS,
+        memory,
+        noise,
+        SamplerConfig(steps=2, guidance_scale=guidance),
+        unconditional_text=0 * run.text,
+        text_at=lambda index: run.text.flip(0) if index == CHUNKS - 2 else None,
         record=recorder,
-    )  # fmt: skip
+    )
     return torch.cat([part.latents for part in parts], 1), recorder
 
 

@@ -40,9 +40,13 @@ def count_chunk(kind: str, monkeypatch: pytest.MonkeyPatch) -> LaunchCounter:
                 setattr(module, name, torch.nn.Parameter(weight, requires_grad=False))
         text = torch.empty(1, 512, 4096, dtype=torch.bfloat16, device="meta")
         geometry = MemoryGeometry(
-            rows=ROWS, cols=COLS, num_layers=COUNTED, chunk_frames=CHUNK, horizon_frames=2 * CHUNK,
+            rows=ROWS,
+            cols=COLS,
+            num_layers=COUNTED,
+            chunk_frames=CHUNK,
+            horizon_frames=2 * CHUNK,
             capacity_frames=CHUNKS * CHUNK,
-        )  # fmt: skip
+        )
         memory = make_memory(MemoryConfig(kind=kind), geometry)
         parts = rollout(model, text, [CHUNK] * CHUNKS, memory, FakeNoise(), SamplerConfig(steps=STEPS))
         for _ in range(CHUNKS - 1):

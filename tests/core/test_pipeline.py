@@ -32,18 +32,33 @@ def pipe() -> SparseForcingPipeline:
     vae = PatchAutoencoder(latent_channels=12)
     std = vae.fit(torch.rand(4, 3, 8, 32, 32) * 2 - 1)
     transformer = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=2, attention_head_dim=12, in_channels=12, out_channels=12,
-        text_dim=16, freq_dim=16, ffn_dim=32, num_layers=2, chunk_frames=2, horizon_frames=6, pooled_text=True,
+        patch_size=(1, 1, 1),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=12,
+        out_channels=12,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=2,
+        chunk_frames=2,
+        horizon_frames=6,
+        pooled_text=True,
         latent_std=std,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for parameter in transformer.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     config = PipelineConfig(
-        fps=8.0, height=32, width=32, num_frames=20, text_encoder="words", vae="patch",
+        fps=8.0,
+        height=32,
+        width=32,
+        num_frames=20,
+        text_encoder="words",
+        vae="patch",
         sampler=SamplerConfig(kind="euler", steps=2, shift=6.0, guidance_scale=2.0),
         memory=MemoryConfig(kind="sparse", window_frames=4, tile=(2, 2, 2), persistent_blocks=2, density=0.5),
-    )  # fmt: skip
+    )
     text = WordTextEncoder(["a", "ball", "blue", "red"], dim=16, num_layers=1, text_len=6)
     return SparseForcingPipeline(transformer.eval(), text.eval(), vae, config)
 

@@ -18,7 +18,7 @@ from sparse_forcing.model_folder.live_bytes import peak_bytes
 from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
-from sparse_forcing.sampling.generation.settings import explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO
 
@@ -41,26 +41,41 @@ def test_peak_is_what_lives_at_once() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "knobs"),
-    [("full", {}), ("window", {"window_frames": 6}), ("sink", {"window_frames": 6, "sink_frames": 1}),
-     ("heavy_hitter", {"window_frames": 3, "persistent_blocks": 2, "tile": (1, 2, 2)}),
-     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (1, 2, 2)}),
-     ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (3, 2, 2), "cache_dtype": "int8"})],
-)  # fmt: skip
+    [
+        ("full", {}),
+        ("window", {"window_frames": 6}),
+        ("sink", {"window_frames": 6, "sink_frames": 1}),
+        ("heavy_hitter", {"window_frames": 3, "persistent_blocks": 2, "tile": (1, 2, 2)}),
+        ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (1, 2, 2)}),
+        ("sparse", {"window_frames": 6, "persistent_blocks": 2, "tile": (3, 2, 2), "cache_dtype": "int8"}),
+    ],
+)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_cache_is_what_a_rollout_holds(wan: Path, memory: str, knobs: dict, guidance: float) -> None:
     config = GenerateConfig(
-        model=str(wan), preset="self-forcing", memory=memory, guidance_scale=guidance, height=32, width=32,
-        num_frames=45, **knobs,
-    )  # fmt: skip
+        model=str(wan),
+        preset="self-forcing",
+        memory=memory,
+        guidance_scale=guidance,
+        height=32,
+        width=32,
+        num_frames=45,
+        **knobs,
+    )
     model = outline(config)
     settings = resolve_settings(config, model)  # type: ignore[arg-type]
     pipe = SparseForcingPipeline.from_pretrained(str(wan)).with_defaults(model.defaults)
     chunks = list(
         pipe.stream(
-            "a cat", memory=settings.memory, num_inference_steps=1, guidance_scale=guidance, height=settings.height,
-            width=settings.width, num_frames=settings.num_frames,
+            "a cat",
+            memory=settings.memory,
+            num_inference_steps=1,
+            guidance_scale=guidance,
+            height=settings.height,
+            width=settings.width,
+            num_frames=settings.num_frames,
         )
-    )  # fmt: skip
+    )
     held = max(chunk.cache_bytes for chunk in chunks)
     counted = (2 if guidance > 1 else 1) * cache_bytes(model, settings, 12, 4)
     assert counted == held if memory in ("full", "window", "sink") else 0.8 * held < counted < 1.05 * held
@@ -111,7 +126,7 @@ def test_running_out_of_memory_names_what_took_it_and_two_settings(monkeypatch: 
     _, on_a_cpu = preflight.relief(replace(PUBLISHED, device="cpu", dtype="bfloat16"))
     assert on_a_cpu == ["--memory sparse --cache-dtype int8", "--weights int8"]
     settings = resolve_settings(PUBLISHED, outline(PUBLISHED))  # type: ignore[arg-type]
-    with pytest.raises(SparseForcingError) as error, explained_out_of_memory(settings, PUBLISHED):
+    with pytest.raises(SparseForcingError) as error, explain_out_of_memory(settings, PUBLISHED):
         raise torch.OutOfMemoryError("CUDA out of memory.")
     assert (
         f"with --memory full{took}; use --memory sparse --cache-dtype int8, or use --tiled-decoding, or lower"
@@ -133,12 +148,15 @@ def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(
     ("words", "message"),
-    [(["--vram", "16"], "--vram has no effect without --model"), (["--seconds", "3"], "without --model"),
-     (["--model", "nowhere/at/all"], "not an embedded model"),
-     (["--model", "wan-1.3b", "--height", "7"], "not a positive multiple"),
-     (["--model", "tiny", "--tiled-decoding"], "is for Wan's autoencoder"),
-     (["--model", "wan-1.3b", "--tiny-vae", "nowhere.pth"], "no such file")],
-)  # fmt: skip
+    [
+        (["--vram", "16"], "--vram has no effect without --model"),
+        (["--seconds", "3"], "without --model"),
+        (["--model", "nowhere/at/all"], "not an embedded model"),
+        (["--model", "wan-1.3b", "--height", "7"], "not a positive multiple"),
+        (["--model", "tiny", "--tiled-decoding"], "is for Wan's autoencoder"),
+        (["--model", "wan-1.3b", "--tiny-vae", "nowhere.pth"], "no such file"),
+    ],
+)
 def test_questions_without_an_answer(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
     assert main(["doctor", *words]) == 2
     assert message in capsys.readouterr().err

@@ -24,7 +24,7 @@ from sparse_forcing.model_folder.recognise import check_supported, folder_remark
 from sparse_forcing.model_folder.sizes import WAN, on_meta
 from sparse_forcing.sampling.generation.jobs import PRESETS as NAMES
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.settings import chosen_defaults, chunk_remarks, resolve_settings
+from sparse_forcing.sampling.generation.settings import choose_defaults, chunk_remarks, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.wan_folder import VIDEO, write_wan
 
@@ -58,16 +58,23 @@ def test_names_on_the_command_line_are_the_presets() -> None:
 
 def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPipeline) -> None:
     theirs = WanPipeline(
-        AutoTokenizer.from_pretrained(wan / "tokenizer"), UMT5EncoderModel.from_pretrained(wan / "text_encoder"),
-        AutoencoderKLWan.from_pretrained(wan / "vae"), UniPCMultistepScheduler.from_pretrained(wan / "scheduler"),
+        AutoTokenizer.from_pretrained(wan / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(wan / "text_encoder"),
+        AutoencoderKLWan.from_pretrained(wan / "vae"),
+        UniPCMultistepScheduler.from_pretrained(wan / "scheduler"),
         WanTransformer3DModel.from_pretrained(wan / "transformer"),
-    )  # fmt: skip
+    )
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(LATENTS, generator=torch.Generator().manual_seed(3))
     expected = theirs(
-        "a red ball", negative_prompt="blue", latents=noise.transpose(1, 2), output_type="latent",
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, **VIDEO,
-    ).frames  # fmt: skip
+        "a red ball",
+        negative_prompt="blue",
+        latents=noise.transpose(1, 2),
+        output_type="latent",
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        **VIDEO,
+    ).frames
     found = pipe(
         "a red ball", negative_prompt="blue", latents=noise, output_type="latent", num_inference_steps=STEPS, **VIDEO
     ).frames
@@ -89,7 +96,7 @@ def test_whole_videos_continue_nothing(pipe: SparseForcingPipeline) -> None:
 
 
 def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipeline) -> None:
-    chunked = pipe.with_defaults(chosen_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
+    chunked = pipe.with_defaults(choose_defaults(GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=2)))
     picture = np.random.default_rng(0).random((32, 32, 3), np.float32)
     chunks = list(chunked.stream("a cat", num_inference_steps=1, image=picture, **VIDEO | {"num_frames": 17}))
     assert [len(chunk.frames) for chunk in chunks] == [9, 8]
@@ -98,9 +105,9 @@ def test_a_picture_is_one_latent_frame_of_wan(wan: Path, pipe: SparseForcingPipe
 
 def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseForcingPipeline) -> None:
     config = GenerateConfig(prompts=("a cat",), model=str(wan), chunk_frames=1)
-    chosen = chosen_defaults(config)
+    chosen = choose_defaults(config)
     assert "plain Wan" in chunk_remarks(chosen)[0]
-    assert not chunk_remarks(chosen_defaults(replace(config, chunk_frames=None)))
+    assert not chunk_remarks(choose_defaults(replace(config, chunk_frames=None)))
     chunked = pipe.with_defaults(chosen)
     latents = torch.randn(LATENTS, generator=torch.Generator().manual_seed(0))
     given = {"latents": latents, "output_type": "latent", "num_inference_steps": 2, **VIDEO}
@@ -112,11 +119,14 @@ def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseFor
     ("name", "changes", "expected"),
     [
         ("scheduler/scheduler_config.json", {"flow_shift": 7.0}, {"kind": "unipc", "shift": 7.0}),
-        ("scheduler/scheduler_config.json", {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
-         {"kind": "euler", "shift": 2.0}),
+        (
+            "scheduler/scheduler_config.json",
+            {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
+            {"kind": "euler", "shift": 2.0},
+        ),
         ("transformer/config.json", {"_class_name": "CausalWanTransformer3DModel"}, {"kind": "few_step", "steps": 4}),
     ],
-)  # fmt: skip
+)
 def test_what_a_folder_says_is_how_it_samples(
     wan: Path, tmp_path: Path, name: str, changes: dict, expected: dict
 ) -> None:
@@ -126,9 +136,15 @@ def test_what_a_folder_says_is_how_it_samples(
 
 def test_causal_configs_of_others_name_chunk_window_and_sink(wan: Path, tmp_path: Path) -> None:
     folder = edited(
-        wan, tmp_path, "transformer/config.json", _class_name="CausalWanTransformer3DModel", num_frames_per_block=1,
-        local_attn_size=6, sink_size=2, causal_tricks=True,
-    )  # fmt: skip
+        wan,
+        tmp_path,
+        "transformer/config.json",
+        _class_name="CausalWanTransformer3DModel",
+        num_frames_per_block=1,
+        local_attn_size=6,
+        sink_size=2,
+        causal_tricks=True,
+    )
     defaults = read_defaults(folder)
     assert (defaults.preset, defaults.chunk_frames) == ("self-forcing-framewise", 1)
     assert (defaults.memory.kind, defaults.memory.window_frames, defaults.memory.sink_frames) == ("sink", 6, 2)
@@ -164,7 +180,7 @@ def test_what_is_not_used_is_remarked_on(wan: Path, tmp_path: Path) -> None:
         ("model_index.json", {"boundary_ratio": 0.875}, "Wan 2.2 A14B"),
         ("model_index.json", {"image_encoder": ["transformers", "CLIPVisionModel"]}, "image encoder"),
     ],
-)  # fmt: skip
+)
 def test_other_wans_are_refused_by_name_before_anything_is_loaded(
     wan: Path, tmp_path: Path, name: str, changes: dict, message: str
 ) -> None:
@@ -179,10 +195,13 @@ def test_other_wans_are_refused_by_name_before_anything_is_loaded(
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("scheduler/scheduler_config.json", "{"), ("model_index.json", "[]"),
-     ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": "x"}'),
-     ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": -1}')],
-)  # fmt: skip
+    [
+        ("scheduler/scheduler_config.json", "{"),
+        ("model_index.json", "[]"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": "x"}'),
+        ("scheduler/scheduler_config.json", '{"_class_name": "UniPCMultistepScheduler", "flow_shift": -1}'),
+    ],
+)
 def test_damaged_configs_are_one_line(wan: Path, tmp_path: Path, name: str, text: str) -> None:
     folder = edited(wan, tmp_path, name)
     (folder / name).write_text(text)
@@ -193,14 +212,19 @@ def test_damaged_configs_are_one_line(wan: Path, tmp_path: Path, name: str, text
 
 def test_flags_change_a_preset(wan: Path) -> None:
     config = GenerateConfig(
-        prompts=("a cat",), model=str(wan), preset="longlive", shift=4.0, fps=12.0, negative_prompt="dull",
+        prompts=("a cat",),
+        model=str(wan),
+        preset="longlive",
+        shift=4.0,
+        fps=12.0,
+        negative_prompt="dull",
         guidance_scale=2.0,
-    )  # fmt: skip
-    chosen = chosen_defaults(config)
+    )
+    chosen = choose_defaults(config)
     assert chosen == replace(
         PRESETS["longlive"], fps=12.0, negative_prompt="dull", sampler=replace(PRESETS["longlive"].sampler, shift=4.0)
     )
-    other = chosen_defaults(replace(config, sampler="euler")).sampler
+    other = choose_defaults(replace(config, sampler="euler")).sampler
     assert (other.kind, other.steps, other.step_list, other.shift) == ("euler", 50, None, 4.0)
 
 
@@ -216,7 +240,7 @@ def test_flags_change_a_preset(wan: Path) -> None:
 def test_flags_without_effect_are_refused(wan: Path, pipe: SparseForcingPipeline, settings: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config = GenerateConfig(**{"prompts": ("a cat",), "model": str(wan), **settings})
-        chosen_defaults(config)
+        choose_defaults(config)
         resolve_settings(config, pipe)
 
 

@@ -125,7 +125,7 @@ def test_a_lone_first_frame_counts_only_where_the_video_begins(pipe, monkeypatch
     """As in Wan's autoencoder: the first chunk has fewer pixel frames, but not that of a video that goes on."""
     asked: list[int] = []
     monkeypatch.setattr(pipe, "geometry", replace(pipe.geometry, first_frame_alone=True))
-    monkeypatch.setattr(pipe, "_encoded", lambda given, batch: None)
+    monkeypatch.setattr(pipe, "_encode_start", lambda given, batch: None)
     picture, video = np.zeros((16, 16, 3), np.float32), np.zeros((5, 16, 16, 3), np.float32)
     for start, expected in ({}, [5, 13, 21]), ({"image": picture}, [9, 17]), ({"video": video}, [8, 16]):
         asked.clear()

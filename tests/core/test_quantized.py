@@ -22,6 +22,7 @@ from sparse_forcing.model.small.quantized import STORAGES, QuantizedLinear, quan
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.preflight import GIB, needs, outline, remedies
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from sparse_forcing.weights.safe_load import not_finite
 from tests.wan_folder import VIDEO, load
 
 PROMPT = "a small red circle moves right on a black background"
@@ -62,7 +63,7 @@ def test_scales_keep_small_weights() -> None:
     linear = nn.Linear(256, 64)
     linear.weight.normal_(std=0.004)
     wanted = linear.weight.clone()
-    ours = relative(QuantizedLinear(linear, "fp8").dequantized(torch.float32), wanted)
+    ours = relative(QuantizedLinear(linear, "fp8").dequantize(torch.float32), wanted)
     assert ours < 0.035
     assert relative(wanted.to(torch.float8_e4m3fn).float(), wanted) > 3 * ours
 
@@ -157,3 +158,34 @@ def test_what_cannot_be_stored_in_8_bits_is_said(wan: Path) -> None:
         load(wan, weights="int4")
     with pytest.raises(ConfigError, match="Linear has no blocks"):
         quantize_(nn.Linear(3, 3), "int8")
+
+
+class LibraryTensor(torch.Tensor):
+    """A quantization library's tensor: it can be turned back, and knows nothing else."""
+
+    inside: Tensor
+
+    @staticmethod
+    def __new__(cls, inside: Tensor) -> LibraryTensor:
+        made = torch.Tensor._make_wrapper_subclass(cls, inside.shape, dtype=inside.dtype)
+        made.inside = inside
+        return made
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inside"], None
+
+    @staticmethod
+    def __tensor_unflatten__(parts: dict[str, Tensor], *_: Any) -> LibraryTensor:
+        return LibraryTensor(parts["inside"])
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotImplementedError(str(function))
+
+    def dequantize(self) -> Tensor:
+        return self.inside
+
+
+def test_a_librarys_tensors_are_checked_turned_back() -> None:
+    assert not_finite({"a": LibraryTensor(torch.ones(2))}) is None
+    assert not_finite({"a": torch.ones(2), "b": LibraryTensor(torch.tensor([1.0, float("nan")]))}) == "b"

@@ -36,18 +36,30 @@ def pipe(request: pytest.FixtureRequest) -> SparseForcingPipeline:
 
 
 def latents_of(
-    pipe: SparseForcingPipeline, config: MemoryConfig, prompt: str, count: int, *, first: int = 0,
-    changes: dict[int, str] | None = None, **arguments: Any,
-) -> tuple[list[Tensor], RolloutMemory]:  # fmt: skip
+    pipe: SparseForcingPipeline,
+    config: MemoryConfig,
+    prompt: str,
+    count: int,
+    *,
+    first: int = 0,
+    changes: dict[int, str] | None = None,
+    **arguments: Any,
+) -> tuple[list[Tensor], RolloutMemory]:
     """Chunks number `first` to `first + count` of noise that depends on a chunk's number alone, and the memory."""
     noise = torch.randn(1, 40, 6, 4, 4, generator=torch.Generator().manual_seed(5))[:, 2 * first :]
     texts = {number: pipe.encode_prompt([text]) for number, text in (changes or {}).items()}
     source = GivenNoise(noise, SeededNoise([torch.Generator()], (6, 4, 4), torch.device("cpu"), torch.float32))
     memory = make_model_memory(pipe.transformer, config, noise)
     parts = rollout(
-        pipe.transformer, pipe.encode_prompt([prompt]), [2] * count, memory, source,
-        SamplerConfig(kind="euler", steps=2), text_at=texts.get, **arguments,
-    )  # fmt: skip
+        pipe.transformer,
+        pipe.encode_prompt([prompt]),
+        [2] * count,
+        memory,
+        source,
+        SamplerConfig(kind="euler", steps=2),
+        text_at=texts.get,
+        **arguments,
+    )
     return [part.latents for part in parts], memory
 
 

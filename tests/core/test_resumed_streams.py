@@ -48,10 +48,16 @@ def test_what_follows_a_saved_state_is_what_followed_it(pipe: SparseForcingPipel
 
     def stream(resumed: Any = None) -> Any:
         return pipe.stream(
-            "a red circle", num_frames=40, memory=MEMORIES[memory], guidance_scale=guidance, resumed=resumed,
-            reserve_cache=memory != "full", generator=torch.Generator().manual_seed(3),
-            prompt_changes={20: "a blue star"}, recache=memory in ("window", "accumulated"),
-        )  # fmt: skip
+            "a red circle",
+            num_frames=40,
+            memory=MEMORIES[memory],
+            guidance_scale=guidance,
+            resumed=resumed,
+            reserve_cache=memory != "full",
+            generator=torch.Generator().manual_seed(3),
+            prompt_changes={20: "a blue star"},
+            recache=memory in ("window", "accumulated"),
+        )
 
     plain = list(stream())
     states = [saved(chunk.state()) for chunk in stream()]
@@ -69,9 +75,14 @@ def test_given_noise_and_a_video_to_go_on_from(pipe: SparseForcingPipeline) -> N
 
     def stream(resumed: Any = None) -> Any:
         return pipe.stream(
-            ["a red circle", "a blue star"], num_frames=24, latents=noise, video=start, resumed=resumed,
-            memory=MEMORIES["sparse"], generator=torch.Generator().manual_seed(0),
-        )  # fmt: skip
+            ["a red circle", "a blue star"],
+            num_frames=24,
+            latents=noise,
+            video=start,
+            resumed=resumed,
+            memory=MEMORIES["sparse"],
+            generator=torch.Generator().manual_seed(0),
+        )
 
     first, *plain = stream()
     state = saved(next(iter(stream())).state())

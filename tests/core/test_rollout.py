@@ -22,9 +22,16 @@ class Told:
         self.events: list[str] = []
         torch.manual_seed(0)
         self.model = CausalWanTransformer3DModel(
-            num_attention_heads=1, attention_head_dim=8, in_channels=2, out_channels=2, text_dim=4, freq_dim=8,
-            ffn_dim=8, num_layers=1, chunk_frames=1,
-        )  # fmt: skip
+            num_attention_heads=1,
+            attention_head_dim=8,
+            in_channels=2,
+            out_channels=2,
+            text_dim=4,
+            freq_dim=8,
+            ffn_dim=8,
+            num_layers=1,
+            chunk_frames=1,
+        )
         geometry = MemoryGeometry(rows=ROWS, cols=COLS, num_layers=1, chunk_frames=1, horizon_frames=4)
         self.memory = make_memory(MemoryConfig(kind="window", window_frames=2), geometry, cache_gradient=cache_gradient)
         for name in ("begin_chunk", "denoising_pass", "clean_pass"):

@@ -49,9 +49,15 @@ def test_selectors_of_some_heads_hold_their_weights() -> None:
 def test_a_group_of_one_computes_the_same_bits_and_refuses_what_it_cannot_share() -> None:
     torch.manual_seed(0)
     model = CausalWanTransformer3DModel(
-        patch_size=(1, 1, 1), num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=4, text_dim=8,
-        ffn_dim=16, num_layers=2,
-    )  # fmt: skip
+        patch_size=(1, 1, 1),
+        num_attention_heads=3,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=4,
+        text_dim=8,
+        ffn_dim=16,
+        num_layers=2,
+    )
     for weights in model.parameters():
         torch.nn.init.normal_(weights, std=0.2)
     inputs = torch.randn(2, 4, 3, 2, 3), torch.tensor([500.0, 300.0]), torch.randn(2, 5, 8)
@@ -99,8 +105,12 @@ def test_several_processes_make_the_video_of_one(tmp_path: Path, capsys: pytest.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     child = subprocess.run(
         [*launcher, "-m", "tests.core.sequence_worker", str(tmp_path)],
-        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=400,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=400,
+    )
     assert child.returncode == 0, child.stderr[-3000:]
     result = json.loads((tmp_path / "differences.json").read_text())
     assert len(result["found"]) == len(CASES) + 1

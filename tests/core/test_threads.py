@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from sparse_forcing.threads import PASSIVE, WORK_OF_A_THREAD, limited_threads, own_process, worthwhile_threads
+from sparse_forcing.threads import PASSIVE, WORK_OF_A_THREAD, limit_threads, own_process, worthwhile_threads
 
 
 @pytest.mark.parametrize(
@@ -29,11 +29,11 @@ def child(code: str, **variables: str) -> str:
     return done.stdout.strip()
 
 
-OWN = "import os; from sparse_forcing.threads import limited_threads, own_process; own_process(); "
+OWN = "import os; from sparse_forcing.threads import limit_threads, own_process; own_process(); "
 COUNT = """
 import torch
 torch.set_num_threads(3)
-with limited_threads(lambda: 1.0):
+with limit_threads(lambda: 1.0):
     print(torch.get_num_threads(), end=" ")
 print(torch.get_num_threads())
 """
@@ -58,5 +58,5 @@ def test_a_process_of_somebody_else_keeps_its_threads():
     environment: dict[str, str] = {}
     own_process(environment)
     assert environment.keys().isdisjoint(PASSIVE)
-    with limited_threads(lambda: pytest.fail("asked")):
+    with limit_threads(lambda: pytest.fail("asked")):
         assert torch.get_num_threads() >= 1

@@ -92,9 +92,19 @@ def test_swapped_norm_is_swapped_once() -> None:
 
 @pytest.mark.parametrize(
     "key",
-    ["", "blocks.0", "blocks.x.modulation", "blocks.0.head.modulation", "head.modulation.weight", "modulation",
-     "blocks.0.ffn.1.weight", "blocks.0.self_attn.q.scale", "head.head", "blocks.0.norm1.weight"],
-)  # fmt: skip
+    [
+        "",
+        "blocks.0",
+        "blocks.x.modulation",
+        "blocks.0.head.modulation",
+        "head.modulation.weight",
+        "modulation",
+        "blocks.0.ffn.1.weight",
+        "blocks.0.self_attn.q.scale",
+        "head.head",
+        "blocks.0.norm1.weight",
+    ],
+)
 def test_names_that_wan_does_not_have(key: str) -> None:
     assert wan_to_diffusers_key(key) is None
 

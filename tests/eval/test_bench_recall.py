@@ -121,9 +121,16 @@ def test_there_is_no_model_to_take_unasked(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--gaps", "0"], ["--worlds", "nowhere"], ["--grounds", "mud"], ["--count", "0"], ["--memories", "windw"],
-     ["--positions", "up"], ["--prompts", "3"]],
-)  # fmt: skip
+    [
+        ["--gaps", "0"],
+        ["--worlds", "nowhere"],
+        ["--grounds", "mud"],
+        ["--count", "0"],
+        ["--memories", "windw"],
+        ["--positions", "up"],
+        ["--prompts", "3"],
+    ],
+)
 def test_bad_input_is_one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "recall", "--model", "tiny-base", *arguments]) == 2
     error = capsys.readouterr().err

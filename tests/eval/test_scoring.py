@@ -26,8 +26,13 @@ def config(**options: Any) -> EvaluateConfig:
 
 def record(index: int, row: dict[str, Any], prompt: str = PROMPT, name: str = "temporal_flickering") -> dict[str, Any]:
     entry = {"count": 1.0, "details": {}, **row}
-    return {"video": f"{prompt}-{index}.mp4", "prompt": prompt, "original_prompt": None, "index": index,
-            "metrics": {name: entry}}  # fmt: skip
+    return {
+        "video": f"{prompt}-{index}.mp4",
+        "prompt": prompt,
+        "original_prompt": None,
+        "index": index,
+        "metrics": {name: entry},
+    }
 
 
 def test_static_videos_are_taken_by_number_or_by_name_as_text() -> None:

@@ -110,8 +110,12 @@ def test_two_processes_write_the_files_of_one(videos: Path, tmp_path: Path) -> N
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     child = subprocess.run(
         [*launcher, "-m", "sparse_forcing", "evaluate", str(videos), *flags, "--output", str(tmp_path / "two")],
-        cwd=ROOT, env=environment, text=True, capture_output=True, timeout=240,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        capture_output=True,
+        timeout=240,
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
     assert child.stdout.count("videos measured") == 1

@@ -41,8 +41,11 @@ def cpu_seconds(folder: object, **variables: str) -> float:
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_"))}
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, *command, "--seconds", "5", "--output", f"{folder}/video.mp4"],
-        env=kept | variables, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=kept | variables,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return float(done.stdout)
 
 

@@ -83,7 +83,7 @@ def without(part: str) -> Callable[[Path], None]:
         (lambda folder: save_transformer(folder, text_dim=24), "text_dim 24, text_encoder makes embeddings of 32"),
         (lambda folder: save_tokenizer(folder, [f"w{n}" for n in range(60)]), "63 tokens, text_encoder only 40"),
     ],
-)  # fmt: skip
+)
 def test_parts_that_do_not_fit_are_named(wan: Path, tmp_path: Path, damage: Any, message: str) -> None:
     shutil.copytree(wan, tmp_path / "model")
     damage(tmp_path / "model")
@@ -258,7 +258,7 @@ def test_absurd_head_dimensions_are_refused_by_convert(
         ("a circle", []),
         ("", []),
     ],
-)  # fmt: skip
+)
 def test_words_in_roles_that_were_never_learned_are_said(prompt: str, said: list[str]) -> None:
     remarks = role_remarks(prompt)
     assert len(remarks) == len(said)
@@ -297,8 +297,14 @@ def test_the_cache_of_a_live_video_stays_within_its_bound(
     )  # type: ignore[arg-type]
     settings = generation_settings.resolve_settings(config, pipe)
     chunks = pipe.stream(
-        "a cat", height=32, width=32, num_frames=69, num_inference_steps=1, guidance_scale=guidance,
-        memory=settings.memory, reserve_cache=False,
-    )  # fmt: skip
+        "a cat",
+        height=32,
+        width=32,
+        num_frames=69,
+        num_inference_steps=1,
+        guidance_scale=guidance,
+        memory=settings.memory,
+        reserve_cache=False,
+    )
     most = max(chunk.cache_bytes for chunk in chunks)
     assert most <= cache_bound(pipe, settings) <= 4 * most

@@ -48,9 +48,15 @@ STEPS = "loop: {steps: 1, trackers: []}\n"
         (
             "distill",
             STEPS + "windows: 2\ncache_gradient: straight_through",
-            "cache_gradient: must be detached in long tuning",
+            "cache_gradient: detached or clean in long tuning",
         ),
         ("distill", STEPS + "memory: {window_frames: 0}", "window_frames: at least 1"),
+        ("consistency", STEPS + "sampler: {kind: euler}", "distilled with kind few_step and guidance_scale 1"),
+        ("consistency", STEPS + "teacher_window: 0", "teacher_window: must be at least 1 latent frame, got 0"),
+        ("consistency", STEPS + "teacher_steps: 3", "teacher_steps: expected 4 (the sampler's steps) to 1000, got 3"),
+        ("consistency", STEPS + "guidance_scale: -1", "guidance_scale must not be negative"),
+        ("consistency", STEPS + "cache_gradient: none", "cache_gradient: expected detached or clean"),
+        ("consistency", STEPS + "teacher: nowhere", "nowhere"),
         ("ode", STEPS + "data: {kind: procedural}", "data.kind: ODE regression reads shards"),
     ],
 )

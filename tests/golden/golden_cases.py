@@ -112,7 +112,7 @@ def assert_gradient_norms(model: torch.nn.Module, norms: dict[str, float], toler
 def step_list(timesteps: list[float], shift: float) -> tuple[int, ...]:
     """Unshifted steps (1000, 750, ...) whose warped timesteps are these."""
     schedule = FlowSchedule(shift)
-    steps = tuple((1000 - schedule.index_of(torch.tensor(timesteps))).tolist())
+    steps = tuple((1000 - schedule.find_index(torch.tensor(timesteps))).tolist())
     assert_close(schedule.warp(list(steps)), torch.tensor(timesteps), 1e-2, "timesteps off the grid")
     return steps
 

@@ -45,7 +45,7 @@ def test_conversions(case: Case, dtype: torch.dtype) -> None:
         prefix = f"{'out64' if dtype == torch.float64 else 'out'}.shift{shift:g}"
         assert_close(add_noise(x, noise, sigma), recorded[f"{prefix}.add_noise"], 1e-6, "add_noise")
         assert_close(flow_to_x0(flow, x, sigma), recorded[f"{prefix}.flow_to_x0"], 1e-6, "flow_to_x0")
-        steps = torch.cat([schedule.sigmas, torch.zeros(1)]).diff()[schedule.index_of(t)].to(x.dtype)
+        steps = torch.cat([schedule.sigmas, torch.zeros(1)]).diff()[schedule.find_index(t)].to(x.dtype)
         assert_close(
             x + flow * steps.view(-1, *[1] * (x.ndim - 1)), recorded[f"{prefix}.euler_step"], 1e-6, "euler_step"
         )

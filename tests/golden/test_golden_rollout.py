@@ -42,10 +42,13 @@ def memory_of(case: Case, model: torch.nn.Module, latents: Tensor) -> DenseMemor
     memory = make_memory(
         config,
         MemoryGeometry(
-            rows=latents.shape[3] // 2, cols=latents.shape[4] // 2, num_layers=len(model.blocks),
-            chunk_frames=case.json["num_frame_per_block"], horizon_frames=latents.shape[1],
+            rows=latents.shape[3] // 2,
+            cols=latents.shape[4] // 2,
+            num_layers=len(model.blocks),
+            chunk_frames=case.json["num_frame_per_block"],
+            horizon_frames=latents.shape[1],
         ),
-    )  # fmt: skip
+    )
     assert isinstance(memory, DenseMemory)
     return memory
 
@@ -77,10 +80,15 @@ def run(case: Case, dtype: torch.dtype) -> tuple[Tensor, RecordingModel, DenseMe
     parts = [] if given is None else [given]
     with torch.no_grad():
         for chunk in rollout(
-            model, inputs["ctx"], chunks, memory, RecordedNoise(inputs["noise"], renoise), sampler_of(case),
+            model,
+            inputs["ctx"],
+            chunks,
+            memory,
+            RecordedNoise(inputs["noise"], renoise),
+            sampler_of(case),
             initial_latents=None if given is None else given.split(given_chunks, 1),
             context_timestep=float(case.json.get("context_noise", 0)),
-        ):  # fmt: skip
+        ):
             parts.append(chunk.latents)
             chunk.remember()  # also the last one's clean pass was recorded
     return torch.cat(parts, 1), model, memory
@@ -135,7 +143,10 @@ def test_equals_the_uncached_form(case: Case, dtype: torch.dtype) -> None:
         x, expected = (torch.cat([recorded[f"{name}.{key}"] for name in calls], 1) for key in ("x", "flow"))
         with torch.no_grad():
             flow = model(
-                x.to(dtype).transpose(1, 2), torch.full((len(x),), timestep), inputs["ctx"],
-                policy=policy, clean_hidden_states=clean,
-            )  # fmt: skip
+                x.to(dtype).transpose(1, 2),
+                torch.full((len(x),), timestep),
+                inputs["ctx"],
+                policy=policy,
+                clean_hidden_states=clean,
+            )
         assert_close(flow.transpose(1, 2), expected, 4e-5, f"step {step}")

@@ -101,21 +101,24 @@ def test_a_forced_backend_that_cannot_run_says_why():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": torch.zeros(2, 3, 4, 5)}, "query is .* need floating point"),
-        ({"query": torch.zeros(2, 3, 4, 5, 8).int()}, "query is .* need floating point"),
+        ({"query": torch.zeros(2, 3, 4, 5)}, "query is .* expected floating point"),
+        ({"query": torch.zeros(2, 3, 4, 5, 8).int()}, "query is .* expected floating point"),
         ({"key_pool": torch.zeros(2, 3, 7, 6, 9).double()}, "key_pool is .* to match query"),
-        ({"value_pool": torch.zeros(2, 3, 7, 6, 8)}, "value_pool is .*float32, need torch.float64"),
+        ({"value_pool": torch.zeros(2, 3, 7, 6, 8)}, "value_pool is .*float32, expected torch.float64"),
         ({"value_pool": torch.zeros(2, 3, 8, 6, 8).double()}, "value_pool is .* the shape of key_pool"),
-        ({"block_index": torch.zeros(2, 3, 5, 4).int()}, r"block_index is .* need int32 \[2, 3, 4, M\]"),
-        ({"query_sizes": torch.zeros(3).int()}, r"query_sizes is .* need int32 \[4\]"),
-        ({"key_sizes": torch.zeros(2, 3, 7).long()}, "key_sizes is .*int64, need int32"),
+        ({"block_index": torch.zeros(2, 3, 5, 4).int()}, r"block_index is .* expected int32 \[2, 3, 4, M\]"),
+        ({"query_sizes": torch.zeros(3).int()}, r"query_sizes is .* expected int32 \[4\]"),
+        ({"key_sizes": torch.zeros(2, 3, 7).long()}, "key_sizes is .*int64, expected int32"),
         ({"num_persistent": 5}, "block_index .* at least num_persistent = 5"),
     ],
 )
 def test_bad_shapes_and_types_are_named(change, message):
     p = problem()
     arguments = {
-        "query": p.query, "key_pool": p.key_pool, "value_pool": p.value_pool, "block_index": p.block_index
-    } | change  # fmt: skip
+        "query": p.query,
+        "key_pool": p.key_pool,
+        "value_pool": p.value_pool,
+        "block_index": p.block_index,
+    } | change
     with pytest.raises(ValueError, match=f"block_sparse_attention: {message}"):
         block_sparse_attention(**arguments)

@@ -58,9 +58,9 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (lists(1, 0, 0, 1, dtype=torch.bool), "block_index is .*torch.bool, need whole numbers"),
-        (lists(0, 3, dtype=torch.float32), "block_index is .*torch.float32, need whole numbers"),
-        (lists(0, 3, dtype=torch.float16), "block_index is .*torch.float16, need whole numbers"),
+        (lists(1, 0, 0, 1, dtype=torch.bool), "block_index is .*torch.bool, expected whole numbers"),
+        (lists(0, 3, dtype=torch.float32), "block_index is .*torch.float32, expected whole numbers"),
+        (lists(0, 3, dtype=torch.float16), "block_index is .*torch.float16, expected whole numbers"),
         (lists(0, 4), "block_index lists slot 4 of a pool of 4 slots"),
         (lists(0, 2**32 + 1, dtype=torch.int64), "block_index lists slot 4294967297 of a pool of 4"),
         (lists(0, -(2**32) + 1, dtype=torch.int64), "block_index holds -4294967295; an unused entry is -1"),
@@ -78,7 +78,7 @@ def test_lists_that_are_no_lists(index, message, backend):
 @pytest.mark.parametrize("backend", ATTENTION)
 @pytest.mark.parametrize("scale", [0, 0.0, -1.0, NAN, float("inf")])
 def test_scales_that_are_none(scale, backend):
-    with pytest.raises(SparseForcingError, match=r"scale is .*, need a positive, finite number or None"):
+    with pytest.raises(SparseForcingError, match=r"scale is .*, expected a positive, finite number or None"):
         attend(backend, lists(0, 1), scale=scale)
 
 
@@ -86,9 +86,9 @@ def test_scales_that_are_none(scale, backend):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"query_sizes": torch.tensor([5, 6, 5]).int()}, "query_sizes holds 6, need 0 to 5: rows of a query block"),
-        ({"query_sizes": torch.tensor([5, -1, 5]).int()}, "query_sizes holds -1, need 0 to 5"),
-        ({"key_sizes": torch.full((B, H, S), 7).int()}, "key_sizes holds 7, need 0 to 6: tokens of a slot"),
+        ({"query_sizes": torch.tensor([5, 6, 5]).int()}, "query_sizes holds 6, expected 0 to 5: rows of a query block"),
+        ({"query_sizes": torch.tensor([5, -1, 5]).int()}, "query_sizes holds -1, expected 0 to 5"),
+        ({"key_sizes": torch.full((B, H, S), 7).int()}, "key_sizes holds 7, expected 0 to 6: tokens of a slot"),
         ({"num_persistent": 2}, "the first 2 entries of block_index are not the same"),
         ({"num_persistent": 1.5}, "at least num_persistent = 1.5 entries"),
         ({"num_persistent": -1}, "at least num_persistent = -1 entries"),
@@ -168,8 +168,9 @@ def test_an_empty_pool_has_no_slot_to_list(backend):
 def test_a_slot_listed_twice_counts_twice(backend):
     query, key_pool, value_pool = inputs()
     twice = attend(backend, lists(1, 3, 1))
-    apart = attend("reference", lists(1, 3, 4), tensors=[query, *(torch.cat([x, x[:, :, 1:2]], 2) for x in
-                                                                  (key_pool, value_pool))])  # fmt: skip
+    apart = attend(
+        "reference", lists(1, 3, 4), tensors=[query, *(torch.cat([x, x[:, :, 1:2]], 2) for x in (key_pool, value_pool))]
+    )
     same(twice[:4], apart[:4])
     for mine, exact in zip(twice[4:], apart[4:]):
         exact[:, :, 1] += exact[:, :, 4]
@@ -210,9 +211,15 @@ def test_the_backward_call_takes_expanded_pools(expand, backend):
     got = block_sparse_attention(*leaves, lists(2, 0), backend="reference")
     wanted = torch.autograd.grad(got.out, leaves, normal(*got.out.shape, seed=9))
     found = block_sparse_attention_backward(
-        normal(*got.out.shape, seed=9), query, key_pool, value_pool, lists(2, 0), out=got.out, lse=got.lse,
+        normal(*got.out.shape, seed=9),
+        query,
+        key_pool,
+        value_pool,
+        lists(2, 0),
+        out=got.out,
+        lse=got.lse,
         backend=backend,
-    )  # fmt: skip
+    )
     same(list(found), list(wanted))
 
 
@@ -284,9 +291,12 @@ def penalty(backend: str, dtype: torch.dtype, orders: int) -> list[Tensor]:
     index = lists(1, 3, 0).clone()
     index[0, 0, 1] = -1
     got = block_sparse_attention(
-        *leaves, index, backend=backend,
-        query_sizes=torch.tensor([5, 5, 2]).int(), key_sizes=torch.tensor([6, 4, 0, 3]).int().expand(B, H, S),
-    )  # fmt: skip
+        *leaves,
+        index,
+        backend=backend,
+        query_sizes=torch.tensor([5, 5, 2]).int(),
+        key_sizes=torch.tensor([6, 4, 0, 3]).int().expand(B, H, S),
+    )
     value = got.out.square().sum() + got.lse.masked_fill(got.lse == float("-inf"), 0).sin().sum()
     for order in range(orders):
         grads = torch.autograd.grad(value, leaves, create_graph=order + 1 < orders)
@@ -351,36 +361,43 @@ def slots(*entries: int, dtype: torch.dtype = torch.int64) -> Tensor:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"window_slots": slots(1, 2, 3)}, r"window_slots is \[1, 2, 3\], need \[1, 2, 5\], a slot each"),
-        ({"window_slots": slots(1, 2, 3, 4, 5, 6)}, r"window_slots is \[1, 2, 6\], need \[1, 2, 5\]"),
-        ({"window_slots": slots(1, 2, 3, 4, 5)[:, :1]}, r"window_slots is \[1, 1, 5\], need \[1, 2, 5\]"),
-        ({"window_slots": slots(1, 0, 1, 1, 0, dtype=torch.bool)}, "window_slots is .*bool, need whole numbers"),
-        ({"window_slots": slots(1, 2, 3, 4, 5, dtype=torch.float32)}, "window_slots is .*float32, need whole"),
-        ({"window_slots": slots(1, 2, 3, 4, 2**31)}, "window_slots holds 2147483648, need 0 to 2147483647"),
-        ({"window_slots": slots(1, 2, 3, -1, 5)}, "window_slots holds -1, need 0 to"),
-        ({"persistent_slots": slots(7, -1)}, "persistent_slots holds -1, need 0 to"),
-        ({"persistent_slots": slots(7)[0]}, r"persistent_slots is \[2, 1\], need \[1, 2, P\]"),
-        ({"persistent_slots": slots(7, dtype=torch.float64)}, "persistent_slots is .*float64, need whole"),
-        ({"top_k": 2.5}, "top_k is 2.5, need a whole number"),
-        ({"top_k": 0}, "top_k is 0, need a whole number, at least 1"),
-        ({"own": torch.tensor([0.0, 1.0])}, "own is .*float32, need whole numbers"),
-        ({"own": torch.tensor([0, 1, 2])}, r"own is \[3\], need one window position"),
+        ({"window_slots": slots(1, 2, 3)}, r"window_slots is \[1, 2, 3\], expected \[1, 2, 5\], a slot each"),
+        ({"window_slots": slots(1, 2, 3, 4, 5, 6)}, r"window_slots is \[1, 2, 6\], expected \[1, 2, 5\]"),
+        ({"window_slots": slots(1, 2, 3, 4, 5)[:, :1]}, r"window_slots is \[1, 1, 5\], expected \[1, 2, 5\]"),
+        ({"window_slots": slots(1, 0, 1, 1, 0, dtype=torch.bool)}, "window_slots is .*bool, expected whole numbers"),
+        ({"window_slots": slots(1, 2, 3, 4, 5, dtype=torch.float32)}, "window_slots is .*float32, expected whole"),
+        ({"window_slots": slots(1, 2, 3, 4, 2**31)}, "window_slots holds 2147483648, expected 0 to 2147483647"),
+        ({"window_slots": slots(1, 2, 3, -1, 5)}, "window_slots holds -1, expected 0 to"),
+        ({"persistent_slots": slots(7, -1)}, "persistent_slots holds -1, expected 0 to"),
+        ({"persistent_slots": slots(7)[0]}, r"persistent_slots is \[2, 1\], expected \[1, 2, P\]"),
+        ({"persistent_slots": slots(7, dtype=torch.float64)}, "persistent_slots is .*float64, expected whole"),
+        ({"top_k": 2.5}, "top_k is 2.5, expected a whole number"),
+        ({"top_k": 0}, "top_k is 0, expected a whole number, at least 1"),
+        ({"own": torch.tensor([0.0, 1.0])}, "own is .*float32, expected whole numbers"),
+        ({"own": torch.tensor([0, 1, 2])}, r"own is \[3\], expected one window position"),
         ({"key_blocks": normal(1, 2, 5, D + 1)}, r"key_blocks is \[1, 2, 5, 9\]"),
         ({"key_blocks": normal(1, 1, 5, D)}, r"B and H of query_blocks \[1, 2, 2, 8\] are not those"),
     ],
 )
 def test_lists_are_not_made_of_what_does_not_fit(change, message, backend):
-    good = {"query_blocks": blocks(2), "key_blocks": blocks(5, 1), "persistent_slots": slots(9, 8), "top_k": 2,
-            "window_slots": slots(1, 2, 3, 4, 5)}  # fmt: skip
+    good = {
+        "query_blocks": blocks(2),
+        "key_blocks": blocks(5, 1),
+        "persistent_slots": slots(9, 8),
+        "top_k": 2,
+        "window_slots": slots(1, 2, 3, 4, 5),
+    }
     selection.choose_lists(**good, backend=backend)
     with pytest.raises(SparseForcingError, match=f"choose_lists: {message}"):
         selection.choose_lists(**good | change, backend=backend)
 
 
 def test_positions_outside_the_window_are_named():
-    with pytest.raises(SparseForcingError, match="selected holds 3, need 0 to 2: positions in a window of 3 blocks"):
+    with pytest.raises(
+        SparseForcingError, match="selected holds 3, expected 0 to 2: positions in a window of 3 blocks"
+    ):
         selection.build_block_index(slots(9), slots(1, 2, 3), torch.tensor([0, 3]).expand(1, 2, 1, 2))
-    with pytest.raises(SparseForcingError, match="pool_blocks: sizes holds 5, need 0 to 4"):
+    with pytest.raises(SparseForcingError, match="pool_blocks: sizes holds 5, expected 0 to 4"):
         selection.pool_blocks(normal(1, 2, 3, 4, D), torch.tensor([4, 5, 0]))
 
 

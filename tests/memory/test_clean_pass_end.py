@@ -34,9 +34,11 @@ def video(
     """[B, F, C, h, w] latents and the memory after its last clean pass."""
     memory = run.make(config, horizon=6, **options)
     noise = SeededNoise(
-        [torch.Generator().manual_seed(seed) for seed in (1, 2)], (CHANNELS, 2 * ROWS, 2 * COLS), torch.device("cpu"),
+        [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        (CHANNELS, 2 * ROWS, 2 * COLS),
+        torch.device("cpu"),
         torch.float64,
-    )  # fmt: skip
+    )
     sampler = SamplerConfig(steps=STEPS)
     parts = []
     for part in rollout(run.model, run.text, [CHUNK] * CHUNKS, memory, noise, sampler, training=training):

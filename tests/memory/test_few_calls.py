@@ -21,9 +21,11 @@ CHUNKS = 6
 
 def video(run: Rollout, memory: SparseMemory, dtype: torch.dtype = torch.float64) -> Tensor:
     noise = SeededNoise(
-        [torch.Generator().manual_seed(seed) for seed in (1, 2)], (CHANNELS, 2 * ROWS, 2 * COLS), torch.device("cpu"),
+        [torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        (CHANNELS, 2 * ROWS, 2 * COLS),
+        torch.device("cpu"),
         dtype,
-    )  # fmt: skip
+    )
     parts = rollout(
         run.model, run.text.to(dtype), [CHUNK] * CHUNKS, memory, noise, SamplerConfig(steps=2), unconditional_text=None
     )

@@ -409,9 +409,16 @@ def test_the_learned_rule_needs_a_model_with_heads() -> None:
 
 def test_a_model_gets_heads_only_if_its_config_says_so() -> None:
     sizes = {
-        "num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 4, "out_channels": 4, "text_dim": 8,
-        "freq_dim": 16, "ffn_dim": 48, "num_layers": 1, "selector_tokens": 6,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 16,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 8,
+        "freq_dim": 16,
+        "ffn_dim": 48,
+        "num_layers": 1,
+        "selector_tokens": 6,
+    }
     old, new = CausalWanTransformer3DModel(**sizes), CausalWanTransformer3DModel(**sizes, learned_retention=True)
     added = set(new.state_dict()) - set(old.state_dict())
     assert added == {"blocks.0.selector.retention.hidden", "blocks.0.selector.retention.out"}

@@ -23,17 +23,29 @@ ROOT = Path(__file__).parents[2]
 def small_config(model: Path, stage: str = "forcing", *, steps: int = 4, **loop: Any) -> dict[str, Any]:
     """A stage of a few steps on 2 x 2 samples."""
     settings = {
-        "steps": steps, "global_batch": 4, "micro_batch": 2, "checkpoint_every": 2, "log_every": 1, "trackers": [],
+        "steps": steps,
+        "global_batch": 4,
+        "micro_batch": 2,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "trackers": [],
         **loop,
-    }  # fmt: skip
+    }
     config: dict[str, Any] = {
-        "loop": settings, "model": str(model), "data": {"size": 32, "latent_frames": 4, "caption_dropout": 0.2},
-    }  # fmt: skip
+        "loop": settings,
+        "model": str(model),
+        "data": {"size": 32, "latent_frames": 4, "caption_dropout": 0.2},
+    }
     if stage == "distill":
         config |= {
-            "teacher": str(model), "sampler": {"steps": 2}, "rollout_frames": 4, "critic_ratio": 2, "ema_start": 2,
-            "generator": {"learning_rate": 1e-3}, "critic": {"learning_rate": 1e-3},
-        }  # fmt: skip
+            "teacher": str(model),
+            "sampler": {"steps": 2},
+            "rollout_frames": 4,
+            "critic_ratio": 2,
+            "ema_start": 2,
+            "generator": {"learning_rate": 1e-3},
+            "critic": {"learning_rate": 1e-3},
+        }
     return config
 
 

@@ -251,9 +251,15 @@ def test_settings_that_make_no_sense_are_refused(run_folder: Path, tmp_path: Pat
 
 def test_an_autoencoder_that_goes_on_learning_keeps_old_latents_and_leaves_a_whole_model(tmp_path: Path) -> None:
     settings = {
-        "init_from": str(EMBEDDED_MODELS / "tiny-base"), "encoder_learns": True, "anchor": 1.0,
-        "worlds": {"revisit": 1}, "world_fraction": 0.5, "batch_size": 4, "sizes": [64], "loop": {"steps": 2},
-    }  # fmt: skip
+        "init_from": str(EMBEDDED_MODELS / "tiny-base"),
+        "encoder_learns": True,
+        "anchor": 1.0,
+        "worlds": {"revisit": 1},
+        "world_fraction": 0.5,
+        "batch_size": 4,
+        "sizes": [64],
+        "loop": {"steps": 2},
+    }
     config = build_config(AutoencoderConfig, settings)
     assert autoencode.train(config, tmp_path) == 0
     new, old = (SparseForcingPipeline.from_pretrained(name) for name in (str(tmp_path / "pipeline"), "tiny-base"))

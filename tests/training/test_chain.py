@@ -28,9 +28,7 @@ def command(*arguments: object, **settings: object) -> None:
 
 
 def train(stage: str, config: str, output: Path, steps: int, **settings: object) -> None:
-    command(
-        "train", stage, "--config", CONFIGS / config, "--output", output, **SHORT, **settings, loop__steps=steps
-    )  # fmt: skip
+    command("train", stage, "--config", CONFIGS / config, "--output", output, **SHORT, **settings, loop__steps=steps)
     assert [row["step"] for row in losses(output)] == list(range(1, steps + 1))
 
 
@@ -61,14 +59,36 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
     train("forcing", "tiny-sparse-start.yaml", start, 2, **forced, **memory, **selector)  # resumed
 
     command(
-        "data", "ode-pairs", pairs, teacher=teacher / "pipeline", count=4, per_shard=2, steps=4, guidance_scale=2,
-        sampler__shift=6, sampler__steps=2, data__latent_frames=4, data__size=32,
-    )  # fmt: skip
+        "data",
+        "ode-pairs",
+        pairs,
+        teacher=teacher / "pipeline",
+        count=4,
+        per_shard=2,
+        steps=4,
+        guidance_scale=2,
+        sampler__shift=6,
+        sampler__steps=2,
+        data__latent_frames=4,
+        data__size=32,
+    )
     command(
-        "train", "ode", "--output", ode, model=start / "pipeline", data__kind="shards", data__path=pairs,
-        data__latent_frames=4, memory__kind="full", sampler__shift=6, sampler__steps=2, loop__steps=2,
-        loop__global_batch=2, loop__micro_batch=1, loop__trackers="[]",
-    )  # fmt: skip
+        "train",
+        "ode",
+        "--output",
+        ode,
+        model=start / "pipeline",
+        data__kind="shards",
+        data__path=pairs,
+        data__latent_frames=4,
+        memory__kind="full",
+        sampler__shift=6,
+        sampler__steps=2,
+        loop__steps=2,
+        loop__global_batch=2,
+        loop__micro_batch=1,
+        loop__trackers="[]",
+    )
     train("distill", "tiny-distill.yaml", dmd, 2, model=ode / "pipeline", **scores, **memory, **selector, **rollout)
     train(
         "distill",
@@ -83,9 +103,18 @@ def test_teacher_to_long_tuned_student(tmp_path: Path, model_folder: Path, kind:
         loss="sid",
     )
     train(
-        "distill", "tiny-long.yaml", long, 1, model=dmd / "pipeline", **scores, **memory, **selector, **rollout,
-        windows=3, window_frames=2,
-    )  # fmt: skip
+        "distill",
+        "tiny-long.yaml",
+        long,
+        1,
+        model=dmd / "pipeline",
+        **scores,
+        **memory,
+        **selector,
+        **rollout,
+        windows=3,
+        window_frames=2,
+    )
 
     pipe = SparseForcingPipeline.from_pretrained(str(long / "pipeline"))
     assert pipe.default_memory.kind == kind
@@ -109,9 +138,15 @@ def test_from_nothing_to_a_shipped_student(tmp_path: Path) -> None:
 
     clips = {"sizes": "[32]", "batch_size": 2, "loop__steps": 1}
     small = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
-        "pose_layer": 1, "course_layer": 0, "text_steps": 1,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "ffn_dim": 16,
+        "text_dim": 8,
+        "pose_layer": 1,
+        "course_layer": 0,
+        "text_steps": 1,
+    }
     sizes = {"latent_channels": 8, "components": 24, "dim": 16, "num_blocks": 1, "fit_clips": 32}
     first = embedded("autoencoder", "tiny-autoencoder", **clips, **sizes)
     decoder = embedded("autoencoder", "tiny-decoder", **clips, init_from=first)

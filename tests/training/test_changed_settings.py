@@ -14,7 +14,7 @@ from sparse_forcing.cli import main
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.training.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
-from sparse_forcing.training.engine.resume import FREE, Resume, changed_settings
+from sparse_forcing.training.engine.resume import FREE, Resume, list_changed_settings
 from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig, AutoencoderLoop
@@ -72,18 +72,19 @@ def saved(tmp_path: Path) -> Path:
 def test_what_is_learned_may_not_change_and_how_long_may(
     config: Any, changes: dict[str, Any], found: list[str]
 ) -> None:
-    assert list(changed_settings(to_plain(config), config)) == []
-    assert list(changed_settings(to_plain(config), replace(config, **changes))) == found
+    assert list(list_changed_settings(to_plain(config), config)) == []
+    assert list(list_changed_settings(to_plain(config), replace(config, **changes))) == found
 
 
 def test_a_curriculum_grows_at_its_end_alone() -> None:
     first, second = (StageConfig(latent_frames=n, batch_size=2, steps=3) for n in (1, 2))
     saved = to_plain(PretrainConfig(stages=(first, second)))
     longer = replace(second, steps=9)
-    assert list(changed_settings(saved, PretrainConfig(stages=(first, longer, first)))) == []
-    assert list(changed_settings(saved, PretrainConfig(stages=(longer, longer)))) == [
-        "stages.0.latent_frames: 1 -> 2", "stages.0.steps: 3 -> 9",
-    ]  # fmt: skip
+    assert list(list_changed_settings(saved, PretrainConfig(stages=(first, longer, first)))) == []
+    assert list(list_changed_settings(saved, PretrainConfig(stages=(longer, longer)))) == [
+        "stages.0.latent_frames: 1 -> 2",
+        "stages.0.steps: 3 -> 9",
+    ]
 
 
 def test_every_free_setting_is_one() -> None:
@@ -93,8 +94,8 @@ def test_every_free_setting_is_one() -> None:
 
 
 def test_settings_of_another_version_are_named_and_new_ones_count_as_their_defaults() -> None:
-    assert list(changed_settings({"seed": 0}, Plain())) == []
-    (change,) = changed_settings({"sed": 0}, Plain())
+    assert list(list_changed_settings({"seed": 0}, Plain())) == []
+    (change,) = list_changed_settings({"sed": 0}, Plain())
     assert "not settings of this version (settings: sed: unknown setting; did you mean seed?)" in change
 
 

@@ -27,7 +27,7 @@ from sparse_forcing.scenes.captions import parse_caption
 from sparse_forcing.scenes.vocabulary import COLOURS
 from sparse_forcing.training.data import encode as encode_module
 from sparse_forcing.training.data.encode import EncodeConfig, encode
-from sparse_forcing.training.data.pairs import PairsConfig, kept_steps
+from sparse_forcing.training.data.pairs import PairsConfig, choose_kept_steps
 from sparse_forcing.training.data.shards import Shards, StoredText
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, VideoSource, make_source
 from sparse_forcing.training.data.videos import list_videos, read_clip
@@ -381,9 +381,13 @@ def test_processes_of_one_launch_write_what_one_process_writes(tmp_path: Path, m
     def launch(*more: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
         return subprocess.run(
-            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more], cwd=ROOT, text=True,
-            capture_output=True, timeout=400, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )  # fmt: skip
+            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more],
+            cwd=ROOT,
+            text=True,
+            capture_output=True,
+            timeout=400,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
 
     done = launch()
     assert done.returncode == 0, done.stderr
@@ -428,4 +432,4 @@ def test_shipped_data_configs_are_valid(name: str, config: type) -> None:
     folder = Path(__file__).parents[2] / "training" / "configs" / "data"
     settings = load_config(config, folder / f"wan-{name}.yaml")
     if isinstance(settings, PairsConfig):
-        kept_steps(settings)
+        choose_kept_steps(settings)

@@ -28,6 +28,7 @@ from sparse_forcing.training.memory_estimate.stages import (
     estimate_distillation,
     estimate_stage,
 )
+from sparse_forcing.training.recipes.consistency import ConsistencyConfig, ConsistencyRecipe
 from sparse_forcing.training.recipes.distill import DistillConfig, DistillRecipe
 from sparse_forcing.training.recipes.embedded.autoencoder import AutoencoderConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
@@ -42,6 +43,7 @@ STAGE_OF = {
     "tiny-autoencoder": "autoencoder", "tiny-decoder": "autoencoder", "tiny-details": "autoencoder",
     "tiny-worlds-autoencoder": "autoencoder", "tiny-worlds": "forcing", "tiny-revisit": "forcing",
     "tiny-return": "forcing", "tiny-return-far": "forcing", "tiny-retention": "retention",
+    "tiny-consistency": "consistency",
     "tiny-teacher": "forcing", "tiny-sparse-start": "forcing", "tiny-guided": "forcing", "wan-1.3b-forcing": "forcing",
     "wan-1.3b-ode": "ode",
     "tiny-distill": "distill", "tiny-long": "distill", "wan-1.3b-lora-1gpu": "distill",
@@ -122,6 +124,19 @@ def test_peak_of_a_real_step_is_near_the_estimate(
     assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
 
 
+@pytest.mark.parametrize(
+    "memory", [SPARSE, pytest.param(MEMORIES["window"], marks=pytest.mark.slow)], ids=["sparse", "window"]
+)
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_peak_of_a_replayed_rollout_is_near_the_estimate(memory: MemoryConfig, checkpointing: bool) -> None:
+    """Long tuning with gradients into written memory: the graph of all windows, clean passes included."""
+    loop = replace(ONE, gradient_checkpointing=checkpointing)
+    recipe = distill(
+        Path("tiny-base"), memory=memory, loop=loop, cache_gradient="clean", windows=2, window_frames=2, **TINY
+    )
+    assert peak_of_a_step(recipe) == pytest.approx(1, rel=TOLERANCE)
+
+
 @pytest.mark.slow
 def test_gradients_through_the_scores_are_counted() -> None:
     """SiD keeps the graphs of three score passes beside that of the rollout."""
@@ -165,7 +180,13 @@ def test_a_sparse_memory_holds_what_is_counted(windows: tuple[int, ...]) -> None
 
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"cache_gradient": "straight_through"}, {"windows": 6, "window_frames": 4}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {}, {"cache_gradient": "straight_through"}, {"cache_gradient": "clean"}, {"windows": 6, "window_frames": 4},
+        {"windows": 3, "window_frames": 4, "cache_gradient": "clean"},
+    ],
+)  # fmt: skip
 def test_pools_of_a_sparse_memory_are_counted(model_folder: Path, checkpointing: bool, changes: dict[str, Any]) -> None:
     """One step of a model that is small beside its memory's pools."""
     memory = replace(SMALL_SPARSE, persistent_blocks=200)
@@ -213,6 +234,26 @@ def test_peak_of_a_forcing_step_is_near_the_estimate(kind: str, cache_gradient: 
         before = live.now
         recipe.update(1)
     estimate, _ = estimate_stage(config)
+    assert live.peak - before == pytest.approx(expected_peak(estimate, recipe.model), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["full", pytest.param("sparse", marks=pytest.mark.slow)])
+def test_peak_of_a_consistency_step_is_near_the_estimate(kind: str) -> None:
+    """The passes of the teacher and of the averaged weights come before the student's and leave nothing of theirs."""
+    config = ConsistencyConfig(
+        loop=ONE, model="tiny-base", teacher="tiny-base", teacher_window=4, guidance_scale=3.0, data=TINY["data"],
+        memory=MEMORIES[kind],
+    )  # fmt: skip
+    recipe = ConsistencyRecipe(config, Accelerator(cpu=True))
+    recipe.update(0)
+    gc.collect()
+    moments = [x for s in recipe.optimizer.state.values() for x in s.values()]
+    networks = [*recipe.model.parameters(), *recipe.teacher.parameters()]
+    with LiveBytes([*networks, *recipe.ema.shadow.values(), *moments]) as live:
+        before = live.now
+        recipe.update(1)
+    estimate, _ = estimate_stage(config)
+    assert estimate.frozen == nbytes(recipe.teacher.parameters())
     assert live.peak - before == pytest.approx(expected_peak(estimate, recipe.model), rel=TOLERANCE)
 
 

@@ -131,7 +131,7 @@ def test_an_export_is_the_merged_model_and_the_adapter_beside_it(tmp_path: Path,
     recipe.export(tmp_path / "pipeline")
     plain = SparseForcingPipeline.from_pretrained(str(tmp_path / "pipeline")).transformer
     assert not [name for name in plain.state_dict() if "lora" in name or "base_layer" in name]
-    recipe.ema.copy_to(recipe.model)
+    recipe.ema.exchange(recipe.model)
     torch.manual_seed(1)
     x, text = torch.randn(1, 6, 2, 4, 4), torch.randn(1, 16, 8)
     with torch.no_grad():
@@ -142,7 +142,7 @@ def test_an_export_is_the_merged_model_and_the_adapter_beside_it(tmp_path: Path,
     settings = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (settings["r"], settings["lora_alpha"]) == (2, 4.0)
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
-    averaged = recipe.ema.shadow["blocks.0.attn1.to_q.lora_A.default.weight"]
+    averaged = dict(recipe.model.named_parameters())["blocks.0.attn1.to_q.lora_A.default.weight"]
     assert torch.equal(adapter["blocks.0.attn1.to_q.lora_A.weight"], averaged)
     assert len(adapter) == len(recipe.ema.shadow)
 

@@ -10,7 +10,7 @@ import torch
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
-from sparse_forcing.training.data.pairs import PairsConfig, kept_steps, make_pairs
+from sparse_forcing.training.data.pairs import PairsConfig, choose_kept_steps, make_pairs
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.settings import LoopConfig
@@ -30,14 +30,14 @@ def pairs(model: Path, **changes) -> PairsConfig:
 @pytest.mark.parametrize(("shift", "steps"), [(5.0, 48), (8.0, 48), (5.0, 4), (3.0, 100)])
 def test_kept_states_are_the_students_timesteps(shift: float, steps: int) -> None:
     sampler = SamplerConfig(shift=shift)
-    sigmas, kept = kept_steps(PairsConfig(sampler=sampler, steps=steps))
+    sigmas, kept = choose_kept_steps(PairsConfig(sampler=sampler, steps=steps))
     torch.testing.assert_close(1000 * sigmas[kept[:-1]], few_step_timesteps(sampler), atol=1e-2, rtol=0)
     assert kept == [0, steps // 4, steps // 2, 3 * steps // 4, steps]
 
 
 def test_a_grid_that_misses_the_student_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"50 teacher steps .* use a multiple of 4"):
-        kept_steps(PairsConfig(steps=50))
+        choose_kept_steps(PairsConfig(steps=50))
 
 
 def test_pairs_start_as_noise_and_end_clean(tmp_path: Path, model_folder: Path) -> None:

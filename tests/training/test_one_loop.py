@@ -36,7 +36,7 @@ pytestmark = pytest.mark.xdist_group("one_loop")  # one process makes the pairs 
 
 RECIPES = {
     "autoencoder": "AutoencoderRecipe", "pretrain": "PretrainRecipe", "forcing": "ForcingRecipe", "ode": "OdeRecipe",
-    "retention": "RetentionRecipe", "distill": "DistillRecipe",
+    "consistency": "ConsistencyRecipe", "retention": "RetentionRecipe", "distill": "DistillRecipe",
 }  # fmt: skip
 ALONE = ("autoencoder", "pretrain")
 """Stages that train in one process."""
@@ -46,15 +46,30 @@ def embedded(stage: str, *, steps: int, **loop: Any) -> dict[str, Any]:
     """Settings of a small autoencoder or pretraining run."""
     if stage == "autoencoder":
         return {
-            "loop": {"steps": steps, **loop}, "sizes": [16, 32], "batch_size": 2, "components": 8,
-            "latent_channels": 4, "dim": 8, "num_blocks": 1, "fit_clips": 8,
-        }  # fmt: skip
+            "loop": {"steps": steps, **loop},
+            "sizes": [16, 32],
+            "batch_size": 2,
+            "components": 8,
+            "latent_channels": 4,
+            "dim": 8,
+            "num_blocks": 1,
+            "fit_clips": 8,
+        }
     stages = [{"latent_frames": 4, "batch_size": 2, "steps": steps, "sizes": [16], "continuation": 0.5}]
     return {
-        "loop": loop, "stages": stages, "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2,
-        "ffn_dim": 16, "text_dim": 8, "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 1,
+        "loop": loop,
+        "stages": stages,
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "ffn_dim": 16,
+        "text_dim": 8,
+        "latent_channels": 4,
+        "pose_layer": 1,
+        "course_layer": 0,
+        "text_steps": 1,
         "fit_clips": 16,
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +96,9 @@ def settings_of(model_folder: Path, trajectories: Path) -> Callable[..., dict[st
             config["memory"] = {"kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 2}
             config["data"] = {"kind": "procedural", "size": 32, "latent_frames": 10}
             config["query_noise"] = 0.9
+        if stage == "consistency":
+            config |= {"teacher": str(model_folder), "teacher_window": 4, "guidance_scale": 2.0}
+            config["sampler"] = {"steps": 2}
         if stage == "ode":
             config["sampler"] = {"steps": 2}
             config["data"] = {"kind": "shards", "path": str(trajectories), "size": 32, "latent_frames": 4}

@@ -48,9 +48,17 @@ STD = [2.0, 1.0, 0.5, 0.5]
 def config(*stages: StageConfig, **changes: Any) -> PretrainConfig:
     """A model whose step takes milliseconds."""
     small: dict[str, Any] = {
-        "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "ffn_dim": 16, "text_dim": 8,
-        "latent_channels": 4, "pose_layer": 1, "course_layer": 0, "text_steps": 2, "fit_clips": 16,
-    }  # fmt: skip
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 2,
+        "ffn_dim": 16,
+        "text_dim": 8,
+        "latent_channels": 4,
+        "pose_layer": 1,
+        "course_layer": 0,
+        "text_steps": 2,
+        "fit_clips": 16,
+    }
     return PretrainConfig(
         stages=stages or (StageConfig(latent_frames=1, batch_size=2, steps=2, sizes=(32,)),), **small | changes
     )
@@ -102,10 +110,17 @@ def test_rates_of_motion_have_the_direction_of_the_caption() -> None:
     targets = pose_targets(scenes, torch.zeros(200, dtype=torch.long), latent_frames=2, stride=4, rows=2)
     across, down, growth, spin, orbit = targets[:, 0, -5:].unbind(-1)
     expected = {
-        "moves right": across, "moves left": -across, "moves up": -down, "moves down": down, "grows": growth,
-        "shrinks": -growth, "spins clockwise": spin, "spins counterclockwise": -spin, "orbits clockwise": orbit,
+        "moves right": across,
+        "moves left": -across,
+        "moves up": -down,
+        "moves down": down,
+        "grows": growth,
+        "shrinks": -growth,
+        "spins clockwise": spin,
+        "spins counterclockwise": -spin,
+        "orbits clockwise": orbit,
         "orbits counterclockwise": -orbit,
-    }  # fmt: skip
+    }
     for name, rate in expected.items():
         chosen = scenes.motion[:, 0] == MOTIONS.index(name)
         assert (rate[chosen] > 0.5).all()

@@ -41,9 +41,15 @@ DATA = DataConfig(size=32, latent_frames=HORIZON)
 
 def distill(folder: Path, **changes: Any) -> DistillRecipe:
     defaults: dict[str, Any] = {
-        "loop": LOOP, "model": str(folder), "teacher": str(folder), "data": DATA, "sampler": SamplerConfig(steps=2),
-        "rollout_frames": HORIZON, "critic_ratio": 2, "memory": SPARSE,
-    }  # fmt: skip
+        "loop": LOOP,
+        "model": str(folder),
+        "teacher": str(folder),
+        "data": DATA,
+        "sampler": SamplerConfig(steps=2),
+        "rollout_frames": HORIZON,
+        "critic_ratio": 2,
+        "memory": SPARSE,
+    }
     return DistillRecipe(DistillConfig(**{**defaults, **changes}), Accelerator(cpu=True))
 
 
@@ -112,7 +118,7 @@ def test_selector_loss_needs_a_selector(model_folder: Path) -> None:
 
 def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder: Path) -> None:
     recipe = distill(model_folder, windows=3, window_frames=2)
-    clips = list(recipe.clips(0, 0, _GENERATOR))
+    clips = list(recipe.clips(recipe.draw(0, 0, _GENERATOR)))
     assert [clip.shape[1] for clip, *_ in clips] == [HORIZON] * 3
     masks = [mask for _, mask, *_ in clips]
     assert masks[0] is None
@@ -129,7 +135,7 @@ def test_long_tuning_scores_every_window_and_trains_its_new_frames(model_folder:
 
 def test_a_causal_teacher_scores_every_chunk_after_the_finished_ones(model_folder: Path) -> None:
     recipe = distill(model_folder, score=ScoreConfig(causal_window=4))
-    clip, _, scores, *_ = next(recipe.clips(0, 0, _CRITIC))
+    clip, _, scores, *_ = next(recipe.clips(recipe.draw(0, 0, _CRITIC)))
     timestep = torch.tensor([300.0, 800.0])
     noisy = torch.randn(clip.shape, generator=torch.Generator().manual_seed(1))
     text = recipe.pipe.text.encode(recipe.source.prompts(0, 2))
@@ -165,7 +171,8 @@ def test_the_fake_score_starts_from_the_teacher_the_student_or_a_model_of_its_ow
 
 
 def test_critic_rollouts_build_no_graph(model_folder: Path) -> None:
-    for clip, *_ in distill(model_folder).clips(0, 0, _CRITIC):
+    recipe = distill(model_folder)
+    for clip, *_ in recipe.clips(recipe.draw(0, 0, _CRITIC)):
         assert not clip.requires_grad
 
 
@@ -174,7 +181,7 @@ def test_updates_and_ranks_draw_apart_and_repeatably(model_folder: Path) -> None
 
     def first(step: int, micro_batch: int, stream: int) -> torch.Tensor:
         with torch.no_grad():
-            return next(recipe.clips(step, micro_batch, stream))[0]
+            return next(recipe.clips(recipe.draw(step, micro_batch, stream))).clip
 
     clips = [first(0, 0, _GENERATOR), first(0, 0, _CRITIC), first(0, 1, _CRITIC), first(1, 0, _CRITIC)]
     assert all(not torch.equal(a, b) for i, a in enumerate(clips) for b in clips[i + 1 :])
@@ -223,9 +230,14 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
 
     def drawn(share: float) -> torch.Tensor:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, sampler=sampler, sampler_level_fraction=share, shift=4.0,
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            sampler=sampler,
+            sampler_level_fraction=share,
+            shift=4.0,
             weighting="unit_variance",
-        )  # fmt: skip
+        )
         recipe, sources = ForcingRecipe(config, Accelerator(cpu=True)), generators(0, 0, 200, stream=2)
         levels = recipe.levels(sources, [CHUNK, CHUNK])
         assert torch.equal(levels[:, 0], levels[:, CHUNK - 1])
@@ -246,15 +258,20 @@ def test_levels_are_the_samplers_as_often_as_asked(model_folder: Path) -> None:
 def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_path: Path, memory: str) -> None:
     def recipe(scale: float) -> ForcingRecipe:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=scale,
-            weighting="unit_variance", optimizer=OptimizerConfig(learning_rate=1e-4),
-        )  # fmt: skip
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            memory=MEMORIES[memory],
+            guidance_scale=scale,
+            weighting="unit_variance",
+            optimizer=OptimizerConfig(learning_rate=1e-4),
+        )
         return ForcingRecipe(config, Accelerator(cpu=True))
 
     guided = recipe(30.0)
     clip, text = torch.randn(2, HORIZON, CHANNELS, 4, 4), guided.pipe.text.encode(["a red circle", ""])
     x, time, chunks = torch.randn_like(clip), torch.full((2, HORIZON), 500.0), guided.chunks(HORIZON)
-    found = guided.guided_flow(x, clip, time, text, chunks)
+    found = guided.predict_guided_flow(x, clip, time, text, chunks)
     assert not torch.allclose(found[0], found[1])
     # Without a caption there is nothing to be guided by, and at the start both networks have the same weights.
     if memory == "full":
@@ -272,20 +289,24 @@ def test_guidance_distillation_learns_two_passes_in_one(model_folder: Path, tmp_
 
 
 def test_guide_sees_a_window_of_its_own(model_folder: Path) -> None:
-    def guided_flow(memory: str, window: int | None) -> torch.Tensor:
+    def predict_guided_flow(memory: str, window: int | None) -> torch.Tensor:
         config = ForcingConfig(
-            loop=LOOP, model=str(model_folder), data=DATA, memory=MEMORIES[memory], guidance_scale=3.0,
+            loop=LOOP,
+            model=str(model_folder),
+            data=DATA,
+            memory=MEMORIES[memory],
+            guidance_scale=3.0,
             guidance_window=window,
-        )  # fmt: skip
+        )
         recipe, generator = ForcingRecipe(config, Accelerator(cpu=True)), torch.Generator().manual_seed(0)
         clip, x = torch.randn(2, 2, HORIZON, CHANNELS, 4, 4, generator=generator)
         text = recipe.pipe.text.encode(["a red circle", "a blue ring"])
-        return recipe.guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
+        return recipe.predict_guided_flow(x, clip, torch.full((2, HORIZON), 500.0), text, recipe.chunks(HORIZON))
 
-    full, window = guided_flow("full", None), guided_flow("full", 2)
+    full, window = predict_guided_flow("full", None), predict_guided_flow("full", 2)
     torch.testing.assert_close(window[:, :2], full[:, :2])
     assert not torch.allclose(window[:, 2:], full[:, 2:])
-    torch.testing.assert_close(guided_flow("sparse", 2), window)
+    torch.testing.assert_close(predict_guided_flow("sparse", 2), window)
     with pytest.raises(ConfigError, match="guidance_window: 2 must be positive and needs a guidance_scale"):
         ForcingConfig(loop=LOOP, guidance_window=2)
 
@@ -405,8 +426,10 @@ def test_a_selector_that_learns_in_both_ways_adds_little_memory(checkpointing: b
     sparse = read_defaults(find_model("tiny-base")).memory
     options: dict[str, Any] = {
         "loop": replace(LOOP, global_batch=1, micro_batch=1, gradient_checkpointing=checkpointing),
-        "data": DataConfig(size=64, latent_frames=10), "rollout_frames": 10, "sampler": SamplerConfig(steps=1),
-    }  # fmt: skip
+        "data": DataConfig(size=64, latent_frames=10),
+        "rollout_frames": 10,
+        "sampler": SamplerConfig(steps=1),
+    }
     learning: dict[str, Any] = {"learned_selector": True, "selector_weight": 0.1, "selector_layers": 8}
     window = held_bytes(distill(Path("tiny-base"), memory=replace(sparse, kind="window"), **options))
     assert held_bytes(distill(Path("tiny-base"), memory=sparse, **options, **learning)) < 1.06 * window
@@ -427,10 +450,10 @@ class PicturesFirst:
 
 def test_a_kept_frame_becomes_a_picture_where_clips_start_with_one(model_folder: Path) -> None:
     recipe = distill(model_folder, windows=2, window_frames=2)
-    plain = [clip for clip, *_ in recipe.clips(0, 0, _GENERATOR)]
+    plain = [clip for clip, *_ in recipe.clips(recipe.draw(0, 0, _GENERATOR))]
     for name in ("decode", "encode", "first_frame_alone"):
         setattr(recipe.pipe.vae, name, getattr(PicturesFirst(), name))
-    first, second = (clip for clip, *_ in recipe.clips(0, 0, _GENERATOR))
+    first, second = (clip for clip, *_ in recipe.clips(recipe.draw(0, 0, _GENERATOR)))
     torch.testing.assert_close(first, plain[0])
     torch.testing.assert_close(second[:, :1], plain[1][:, :1] + 2)
     torch.testing.assert_close(second[:, 1:], plain[1][:, 1:])

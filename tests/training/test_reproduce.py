@@ -36,15 +36,24 @@ def settings(model: Path) -> dict[str, Any]:
         "training": {
             "model": str(model),
             "memory": {
-                "kind": "sparse", "window_frames": 4, "tile": [2, 2, 2], "persistent_blocks": 1, "density": 0.5,
+                "kind": "sparse",
+                "window_frames": 4,
+                "tile": [2, 2, 2],
+                "persistent_blocks": 1,
+                "density": 0.5,
             },
             "teacher": {"config": "tiny-teacher.yaml", "steps": 1, "set": forcing},
             "start": {"config": "tiny-sparse-start.yaml", "steps": 1, "set": forcing},
             "student": {"config": "tiny-distill.yaml", "steps": 1, "set": DISTILL},
         },
         "evaluation": {
-            "prompts": 4, "ablation_prompts": 2, "batch_size": 2, "horizons": [1, 2], "timing_prompts": 2,
-            "recall_prompts": 2, "sheet_prompts": 1,
+            "prompts": 4,
+            "ablation_prompts": 2,
+            "batch_size": 2,
+            "horizons": [1, 2],
+            "timing_prompts": 2,
+            "recall_prompts": 2,
+            "sheet_prompts": 1,
         },
         "worlds": {
             "model": str(model),
@@ -54,7 +63,7 @@ def settings(model: Path) -> dict[str, Any]:
             ],
             "bench": {"worlds": ["revisit"], "gaps": [2], "count": 2, "memories": ["full", "sparse"]},
         },
-    }  # fmt: skip
+    }
 
 
 def reproduce(folder: Path, config: dict[str, Any], *overrides: str) -> int:
@@ -239,9 +248,15 @@ def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model
 def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, model_folder: Path) -> None:
     config = settings(model_folder)
     config["variants"] = ["dense", "sparse"]
-    config["training"] |= {"teacher": None, "start": None, "student": {
-        "config": "tiny-distill.yaml", "steps": 1, "set": CAUSAL_DISTILL,
-    }}  # fmt: skip
+    config["training"] |= {
+        "teacher": None,
+        "start": None,
+        "student": {
+            "config": "tiny-distill.yaml",
+            "steps": 1,
+            "set": CAUSAL_DISTILL,
+        },
+    }
     assert reproduce(tmp_path, config) == 0
     trained = sorted(path.parent for path in (tmp_path / "run").glob("*/pipeline"))
     assert [folder.name.rpartition("-")[0] for folder in trained] == ["student-dense", "student-sparse"]

@@ -19,7 +19,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.model_folder.folder import find_model, load_autoencoder, load_text_encoder, read_defaults
 from sparse_forcing.sampling.generation.prompts import read_prompts
-from sparse_forcing.training.data.shards import ShardContent, refused_samples, write_shards
+from sparse_forcing.training.data.shards import ShardContent, read_refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames
 from sparse_forcing.training.data.videos import BadSamples, content_digests, encode_pixels, list_videos, read_clip
 from sparse_forcing.weights.manifest import folder_hash
@@ -81,7 +81,7 @@ class _Samples:
         if not self.videos:
             return self.procedural.clip(number, self.frames)
         video, size = self.videos[number], (self.format.height, self.format.width)
-        with self.bad.counting(video.path):
+        with self.bad.count_failures(video.path):
             return read_clip(video.path, frames=self.frames, size=size, fps=self.format.fps), video.prompt
         return None
 
@@ -89,7 +89,7 @@ class _Samples:
         """Hash of the file of each sample; none where samples are not files."""
         return content_digests(self.videos[number] for number in numbers) if self.videos else []
 
-    def listing(self) -> str:
+    def list_samples(self) -> str:
         """Everything that names the samples, for telling two data sets apart."""
         return "\n".join([f"{video.path.name}\n{video.prompt}" for video in self.videos] or self.prompts)
 
@@ -105,7 +105,7 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
     folder, dtype = find_model(config.model), _TYPES[config.dtype]
     defaults, vae = read_defaults(folder), load_autoencoder(folder)
     own = VideoFormat(height=defaults.height, width=defaults.width, fps=defaults.fps)
-    samples = _Samples(config, vae, own, refused_samples(out))
+    samples = _Samples(config, vae, own, read_refused_samples(out))
     text_encoder = load_text_encoder(folder) if config.text else None
     for part in (vae, text_encoder):
         if isinstance(part, torch.nn.Module):
@@ -113,7 +113,7 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 
     def shard(numbers: range) -> ShardContent:
         latents, prompts, refused = [], [], []
-        samples.bad.files.update(refused_samples(out))  # those of other processes count, too
+        samples.bad.files.update(read_refused_samples(out))  # those of other processes count, too
         for first in range(0, len(numbers), config.batch_size):
             found = {number: samples(number) for number in numbers[first : first + config.batch_size]}
             refused += [str(samples.videos[number].path) for number, sample in found.items() if sample is None]
@@ -132,12 +132,12 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
         samples.count,
         shard,
         per_shard=config.per_shard,
-        about=_about(config, folder, samples.listing()),
+        about=_about(config, folder, samples.list_samples()),
         loose_text=(loose, lambda prompts: _embed(text_encoder, prompts, 1).to(dtype)) if text_encoder else None,
         sources=samples.digests,
         progress=say,
     )
-    bad, budget = len(set(refused_samples(out))), config.data.max_bad_samples
+    bad, budget = len(set(read_refused_samples(out))), config.data.max_bad_samples
     if bad > budget:  # found by several processes at the same time, each of which was within the budget
         raise ConfigError(f"{bad} bad samples exceed max_bad_samples {budget}; the shards' JSON files name them")
     return written
@@ -146,9 +146,11 @@ def encode(config: EncodeConfig, out: Path, device: torch.device | None = None) 
 def _about(config: EncodeConfig, folder: Path, listing: str) -> dict[str, Any]:
     """What the stored tensors depend on."""
     return {
-        "kind": "latents", **settings_and_samples(config, listing), "autoencoder": folder_hash(folder / "vae"),
+        "kind": "latents",
+        **settings_and_samples(config, listing),
+        "autoencoder": folder_hash(folder / "vae"),
         "text_encoder": folder_hash(folder / "text_encoder") if config.text else None,
-    }  # fmt: skip
+    }
 
 
 def settings_and_samples(config: Any, listing: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.model.flow import NUM_TRAIN_TIMESTEPS, SamplerConfig, few_step_timesteps, shift_sigma
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.encode import say, settings_and_samples
 from sparse_forcing.training.data.shards import ShardContent, write_shards
 from sparse_forcing.training.data.sources import DataConfig, Shuffled, VideoFormat, make_source
@@ -57,7 +57,7 @@ class PairsConfig:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
 
 
-def kept_steps(config: PairsConfig) -> tuple[Tensor, list[int]]:
+def choose_kept_steps(config: PairsConfig) -> tuple[Tensor, list[int]]:
     """The teacher's sigmas [steps + 1] and the places of the student's levels among them, the end included.
 
     Raises:
@@ -78,7 +78,7 @@ def kept_steps(config: PairsConfig) -> tuple[Tensor, list[int]]:
 def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = None) -> int:
     """Write teacher trajectories [S + 1, F, C, H, W], noise to data, and text embeddings as shards; returns how many
     shards were written now, by all processes of the launch."""
-    sigmas, kept = kept_steps(config)  # refuses a bad grid before anything is loaded
+    sigmas, kept = choose_kept_steps(config)  # refuses a bad grid before anything is loaded
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = SparseForcingPipeline.from_pretrained(config.teacher, {"transformer": torch.float32}).to(device)
     own = VideoFormat(height=pipe.defaults.height, width=pipe.defaults.width, fps=pipe.defaults.fps)
@@ -101,14 +101,22 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
 
     listing = "\n".join(source.all_prompts) if isinstance(source, Shuffled) else ""
     about = {
-        "kind": "ode trajectories", **settings_and_samples(config, listing), "weights": pipe.weights_sha256,
-        "timesteps": few_step_timesteps(config.sampler).tolist(), "shape": [len(kept), *shape],
-    }  # fmt: skip
+        "kind": "ode trajectories",
+        **settings_and_samples(config, listing),
+        "weights": pipe.weights_sha256,
+        "timesteps": few_step_timesteps(config.sampler).tolist(),
+        "shape": [len(kept), *shape],
+    }
     loose = list(dict.fromkeys(["", config.negative_prompt]))
     return write_shards(
-        out, config.count, trajectories, per_shard=config.per_shard, about=about,
-        loose_text=(loose, lambda prompts: pipe.text.encode(prompts).to(dtype)), progress=say,
-    )  # fmt: skip
+        out,
+        config.count,
+        trajectories,
+        per_shard=config.per_shard,
+        about=about,
+        loose_text=(loose, lambda prompts: pipe.text.encode(prompts).to(dtype)),
+        progress=say,
+    )
 
 
 def _generator(seed: int, item: int) -> torch.Generator:
@@ -116,9 +124,14 @@ def _generator(seed: int, item: int) -> torch.Generator:
 
 
 def integrate(
-    pipe: SparseForcingPipeline, x: Tensor, text: Tensor, negative: Tensor, sigmas: Tensor, kept: list[int],
+    pipe: SparseForcingPipeline,
+    x: Tensor,
+    text: Tensor,
+    negative: Tensor,
+    sigmas: Tensor,
+    kept: list[int],
     config: PairsConfig,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Euler steps of the guided teacher from noise x [B, F, C, H, W]: the kept states [B, S + 1, F, C, H, W]."""
     text, states = torch.cat([text, negative]), []
     for step, sigma in enumerate(sigmas):
@@ -127,5 +140,5 @@ def integrate(
         if step < config.steps:
             t = (sigma * NUM_TRAIN_TIMESTEPS).expand(2 * len(x)).to(x.device)
             flow = pipe.transformer(torch.cat([x, x]).transpose(1, 2), t, text).transpose(1, 2).to(x)
-            x = x + guided(flow, config.guidance_scale) * (sigmas[step + 1] - sigma).to(x)
+            x = x + guide(flow, config.guidance_scale) * (sigmas[step + 1] - sigma).to(x)
     return torch.stack(states, 1).cpu()

@@ -21,8 +21,8 @@ from sparse_forcing.scenes.worlds.config import WorldConfig
 
 @dataclass(frozen=True)
 class ClipBatch:
-    """pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn from
-    and the frame of its scene [B] at which each clip starts."""
+    """Clips: pixels [B, 3, F, S, S] in [-1, 1], one caption each ("" where it was dropped), the scenes they were drawn
+    from and the frame of its scene [B] at which each clip starts."""
 
     pixels: Tensor
     captions: list[str]
@@ -56,9 +56,13 @@ def procedural_batch(
     generator = torch.Generator().manual_seed(step_seed(seed, step))
     words = random.Random(step_seed(seed, step))
     scenes = sample_scenes(
-        batch_size, generator, two_object_fraction=two_object_fraction, split=split, motion_weights=motion_weights,
+        batch_size,
+        generator,
+        two_object_fraction=two_object_fraction,
+        split=split,
+        motion_weights=motion_weights,
         shape_weights=shape_weights,
-    )  # fmt: skip
+    )
     start = torch.randint(max(1, CLIP_FRAMES - num_frames + 1), (batch_size,), generator=generator)
     start *= torch.rand(batch_size, generator=generator) < late_start_fraction
     captions = ["" if words.random() < caption_dropout else caption(scene, words) for scene in scenes.scenes()]

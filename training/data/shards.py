@@ -128,7 +128,7 @@ def _commit(
     atomic_write_json(known, {**about, "loose_sha256": digest})
 
 
-def refused_samples(folder: Path) -> list[str]:
+def read_refused_samples(folder: Path) -> list[str]:
     """Samples that earlier runs into `folder` could not use."""
     return [name for path in sorted(folder.glob("shard-*.json")) for name in read_json(path)["refused"]]
 

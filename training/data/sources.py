@@ -150,15 +150,26 @@ class ProceduralSource:
         which are drawn."""
         config = self.config
         batch = procedural_batch(
-            self.seed, draw, batch_size=count, num_frames=num_frames, size=config.size,
-            two_object_fraction=config.two_object_fraction, caption_dropout=config.caption_dropout,
-            motion_weights=config.motion_weights, shape_weights=config.shape_weights,
-        )  # fmt: skip
+            self.seed,
+            draw,
+            batch_size=count,
+            num_frames=num_frames,
+            size=config.size,
+            two_object_fraction=config.two_object_fraction,
+            caption_dropout=config.caption_dropout,
+            motion_weights=config.motion_weights,
+            shape_weights=config.shape_weights,
+        )
         pixels, captions = batch.pixels, batch.captions
         places, worlds, texts = worlds_in_batch(
-            self.seed, draw, batch_size=count, fraction=config.world_fraction, weights=config.worlds or {},
-            config=config.world_config(world_frames or num_frames), caption_dropout=config.caption_dropout,
-        )  # fmt: skip
+            self.seed,
+            draw,
+            batch_size=count,
+            fraction=config.world_fraction,
+            weights=config.worlds or {},
+            config=config.world_config(world_frames or num_frames),
+            caption_dropout=config.caption_dropout,
+        )
         if worlds is not None:
             pixels[places] = worlds.render(config.size, frames=range(num_frames)).transpose(1, 2)
             for place, text in zip(places, texts):
@@ -253,7 +264,7 @@ class VideoSource(Shuffled):
             video = self.videos[self.item(number + step)]
             if video.path in self.bad:
                 continue
-            with self.bad.counting(video.path):
+            with self.bad.count_failures(video.path):
                 size = (self.format.height, self.format.width)
                 return read_clip(video.path, frames=self.frames, size=size, fps=self.format.fps), video.prompt
         raise ConfigError(f"{self.config.path}: none of its {len(self.videos)} videos can be used")

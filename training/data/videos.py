@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError, VideoError
@@ -101,7 +102,7 @@ def read_clip(path: Path, *, frames: int, size: tuple[int, int], fps: float) -> 
             kept.append(_cover(frame, size))
     if len(kept) < frames:
         raise VideoError(f"{path}: too short: {frames / fps:g} s are needed, it has {info.duration:g}")
-    return torch.from_numpy(np.stack(kept)).permute(3, 0, 1, 2).float() / 127.5 - 1
+    return rearrange(torch.from_numpy(np.stack(kept)), "f h w c -> c f h w").float() / 127.5 - 1
 
 
 def _cover(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -135,7 +136,7 @@ class BadSamples:
         return str(path) in self.files
 
     @contextmanager
-    def counting(self, path: Path) -> Iterator[None]:
+    def count_failures(self, path: Path) -> Iterator[None]:
         """Turn a VideoError of the block into a skipped file. Raises ConfigError past the budget."""
         try:
             yield

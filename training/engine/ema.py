@@ -38,9 +38,14 @@ class ParameterEma:
             shadow.copy_(parameter)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
+    def exchange(self, module: nn.Module) -> None:
+        """The module gets the averages, the averages its float32 weights: called again, each has its own again, bit by
+        bit, and there was no copy of all of them."""
         for shadow, parameter in self._pairs(module):
+            assert parameter.dtype == shadow.dtype
+            kept = parameter.clone()
             parameter.copy_(shadow)
+            shadow.copy_(kept)
 
     def state_dict(self) -> dict[str, Tensor | int]:
         return {**self.shadow, "__updates__": self.updates}

@@ -23,7 +23,7 @@ STOPPED = 143
 class StopRequest:
     """Turns SIGTERM into a question that the loop asks between steps; a second one ends the process at once.
 
-    with StopRequest() as stop: ... if stop.requested(): save and leave
+    with StopRequest() as stop: ... if stop.is_requested(): save and leave
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class StopRequest:
     def __exit__(self, _type: type | None, _error: BaseException | None, _trace: TracebackType | None) -> None:
         signal.signal(signal.SIGTERM, self._previous)
 
-    def requested(self) -> bool:
+    def is_requested(self) -> bool:
         """True on every process as soon as one of them was asked to stop."""
         return any_rank(self._asked)
 
@@ -72,7 +72,7 @@ def check_finite(step: int, values: dict[str, float]) -> None:
 
 
 @contextmanager
-def explained_failures(when: str, relief: str, saved: int = 0) -> Iterator[None]:
+def explain_failures(when: str, relief: str, saved: int = 0) -> Iterator[None]:
     """Say what to do about a step that failed; nothing is retried with other settings behind the user's back.
 
     Args:

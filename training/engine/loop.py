@@ -24,7 +24,7 @@ from sparse_forcing.devices import resolve_device
 from sparse_forcing.files import output_lock
 from sparse_forcing.processes import leave_group, rank
 from sparse_forcing.training.engine.checkpoint import Stateful, save_checkpoint
-from sparse_forcing.training.engine.guard import STOPPED, StopRequest, explained_failures, stop_with_launcher
+from sparse_forcing.training.engine.guard import STOPPED, StopRequest, explain_failures, stop_with_launcher
 from sparse_forcing.training.engine.metrics import RunLog
 from sparse_forcing.training.engine.resume import Resume
 from sparse_forcing.training.engine.settings import RunConfig
@@ -109,7 +109,7 @@ def _run(build: Callable[[Accelerator], Recipe], loop: RunConfig, config: Any, o
     stop_with_launcher()
     with StopRequest() as stop, output_lock(out) if rank() == 0 else nullcontext():
         set_seed(loop.seed + rank())
-        with explained_failures("before the first step", loop.relief):
+        with explain_failures("before the first step", loop.relief):
             recipe = build(accelerator)
             log = RunLog(accelerator, out, steps=recipe.steps, every=loop.log_every, config=to_plain(config))
             begun = resume.load(
@@ -119,11 +119,11 @@ def _run(build: Callable[[Accelerator], Recipe], loop: RunConfig, config: Any, o
             log.begin(step, begun.window)
             recipe.begin(step)
         while step < recipe.steps:
-            with explained_failures(f"in step {step} ({recipe.geometry})", loop.relief, saved):
+            with explain_failures(f"in step {step} ({recipe.geometry})", loop.relief, saved):
                 metrics = recipe.update(step)
             step += 1
             log.add(step, metrics)
-            stopping = stop.requested()
+            stopping = stop.is_requested()
             if stopping or step == recipe.steps or step % loop.checkpoint_every == 0:
                 save_checkpoint(
                     out,

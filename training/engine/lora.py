@@ -39,7 +39,7 @@ class LoraConfig:
         if self.rank < 1 or self.alpha <= 0 or not self.targets:
             raise ConfigError("rank must be at least 1, alpha positive, and targets not empty")
 
-    def adapted(self, model: nn.Module) -> dict[str, nn.Linear]:
+    def find_adapted(self, model: nn.Module) -> dict[str, nn.Linear]:
         """The linear layers that get an adapter. Raises ConfigError for a target that no layer answers to."""
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         for target in self.targets:
@@ -49,7 +49,7 @@ class LoraConfig:
 
     def parameter_count(self, model: nn.Module) -> int:
         """Numbers that the adapters add to `model`."""
-        return sum(self.rank * (x.in_features + x.out_features) for x in self.adapted(model).values())
+        return sum(self.rank * (x.in_features + x.out_features) for x in self.find_adapted(model).values())
 
 
 def _trains(name: str) -> bool:
@@ -70,7 +70,7 @@ def add_adapters(model: nn.Module, config: LoraConfig, seed: int) -> None:
         import peft
     except ImportError as error:
         raise ConfigError('lora: needs peft; install it with: pip install "sparse-forcing[train]"') from error
-    names = list(config.adapted(model))
+    names = list(config.find_adapted(model))
     alpha: Any = config.alpha  # peft's annotation says int; any number works
     settings = peft.LoraConfig(r=config.rank, lora_alpha=alpha, target_modules=names, lora_dropout=0.0)
     with torch.random.fork_rng():

@@ -75,7 +75,7 @@ class Resume:
         if self.checkpoint is None or from_first(lambda: self._went_on_from(out)):
             found = newest_checkpoint(out)
         else:
-            found = self._named(out, self.checkpoint)
+            found = self._read_named(out, self.checkpoint)
         if found is None and self.checkpoint is not None:
             raise WeightsError(
                 f"{out}: no complete checkpoint; choose a new --output to start from {self.checkpoint} again"
@@ -99,7 +99,7 @@ class Resume:
         assert self.checkpoint is not None
         return self.checkpoint.resolve()
 
-    def _named(self, out: Path, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
+    def _read_named(self, out: Path, checkpoint: Path) -> tuple[Path, dict[str, Any]]:
         def read() -> tuple[Path, dict[str, Any]]:
             if any(out.glob("step-*")):
                 # Otherwise its newer checkpoints would be taken for later ones of this run.
@@ -114,7 +114,7 @@ class Resume:
         return from_first(read)
 
     def _compare(self, folder: Path, manifest: dict[str, Any], config: Any) -> None:
-        changes = list(changed_settings(manifest.get("config", {}), config))
+        changes = list(list_changed_settings(manifest.get("config", {}), config))
         if changes and not self.allow_changes:
             raise ConfigError(
                 f"{folder} was trained with other settings: {', '.join(changes)}; choose another --output for a new "
@@ -124,7 +124,7 @@ class Resume:
             warnings.warn(f"going on from {folder} with changed settings: {', '.join(changes)}", stacklevel=4)
 
 
-def changed_settings(saved: dict[str, Any], config: Any) -> Iterator[str]:
+def list_changed_settings(saved: dict[str, Any], config: Any) -> Iterator[str]:
     """`name: old -> new` of every setting that differs from a checkpoint's, but for those that may (`FREE`).
 
     A curriculum may also get more stages, and its last one another length.
@@ -139,10 +139,10 @@ def changed_settings(saved: dict[str, Any], config: Any) -> Iterator[str]:
         return
     new = to_plain(config)
     count = len(old.get("stages", ()))
-    yield from _differences(_begun(old, count), _begun(new, count))
+    yield from _differences(_keep_begun(old, count), _keep_begun(new, count))
 
 
-def _begun(settings: dict[str, Any], stages: int) -> dict[str, Any]:
+def _keep_begun(settings: dict[str, Any], stages: int) -> dict[str, Any]:
     """The settings without the stages beyond the first ones and without the length of the last of these."""
     if not stages:
         return settings

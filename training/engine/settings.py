@@ -142,7 +142,7 @@ class LoopConfig(RunConfig):
         return ["loop.dtype: bfloat16 is far slower than float32 on this CPU; auto avoids it"] if slow else []
 
 
-def bounded(settings: Any, limits: dict[str, tuple[int, int]]) -> None:
+def check_bounds(settings: Any, limits: dict[str, tuple[int, int]]) -> None:
     """Raise ConfigError for the first of the named whole-number settings that is outside its (least, greatest)."""
     for name, (least, greatest) in limits.items():
         if not least <= getattr(settings, name) <= greatest:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -75,3 +77,21 @@ def ode_regression_loss(flow: Tensor, x_t: Tensor, x0: Tensor, timestep: Tensor,
     """
     prediction = flow_to_x0(flow, x_t, schedule.sigma_at(timestep))
     return (prediction - x0).square()[timestep != 0].mean()
+
+
+def consistency_target(
+    teacher: Callable[[Tensor, Tensor], Tensor],
+    average: Callable[[Tensor, Tensor], Tensor],
+    x_t: Tensor,
+    sigma: Tensor,
+    following: Tensor,
+) -> Tensor:
+    """x0 that `average` predicts where one Euler step of the teacher from sigma to `following` leads; where that is 0,
+    it is the x0 (consistency distillation, arXiv 2303.01469, section 4).
+
+    Args:
+        teacher, average: flow of x [B, F, C, H, W] at noise levels [B, F].
+        sigma, following: [B, F], following < sigma.
+    """
+    x = flow_to_x0(teacher(x_t, sigma).float(), x_t, sigma - following)  # the same line, left before its end
+    return flow_to_x0(average(x, following).float(), x, following)

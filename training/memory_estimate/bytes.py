@@ -56,7 +56,7 @@ def parameter_count(config: dict[str, Any]) -> int:
     return sum(p.numel() for p in on_meta(config).parameters())
 
 
-def trained_count(config: dict[str, Any], lora: LoraConfig | None) -> int:
+def count_trained(config: dict[str, Any], lora: LoraConfig | None) -> int:
     """Parameters of a network that train: all, or those of its adapters and selectors."""
     if lora is None:
         return parameter_count(config)

@@ -29,10 +29,11 @@ from sparse_forcing.training.memory_estimate.bytes import (
     Work,
     activation_bytes,
     cache_bytes,
+    count_trained,
     graph_bytes,
     parameter_count,
-    trained_count,
 )
+from sparse_forcing.training.recipes.consistency import ConsistencyConfig
 from sparse_forcing.training.recipes.distill import DistillConfig
 from sparse_forcing.training.recipes.embedded.autoencoder import FIT_SIZE, AutoencoderConfig
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig
@@ -79,6 +80,7 @@ def estimate_distillation(
     encoders: int = 0,
     lora: LoraConfig | None = None,
     critic_lora: LoraConfig | None = None,
+    scored: int | None = None,
     score_context: int = 0,
     real_passes: int = 0,
 ) -> MemoryEstimate:
@@ -88,18 +90,24 @@ def estimate_distillation(
     Args:
         generator, critic, teacher: transformer configs; shards: processes that share every network's state.
         encoders: bytes of text encoder and autoencoder in this process.
+        scored: frames of a clip that the scores compare, if not those of `work`.
         score_context: clean frames beside the noisy ones when the scores are compared (causal teachers).
         real_passes: passes of the teacher that gradients of the generator flow through, beside one of the critic (SiD);
             none otherwise (DMD).
     """
-    trained = [trained_count(generator, lora), trained_count(critic, critic_lora)]
+    trained = [count_trained(generator, lora), count_trained(critic, critic_lora)]
     whole = [parameter_count(generator), parameter_count(critic)]
     added = sum(count for count, adapters in zip(trained, (lora, critic_lora)) if adapters)
-    at_once = replace(work, memory=None, context_frames=score_context)
+    at_once = replace(work, memory=None, frames=scored or work.frames, context_frames=score_context)
     left, again = graph_bytes(generator, work)
+    compared = activation_bytes(critic, at_once)
     if real_passes:  # whose gradients are taken before those of the rollout
         scores = [graph_bytes(critic, at_once), *[graph_bytes(teacher, at_once, frozen=True)] * real_passes]
-        again = max(again, sum(kept for kept, _ in scores) + max(more for _, more in scores))
+        found = sum(kept for kept, _ in scores) + max(more for _, more in scores)
+        if work.cache_gradient == "clean":  # nothing of the rollout is there yet, which is taken again
+            compared = max(compared, found)
+        else:
+            again = max(again, found)
     return MemoryEstimate(
         weights=(sum(whole) + added) // shards * _STATE_BYTES,
         gradients=max(trained) // shards * _STATE_BYTES,
@@ -108,7 +116,7 @@ def estimate_distillation(
         frozen=parameter_count(teacher) // shards * _STATE_BYTES,
         encoders=encoders,
         cache=cache_bytes(generator, work),
-        activations=max(left + again, activation_bytes(critic, at_once)),
+        activations=max(left + again, compared),
     )
 
 
@@ -119,18 +127,18 @@ def estimate_one_network(
     shards: int = 1,
     encoders: int = 0,
     lora: LoraConfig | None = None,
-    guided: bool = False,
+    teacher: dict[str, Any] | None = None,
 ) -> MemoryEstimate:
-    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; guided: its starting
-    weights are kept, frozen, to learn from."""
-    trained = trained_count(config, lora)
+    """Estimate of a stage that trains a single network. Args: as in `estimate_distillation`; teacher: config of
+    a frozen transformer that it learns from."""
+    trained = count_trained(config, lora)
     whole = parameter_count(config) + (trained if lora else 0)
     return MemoryEstimate(
         weights=whole // shards * _STATE_BYTES,
         gradients=trained // shards * _STATE_BYTES,
         optimizers=2 * trained // shards * _STATE_BYTES,
         averages=trained // shards * _STATE_BYTES,
-        frozen=parameter_count(config) // shards * _STATE_BYTES if guided else 0,
+        frozen=parameter_count(teacher) // shards * _STATE_BYTES if teacher else 0,
         encoders=encoders,
         cache=cache_bytes(config, work),
         activations=activation_bytes(config, work),
@@ -150,7 +158,7 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         return estimate_autoencoder(config), []
     if isinstance(config, RetentionConfig):
         return estimate_retention(config)
-    if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig)):
+    if not isinstance(config, (DistillConfig, ForcingConfig, OdeConfig, ConsistencyConfig)):
         raise ConfigError(f"{type(config).__name__}: there is no estimate of what this stage needs")
     if config.loop.micro_batches % processes:
         raise ConfigError(
@@ -166,9 +174,13 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         trained = {**trained, "selector_tokens": math.prod((config.memory or model.memory).tile)}
     if work.memory and work.memory.kind == "sparse" and trained.get("selector_tokens"):
         notes.append("what the learned selector's own arithmetic keeps is not counted")
+    if isinstance(config, ConsistencyConfig):
+        own = model_sizes(config.teacher)
+        estimate = estimate_one_network(trained, work, teacher=own.transformer, **options)
+        return estimate, list(dict.fromkeys([*notes, *own.notes]))
     if not isinstance(config, DistillConfig):
-        guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1
-        return estimate_one_network(trained, work, guided=guided, **options), notes
+        guided = isinstance(config, ForcingConfig) and config.guidance_scale != 1  # by its own starting weights
+        return estimate_one_network(trained, work, teacher=model.transformer if guided else None, **options), notes
     teacher, critic = model_sizes(config.teacher), model_sizes(config.critic_model)
     estimate = estimate_distillation(
         trained,
@@ -176,7 +188,8 @@ def estimate_stage(config: Any, processes: int = 1) -> tuple[MemoryEstimate, lis
         teacher.transformer,
         work,
         critic_lora=config.critic_lora,
-        score_context=work.frames if config.score.causal_window else 0,
+        scored=config.rollout_frames,
+        score_context=config.rollout_frames if config.score.causal_window else 0,
         real_passes=(2 if config.score.real_guidance else 1) if config.loss == "sid" else 0,
         **options,
     )
@@ -246,11 +259,14 @@ def estimate_autoencoder(config: AutoencoderConfig) -> MemoryEstimate:
     with FakeTensorMode():
         vae, old = (
             TokenAutoencoder(
-                channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+                channels,
+                components=config.components,
+                dim=config.dim,
+                num_blocks=config.num_blocks,
                 decoder_blocks=config.decoder_blocks,
             )
             for channels in (config.latent_channels + config.extra_channels, config.latent_channels)
-        )  # fmt: skip
+        )
         shape = (config.batch_size, 3, vae.temporal_stride, config.sizes[0], config.sizes[0])
         saved: dict[int, Tensor] = {}
         with torch.autograd.graph.saved_tensors_hooks(
@@ -279,14 +295,17 @@ def _number_bytes(dtype: str) -> int:
     return compute_dtype(dtype, torch.device(resolve_device("auto"))).itemsize
 
 
-def _work(config: DistillConfig | ForcingConfig | OdeConfig, model: ModelSizes) -> Work:
+def _work(config: DistillConfig | ForcingConfig | OdeConfig | ConsistencyConfig, model: ModelSizes) -> Work:
     """The micro-batch of a stage."""
     frames, context, memory = config.data.latent_frames, 0, None
     windows: tuple[int, ...] = ()
     if isinstance(config, DistillConfig):
         frames, memory = config.rollout_frames, config.memory or model.memory
         windows = (frames, *[config.window_frames or frames] * (config.windows - 1))
-    elif isinstance(config, ForcingConfig) and config.mode == "teacher":
+        if config.cache_gradient == "clean":  # the whole rollout at once, and every clean pass but the last
+            frames, windows = sum(windows), ()
+            context = frames - on_meta(model.transformer).config.chunk_frames
+    elif isinstance(config, ConsistencyConfig) or (isinstance(config, ForcingConfig) and config.mode == "teacher"):
         memory = config.memory or model.memory
         if memory.kind == "full":  # clean and noisy frames side by side
             context, memory = frames, None

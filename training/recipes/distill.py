@@ -22,33 +22,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, make_model_memory
-from sparse_forcing.model.flow import FlowSchedule, SamplerConfig
+from sparse_forcing.memory import make_model_memory
+from sparse_forcing.model.flow import FlowSchedule, few_step_timesteps
 from sparse_forcing.model_folder.folder import find_model, load_transformer
 from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.rollout import TrainingRollout, rollout
+from sparse_forcing.sampling.rollout import RolloutTrace, TrainingRollout, rollout
 from sparse_forcing.training.data.identity import DataIdentity
-from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.ema import ParameterEma
 from sparse_forcing.training.engine.loop import Recipe, run
-from sparse_forcing.training.engine.lora import LoraConfig
-from sparse_forcing.training.engine.optim import OptimizerConfig, make_optimizer
+from sparse_forcing.training.engine.optim import make_optimizer
 from sparse_forcing.training.engine.resume import Resume
-from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.losses.distribution_matching import (
     Compared,
     Score,
-    ScoreConfig,
     critic_loss,
     dmd_loss,
     make_context,
@@ -56,6 +53,8 @@ from sparse_forcing.training.losses.distribution_matching import (
     score_timestep,
     sid_loss,
 )
+from sparse_forcing.training.recipes.distill_config import DistillConfig
+from sparse_forcing.training.recipes.replay import replay
 from sparse_forcing.training.recipes.shared import (
     Metrics,
     add_selector,
@@ -68,87 +67,36 @@ from sparse_forcing.training.recipes.shared import (
     noise_like,
     optimizer_step,
     prepare,
-    trained_part,
+    select_trained_part,
 )
 from sparse_forcing.training.recipes.validation import swap_in_average, write_samples
 from sparse_forcing.weights.manifest import model_hash
 
-LOSSES = ("dmd", "sid")
 _GENERATOR, _CRITIC = 3, 4
 """Random streams of the two updates of a step."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillConfig:
-    """Self-forcing distillation.
+class Draw:
+    """What a rollout is made of. text, negative: [B, T, text_dim]; exit_step: whose x0 is each chunk; distilled: layers
+    whose selector learns; train: it is the generator's."""
 
-    Args:
-        model: pipeline folder (or `tiny`) of the causal start: text encoder, autoencoder, the generator's weights.
-        teacher: pipeline folder whose transformer is the real score.
-        critic_start: weights that the fake score starts from: "teacher"; "model" when the student knows what the
-            teacher does not (guidance, after tiny-guided.yaml) and a fake score would first have to catch up on that;
-            or another pipeline folder (Self-Forcing's critic of a 14B teacher is the 1.3B model).
-        memory: memory of the rollouts; the model's default when None.
-        sampler: few_step; its steps are the student's.
-        critic_ratio: critic updates per generator update.
-        rollout_frames: latent frames of the first window (the horizon of both scores).
-        windows: windows of a rollout, see long tuning above; window_frames: new frames of every later window.
-        cache_gradient: "detached" (past keys and values are constants) or "straight_through" (they carry the gradient
-            of the pass that made the chunk, as in Self-Forcing's released weights).
-        context_noise: noise the finished chunk before its clean pass as Self-Forcing's trainer does.
-        ema_start: step from which averages are kept.
-        learned_selector: give the model a learned block selector if it has none: it trains through its coarse branch,
-            and through its distillation loss when `selector_weight` is not 0.
-        selector_weight: weight of the selector's distillation loss (sparse memory with a learned selector).
-        lora, critic_lora: train adapters of the generator, of the critic, instead of all their weights.
-    """
+    text: Tensor
+    negative: Tensor
+    exit_step: int
+    sources: list[torch.Generator]
+    distilled: frozenset[int]
+    train: bool
 
-    loop: LoopConfig
-    model: str = "tiny"
-    teacher: str = "tiny"
-    critic_start: str = "teacher"
-    loss: str = "dmd"
-    data: DataConfig = field(default_factory=DataConfig)
-    memory: MemoryConfig | None = None
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    generator: OptimizerConfig = field(default_factory=OptimizerConfig)
-    critic: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=4e-7))
-    critic_ratio: int = 5
-    rollout_frames: int = 10
-    windows: int = 1
-    window_frames: int | None = None
-    cache_gradient: str = "detached"
-    context_noise: bool = False
-    negative_prompt: str = ""
-    ema_decay: float = 0.99
-    ema_start: int = 200
-    learned_selector: bool = False
-    selector_weight: float = 0.0
-    selector_layers: int = 2
-    lora: LoraConfig | None = None
-    critic_lora: LoraConfig | None = None
 
-    @property
-    def critic_model(self) -> str:
-        """Model whose weights the fake score starts from."""
-        return {"teacher": self.teacher, "model": self.model}.get(self.critic_start, self.critic_start)
+class Window(NamedTuple):
+    """A window of a rollout: clip [B, F, C, H, W], mask of its new frames (None: all), scores of its prompts, loss of
+    the selectors."""
 
-    def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise ConfigError(f"loss: expected one of {', '.join(LOSSES)}, got {self.loss!r}")
-        if self.sampler.kind != "few_step" or self.sampler.guidance_scale != 1:
-            raise ConfigError("sampler: a student is distilled with kind few_step and guidance_scale 1")
-        if min(self.critic_ratio, self.rollout_frames, self.windows) < 1:
-            raise ConfigError("critic_ratio, rollout_frames and windows must be at least 1")
-        if self.cache_gradient not in ("detached", "straight_through"):
-            raise ConfigError(f"cache_gradient: expected detached or straight_through, got {self.cache_gradient!r}")
-        if self.windows > 1 and self.cache_gradient != "detached":
-            raise ConfigError("cache_gradient: must be detached in long tuning, which frees each window's graph")
-        if self.loss == "sid" and (self.score.fake_guidance or self.windows > 1):
-            raise ConfigError("loss: sid needs fake_guidance 0 and windows 1")
-        if self.window_frames is not None and not 0 < self.window_frames <= self.rollout_frames:
-            raise ConfigError(f"window_frames: must be in 1..rollout_frames, got {self.window_frames}")
+    clip: Tensor
+    new: Tensor | None
+    scores: dict[str, Score]
+    selection: Tensor
 
 
 class DistillRecipe(Recipe):
@@ -181,8 +129,8 @@ class DistillRecipe(Recipe):
         self.schedule = FlowSchedule(config.sampler.shift)
         self.score_schedule = FlowSchedule(config.score.schedule_shift) if config.score.schedule_shift else None
         self.parts: dict[str, Stateful] = {
-            "generator": trained_part(self.model, config.lora, self.pipe.weights_sha256),
-            "critic": trained_part(self.fake, config.critic_lora, critic_hash),
+            "generator": select_trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "critic": select_trained_part(self.fake, config.critic_lora, critic_hash),
             "generator_optimizer": self.optimizers["generator"],
             "critic_optimizer": self.optimizers["critic"],
             "generator_ema": self.ema,
@@ -212,14 +160,24 @@ class DistillRecipe(Recipe):
         config, metrics = self.config, {}
         if step % config.critic_ratio == 0:
             metrics = optimizer_step(
-                self.model, self.optimizers["generator"], config.loop, config.generator, step,
-                lambda micro_batch: self.generator_losses(step, micro_batch), name="generator",
-            )  # fmt: skip
+                self.model,
+                self.optimizers["generator"],
+                config.loop,
+                config.generator,
+                step,
+                lambda micro_batch: self.generator_losses(step, micro_batch),
+                name="generator",
+            )
             self._average(step)
         metrics |= optimizer_step(
-            self.fake, self.optimizers["critic"], config.loop, config.critic, step,
-            lambda micro_batch: self.critic_losses(step, micro_batch), name="critic",
-        )  # fmt: skip
+            self.fake,
+            self.optimizers["critic"],
+            config.loop,
+            config.critic,
+            step,
+            lambda micro_batch: self.critic_losses(step, micro_batch),
+            name="critic",
+        )
         return metrics
 
     def _average(self, step: int) -> None:
@@ -230,71 +188,112 @@ class DistillRecipe(Recipe):
             self.ema.reset(self.model)
 
     def generator_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
-        """One loss per window of a rollout with gradients."""
-        config = self.config
-        for clip, new, scores, sources, selection in self.clips(step, micro_batch, _GENERATOR):
-            at, score = self._compared(clip, sources), config.score
-            with self._autocast():
-                if config.loss == "sid":
-                    loss = sid_loss(
-                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance, alpha=score.sid_alpha
-                    )
-                else:
-                    loss = dmd_loss(
-                        at, scores["real"], scores["fake"], real_guidance=score.real_guidance,
-                        fake_guidance=score.fake_guidance, mask=new,
-                    )  # fmt: skip
-            yield (loss + config.selector_weight * selection) / len(self.windows)
+        """One loss per window of a rollout with gradients; one of the whole rollout where it is taken again."""
+        config, draw = self.config, self.draw(step, micro_batch, _GENERATOR)
+        if config.cache_gradient == "clean":
+            yield self._replayed_loss(draw)
+            return
+        for window in self.clips(draw):
+            loss = self._window_loss(window, window.clip, draw.sources)
+            yield (loss + config.selector_weight * window.selection) / len(self.windows)
+
+    def _window_loss(self, window: Window, clip: Tensor, sources: list[torch.Generator]) -> Tensor:
+        """The generator's loss of `clip`, which is the window's."""
+        at, scores, score = self._prepare_comparison(clip, sources), window.scores, self.config.score
+        with autocast(self.device, self.config.loop):
+            if self.config.loss == "sid":
+                return sid_loss(
+                    at, scores["real"], scores["fake"], real_guidance=score.real_guidance, alpha=score.sid_alpha
+                )
+            return dmd_loss(
+                at,
+                scores["real"],
+                scores["fake"],
+                real_guidance=score.real_guidance,
+                fake_guidance=score.fake_guidance,
+                mask=window.new,
+            )
+
+    def _replayed_loss(self, draw: Draw) -> Tensor:
+        """The windows' losses in their clips, then once more what made the clips, with gradients (replay.py)."""
+        config, trace = self.config, RolloutTrace()
+        losses, gradients = [], []
+        for chunks, window in zip(self.windows, self.clips(draw, trace)):
+            clip = window.clip.detach().requires_grad_()
+            loss = self._window_loss(window, clip, draw.sources) / len(self.windows)
+            gradients.append(torch.autograd.grad(loss, clip)[0][:, -sum(chunks) :])
+            losses.append(loss.detach())
+        timestep = few_step_timesteps(config.sampler)[draw.exit_step].to(self.device)
+        with autocast(self.device, self.config.loop):
+            passed_on, selection = replay(
+                self.model,
+                self.memory,
+                trace,
+                draw.text,
+                torch.cat(gradients, 1),
+                timestep,
+                self.schedule.sigma_at(timestep),
+                draw.distilled,
+            )
+        return torch.stack(losses).sum() + passed_on + config.selector_weight * selection
 
     def critic_losses(self, step: int, micro_batch: int) -> Iterator[Tensor]:
         """One flow-matching loss per window of a rollout without gradients."""
-        for clip, _, scores, sources, _ in self.clips(step, micro_batch, _CRITIC):
-            at = self._compared(clip, sources)
-            with self._autocast():
-                loss = critic_loss(at, scores["fake"])
+        draw = self.draw(step, micro_batch, _CRITIC)
+        for window in self.clips(draw):
+            at = self._prepare_comparison(window.clip, draw.sources)
+            with autocast(self.device, self.config.loop):
+                loss = critic_loss(at, window.scores["fake"])
             yield loss / len(self.windows)
 
-    def _compared(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
+    def _prepare_comparison(self, clip: Tensor, sources: list[torch.Generator]) -> Compared:
         """A clip with the noise, and one timestep per sample, at which the scores look at it."""
         score = self.config.score
         raw = torch.stack([torch.randint(0, 1000, (), generator=g) for g in sources])
         timestep = score_timestep(raw, shift=score.shift, low=score.low, high=score.high)
         return Compared(clip, noise_like(clip, sources), timestep.to(clip.device), self.schedule, self.score_schedule)
 
-    def _autocast(self) -> torch.autocast:
-        return autocast(self.device, self.config.loop)
-
-    def clips(
-        self, step: int, micro_batch: int, stream: int
-    ) -> Iterator[tuple[Tensor, Tensor | None, dict[str, Score], list[torch.Generator], Tensor]]:
-        """Roll out a micro-batch; per window: clip [B, F, C, H, W], mask of its new frames (None: all), scores of its
-        prompts, random sources, selector loss."""
+    def draw(self, step: int, micro_batch: int, stream: int) -> Draw:
+        """What the rollout of a micro-batch is made of."""
         config, train = self.config, stream == _GENERATOR
-        draw = draw_number(config.loop, step, micro_batch)
-        prompts = self.source.prompts(2 * draw + train, config.loop.micro_batch)
+        number = draw_number(config.loop, step, micro_batch)
+        prompts = self.source.prompts(2 * number + train, config.loop.micro_batch)
         with torch.no_grad():
             text, negative = (self.pipe.text.encode(p) for p in (prompts, [config.negative_prompt]))
-        negative = negative.expand_as(text)
-        sources = generators(config.loop.seed, draw, len(prompts), stream=stream)
         # One exit step for all chunks, samples and processes of an update.
         shared = generators(config.loop.seed, step, 1, stream=stream + 4)[0]
         exit_step = int(torch.randint(0, config.sampler.steps, (), generator=shared))
-        latents = self._start(len(prompts))
-        memory = make_model_memory(self.model, self.memory, latents, cache_gradient=config.cache_gradient)
-        if train and config.selector_weight:
-            layers = torch.randperm(len(self.model.blocks), generator=shared)[: config.selector_layers]
-            memory.distil_selectors(frozenset(layers.tolist()))
+        layers = torch.randperm(len(self.model.blocks), generator=shared)[: config.selector_layers]
+        return Draw(
+            text=text,
+            negative=negative.expand_as(text),
+            exit_step=exit_step,
+            train=train,
+            sources=generators(config.loop.seed, number, len(prompts), stream=stream),
+            distilled=frozenset(layers.tolist()) if train and config.selector_weight else frozenset(),
+        )
+
+    def clips(self, draw: Draw, trace: RolloutTrace | None = None) -> Iterator[Window]:
+        """Roll out a micro-batch, window by window, with gradients unless it is the critic's or traced."""
+        config, learns = self.config, draw.train and trace is None
+        latents = self._start(len(draw.text))
+        gradient = "detached" if config.cache_gradient == "clean" else config.cache_gradient
+        memory = make_model_memory(self.model, self.memory, latents, cache_gradient=gradient)
+        if draw.distilled:
+            memory.distil_selectors(draw.distilled)
         chunks = [frames for window in self.windows for frames in window]
         channels, rows, cols = latents.shape[2:]
-        noise = SeededNoise(sources, (channels, rows, cols), self.device, torch.float32)
+        noise = SeededNoise(draw.sources, (channels, rows, cols), self.device, torch.float32)
         training = TrainingRollout(
-            exit_steps=[exit_step] * len(chunks), gradient_from_frame=0 if train else sum(chunks),
+            exit_steps=[draw.exit_step] * len(chunks),
+            gradient_from_frame=0 if learns else sum(chunks),
             context_noise=config.context_noise,
-        )  # fmt: skip
-        stream_of_chunks = rollout(self.model, text, chunks, memory, noise, config.sampler, training=training)
+            trace=trace,
+        )
+        stream_of_chunks = rollout(self.model, draw.text, chunks, memory, noise, config.sampler, training=training)
         past = latents[:, :0]
         for window in self.windows:
-            with nullcontext() if train else torch.no_grad(), self._autocast():
+            with nullcontext() if learns else torch.no_grad(), autocast(self.device, self.config.loop):
                 new = [next(stream_of_chunks).latents.float() for _ in window]
             kept = past[:, max(0, past.shape[1] + sum(window) - config.rollout_frames) :]
             clip = torch.cat([self._as_start(past, kept), *new], 1)
@@ -305,10 +304,10 @@ class DistillRecipe(Recipe):
             losses = memory.selector_losses
             context = make_context(clip, self.model.config.chunk_frames, config.score.causal_window)
             scores = {
-                name: make_score(net, text, negative, context)
+                name: make_score(net, draw.text, draw.negative, context)
                 for name, net in (("real", self.real), ("fake", self.fake))
             }
-            yield clip, mask, scores, sources, torch.stack(losses).mean() if losses else clip.new_zeros(())
+            yield Window(clip, mask, scores, torch.stack(losses).mean() if losses else clip.new_zeros(()))
             losses.clear()
             past = clip.detach()
 
@@ -330,16 +329,22 @@ class DistillRecipe(Recipe):
         sampled = SparseForcingPipeline(
             **{**self.pipe.components, "transformer": self.model},
             defaults=replace(self.pipe.defaults, sampler=self.config.sampler, memory=self.memory),
-        )  # fmt: skip
+        )
         # Sharded weights arrive in the type of the computation.
-        with self._autocast(), swap_in_average(self.model, self.ema):
+        with autocast(self.device, self.config.loop), swap_in_average(self.model, self.ema):
             write_samples(sampled, step, folder, memory=self.memory, seed=self.config.loop.seed)
 
     def export(self, folder: Path) -> None:
         export_pipeline(
-            self.pipe, self.config.model, self.model, self.ema, folder, lora=self.config.lora,
-            sampler=self.config.sampler, memory=self.memory,
-        )  # fmt: skip
+            self.pipe,
+            self.config.model,
+            self.model,
+            self.ema,
+            folder,
+            lora=self.config.lora,
+            sampler=self.config.sampler,
+            memory=self.memory,
+        )
 
 
 def train(config: DistillConfig, out: Path, resume: Resume | None = None) -> int:

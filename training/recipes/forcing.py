@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.memory import MemoryConfig, make_model_memory
+from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention, block_causal_mask
 from sparse_forcing.model.flow import SamplerConfig, add_noise, few_step_timesteps
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from sparse_forcing.sampling.samplers import guided
+from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.sources import DataConfig
 from sparse_forcing.training.engine.loop import run
 from sparse_forcing.training.engine.lora import LoraConfig
@@ -45,6 +45,7 @@ from sparse_forcing.training.recipes.shared import (
     noise_like,
     prepare,
 )
+from sparse_forcing.training.recipes.teacher_forcing import flow_beside, flow_through_memory
 
 MODES = ("bidirectional", "diffusion", "teacher")
 
@@ -157,7 +158,11 @@ class ForcingRecipe(OneNetwork):
         noisy = add_noise(latents, noise, self.schedule.sigma_at(timestep))
         with autocast(self.device, config.loop):
             flow, extra = self.flow(noisy, latents, timestep, text, chunks, sources)
-            target = noise - latents if self.guide is None else self.guided_flow(noisy, latents, timestep, text, chunks)
+            target = (
+                noise - latents
+                if self.guide is None
+                else self.predict_guided_flow(noisy, latents, timestep, text, chunks)
+            )
         yield self.flow_loss(flow, target, timestep) + config.selector_weight * extra
 
     def levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
@@ -174,9 +179,14 @@ class ForcingRecipe(OneNetwork):
         return timestep.repeat_interleave(frames, 1).to(self.device)
 
     def flow(
-        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int],
+        self,
+        noisy: Tensor,
+        clean: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        chunks: list[int],
         sources: list[torch.Generator],
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> tuple[Tensor, Tensor]:
         """Flow [B, F, C, H, W] of the noisy latents, and the selector's loss (0 without one)."""
         frames, nothing = noisy.shape[1], noisy.new_zeros(())
         window, sink = self.memory.window, self.memory.sink
@@ -187,54 +197,44 @@ class ForcingRecipe(OneNetwork):
             return self.run(noisy, timestep, text, ParallelAttention(frames, mask)), nothing
         level = self.context_levels(sources, chunks)
         context = add_noise(clean, noise_like(clean, sources), level) if self.config.context_noise else clean
-        if self.memory.kind != "full":
-            return self.flow_through_memory(noisy, context, timestep, 1000 * level, text, chunks, sources[0])
-        policy = ParallelAttention.teacher_forcing(chunks)
-        inputs = {"clean_hidden_states": context.transpose(1, 2), "clean_timestep": 1000 * level}
-        return self.run(noisy, timestep, text, policy, **inputs), nothing
+        if self.memory.kind == "full":
+            return flow_beside(self.model, noisy, context, timestep, text, chunks, level=1000 * level), nothing
+        distilled = self.draw_layers(sources[0]) if self.config.selector_weight else frozenset()
+        flow, losses = flow_through_memory(
+            self.model,
+            self.memory,
+            noisy,
+            context,
+            timestep,
+            text,
+            chunks,
+            level=1000 * level,
+            cache_gradient=self.config.cache_gradient,
+            distilled=distilled,
+        )
+        return flow, torch.stack(losses).mean() if losses else nothing
 
     @torch.no_grad()
-    def guided_flow(self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]) -> Tensor:
+    def predict_guided_flow(
+        self, noisy: Tensor, clean: Tensor, timestep: Tensor, text: Tensor, chunks: list[int]
+    ) -> Tensor:
         """[B, F, C, H, W] flow of the starting weights with guidance; they see the clean chunks of the window."""
         assert self.guide is not None
         window = self.config.guidance_window or self.memory.window
-        policy = ParallelAttention.teacher_forcing(chunks, window=window)
         texts = torch.cat([text, self.pipe.text.encode([""] * len(text)).to(text)])
-        x, context, t = (torch.cat([part, part]) for part in (noisy.transpose(1, 2), clean.transpose(1, 2), timestep))
-        flow = self.guide(x, t, texts, policy=policy, clean_hidden_states=context)
-        return guided(flow.transpose(1, 2), self.config.guidance_scale)
+        x, context, t = (torch.cat([part, part]) for part in (noisy, clean, timestep))
+        flow = flow_beside(self.guide, x, context, t, texts, chunks, window=window)
+        return guide(flow, self.config.guidance_scale)
 
-    def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy, **inputs: Tensor) -> Tensor:
-        return self.model(noisy.transpose(1, 2), timestep, text, policy=policy, **inputs).transpose(1, 2)
+    def run(self, noisy: Tensor, timestep: Tensor, text: Tensor, policy: ParallelAttention) -> Tensor:
+        return self.model(noisy.transpose(1, 2), timestep, text, policy=policy).transpose(1, 2)
 
     def context_levels(self, sources: list[torch.Generator], chunks: list[int]) -> Tensor:
         """[B, F] noise of the context: squared uniform draws, so that most of it is nearly clean."""
         level = torch.stack([torch.rand(len(chunks), generator=g) for g in sources]) ** 2 * self.config.context_noise
         return level.repeat_interleave(torch.tensor(chunks), 1).to(self.device)
 
-    def flow_through_memory(
-        self, noisy: Tensor, context: Tensor, timestep: Tensor, level: Tensor, text: Tensor, chunks: list[int],
-        source: torch.Generator,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """Teacher forcing chunk by chunk: predict the noisy chunk, then leave the true one in the memory."""
-        memory = make_model_memory(self.model, self.memory, noisy, cache_gradient=self.config.cache_gradient)
-        if self.config.selector_weight:
-            memory.distil_selectors(self.sampled_layers(source))
-        parts, start = [], 0
-        for frames in chunks:
-            part = slice(start, start + frames)
-            memory.begin_chunk(frames)
-            parts.append(self.run(noisy[:, part], timestep[:, start], text, memory.denoising_pass()))
-            start += frames
-            if start == noisy.shape[1]:
-                break  # nothing comes after the last chunk
-            with torch.set_grad_enabled(self.config.cache_gradient == "clean" and torch.is_grad_enabled()):
-                self.run(context[:, part], level[:, part.start], text, memory.clean_pass())
-        losses = memory.selector_losses
-        extra = torch.stack(losses).mean() if losses else noisy.new_zeros(())
-        return torch.cat(parts, 1), extra
-
-    def sampled_layers(self, source: torch.Generator) -> frozenset[int]:
+    def draw_layers(self, source: torch.Generator) -> frozenset[int]:
         layers = len(self.model.blocks)
         order = torch.randperm(layers, generator=source)
         return frozenset(order[: min(self.config.selector_layers, layers)].tolist())

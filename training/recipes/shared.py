@@ -123,9 +123,13 @@ def add_selector(pipe: SparseForcingPipeline, memory: MemoryConfig | None, *, le
 
 
 def prepare(
-    model: CausalWanTransformer3DModel, loop: LoopConfig, device: torch.device, *, train: bool,
+    model: CausalWanTransformer3DModel,
+    loop: LoopConfig,
+    device: torch.device,
+    *,
+    train: bool,
     lora: LoraConfig | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Put a network where it computes, sharded if configured; frozen when it is not trained, but for its adapters."""
     model.requires_grad_(train)
     if lora is not None:
@@ -136,7 +140,7 @@ def prepare(
     model.to(device)
 
 
-def trained_part(model: CausalWanTransformer3DModel, lora: LoraConfig | None, base: str | None) -> Stateful:
+def select_trained_part(model: CausalWanTransformer3DModel, lora: LoraConfig | None, base: str | None) -> Stateful:
     """What a checkpoint holds of a network."""
     return model if lora is None else AdapterState(model, base)
 
@@ -166,15 +170,27 @@ def optimizer_step(
             (loss / len(own)).backward()
             total += loss.item() / len(own)
     return apply_gradients(
-        model, [optimizer], step, name=name, loss=total, rate=config.rate(step, loop.steps),
-        max_grad_norm=loop.max_grad_norm, ema=ema,
-    )  # fmt: skip
+        model,
+        [optimizer],
+        step,
+        name=name,
+        loss=total,
+        rate=config.rate(step, loop.steps),
+        max_grad_norm=loop.max_grad_norm,
+        ema=ema,
+    )
 
 
 def export_pipeline(
-    base: SparseForcingPipeline, source: str, model: CausalWanTransformer3DModel, ema: ParameterEma | None,
-    folder: Path, *, lora: LoraConfig | None = None, **changes: object,
-) -> None:  # fmt: skip
+    base: SparseForcingPipeline,
+    source: str,
+    model: CausalWanTransformer3DModel,
+    ema: ParameterEma | None,
+    folder: Path,
+    *,
+    lora: LoraConfig | None = None,
+    **changes: object,
+) -> None:
     """Write the trained (averaged) transformer, adapters merged, as a folder of diffusers' layout.
 
     Args:
@@ -238,7 +254,7 @@ class OneNetwork(Recipe):
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.ema = ParameterEma(self.model, config.ema_decay)
         self.parts: dict[str, Stateful] = {
-            "model": trained_part(self.model, config.lora, self.pipe.weights_sha256),
+            "model": select_trained_part(self.model, config.lora, self.pipe.weights_sha256),
             "optimizer": self.optimizer,
             "ema": self.ema,
             "data": DataIdentity(self.source, config.data.path),
@@ -258,9 +274,15 @@ class OneNetwork(Recipe):
 
     def update(self, step: int) -> Metrics:
         return optimizer_step(
-            self.model, self.optimizer, self.config.loop, self.config.optimizer, step,
-            lambda micro_batch: self.losses(step, micro_batch), name=self.loss_name, ema=self.ema,
-        )  # fmt: skip
+            self.model,
+            self.optimizer,
+            self.config.loop,
+            self.config.optimizer,
+            step,
+            lambda micro_batch: self.losses(step, micro_batch),
+            name=self.loss_name,
+            ema=self.ema,
+        )
 
     def chunks(self, frames: int) -> list[int]:
         """Chunk sizes of a clip. Raises ConfigError when the model's chunks do not divide it."""

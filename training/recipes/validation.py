@@ -21,16 +21,13 @@ PROMPTS = ("a red circle moves to the right on a white background", "a small blu
 
 @contextmanager
 def swap_in_average(module: nn.Module, ema: ParameterEma) -> Iterator[None]:
-    """Put the averaged weights into a module for the block, and the trained ones back after it."""
-    trained = {name: p.detach().clone() for name, p in module.named_parameters() if name in ema.shadow}
-    ema.copy_to(module)
+    """Put the averaged weights into a module for the block, and the trained ones back after it; `ema` holds those
+    meanwhile."""
+    ema.exchange(module)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                if name in trained:
-                    parameter.copy_(trained[name])
+        ema.exchange(module)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import itertools
 import cv2
 import numpy as np
 import torch
+from einops import rearrange
 
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
@@ -51,7 +52,7 @@ def check_view(view: View) -> list[CaptionResult] | str:
 
 def _check_part(view: View, scene: Scene) -> CaptionResult:
     frames = np.concatenate([shrink(piece) for piece in view.pieces()])
-    video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
+    video = rearrange(torch.from_numpy(np.ascontiguousarray(frames)), "f h w c -> f c h w")
     return check_clip(video, scene, start_frame=view.start)
 
 

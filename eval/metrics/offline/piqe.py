@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import cv2
 import numpy as np
+from einops import rearrange
 
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
@@ -22,7 +23,7 @@ FLAT = 0.1  # standard deviation below which a border segment is impaired
 WINDOW, SIGMA = 7, 7 / 6
 
 
-def normalized_luma(frame: np.ndarray) -> np.ndarray:
+def normalize_luma(frame: np.ndarray) -> np.ndarray:
     """Mean-subtracted, contrast-normalised luma [H, W] of a uint8 frame."""
     luma = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.float32)
     mean = cv2.GaussianBlur(luma, (WINDOW, WINDOW), SIGMA, borderType=cv2.BORDER_REPLICATE)
@@ -34,9 +35,8 @@ def piqe_index(frame: np.ndarray) -> float:
     """PIQE of a uint8 RGB frame: 0 (good) .. 100 (bad); NaN for a picture so plain that no block is active."""
     high, wide = -frame.shape[0] % BLOCK, -frame.shape[1] % BLOCK
     padded = np.pad(frame, ((0, high), (0, wide), (0, 0)), mode="edge")
-    picture = normalized_luma(padded)
-    rows, columns = picture.shape[0] // BLOCK, picture.shape[1] // BLOCK
-    blocks = picture.reshape(rows, BLOCK, columns, BLOCK).transpose(0, 2, 1, 3).reshape(-1, BLOCK, BLOCK)
+    picture = normalize_luma(padded)
+    blocks = rearrange(picture, "(rows p) (columns q) -> (rows columns) p q", p=BLOCK, q=BLOCK)
     variance = blocks.var(axis=(1, 2), ddof=1)
     active = variance > ACTIVE
     if not active.any():

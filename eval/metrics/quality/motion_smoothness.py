@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
@@ -28,7 +29,7 @@ def interpolate_middle(first: np.ndarray, second: np.ndarray, resources: Resourc
         return interpolator(images[:1], images[1:])  # type: ignore[operator]
 
     middle = resources.features("interpolator", pair, call)[0, :, top : top + height, left : left + width]
-    return (np.clip(middle, 0.0, 1.0) * 255.0).astype(np.uint8).transpose(1, 2, 0)
+    return rearrange((np.clip(middle, 0.0, 1.0) * 255.0).astype(np.uint8), "c h w -> h w c")
 
 
 def prediction_errors(view: View, resources: Resources) -> np.ndarray:

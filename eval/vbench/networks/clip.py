@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from sparse_forcing.eval.vbench.networks.loading import count_blocks, load_into, need, read_state_dict
@@ -72,7 +73,7 @@ class ImageEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(images).flatten(2).transpose(1, 2)
+        x = rearrange(self.conv1(images), "b d h w -> b (h w) d")
         x = torch.cat([self.class_embedding.expand(len(x), 1, -1), x], dim=1) + self.positional_embedding
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj

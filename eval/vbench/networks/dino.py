@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from sparse_forcing.eval.vbench.networks.loading import count_blocks, load_into, need, read_state_dict
@@ -30,10 +31,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = rearrange(self.qkv(x), "b l (qkv h d) -> qkv b h l d", qkv=3, h=self.heads)
         mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(mixed.transpose(1, 2).reshape(batch, tokens, width))
+        return self.proj(rearrange(mixed, "b h l d -> b l (h d)"))
 
 
 class Mlp(nn.Module):
@@ -84,7 +84,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, width, patch, patch)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(images), "b d h w -> b (h w) d")
 
 
 class DinoTransformer(nn.Module):
@@ -107,10 +107,10 @@ class DinoTransformer(nn.Module):
         side = int((self.pos_embed.shape[1] - 1) ** 0.5)
         if height == width == side:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = rearrange(self.pos_embed[:, 1:], "b (h w) d -> b d h w", h=side)
         scale = ((height + 0.1) / side, (width + 0.1) / side)
         grid = F.interpolate(grid, scale_factor=scale, mode="bicubic", align_corners=False)
-        return torch.cat([self.pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+        return torch.cat([self.pos_embed[:, :1], rearrange(grid, "b d h w -> b (h w) d")], dim=1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.patch_embed(images)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 from sparse_forcing.eval.vbench.networks.loading import load_into, need, read_state_dict
@@ -132,9 +133,9 @@ class UpdateBlock(nn.Module):
 
 def correlation_pyramid(first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
     """All-pairs correlation of [B, C, h, w] features, average-pooled over the second image: [B h w, 1, h_i, w_i]."""
-    batch, channels, height, width = first.shape
-    volume = first.flatten(2).transpose(1, 2) @ second.flatten(2) / channels**0.5
-    pyramid = [volume.reshape(batch * height * width, 1, height, width)]
+    channels, height = first.shape[1:3]
+    volume = rearrange(first, "b c h w -> b (h w) c") @ rearrange(second, "b c h w -> b c (h w)") / channels**0.5
+    pyramid = [rearrange(volume, "b l (h w) -> (b l) 1 h w", h=height)]
     for _ in range(LEVELS - 1):
         pyramid.append(F.avg_pool2d(pyramid[-1], 2, 2))
     return pyramid
@@ -145,26 +146,25 @@ def look_up(pyramid: list[torch.Tensor], points: torch.Tensor) -> torch.Tensor:
 
     In a window the x offset varies slowest: the order that the trained weights expect.
     """
-    batch, _, height, width = points.shape
+    batch, _, height, _ = points.shape
     offsets = torch.linspace(-RADIUS, RADIUS, 2 * RADIUS + 1, device=points.device)
     window = torch.stack(torch.meshgrid(offsets, offsets, indexing="ij"), dim=-1)
-    centers = points.permute(0, 2, 3, 1).reshape(-1, 1, 1, 2)
+    centers = rearrange(points, "b xy h w -> (b h w) 1 1 xy")
     found = []
     for level, volume in enumerate(pyramid):
         size = volume.new_tensor([volume.shape[-1], volume.shape[-2]])
         grid = 2 * (centers / 2**level + window) / (size - 1) - 1
         sampled = F.grid_sample(volume, grid, align_corners=True)
-        found.append(sampled.view(batch, height, width, -1))
-    return torch.cat(found, dim=-1).permute(0, 3, 1, 2).contiguous()
+        found.append(rearrange(sampled, "(b h w) 1 y x -> b (y x) h w", b=batch, h=height))
+    return torch.cat(found, dim=1).contiguous()
 
 
 def upsample(flow: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """[B, 2, h, w] -> [B, 2, 8h, 8w]: each fine pixel a convex combination of a 3x3 coarse neighbourhood."""
-    batch, _, height, width = flow.shape
-    weights = mask.view(batch, 1, 9, STRIDE, STRIDE, height, width).softmax(dim=2)
-    neighbours = F.unfold(STRIDE * flow, 3, padding=1).view(batch, 2, 9, 1, 1, height, width)
-    fine = (weights * neighbours).sum(dim=2).permute(0, 1, 4, 2, 5, 3)
-    return fine.reshape(batch, 2, STRIDE * height, STRIDE * width)
+    weights = rearrange(mask, "b (n p q) h w -> b 1 n p q h w", n=9, p=STRIDE).softmax(dim=2)
+    neighbours = F.unfold(STRIDE * flow, 3, padding=1)
+    neighbours = rearrange(neighbours, "b (xy n) (h w) -> b xy n 1 1 h w", n=9, h=flow.shape[2])
+    return rearrange((weights * neighbours).sum(dim=2), "b xy p q h w -> b xy (h p) (w q)")
 
 
 class Raft(nn.Module):

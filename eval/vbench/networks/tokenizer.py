@@ -75,7 +75,7 @@ class ClipTokenizer:
             merged: list[str] = []
             for part in parts:
                 # Left to right: a part that was just merged cannot be merged again in the same pass.
-                if merged and (merged[-1], part) == best and not self._joined(merged):
+                if merged and (merged[-1], part) == best and not self._is_joined(merged):
                     merged[-1] = _Joined(merged[-1] + part)
                 else:
                     merged.append(part)
@@ -83,7 +83,7 @@ class ClipTokenizer:
         return parts
 
     @staticmethod
-    def _joined(merged: list[str]) -> bool:
+    def _is_joined(merged: list[str]) -> bool:
         return isinstance(merged[-1], _Joined)
 
     def encode(self, text: str) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from torch import nn
 
 from sparse_forcing.eval.vbench.networks.clip import TextEncoder, Transformer, text_sizes
@@ -30,10 +31,11 @@ class VideoEncoder(nn.Module):
         self.ln_post = nn.LayerNorm(width)
 
     def forward(self, frames: torch.Tensor) -> torch.Tensor:
-        patches = self.conv1(frames.transpose(1, 2)).flatten(3).permute(0, 3, 2, 1)  # [B, patches, T, D]
+        patches = self.conv1(rearrange(frames, "b t c h w -> b c t h w"))
+        patches = rearrange(patches, "b d t h w -> b (h w) t d")
         patches = patches + self.positional_embedding[1:, None] + self.temporal_positional_embedding
         start = (self.class_embedding + self.positional_embedding[0]).expand(len(frames), 1, -1)
-        x = torch.cat([start, patches.flatten(1, 2)], dim=1)
+        x = torch.cat([start, rearrange(patches, "b l t d -> b (l t) d")], dim=1)
         x = self.transformer(self.ln_pre(x))
         return self.ln_post(x[:, 0]) @ self.proj
 

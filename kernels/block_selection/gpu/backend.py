@@ -67,9 +67,14 @@ def choose_blocks(query_blocks: Tensor, key_blocks: Tensor, top_k: int, own: Ten
 
 
 def choose_lists(
-    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor, window_slots: Tensor, top_k: int,
-    own: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    persistent_slots: Tensor,
+    window_slots: Tensor,
+    top_k: int,
+    own: Tensor | None,
+    scale: float,
+) -> Tensor:
     """`choose_blocks`, written as the attention's lists [B, H, Nq, P + min(top_k, Nk)] int32 in the same launch."""
     if not _fuses(query_blocks, key_blocks):
         selected = choose_blocks(query_blocks, key_blocks, top_k, own, scale)
@@ -138,9 +143,16 @@ def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Te
 
 
 def _store(
-    keys: Tensor, values: Tensor, rows: Tensor, key_pool: Tensor, value_pool: Tensor, pooled_keys: Tensor,
-    pooled_values: Tensor | None, sizes: Tensor | None, weights: Tensor | None,
-) -> None:  # fmt: skip
+    keys: Tensor,
+    values: Tensor,
+    rows: Tensor,
+    key_pool: Tensor,
+    value_pool: Tensor,
+    pooled_keys: Tensor,
+    pooled_values: Tensor | None,
+    sizes: Tensor | None,
+    weights: Tensor | None,
+) -> None:
     """See `store_blocks`."""
     if keys.numel():
         pools = Pools(key_pool, value_pool, pooled_keys, pooled_values)
@@ -159,9 +171,14 @@ def _select_fake(scores: Tensor, top_k: int, own: Tensor | None) -> Tensor:
 
 
 def _choose(
-    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
-    own: Tensor | None, scale: float,
-) -> Tensor:  # fmt: skip
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    persistent_slots: Tensor | None,
+    window_slots: Tensor | None,
+    top_k: int,
+    own: Tensor | None,
+    scale: float,
+) -> Tensor:
     """Scores and top-K fused, [B, H, Nq, D] x [B, H, Nk, D]: see `choose_blocks`, and with slots `choose_lists`."""
     launch, chosen = plan_choose(
         query_blocks, key_blocks, top_k, own, scale, persistent_slots=persistent_slots, window_slots=window_slots
@@ -171,9 +188,13 @@ def _choose(
 
 
 def _choose_fake(
-    query_blocks: Tensor, key_blocks: Tensor, persistent_slots: Tensor | None, window_slots: Tensor | None, top_k: int,
+    query_blocks: Tensor,
+    key_blocks: Tensor,
+    persistent_slots: Tensor | None,
+    window_slots: Tensor | None,
+    top_k: int,
     *_: Any,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     persistent = 0 if persistent_slots is None else persistent_slots.shape[-1]
     length = persistent + min(top_k, key_blocks.shape[2])
     return query_blocks.new_empty((*query_blocks.shape[:3], length), dtype=torch.int32)

@@ -78,9 +78,10 @@ def store_kernel(
     tl.store(pooled_keys + row * D + dims, _weighted_mean(k, w), mask=dims < D)
 
     v = tl.load(
-        values + batch * svb + of_batch * svh + block * svn + tokens[:, None] * svt + dims[None, :], mask=tile,
+        values + batch * svb + of_batch * svh + block * svn + tokens[:, None] * svt + dims[None, :],
+        mask=tile,
         other=0.0,
-    )  # fmt: skip
+    )
     tl.store(value_pool + row * T * D + inside, v, mask=tile)
     if POOL_VALUES:
         v = tl.where(real[:, None], v.to(tl.float32), 0.0)

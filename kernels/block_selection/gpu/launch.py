@@ -54,9 +54,16 @@ def _rows_and_warps(window: int) -> tuple[int, int, int]:
 
 
 def plan_choose(
-    q: Tensor, k: Tensor, top_k: int, own: Tensor | None, scale: float, arch: str | None = None,
-    *, persistent_slots: Tensor | None = None, window_slots: Tensor | None = None,
-) -> tuple[Launch, Tensor]:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    top_k: int,
+    own: Tensor | None,
+    scale: float,
+    arch: str | None = None,
+    *,
+    persistent_slots: Tensor | None = None,
+    window_slots: Tensor | None = None,
+) -> tuple[Launch, Tensor]:
     """The fused scores + top-K launch and its result: positions, or lists where slots are given."""
     B, H, Nq, D = q.shape
     window = k.shape[-2]

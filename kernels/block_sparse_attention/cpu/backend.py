@@ -44,15 +44,15 @@ def why_unavailable(query: Tensor) -> str | None:
 def forward(problem: Problem, return_mass: bool, keep_rest: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ops.py."""
     query, block_index = problem.query, problem.block_index
-    padding = _padded_rows(problem.query_sizes, query)
+    padding = _find_padding(problem.query_sizes, query)
     lists = Lists(block_index, problem.key_sizes, problem.key_pool.shape[3])
-    if _fused(query, lists) and not (return_mass or keep_rest):
+    if _is_fused(query, lists) and not (return_mass or keep_rest):
         out, lse = cpu_fused.forward(problem, lists, padding)
         return out, lse, lse.new_zeros((*block_index.shape[:3], 0)), query.new_zeros(rest_shape(query, False))
     return cpu_forward.forward(problem, lists, padding, return_mass, keep_rest)
 
 
-def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
+def _find_padding(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
     """[B * H * Nq, Tq] bool, True on padding; None when no query block has any."""
     B, H, _, Tq, _ = query.shape
     if query_sizes is None or int(query_sizes.amin()) == Tq:
@@ -60,6 +60,6 @@ def _padded_rows(query_sizes: Tensor | None, query: Tensor) -> Tensor | None:
     return (torch.arange(Tq) >= query_sizes.unsqueeze(-1)).repeat(B * H, 1)
 
 
-def _fused(query: Tensor, lists: Lists) -> bool:
+def _is_fused(query: Tensor, lists: Lists) -> bool:
     """Whether torch's fused attention serves these lists, and is faster here."""
     return query.dtype == torch.bfloat16 and lists.sizes is None and has_matrix_units()

@@ -66,7 +66,7 @@ def _backward_heads(rows: _BackwardRows, problem: Problem) -> tuple[Tensor, Tens
     dk_buffer, dv_buffer = (k_stored, v_stored) if product == query.dtype else (k_buffer, v_buffer)
 
     for cut in cut_pieces(query, T, block_index.shape[-1], num_persistent, buffers=2):
-        slots = zip(*(cut.flat_lists(x) for x in (keys.rows, values.rows, targets)), lists.padded_keys(cut))
+        slots = zip(*(cut.flat_lists(x) for x in (keys.rows, values.rows, targets)), lists.find_padding(cut))
         for row, dq_p, (key_rows, value_rows, target_rows, padded) in zip(rows.pieces(cut), cut.rows(dq), slots):
             items = row.q.shape[0]
             kx, vx = keys.gather(key_rows, items, k_stored, padded), values.gather(value_rows, items, v_stored, padded)

@@ -68,7 +68,7 @@ def _accumulate(
     )
     visited = 0
     for cut in cuts:
-        pieces = zip(rows.pieces(cut), cut.flat_lists(keys.rows), cut.flat_lists(values.rows), lists.padded_keys(cut))
+        pieces = zip(rows.pieces(cut), cut.flat_lists(keys.rows), cut.flat_lists(values.rows), lists.find_padding(cut))
         for row, key_rows, value_rows, padded in pieces:
             items = row.q.shape[0]
             k = k_buffer.hold(keys.gather(key_rows, items, stored))

@@ -33,9 +33,15 @@ def forward(problem: Problem, lists: Lists, padding: Tensor | None) -> tuple[Ten
     B, H, Nq, Tq, D = query.shape
     entries = (problem.num_persistent, lists.slots.shape[1])
     cuts = cut_lists(
-        (B * H, Nq), Tq, entries, (lists.tokens, D), element_bytes=2 * query.element_size(),
-        budget=PIECE_BYTES * torch.get_num_threads(), wide_rows=WHOLE_ROWS, scores=False,
-    )  # fmt: skip
+        (B * H, Nq),
+        Tq,
+        entries,
+        (lists.tokens, D),
+        element_bytes=2 * query.element_size(),
+        budget=PIECE_BYTES * torch.get_num_threads(),
+        wide_rows=WHOLE_ROWS,
+        scores=False,
+    )
     merged = any(len(cut.entries) > 1 or cut.entries.start for cut in cuts)
     q = query.flatten(0, 2)
     out = torch.empty(q.shape, dtype=torch.float32 if merged else query.dtype)

@@ -42,23 +42,23 @@ class Cut(NamedTuple):
 
     def lists(self, x: Tensor) -> list[Tensor]:
         """Views [n, m] of x [B * H * Nq, M]."""
-        x = self._listed(x)
+        x = self._take_listed(x)
         groups = (lists if self.heads is None else lists[:, 0] for lists in self._groups(x))
         return [part for lists in groups for part in _split(lists, self.entries.step, 1)]
 
     def flat_lists(self, x: Tensor) -> Sequence[Tensor]:
         """The same as contiguous [n * m]."""
-        if self.heads is None and len(self.entries) == 1 and self._listed(x) is x:
+        if self.heads is None and len(self.entries) == 1 and self._take_listed(x) is x:
             return _split(x.flatten(), self.items * x.shape[1], 0)
         return [part.flatten() for part in self.lists(x)]
 
     def list_rows(self, x: Tensor) -> list[Tensor]:
         """Views [n, m, blocks of an item, Tq] of x [B * H * Nq, M, Tq]."""
-        x = self._listed(x)
+        x = self._take_listed(x)
         groups = (x.unsqueeze(1) if self.heads is None else x for x in self._groups(x))
         return [part.transpose(1, 2) for x in groups for part in _split(x, self.entries.step, 2)]
 
-    def _listed(self, x: Tensor) -> Tensor:
+    def _take_listed(self, x: Tensor) -> Tensor:
         """The entries of x [B * H * Nq, M, ...] that this part of the lists has."""
         whole = (self.entries.start, self.entries.stop) == (0, x.shape[1])
         return x if whole else x[:, self.entries.start : self.entries.stop]
@@ -134,7 +134,7 @@ class Lists:
         self.slots = self.slots.clamp(min=0)
         self.sizes = sizes.flatten(0, 2) if int(sizes.amin()) < tokens else None
 
-    def padded_keys(self, cut: Cut) -> Iterator[Tensor | None]:
+    def find_padding(self, cut: Cut) -> Iterator[Tensor | None]:
         """Per piece [n, L, 1] bool, True where a gathered key is padding; None when the piece has none."""
         if self.sizes is None:
             yield from itertools.repeat(None)

@@ -43,7 +43,7 @@ def forward(
     B, H, Nq, Tq, D = query.shape
     rows: dict[tuple[int, int], Tensor] = {}
 
-    def listed(pool: Tensor, purpose: str) -> Tensor:
+    def gather_listed(pool: Tensor, purpose: str) -> Tensor:
         """[1, B * H * Nq, M * T, D]"""
         table, steps = as_table(pool)
         if steps not in rows:
@@ -52,5 +52,7 @@ def forward(
         return torch.index_select(table, 0, rows[steps], out=memory).view(1, B * H * Nq, -1, D)
 
     q = query.contiguous().view(1, B * H * Nq, Tq, D)
-    out, lse = _flash(q, listed(key_pool, "stored keys"), listed(value_pool, "stored values"), scale=scale)
+    out, lse = _flash(
+        q, gather_listed(key_pool, "stored keys"), gather_listed(value_pool, "stored values"), scale=scale
+    )
     return (out.view(query.shape), lse.view(query.shape[:-1])) if bool(lse.all()) else None

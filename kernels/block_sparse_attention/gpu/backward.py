@@ -154,9 +154,21 @@ def backward_dq_pointer(
         k = tl.load(k_tile + (slot * sks + first * skt), mask=token, other=0.0)
         v = tl.load(v_tile + (slot * svs + first * svt), mask=token, other=0.0)
         dq, total = _dq_step(
-            q, k, v, do, lse, delta, dq, total, scale_log2, columns, size,
-            RAGGED_K or T % BLOCK_K != 0, PRECISION, EXACT,
-        )  # fmt: skip
+            q,
+            k,
+            v,
+            do,
+            lse,
+            delta,
+            dq,
+            total,
+            scale_log2,
+            columns,
+            size,
+            RAGGED_K or T % BLOCK_K != 0,
+            PRECISION,
+            EXACT,
+        )
     if EXACT:
         share = 1.0 / tl.where(total > 0, total, 1.0)
         tl.store(share_rows + which * ROWS + rows, share)
@@ -203,9 +215,7 @@ def backward_dq_tma(
         slot = tl.load(entry + i)
         k = load_block(k_blocks, slot, T, BLOCK_K, BLOCK_D)
         v = load_block(v_blocks, slot, T, BLOCK_K, BLOCK_D)
-        dq, _ = _dq_step(
-            q, k, v, do, lse, delta, dq, 0, scale_log2, columns, T, T != BLOCK_K, PRECISION, False
-        )  # fmt: skip
+        dq, _ = _dq_step(q, k, v, do, lse, delta, dq, 0, scale_log2, columns, T, T != BLOCK_K, PRECISION, False)
     dq = tl.where((lse != float("inf"))[:, None], dq * scale, 0.0)
     store_block(dq_blocks, block, dq.to(grad_query.dtype.element_ty), Tq, BLOCK_Q, BLOCK_D)
 

@@ -130,8 +130,8 @@ class Layout:
         T = self.problem.key_pool.shape[3]
         if max(Tq, T) > MAX_BLOCK or D > MAX_HEAD_DIM:
             raise SparseForcingError(
-                f"block_sparse_attention (triton): blocks of {max(Tq, T)} tokens and head dim {D}; "
-                f"at most {MAX_BLOCK} and {MAX_HEAD_DIM}: use smaller tiles or backend='reference'"
+                f"block_sparse_attention (triton): blocks of {max(Tq, T)} tokens and head dim {D} are "
+                f"too large, the limits are {MAX_BLOCK} and {MAX_HEAD_DIM}; use smaller tiles or backend='reference'"
             )
 
     @property
@@ -142,11 +142,11 @@ class Layout:
     @property
     def rows(self) -> int:
         """Of a query block, padded."""
-        return _padded(self.problem.query.shape[3])
+        return _pad(self.problem.query.shape[3])
 
-    def aligned(self) -> bool:
+    def is_aligned(self) -> bool:
         """Whether TMA can read these tensors: 64-row boxes, unit inner stride, all else a multiple of 16 bytes."""
-        return self.rows == _padded(self.problem.key_pool.shape[3]) == 64 and all(map(_aligned, self.problem.inputs))
+        return self.rows == _pad(self.problem.key_pool.shape[3]) == 64 and all(map(_is_aligned, self.problem.inputs))
 
     def common(self) -> dict[str, Any]:
         """Arguments with the same name in every attention kernel."""
@@ -163,26 +163,24 @@ class Layout:
             "skb": skb, "skh": skh, "sks": sks, "skt": skt, "skd": skd,
             "svb": svb, "svh": svh, "svs": svs, "svt": svt, "svd": svd,
             "scale_log2": scale * LOG2E, "heads": H, "query_blocks": Nq, "slots": key_pool.shape[2],
-            "Tq": Tq, "T": key_pool.shape[3], "D": D, "ROWS": self.rows, "BLOCK_D": _padded(D),
+            "Tq": Tq, "T": key_pool.shape[3], "D": D, "ROWS": self.rows, "BLOCK_D": _pad(D),
             "RAGGED_Q": query_sizes is not None, "RAGGED_K": key_sizes is not None, "PRECISION": precision,
         }  # fmt: skip
 
-    def tiled(self, kernel: str) -> tuple[dict[str, int], dict[str, int], tuple[int, int]]:
+    def choose_tile(self, kernel: str) -> tuple[dict[str, int], dict[str, int], tuple[int, int]]:
         """(tile arguments, launch options, (parts of a query block, parts of a slot)) of an attention kernel."""
         query, tokens = self.problem.query, self.problem.key_pool.shape[3]
-        queries, keys, warps, stages = architecture(self.arch).tile(
-            kernel, _padded(query.shape[-1]), query.element_size()
-        )
-        tile = {"BLOCK_Q": min(queries, self.rows), "BLOCK_K": min(keys, _padded(tokens))}
+        queries, keys, warps, stages = architecture(self.arch).tile(kernel, _pad(query.shape[-1]), query.element_size())
+        tile = {"BLOCK_Q": min(queries, self.rows), "BLOCK_K": min(keys, _pad(tokens))}
         parts = -(-query.shape[3] // tile["BLOCK_Q"]), -(-tokens // tile["BLOCK_K"])
         return tile, {"num_warps": warps, "num_stages": stages}, parts
 
 
-def _padded(n: int) -> int:
+def _pad(n: int) -> int:
     return max(16, power_of_two(n))  # 16 is the smallest edge of a tensor-core product
 
 
-def _aligned(x: Tensor) -> bool:
+def _is_aligned(x: Tensor) -> bool:
     (B, H, N, T, _), (sb, sh, sn, st, sd) = x.shape, x.stride()
     return (
         x.element_size() == 2
@@ -197,7 +195,7 @@ def _aligned(x: Tensor) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ForwardPlan:
-    """launches fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
+    """Launches of the forward pass, which fill out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq] and mass [B, H, Nq, M or 0].
 
     out_rest, of out's shape and type, is what rounding took from out; empty unless it was asked for and there is any.
     """
@@ -213,7 +211,7 @@ def choose_forward(layout: Layout) -> str:
     """ "tma", or "pointer" where TMA cannot read the tensors or must not: ragged keys may hold NaN in their padding,
     which only masked loads leave out.
     """
-    usable = architecture(layout.arch).tma and layout.problem.key_sizes is None and layout.aligned()
+    usable = architecture(layout.arch).tma and layout.problem.key_sizes is None and layout.is_aligned()
     return "tma" if usable else "pointer"
 
 
@@ -237,7 +235,7 @@ def plan_forward(
     keep_rest = rest.numel() > 0
     counts = list_counts(index)
     name = f"forward_{variant}"
-    tile, options, (query_parts, key_parts) = layout.tiled(name)
+    tile, options, (query_parts, key_parts) = layout.choose_tile(name)
     shape = (B, H, Nq, M * key_parts, 2, layout.rows)
     row_mass = torch.empty(shape, dtype=torch.float32, device=query.device) if return_mass else None
     args = layout.common() | tile | {
@@ -265,7 +263,8 @@ def _plan_mass(layout: Layout, row_mass: Tensor, lse: Tensor, counts: Tensor, ma
 
 @dataclass(frozen=True, kw_only=True)
 class BackwardPlan:
-    """launches fill the gradients of query, key_pool and value_pool, contiguous, in the inputs' shapes and type."""
+    """Launches of the backward pass, which fill the gradients of query, key_pool and value_pool, contiguous, in
+    the inputs' shapes and type."""
 
     launches: list[Launch]
     grad_query: Tensor
@@ -295,7 +294,7 @@ def plan_backward(
 
     # Beyond 128 columns the two sums of dk and dv fill the register file: only smaller tiles do not spill.
     tma = architecture(arch).tma and problem.query.shape[-1] <= 128
-    tma = tma and layout.aligned() and all(map(_aligned, (grad_out, *grads)))
+    tma = tma and layout.is_aligned() and all(map(_is_aligned, (grad_out, *grads)))
     dq_name = f"backward_dq_{variant or ('tma' if tma and problem.key_sizes is None else 'pointer')}"
     dkdv_name = f"backward_dkdv_{variant or ('tma' if tma and problem.query_sizes is None else 'pointer')}"
 
@@ -318,8 +317,8 @@ def plan_backward(
     dkdv_args = shared | {
         "grad_key": grads[1], "grad_value": grads[2], "start": start, "visitors": visitors, "visits": Nq * M
     }  # fmt: skip
-    dq_tile, dq_options, (query_parts, _) = layout.tiled(dq_name)
-    dkdv_tile, dkdv_options, (_, key_parts) = layout.tiled(dkdv_name)
+    dq_tile, dq_options, (query_parts, _) = layout.choose_tile(dq_name)
+    dkdv_tile, dkdv_options, (_, key_parts) = layout.choose_tile(dkdv_name)
     launches = [
         prepare(bwd.backward_rows, Nq * layout.rows // row_tile, B * H, rows_args, num_warps=4),
         prepare(getattr(bwd, dq_name), Nq * query_parts, B * H, dq_args | dq_tile, **dq_options),

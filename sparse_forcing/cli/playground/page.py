@@ -51,12 +51,12 @@ class _Buttons:
     def start(
         self, prompt: Any, minutes: Any, seed: Any, memory: Any, overlay: Any, request: gradio.Request
     ) -> Iterator[tuple[Any, ...]]:
-        with _explained():
+        with _explain_errors():
             for view in self.visitors.start(request.session_hash, prompt, minutes, seed, memory, overlay):
-                yield _shown(view)
+                yield _show(view)
 
     def say(self, prompt: Any, request: gradio.Request) -> None:
-        with _explained():
+        with _explain_errors():
             self.visitors.say(request.session_hash, prompt)
 
     def stop(self, request: gradio.Request) -> None:
@@ -82,18 +82,18 @@ class _WorldButtons:
         return self._pan(number, place, 1)
 
     def _pan(self, number: Any, place: Any, step: int) -> tuple[Any, ...]:
-        with _explained():
+        with _explain_errors():
             place, line, picture = self.worlds.pan(number, place, step)
             return place, line, f'<div style="max-width:20rem">{picture_html(picture)}</div>'
 
     def go_on(self, number: Any) -> Iterator[tuple[Any, ...]]:
-        with _explained():
+        with _explain_errors():
             for look in self.worlds.go_on(number):
                 pictures = (look.way_out, look.way_back)
                 yield look.line, *(gradio.skip() if one is None else picture_html(one) for one in pictures)
 
 
-def _shown(view: View) -> tuple[Any, ...]:
+def _show(view: View) -> tuple[Any, ...]:
     """Screen, line, curve and file; what stays as it is is left out."""
     lines = [view.line] if view.picture is None else [view.line, plain(view.picture.prompt)]
     return (
@@ -176,7 +176,7 @@ def _add_worlds(buttons: _WorldButtons) -> None:
 
 
 @contextmanager
-def _explained() -> Iterator[None]:
+def _explain_errors() -> Iterator[None]:
     """Errors become the browser's messages; those that are not ours are printed here, too."""
     try:
         yield

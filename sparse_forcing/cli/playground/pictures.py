@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -17,15 +16,14 @@ _WIDTH, _HEIGHT = 400, 90
 
 def picture_html(pixels: np.ndarray | None) -> str:
     """A picture [H, W, 3] as an element that holds all of it, enlarged without smoothing; None: an empty screen."""
-    from PIL import Image
+    import imageio.v3 as iio
 
     style = "width:100%;background:#888;border-radius:8px;image-rendering:pixelated"
     if pixels is None:
         return f'<div style="{style};aspect-ratio:1"></div>'
-    kind = "PNG" if max(pixels.shape[:2]) <= LOSSLESS_SIDE else "JPEG"
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, kind, quality=90)
-    return f'<img style="{style}" src="data:image/{kind.lower()};base64,{base64.b64encode(file.getvalue()).decode()}">'
+    kind = "png" if max(pixels.shape[:2]) <= LOSSLESS_SIDE else "jpeg"
+    data = base64.b64encode(iio.imwrite("<bytes>", pixels, plugin="pillow", extension=f".{kind}", quality=90)).decode()
+    return f'<img style="{style}" src="data:image/{kind};base64,{data}">'
 
 
 def curve_html(points: Sequence[tuple[float, int, float]]) -> str:

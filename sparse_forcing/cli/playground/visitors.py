@@ -15,7 +15,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.config import KINDS
 from sparse_forcing.sampling.generation.jobs import MEMORY_KNOBS, GenerateConfig
 from sparse_forcing.sampling.generation.prompts import check_prompt
-from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import Settings, explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.live import LivePicture, LiveVideo, cache_bound
 
 if TYPE_CHECKING:
@@ -169,15 +169,15 @@ class Visitors:
                 yield View(line="Stopped.")
                 return
             began = True
-            with explained_out_of_memory(settings):
-                yield from self._shown(session, video, file)
+            with explain_out_of_memory(settings):
+                yield from self._show(session, video, file)
         finally:
             if not began:  # else the thread that makes the video leaves, once it has freed the cache
                 place.leave()
             if self.videos.get(session) == (video, place):
                 del self.videos[session]
 
-    def _shown(self, session: str | None, video: LiveVideo, file: Path) -> Iterator[View]:
+    def _show(self, session: str | None, video: LiveVideo, file: Path) -> Iterator[View]:
         points: list[tuple[float, int, float]] = []
         view, prompt = View(line=""), None
         remarks: tuple[str, ...] = ()

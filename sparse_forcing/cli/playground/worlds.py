@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.cli.playground.visitors import Room, read_seed
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.settings import Settings, explained_out_of_memory, resolve_settings
+from sparse_forcing.sampling.generation.settings import Settings, explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.live import cache_bound
 from sparse_forcing.scenes.worlds.config import WorldConfig
 
@@ -58,7 +58,7 @@ class Worlds:
             for waiting in place.wait():
                 yield Look(line=f"Waiting for room: number {waiting} in line.")
             yield Look(line="Reading the way out ...")
-            with explained_out_of_memory(both[-1]):
+            with explain_out_of_memory(both[-1]):
                 yield from self._draw(task, both)
         finally:
             place.leave()

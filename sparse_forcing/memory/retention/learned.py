@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from sparse_forcing.memory.config import MemoryConfig
 
 
-def chunks_unused(blocks: BlockView) -> Tensor:
+def count_unused_chunks(blocks: BlockView) -> Tensor:
     """[B, H, N, 1] chunks since one gave a block at least an even share of its attention among all in memory."""
     used = blocks.attention >= blocks.attention.mean(-1, keepdim=True)
     return torch.where(used[..., None], 0.0, blocks.state + 1)
@@ -37,7 +37,7 @@ class LearnedRule(RetentionRule):
     learned = True
 
     def observe(self, blocks: BlockView) -> Tensor:
-        return chunks_unused(blocks)
+        return count_unused_chunks(blocks)
 
     def scores(self, blocks: BlockView, capacity: int) -> Tensor:
         return predict_retention(blocks.head, *head_inputs(blocks))
@@ -58,7 +58,7 @@ class RetentionTeacher(AttentionRecorder):
 
     def observe(self, blocks: BlockView) -> Tensor:
         super().observe(blocks)
-        old, unused = blocks.num_persistent, chunks_unused(blocks)
+        old, unused = blocks.num_persistent, count_unused_chunks(blocks)
         if old > 1:  # there is something to choose from
             keys, values, _ = head_inputs(blocks)
             self.inputs[blocks.layer, blocks.chunk] = keys[:, :, :old], values[:, :, :old], unused[:, :, :old, 0]

@@ -55,14 +55,14 @@ class QuantizedLinear(nn.Module):
             self.scale = scale.to(self.scale.device)
         return self
 
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out, in] weights in another type."""
         codes = self.weight if self.storage == "int8" else self.weight.view(torch.float8_e4m3fn)
         return codes.to(dtype) * self.scale.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in the type of x."""
-        return F.linear(x, self.dequantized(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return F.linear(x, self.dequantize(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, storage={self.storage}"

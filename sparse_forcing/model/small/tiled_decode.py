@@ -31,11 +31,11 @@ def decode_tiles(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
         rows.append([])
         for left in range(0, latents.shape[4], vae.tile_sample_stride_width // ratio):
             bottom, right = top + vae.tile_sample_min_height // ratio, left + vae.tile_sample_min_width // ratio
-            own = _moved(carried[len(after) : len(after) + count], latents.device)
+            own = _move(carried[len(after) : len(after) + count], latents.device)
             rows[-1].append(decode_frames(vae, latents[:, :, :, top:bottom, left:right], own))
-            after += _moved(own, torch.device("cpu"))
+            after += _move(own, torch.device("cpu"))
     carried[:] = after
-    return _blended(vae, rows)
+    return _blend(vae, rows)
 
 
 def decode_frames(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
@@ -51,12 +51,12 @@ def decode_frames(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
     return torch.cat(frames, 2)
 
 
-def _moved(features: list[Any], device: torch.device) -> list[Any]:
+def _move(features: list[Any], device: torch.device) -> list[Any]:
     """Features elsewhere; what is among them beside tensors are marks."""
     return [x.to(device) if isinstance(x, Tensor) else x for x in features]
 
 
-def _blended(vae: Any, rows: list[list[Tensor]]) -> Tensor:
+def _blend(vae: Any, rows: list[list[Tensor]]) -> Tensor:
     """The picture of overlapping tiles, each faded into the ones above and to its left."""
     high, wide = vae.tile_sample_stride_height, vae.tile_sample_stride_width
     overlap = vae.tile_sample_min_height - high, vae.tile_sample_min_width - wide

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from sparse_forcing.errors import WeightsError
@@ -59,7 +60,7 @@ class Grow(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N * frames, C, H, W], those of one after the other."""
-        return self.conv(x).unflatten(1, (self.frames, -1)).flatten(0, 1)
+        return rearrange(self.conv(x), "n (f c) h w -> (n f) c h w", f=self.frames)
 
 
 class TinyDecoder(nn.Module):
@@ -123,14 +124,14 @@ class TinyDecoder(nn.Module):
         seen: list[Tensor] = []
         for layer in self.decoder:
             if isinstance(layer, PairBlock):
-                video = x.unflatten(0, (batch, -1))
+                video = rearrange(x, "(b f) c h w -> b f c h w", b=batch)
                 last = carried[len(seen)].to(video) if carried else torch.zeros_like(video[:, :1])
                 seen.append(video[:, -1:].clone())
-                x = layer(x, torch.cat([last, video[:, :-1]], 1).flatten(0, 1))
+                x = layer(x, rearrange(torch.cat([last, video[:, :-1]], 1), "b f c h w -> (b f) c h w"))
             else:
                 x = layer(x)
         carried[:] = seen
-        return x.unflatten(0, (batch, -1)).transpose(1, 2)
+        return rearrange(x, "(b f) c h w -> b c f h w", b=batch)
 
 
 class DecodedByTiny:

@@ -61,10 +61,12 @@ def _paint_item(picture: Tensor, item: Item, frames: list[int], boxes: dict[int,
     side, device = picture.shape[-1], picture.device
     for group in _neighbours(boxes):
         rows, columns = (
-            slice(max(0, floor(min(boxes[place][axis] for place in group) * side - 1)),
-                  min(side, ceil(max(boxes[place][axis + 2] for place in group) * side + 1)))
+            slice(
+                max(0, floor(min(boxes[place][axis] for place in group) * side - 1)),
+                min(side, ceil(max(boxes[place][axis + 2] for place in group) * side + 1)),
+            )
             for axis in (1, 0)
-        )  # fmt: skip
+        )
         grid = (torch.arange(side, device=device) + 0.5) / side
         x, y = (torch.tensor([line[frames[place]] for place in group], device=device) for line in (item.x, item.y))
         radius = torch.full_like(x, item.identity.radius)

@@ -85,11 +85,11 @@ def _lay_out(rng: random.Random, config: WorldConfig, slots: _Slots, first: int,
     counts = [min(max(0, (frame - first) // slots.length + 1), slots.total) for frame in range(config.frames)]
     panels = [
         Panel(rgb=BAR_RGB, boxes=(BAR,) * config.frames),
-        Panel(rgb=LIT_RGB, boxes=tuple(_lit(count) for count in counts)),
+        Panel(rgb=LIT_RGB, boxes=tuple(_find_lit(count) for count in counts)),
     ]
     return Plan(items=items, panels=panels, asked=slots.asked, question=question)
 
 
-def _lit(count: int) -> Box:
+def _find_lit(count: int) -> Box:
     left, top, right, bottom = BAR
     return left, top, left + (right - left) * count / MOST_OBJECTS, bottom

@@ -65,18 +65,18 @@ def plan_reappear(rng: random.Random, config: WorldConfig) -> Plan:
     main.move(ways.place, ways.wall)
 
     courses = [(first, lead), (subject, main)]
-    passing = _passing(rng, config, _Ways(passer, speed, wall_side), hidden_from, gap)
+    passing = _plan_passing(rng, config, _Ways(passer, speed, wall_side), hidden_from, gap)
     courses += [(passer, passing)] if passing is not None else []
     heights = [_height(rng, identity) for identity, _ in courses]
     items = [
-        _turned_item(identity, course.until(config.frames), height, wall_side)
+        _turn_item(identity, course.until(config.frames), height, wall_side)
         for (identity, course), height in zip(courses, heights)
     ]
     wall = rng.choice(WALL_RGB)
     return Plan(items=items, panels=_panels(wall, wall_side, heights[1], hidden_from, gap, config.frames))
 
 
-def _passing(rng: random.Random, config: WorldConfig, ways: _Ways, begin: int, gap: int) -> Timeline | None:
+def _plan_passing(rng: random.Random, config: WorldConfig, ways: _Ways, begin: int, gap: int) -> Timeline | None:
     """An object that comes and goes while the subject is hidden, where there is time for it."""
     slack = gap - 2 * ways.open - PAUSE
     if slack < 0 or rng.random() >= config.distractor_fraction:
@@ -92,12 +92,12 @@ def _height(rng: random.Random, identity: Identity) -> float:
 
 def _panels(rgb: tuple[int, int, int], wall_side: str, height: float, begin: int, gap: int, frames: int) -> list[Panel]:
     """The wall, the mark where the object goes in and out, and the bar that runs out over the gap."""
-    wall = _turned_box((WALL, 0.0, 1.0, 1.0), wall_side)
-    mark = _turned_box((WALL + 0.02, height - 0.05, WALL + 0.08, height + 0.05), wall_side)
+    wall = _turn_box((WALL, 0.0, 1.0, 1.0), wall_side)
+    mark = _turn_box((WALL + 0.02, height - 0.05, WALL + 0.08, height + 0.05), wall_side)
     bars = []
     for frame in range(frames):
         left = min(max((begin + gap - frame) / gap, 0.0), 1.0)
-        bars.append(_turned_box((0.86, 0.05, 0.94, 0.05 + 0.9 * left), wall_side))
+        bars.append(_turn_box((0.86, 0.05, 0.94, 0.05 + 0.9 * left), wall_side))
     return [
         Panel(rgb=rgb, boxes=(wall,) * frames),
         Panel(rgb=MARK_RGB, boxes=(mark,) * frames),
@@ -105,15 +105,15 @@ def _panels(rgb: tuple[int, int, int], wall_side: str, height: float, begin: int
     ]
 
 
-def _turned_item(identity: Identity, course: tuple[float, ...], height: float, wall_side: str) -> Item:
+def _turn_item(identity: Identity, course: tuple[float, ...], height: float, wall_side: str) -> Item:
     along = course if wall_side in ("right", "bottom") else tuple(1 - place for place in course)
     across = (height,) * len(course)
     x, y = (along, across) if wall_side in ("right", "left") else (across, along)
     return Item(identity=identity, x=x, y=y)
 
 
-def _turned_box(box: Box, wall_side: str) -> Box:
-    """A box of the plan on the screen, as :func:`_turned_item` turns objects."""
+def _turn_box(box: Box, wall_side: str) -> Box:
+    """A box of the plan on the screen, as :func:`_turn_item` turns objects."""
     left, top, right, bottom = box
     if wall_side in ("left", "top"):
         left, right = 1 - right, 1 - left

@@ -21,8 +21,8 @@ def write_record(world: World, config: WorldConfig) -> dict[str, Any]:
     ``returns`` pairs frame ranges of first sight and return with the object and its boxes, one for each frame of the
     return; ``boxes`` has for every frame the visible objects' boxes by number, ``objects`` their looks.
     """
-    returns = [asdict(entry) | {"boxes": [_rounded(box) for box in entry.boxes]} for entry in find_returns(world)]
-    boxes = [{str(item): _rounded(box) for item, box in frame.items()} for frame in world.visible_boxes()]
+    returns = [asdict(entry) | {"boxes": [_round(box) for box in entry.boxes]} for entry in find_returns(world)]
+    boxes = [{str(item): _round(box) for item, box in frame.items()} for frame in world.visible_boxes()]
     looks = [item.identity for item in world.items]
     return {
         "world": {"kind": world.kind, "seed": world.seed, "index": world.index, "config": asdict(config)},
@@ -42,7 +42,7 @@ def list_returns(world: World) -> list[dict[str, Any]]:
         for name, (begin, end) in (("first", entry.first_seen), ("again", entry.frames)):
             row |= {
                 name: [begin, end],
-                f"{name}_box": [_rounded(boxes[frame][entry.item]) for frame in range(begin, end)],
+                f"{name}_box": [_round(boxes[frame][entry.item]) for frame in range(begin, end)],
             }
         rows.append(row)
     return rows
@@ -65,5 +65,5 @@ def _setting(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _rounded(box: tuple[float, ...]) -> list[float]:
+def _round(box: tuple[float, ...]) -> list[float]:
     return [round(edge, _DIGITS) for edge in box]

@@ -42,7 +42,7 @@ def plan_revisit(rng: random.Random, config: WorldConfig) -> Plan:
             items.append(Item(identity=identity, x=way, y=(y,) * config.frames))
     walls = tuple((wall - place, 0.0, 2.0, 1.0) for place in camera)
     if rng.random() < 0.5:
-        return _mirrored(items, walls, camera)
+        return _mirror(items, walls, camera)
     return Plan(items=items, panels=[Panel(rgb=WALL_RGB, boxes=walls)], camera=camera)
 
 
@@ -68,7 +68,7 @@ def _travel(rng: random.Random, config: WorldConfig, step: int, right: float) ->
     return tuple(frames / step for frames in (*range(-before, out + 1), *turned, *back))
 
 
-def _mirrored(items: list[Item], walls: tuple[Box, ...], camera: tuple[float, ...]) -> Plan:
+def _mirror(items: list[Item], walls: tuple[Box, ...], camera: tuple[float, ...]) -> Plan:
     """The same with left and right exchanged."""
     items = [replace(item, x=tuple(1 - x for x in item.x)) for item in items]
     boxes = tuple((1 - right, top, 1 - left, bottom) for left, top, right, bottom in walls)

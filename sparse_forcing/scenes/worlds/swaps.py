@@ -30,7 +30,7 @@ def plan_swaps(rng: random.Random, config: WorldConfig) -> Plan:
     asked, half = rng.randrange(count), _cup_half(SIZES_UNDER[count][-1])
     identities = draw_identities(rng, config.split, count + 1, returning=(asked,), sizes=SIZES_UNDER[count])
     swaps, length, inner = _choose(rng, config, identities[asked], half)
-    slack = config.frames - _fixed(config) - inner
+    slack = config.frames - _count_fixed(config) - inner
     early, late = sorted(rng.randint(0, slack) for _ in range(2))
     opening, show = config.opening_frames + early, SHOW + late - early
 
@@ -53,7 +53,7 @@ def plan_swaps(rng: random.Random, config: WorldConfig) -> Plan:
     return Plan(items=items, panels=panels)
 
 
-def _fixed(config: WorldConfig) -> int:
+def _count_fixed(config: WorldConfig) -> int:
     """Frames of the least opening, cups up, a look, cups down, one cup up, a look."""
     return config.opening_frames + 3 * LIFT_FRAMES + 2 * SHOW
 
@@ -62,7 +62,7 @@ def _choose(
     rng: random.Random, config: WorldConfig, identity: Identity, half: tuple[float, float]
 ) -> tuple[int, int, int]:
     """How many swaps, frames of each, and frames between the cups' coming down and the one's going up."""
-    room = config.frames - _fixed(config)
+    room = config.frames - _count_fixed(config)
     fewest, most = config.swaps or (1, config.frames)
     # A cup hides its object before it is all the way down, a small one earlier than others.
     lower = identity.reach[2] + MARGIN

@@ -18,10 +18,21 @@ MARGIN = 64  # elements of canary on either side of every output
 
 
 def problem(
-    B: int = 1, H: int = 2, Nq: int = 3, Tq: int = 16, S: int = 5, T: int = 16, D: int = 32, M: int = 3, *,
-    dtype: torch.dtype = torch.float32, seed: int = 0, ragged: bool = False, scale: float | None = None,
+    B: int = 1,
+    H: int = 2,
+    Nq: int = 3,
+    Tq: int = 16,
+    S: int = 5,
+    T: int = 16,
+    D: int = 32,
+    M: int = 3,
+    *,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    ragged: bool = False,
+    scale: float | None = None,
     lengths: list[int] | None = None,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """Random tensors; each list holds distinct slots in random order, with random length unless given."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -87,9 +98,15 @@ def guarded() -> Iterator[None]:
 
 
 def measured(
-    p: Problem, forward: str | None, backward: str | None, *, mass: bool = False, through_lse: bool = True,
-    keep_rest: bool = True, arch: str = "interpreter",
-) -> dict[str, Tensor]:  # fmt: skip
+    p: Problem,
+    forward: str | None,
+    backward: str | None,
+    *,
+    mass: bool = False,
+    through_lse: bool = True,
+    keep_rest: bool = True,
+    arch: str = "interpreter",
+) -> dict[str, Tensor]:
     """Run the kernels on guarded memory; names as in `answer`. Forward None and backward "auto": the table chooses."""
     grad_out, grad_lse = gradients_in(p, through_lse)
     with guarded():

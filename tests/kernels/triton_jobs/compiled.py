@@ -39,7 +39,7 @@ ATTENTION = ("forward", "backward_d")
 def compiled(name: str, *, only: str = "", **shape: object) -> dict[str, dict]:
     """label -> figures of the launches whose label starts with `only`."""
     rows = {}
-    with report.compiling_for(name):
+    with report.compile_for(name):
         for label, launch in report.examples(name, **shape):
             if label.startswith(only):
                 rows[label] = report.describe(report.compile_launch(launch), name, launch)
@@ -91,7 +91,7 @@ def test_hopper_kernels_meet_their_bars():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_other_architectures_compile_clean(name):
-    with report.compiling_for(name):
+    with report.compile_for(name):
         chosen = [(label, launch) for label, launch in report.examples(name) if "ragged" not in label]
         rows = {label: report.describe(report.compile_launch(launch), name, launch) for label, launch in chosen}
     check_figures(name, rows)
@@ -171,12 +171,12 @@ def test_the_current_device_is_set_only_where_it_changes(monkeypatch):
 
 
 def test_report_names_unknown_architectures():
-    with pytest.raises(ConfigError, match="sm_70"), report.compiling_for("sm_70"):
+    with pytest.raises(ConfigError, match="sm_70"), report.compile_for("sm_70"):
         pass
 
 
 def test_a_changing_problem_size_does_not_recompile():
-    with report.compiling_for("sm_90"):
+    with report.compile_for("sm_90"):
         launch = next(launch for label, launch in report.examples("sm_90") if label == "forward_tma")
         first = report.compile_launch(launch)
         for changes in ({"query_blocks": 1, "slots": 17}, {"query_blocks": 79, "slots": 4096, "list_length": 1}):

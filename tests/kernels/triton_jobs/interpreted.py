@@ -32,7 +32,7 @@ from tests.kernels.triton_jobs.common import (  # noqa: E402
     measured,
     problem,
     strided,
-)  # fmt: skip
+)
 
 torch.set_num_threads(1)
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
@@ -188,9 +188,18 @@ def test_any_shape_and_lists(data):
     M = number(1, S)
     lengths = [number(0, M) for _ in range(Nq)]
     p = problem(
-        number(1, 2), number(1, 2), Nq, number(1, 20), S, number(1, 20), number(1, 40), M,
-        ragged=data.draw(st.booleans()), seed=number(0, 99), lengths=lengths,
-    )  # fmt: skip
+        number(1, 2),
+        number(1, 2),
+        Nq,
+        number(1, 20),
+        S,
+        number(1, 20),
+        number(1, 40),
+        M,
+        ragged=data.draw(st.booleans()),
+        seed=number(0, 99),
+        lengths=lengths,
+    )
     check(p, measured(p, "pointer", "pointer", mass=True))
 
 

@@ -20,6 +20,7 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from einops import rearrange
 from torch import Tensor
 
 from sparse_forcing.config import constructor_settings
@@ -37,7 +38,7 @@ from sparse_forcing.training.engine.checkpoint import Stateful
 from sparse_forcing.training.engine.loop import Recipe, run
 from sparse_forcing.training.engine.optim import apply_gradients
 from sparse_forcing.training.engine.resume import Resume
-from sparse_forcing.training.engine.settings import RunConfig, bounded
+from sparse_forcing.training.engine.settings import RunConfig, check_bounds
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.tiny import TINY
 from sparse_forcing.training.recipes.validation import sample_path, switch_to_eval
@@ -90,8 +91,10 @@ class AutoencoderConfig:
     """
 
     RENAMED: ClassVar = {
-        "steps": "loop.steps", "seed": "loop.seed", "checkpoint_minutes": "loop.checkpoint_every (in steps)",
-    }  # fmt: skip
+        "steps": "loop.steps",
+        "seed": "loop.seed",
+        "checkpoint_minutes": "loop.checkpoint_every (in steps)",
+    }
 
     loop: AutoencoderLoop = field(default_factory=AutoencoderLoop)
     sizes: tuple[int, ...] = (64, 64, 64, 128)
@@ -122,15 +125,17 @@ class AutoencoderConfig:
             raise ConfigError(f"sizes: at most {LARGEST_SIZE} pixels, got {max(self.sizes)}")
         if self.learning_rate <= 0:
             raise ConfigError(f"learning_rate: must be positive, got {self.learning_rate:g}")
-        bounded(self, SIZES)
+        check_bounds(self, SIZES)
         if self.decoder_blocks is not None:
-            bounded(self, {"decoder_blocks": (1, 64)})
+            check_bounds(self, {"decoder_blocks": (1, 64)})
         if min(self.anchor, self.object_weight, self.noise) < 0:
             raise ConfigError("anchor, object_weight and noise must not be negative")
         if self.extra_channels and self.init_from is None:
             raise ConfigError("extra_channels: need an autoencoder to add them to (init_from)")
         if self.encoder_learns and (self.init_from is None or self.extra_channels):
-            raise ConfigError("encoder_learns: goes with init_from, and without extra_channels, which imply it")
+            raise ConfigError(
+                "encoder_learns: needs init_from, and has no effect beside extra_channels, which imply it"
+            )
         check_world_share(self.worlds, self.world_fraction)
         if self.shape_weights is not None:
             shape_table(self.shape_weights)
@@ -139,13 +144,18 @@ class AutoencoderConfig:
 def fit_patches(patches: PatchAutoencoder, seed: int, clips: int) -> list[float]:
     """Fit the fixed linear transform on clips of its own seed; standard deviations of its latents."""
     batch = procedural_batch(
-        seed, 0, batch_size=clips, num_frames=2 * patches.temporal_stride, size=FIT_SIZE, two_object_fraction=0.25,
+        seed,
+        0,
+        batch_size=clips,
+        num_frames=2 * patches.temporal_stride,
+        size=FIT_SIZE,
+        two_object_fraction=0.25,
         caption_dropout=0.0,
-    )  # fmt: skip
+    )
     return patches.fit(batch.pixels)
 
 
-def trained_autoencoder(name: str, setting: str) -> TokenAutoencoder:
+def load_trained_autoencoder(name: str, setting: str) -> TokenAutoencoder:
     """The frozen autoencoder of a model, by the model's folder or by its folder `vae`.
 
     Raises:
@@ -172,12 +182,15 @@ def start(config: AutoencoderConfig) -> tuple[TokenAutoencoder, TokenAutoencoder
     with a fresh decoder, or a trained one with more channels."""
     if config.init_from is None:
         vae = TokenAutoencoder(
-            config.latent_channels, components=config.components, dim=config.dim, num_blocks=config.num_blocks,
+            config.latent_channels,
+            components=config.components,
+            dim=config.dim,
+            num_blocks=config.num_blocks,
             decoder_blocks=config.decoder_blocks,
-        )  # fmt: skip
+        )
         fit_patches(vae.patches, config.loop.seed, config.fit_clips)
         return vae, None
-    trained = trained_autoencoder(config.init_from, "init_from")
+    trained = load_trained_autoencoder(config.init_from, "init_from")
     if config.extra_channels or config.encoder_learns:
         blocks = trained.config.decoder_blocks or trained.config.num_blocks
         if config.decoder_blocks not in (None, blocks):
@@ -226,9 +239,16 @@ class Reconstruction:
 
 
 def reconstruction_losses(
-    vae: TokenAutoencoder, pixels: Tensor, noise: float, generator: torch.Generator, *, object_weight: float = 0.0,
-    anchor: TokenAutoencoder | None = None, anchor_weight: float = 0.0, anchored: Tensor | None = None,
-) -> Reconstruction:  # fmt: skip
+    vae: TokenAutoencoder,
+    pixels: Tensor,
+    noise: float,
+    generator: torch.Generator,
+    *,
+    object_weight: float = 0.0,
+    anchor: TokenAutoencoder | None = None,
+    anchor_weight: float = 0.0,
+    anchored: Tensor | None = None,
+) -> Reconstruction:
     """Losses after noise on the latents. Errors count by `object_weights` where that is not 0; the first channels are
     held near those of an `anchor`, in the clips that are `anchored` ([B] bool, None: all)."""
     with torch.autocast(pixels.device.type, torch.bfloat16, enabled=multiplies_bfloat16(pixels.device)):
@@ -252,26 +272,44 @@ def step_losses(
     """Losses of one step's clips, a function of the config and the step alone."""
     size, seed = config.sizes[step % len(config.sizes)], config.loop.seed
     clips = procedural_batch(
-        seed + 1, step, batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
-        num_frames=vae.temporal_stride, size=size, two_object_fraction=config.two_object_fraction,
-        caption_dropout=0.0, late_start_fraction=0.8, shape_weights=config.shape_weights, device=vae.device,
-    )  # fmt: skip
+        seed + 1,
+        step,
+        batch_size=max(1, config.batch_size * config.sizes[0] ** 2 // size**2),
+        num_frames=vae.temporal_stride,
+        size=size,
+        two_object_fraction=config.two_object_fraction,
+        caption_dropout=0.0,
+        late_start_fraction=0.8,
+        shape_weights=config.shape_weights,
+        device=vae.device,
+    )
     pixels, places = clips.pixels, put_worlds(config, clips.pixels, step)
     anchored = torch.ones(len(pixels), dtype=torch.bool).index_fill(0, torch.tensor(places, dtype=torch.long), False)
     generator = torch.Generator().manual_seed(step_seed(seed, step, stream=1))
     return reconstruction_losses(
-        vae, pixels, config.noise, generator, object_weight=config.object_weight, anchor=anchor,
-        anchor_weight=config.anchor, anchored=anchored.to(pixels.device),
-    )  # fmt: skip
+        vae,
+        pixels,
+        config.noise,
+        generator,
+        object_weight=config.object_weight,
+        anchor=anchor,
+        anchor_weight=config.anchor,
+        anchored=anchored.to(pixels.device),
+    )
 
 
 def put_worlds(config: AutoencoderConfig, pixels: Tensor, step: int) -> list[int]:
     """Replace a share of clips [B, 3, F, S, S] by pieces of worlds, from any moment on; returns which."""
     frames, size, settings = pixels.shape[2], pixels.shape[3], WorldConfig()
     places, worlds, _ = worlds_in_batch(
-        config.loop.seed + 1, step, batch_size=len(pixels), fraction=config.world_fraction,
-        weights=config.worlds or {}, config=settings, caption_dropout=0.0,
-    )  # fmt: skip
+        config.loop.seed + 1,
+        step,
+        batch_size=len(pixels),
+        fraction=config.world_fraction,
+        weights=config.worlds or {},
+        config=settings,
+        caption_dropout=0.0,
+    )
     if worlds is not None:
         seed = step_seed(config.loop.seed, step, stream=2)
         begin = random.Random(seed).randrange(settings.frames - frames + 1)
@@ -305,9 +343,14 @@ class AutoencoderRecipe(Recipe):
         losses.total.backward()
         total, error, drift = losses.total.item(), losses.error.item(), losses.drift.item()
         apply_gradients(
-            self.vae, [self.optimizer], step, name="reconstruction", loss=total, rate=self.rate(step),
+            self.vae,
+            [self.optimizer],
+            step,
+            name="reconstruction",
+            loss=total,
+            rate=self.rate(step),
             max_grad_norm=self.config.loop.max_grad_norm,
-        )  # fmt: skip
+        )
         return {
             "loss": total,
             "error": error,
@@ -319,14 +362,20 @@ class AutoencoderRecipe(Recipe):
     def validate(self, step: int, folder: Path) -> None:
         """Write clips beside what is left of them."""
         pixels = procedural_batch(
-            self.config.loop.seed, 0, batch_size=SAMPLES, num_frames=CLIP_FRAMES, size=self.config.sizes[0],
-            two_object_fraction=self.config.two_object_fraction, caption_dropout=0.0, device=self.vae.device,
-        ).pixels  # fmt: skip
+            self.config.loop.seed,
+            0,
+            batch_size=SAMPLES,
+            num_frames=CLIP_FRAMES,
+            size=self.config.sizes[0],
+            two_object_fraction=self.config.two_object_fraction,
+            caption_dropout=0.0,
+            device=self.vae.device,
+        ).pixels
         with switch_to_eval(self.vae):
             drawn = self.vae.decode(self.vae.encode(pixels))
         folder.mkdir(parents=True, exist_ok=True)
         pairs = torch.cat([pixels, drawn], -1).clamp(-1, 1).add(1).div(2)
-        for number, frames in enumerate(pairs.permute(0, 2, 3, 4, 1).float().cpu().numpy()):
+        for number, frames in enumerate(rearrange(pairs, "b c f h w -> b f h w c").float().cpu().numpy()):
             write_video(sample_path(folder, step, number), frames, fps=FRAME_RATE)
 
     def export(self, folder: Path) -> None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.sample import motion_table, shape_table
 from sparse_forcing.training.data.procedural import step_seed
-from sparse_forcing.training.engine.settings import RunConfig, bounded
+from sparse_forcing.training.engine.settings import RunConfig, check_bounds
 
 LARGEST_SIZE = 4096
 """Pixels to the side of a clip."""
@@ -54,7 +54,7 @@ class StageConfig:
             raise ConfigError(
                 f"stages: latent_frames, batch_size, steps, sizes and warmup_steps must be positive, got {self}"
             )
-        bounded(self, {"latent_frames": (1, 1 << 12), "batch_size": (1, 1 << 20)})
+        check_bounds(self, {"latent_frames": (1, 1 << 12), "batch_size": (1, 1 << 20)})
         if max(self.sizes) > LARGEST_SIZE:
             raise ConfigError(f"stages: sizes are at most {LARGEST_SIZE} pixels, got {max(self.sizes)}")
         if self.shift is not None and self.shift <= 0:
@@ -90,9 +90,12 @@ class PretrainConfig:
     """
 
     RENAMED: ClassVar = {
-        "seed": "loop.seed", "device": "loop.device", "max_grad_norm": "loop.max_grad_norm",
-        "keep_checkpoints": "loop.keep_checkpoints", "checkpoint_minutes": "loop.checkpoint_every (in steps)",
-    }  # fmt: skip
+        "seed": "loop.seed",
+        "device": "loop.device",
+        "max_grad_norm": "loop.max_grad_norm",
+        "keep_checkpoints": "loop.keep_checkpoints",
+        "checkpoint_minutes": "loop.checkpoint_every (in steps)",
+    }
 
     loop: PretrainLoop = field(default_factory=PretrainLoop)
     num_attention_heads: int = 6
@@ -138,7 +141,7 @@ class PretrainConfig:
             raise ConfigError(f"optimizer: expected muon or adamw, got {self.optimizer!r}")
         if self.text_neighbours and (self.text_neighbours < 3 or self.text_neighbours % 2 == 0):
             raise ConfigError(f"text_neighbours: must be 0 or an odd number from 3 on, got {self.text_neighbours}")
-        bounded(self, SIZES)
+        check_bounds(self, SIZES)
         if self.num_attention_heads * self.attention_head_dim > LARGEST_WIDTH:
             raise ConfigError(
                 f"attention_head_dim {self.attention_head_dim} x num_attention_heads {self.num_attention_heads}: "

@@ -24,7 +24,7 @@ def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
     arXiv 2109.01903). Raises ConfigError where they are no such pair, WeightsError."""
     other = SparseForcingPipeline.from_pretrained(folder)
     mine, its = pipe.transformer.state_dict(), other.transformer.state_dict()
-    text, its_text = _rounded(pipe.text_encoder), _rounded(other.text_encoder)
+    text, its_text = _round(pipe.text_encoder), _round(other.text_encoder)
     if {name: x.shape for name, x in mine.items()} != {name: x.shape for name, x in its.items()}:
         raise ConfigError(f"--mean-with: {folder} has a transformer of other sizes; only equal models have a mean")
     if text.keys() != its_text.keys() or any(not torch.equal(x, its_text[name]) for name, x in text.items()):
@@ -33,7 +33,7 @@ def take_mean(pipe: SparseForcingPipeline, folder: str) -> None:
         weight.lerp_(its[name].to(weight.dtype), 0.5)
 
 
-def _rounded(part: object) -> dict[str, torch.Tensor]:
+def _round(part: object) -> dict[str, torch.Tensor]:
     """A module's weights as an export rounds them: one of two models that belong together may be an export."""
     assert isinstance(part, torch.nn.Module)
     return {name: x.bfloat16() for name, x in part.state_dict().items()}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.model.attention import ParallelAttention, teacher_forcing_mask
-from sparse_forcing.model_folder.folder import kind_of
+from sparse_forcing.model_folder.folder import identify_autoencoder
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.captions import caption
 from sparse_forcing.scenes.sample import sample_scenes
@@ -51,7 +51,7 @@ from sparse_forcing.training.recipes.embedded.muon import BatchedMuon
 from sparse_forcing.training.recipes.embedded.pretrain_model import (
     EmbeddedAutoencoder,
     TextToVideo,
-    captioned,
+    find_captioned,
     make_models,
 )
 from sparse_forcing.training.recipes.embedded.scene_targets import course_targets, pose_targets
@@ -125,8 +125,11 @@ def forcing_inputs(latents: Tensor, config: PretrainConfig, stage: StageConfig, 
 
 @dataclass(frozen=True)
 class PretrainLosses:
-    """flow: squared error of the flow, for people to read; balanced: that error by noise level, to learn from; pose,
-    course and attribute: of the other heads."""
+    """Losses of one step.
+
+    flow: squared error of the flow, for people to read; balanced: that error by noise level, to learn from; pose,
+    course and attribute: of the other heads.
+    """
 
     flow: Tensor
     balanced: Tensor
@@ -166,7 +169,7 @@ def training_loss(
         flow = model.transformer(noisy_latents(latents, noise, sigma), 1000 * sigma, text, **inputs)
     courses = course_targets(clips.scenes, rows).repeat(1, noisy_frames, 1)
     one_object = ~clips.scenes.present[:, 1:].any(1)
-    told = captioned(clips.captions, one_object.device)
+    told = find_captioned(clips.captions, one_object.device)
     error = flow_matching_error(flow, latents, noise, unit_variance_weight(sigma, model.transformer.config.latent_std))
     return PretrainLosses(
         flow=error.mean(),
@@ -247,7 +250,7 @@ class PretrainRecipe(Recipe):
 
     def pipeline(self) -> SparseForcingPipeline:
         """The present weights as a model."""
-        defaults = replace(TINY, vae=kind_of(self.vae))
+        defaults = replace(TINY, vae=identify_autoencoder(self.vae))
         return SparseForcingPipeline(self.model.transformer, self.model.text_encoder, self.vae, defaults)
 
     def validate(self, step: int, folder: Path) -> None:

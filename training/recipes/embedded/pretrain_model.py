@@ -15,7 +15,7 @@ from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.scenes.sample import SceneBatch
 from sparse_forcing.training.data.procedural import procedural_batch
-from sparse_forcing.training.recipes.embedded.autoencoder import fit_patches, trained_autoencoder
+from sparse_forcing.training.recipes.embedded.autoencoder import fit_patches, load_trained_autoencoder
 from sparse_forcing.training.recipes.embedded.curriculum import PretrainConfig, StageConfig
 from sparse_forcing.training.recipes.embedded.growth import load_leading
 from sparse_forcing.training.recipes.embedded.level_balance import LevelBalance
@@ -77,7 +77,7 @@ class TextToVideo(nn.Module):
         targets, counted = attribute_targets(scenes)
         error = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
         error = (error * counted).sum(1) / counted.sum(1)
-        told = captioned(captions, error.device)
+        told = find_captioned(captions, error.device)
         return (error * told).sum() / told.sum().clamp(min=1)
 
     def token_loss(self, head: nn.Linear, targets: Tensor, counted: Tensor) -> Tensor:
@@ -88,7 +88,7 @@ class TextToVideo(nn.Module):
         return (error * counted).mean()
 
 
-def captioned(captions: list[str], device: torch.device) -> Tensor:
+def find_captioned(captions: list[str], device: torch.device) -> Tensor:
     """[B] bool: which captions were not dropped."""
     return torch.tensor([caption != "" for caption in captions], device=device)
 
@@ -96,7 +96,7 @@ def captioned(captions: list[str], device: torch.device) -> Tensor:
 def make_autoencoder(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, list[float]]:
     """The autoencoder and its latents' standard deviations: a trained one, or patches fitted on clips of their own."""
     if config.autoencoder is not None:
-        vae = trained_autoencoder(config.autoencoder, "autoencoder")
+        vae = load_trained_autoencoder(config.autoencoder, "autoencoder")
         return vae, [1.0] * vae.latent_channels
     patches = PatchAutoencoder(config.latent_channels)
     return patches, fit_patches(patches, config.loop.seed, config.fit_clips)

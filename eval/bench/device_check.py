@@ -4,14 +4,18 @@
     python -m sparse_forcing.eval.bench.device_check OUTPUT --dry        (any machine: the embedded model's size)
 
 In this order, and not beyond the first failure: kernels against their reference and their speed (`bench attention
---quick`), passes replayed as CUDA graphs against the same passes launched one by one, and `bench stream` of several
-memories with and without graphs. Each step leaves a folder in OUTPUT.
+--quick`), the forward with one pipeline stage and with two, passes replayed as CUDA graphs against the same passes
+launched one by one, and `bench stream` of several memories with and without graphs. Each step leaves a file or a folder
+in OUTPUT.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +23,7 @@ import torch
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.eval.bench import attention, stream
 from sparse_forcing.eval.bench.options import StreamBenchConfig
+from sparse_forcing.eval.bench.timing import measure_seconds
 from sparse_forcing.files import atomic_write_json
 from sparse_forcing.model_folder.sizes import WAN
 
@@ -47,6 +52,9 @@ def run(output: Path, *, dry: bool) -> int:
     plan = Plan.of(dry)
     if code := attention.run(quick=True, repeats=1 if dry else 7, device="cpu" if dry else None, output=None):
         return code
+    stages = compare_stages(torch.device("cpu" if dry else "cuda"))
+    atomic_write_json(output / "stages.json", stages)
+    print(f"forward by pipeline stages, seconds: {stages}")
     published = {f"wan-{size}": changes for size, changes in WAN.items()}
     differences = compare_graphs(plan, published)
     atomic_write_json(output / "graphs.json", differences)
@@ -56,6 +64,42 @@ def run(output: Path, *, dry: bool) -> int:
         if code := stream.run(config, published):
             return code
     return 0
+
+
+@torch.no_grad()
+def compare_stages(device: torch.device) -> dict[str, dict[str, float]]:
+    """Seconds of the Triton forward by how it is timed and by pipeline stages, over lists of 64 shared and 64 random
+    slots of 576 (the launch table's problem, see the kernel's README). Without a GPU its launches are made and not run.
+
+    Raises:
+        SparseForcingError: outputs differ: the stages only change when a block is fetched.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return {}
+    from sparse_forcing.kernels.block_sparse_attention.gpu import backend, launch
+    from sparse_forcing.kernels.block_sparse_attention.problem import Problem
+    from sparse_forcing.kernels.triton_runtime import target
+
+    on_gpu = device.type == "cuda"
+    heads, blocks, slots = (12, 74, 576) if on_gpu else (1, 2, 192)
+    query, keys, values = (
+        torch.randn(1, heads, n, 64, 128, device=device, dtype=torch.bfloat16) for n in (blocks, slots, slots)
+    )
+    chosen = torch.rand(1, heads, blocks, slots - 64, device=device).argsort(-1)[..., :64] + 64
+    shared = torch.arange(64, device=device).expand(1, heads, blocks, -1)
+    problem = Problem(query, keys, values, torch.cat([shared, chosen], -1).int(), None, None, 128**-0.5, 64)
+    plans = {
+        stages: launch.plan_forward(problem, target(device) if on_gpu else "sm_90", stages=stages) for stages in (2, 1)
+    }
+    if not on_gpu:
+        return {}
+    runs: dict[str, Callable[[], object]] = {
+        f"{stages} stages": partial(backend.run, plan.launches, device) for stages, plan in plans.items()
+    }
+    seconds = measure_seconds(runs, device, repeats=7, graphs=True)
+    if not torch.equal(plans[1].out, plans[2].out):
+        raise SparseForcingError("device check: the forward with one pipeline stage differs from the one with two")
+    return seconds
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ def test_a_dry_run_leaves_what_a_run_leaves(monkeypatch: pytest.MonkeyPatch, tmp
     monkeypatch.setattr(attention, "run", lambda **options: asked.append(options) or 0)  # has tests of its own
     assert device_check.main([str(tmp_path), "--dry"]) == 0
     assert asked == [{"quick": True, "repeats": 1, "device": "cpu", "output": None}]
+    assert json.loads((tmp_path / "stages.json").read_text("utf-8")) == {}, "no launch can be run here"
     assert json.loads((tmp_path / "graphs.json").read_text("utf-8")) == {"window": 0.0, "sparse": 0.0}
     assert set(json.loads((tmp_path / "launches" / "stream.json").read_text("utf-8"))["memories"]) == {
         "window:2",

@@ -222,8 +222,10 @@ def plan_forward(
     return_mass: bool = False,
     keep_rest: bool = False,
     variant: str | None = None,
+    stages: int | None = None,
 ) -> ForwardPlan:
-    """Launches of one forward pass on architecture `arch`. variant overrides the choice (tests, report)."""
+    """Launches of one forward pass on architecture `arch`. variant and stages override the table (tests, report, device
+    check)."""
     layout = Layout(problem=problem, arch=arch)
     query, index = problem.query, problem.block_index
     B, H, Nq, M = index.shape
@@ -236,6 +238,7 @@ def plan_forward(
     counts = list_counts(index)
     name = f"forward_{variant}"
     tile, options, (query_parts, key_parts) = layout.choose_tile(name)
+    options |= {} if stages is None else {"num_stages": stages}
     shape = (B, H, Nq, M * key_parts, 2, layout.rows)
     row_mass = torch.empty(shape, dtype=torch.float32, device=query.device) if return_mass else None
     args = layout.common() | tile | {

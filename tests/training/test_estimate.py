@@ -362,7 +362,7 @@ def test_doctor_prints_lines_and_takes_processes(capsys: pytest.CaptureFixture[s
         (None, "cannot read config"),
         ("- 1", "a config is a list of"),
         ("loop: {steps: 1}\nmode: sideways\n", "mode: expected one of"),
-        ("loop: {steps: 1, micro_batch: 2}\nteacher: nowhere\n", "model 'nowhere'"),
+        ("loop: {steps: 1, micro_batch: 2}\nteacher: nowhere\ncritic_ratio: 2\n", "model 'nowhere'"),
         ("loop: {steps: 1, global_batch: 6, micro_batch: 2}\nmode: teacher\n", "cannot be shared by 2 processes"),
         ("loop: {steps: 1}\n", "may be for stage autoencoder or forcing or distill; say which with --stage"),
     ],

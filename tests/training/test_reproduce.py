@@ -279,7 +279,7 @@ def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, mo
         ("training.memory.window_frames=3", "window"),
         ("training.memory.density=1.0", "density must be below 1"),
         ("evaluation.horizons=[2, 4]", "horizons: needs 1, the training horizon"),
-        ("evaluation.horizons=[1, 1]", "horizons: different"),
+        ("evaluation.horizons=[1, 1]", "horizons: expected different"),
         ("evaluation.recall_prompts=5", "recall_prompts: 5 is more than prompts, 4"),
         ("evaluation.colour=red", "evaluation.colour"),
         ("evaluation.device=nonsense", "evaluation.device: nonsense"),

@@ -57,8 +57,8 @@ class ConsistencyConfig:
     """Consistency distillation of a causal student.
 
     Args:
+        teacher: pipeline folder (or `tiny-base`) whose transformer's path is learned.
         model: pipeline folder (or `tiny`) that gives text encoder, autoencoder and the student's starting weights.
-        teacher: pipeline folder whose transformer's path is learned.
         teacher_window: latent frames that a causal teacher sees, the predicted chunk included; None: a bidirectional
             one, to which all chunks of a clip are equally noisy.
         teacher_steps: Euler steps of the teacher from noise to the end, even before the shift; the levels of the
@@ -72,8 +72,8 @@ class ConsistencyConfig:
     """
 
     loop: LoopConfig
+    teacher: str
     model: str = "tiny"
-    teacher: str = "tiny"
     teacher_window: int | None = None
     teacher_steps: int | None = None
     guidance_scale: float = 1.0

@@ -247,7 +247,7 @@ def test_long_tuning_is_one_more_training_of_every_student(tmp_path: Path, model
 @pytest.mark.slow
 def test_without_a_teacher_and_a_start_the_base_model_is_both(tmp_path: Path, model_folder: Path) -> None:
     config = settings(model_folder)
-    config["variants"] = ["dense", "sparse"]
+    config["variants"], config["worlds"] = ["dense", "sparse"], None
     config["training"] |= {
         "teacher": None,
         "start": None,
@@ -351,7 +351,7 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path) -> Non
     said = [process.communicate(timeout=300)[1] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
     trainings = [line for text in said for line in text.splitlines() if line.startswith("training ")]
-    assert len(trainings) == len(set(trainings)) == 5
+    assert len(trainings) == len(set(trainings)) == 7  # two of them of worlds
     assert all("training " in text for text in said)
     found = [json.loads((tmp_path / f"results-{who}/miniature/miniature.json").read_text()) for who in "ab"]
     assert found[0] == found[1]

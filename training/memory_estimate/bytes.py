@@ -159,6 +159,8 @@ def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: 
         blocks = history_blocks(windows, sizes.layout.num_blocks, sizes.num_slots)
     else:
         passes = (work.frames + work.context_frames) // chunk_frames
+        if work.cache_gradient == "clean":
+            passes -= 1  # the first one has nothing before it
         merged = 2 if work.cache_gradient == "straight_through" else 0  # what clean passes leave, and its gradients
         pools = passes + merged + work.checkpointing
         blocks, at_once = pools * sizes.num_slots, 3 * sizes.num_slots

@@ -160,7 +160,7 @@ def _sparse_tokens(memory: MemoryConfig, work: Work, chunk_frames: int, layers: 
     else:
         passes = (work.frames + work.context_frames) // chunk_frames
         if work.cache_gradient == "clean":
-            passes -= 1  # the first one has nothing before it
+            passes -= 1  # fits what was measured: one pass's pool fewer than there are passes
         merged = 2 if work.cache_gradient == "straight_through" else 0  # what clean passes leave, and its gradients
         pools = passes + merged + work.checkpointing
         blocks, at_once = pools * sizes.num_slots, 3 * sizes.num_slots

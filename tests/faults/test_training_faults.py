@@ -24,6 +24,7 @@ from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.shared import optimizer_step
 
 STEPS = "loop: {steps: 1, trackers: []}\n"
+TEACHER = STEPS + "teacher: tiny-base\n"
 
 
 @pytest.mark.parametrize(
@@ -51,11 +52,11 @@ STEPS = "loop: {steps: 1, trackers: []}\n"
             "cache_gradient: detached or clean in long tuning",
         ),
         ("distill", STEPS + "memory: {window_frames: 0}", "window_frames: at least 1"),
-        ("consistency", STEPS + "sampler: {kind: euler}", "distilled with kind few_step and guidance_scale 1"),
-        ("consistency", STEPS + "teacher_window: 0", "teacher_window: must be at least 1 latent frame, got 0"),
-        ("consistency", STEPS + "teacher_steps: 3", "teacher_steps: expected 4 (the sampler's steps) to 1000, got 3"),
-        ("consistency", STEPS + "guidance_scale: -1", "guidance_scale must not be negative"),
-        ("consistency", STEPS + "cache_gradient: none", "cache_gradient: expected detached or clean"),
+        ("consistency", TEACHER + "sampler: {kind: euler}", "distilled with kind few_step and guidance_scale 1"),
+        ("consistency", TEACHER + "teacher_window: 0", "teacher_window: must be at least 1 latent frame, got 0"),
+        ("consistency", TEACHER + "teacher_steps: 3", "teacher_steps: expected 4 (the sampler's steps) to 1000, got 3"),
+        ("consistency", TEACHER + "guidance_scale: -1", "guidance_scale must not be negative"),
+        ("consistency", TEACHER + "cache_gradient: none", "cache_gradient: expected detached or clean"),
         ("consistency", STEPS + "teacher: nowhere", "nowhere"),
         ("ode", STEPS + "data: {kind: procedural}", "data.kind: ODE regression reads shards"),
     ],

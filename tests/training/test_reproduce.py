@@ -323,8 +323,8 @@ def test_the_shipped_config_is_sound(tmp_path: Path) -> None:
     assert list(work.rollouts) == list(VARIANTS)
     assert work.config.evaluation.prompts >= 200
     assert max(work.config.evaluation.horizons) == 12
-    # Starts need the base model alone, so that a second process has work from the first minute.
-    assert {t.folder.name.split("-")[0] for t in work.trainings if not t.parents} == {"start"}
+    # Starts need the base model alone and the worlds nothing, so that a second process has work from the first minute.
+    assert {t.folder.name.split("-")[0] for t in work.trainings if not t.parents} == {"start", "worlds"}
     for stage in ("start", "student"):
         assert len({t.config.loop.steps for t in work.trainings if t.folder.name.startswith(stage)}) == 1
 

@@ -241,12 +241,11 @@ class SparseMemory(RolloutMemory):
         trains = torch.is_grad_enabled()
         rebuilt = state.history is not None and trains and not clean
         again = rebuilt and selection.selectors is not None
-        new: dict[str, Tensor] = {}
-        if state.in_place:
+        new: dict[str, Tensor] = {"keys": keys, "values": values}
+        if state.own_rows is not None and not again:
             selection.store(layout, layer, state, keys, values)
         else:
-            pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
-            new = {"keys": keys, "values": values, "representatives": pooled_keys}
+            new["representatives"] = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
             if selection.selectors is not None:
                 new["value_representatives"] = selection.pool(layout, layer, values, "value")
             self._write(state, new)

@@ -15,7 +15,9 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from sparse_forcing.config import build_config, read_settings
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer, read_defaults, usual_dtype
@@ -49,6 +51,17 @@ def edited(wan: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     return folder
+
+
+def test_trainings_at_the_published_size_have_the_memory_of_its_preset() -> None:
+    """Their models remember as `sparse-forcing` says, where they remember sparsely."""
+    wanted, found = PRESETS["sparse-forcing"].memory, 0
+    for path in sorted(Path("training/configs").glob("wan-*.yaml")):
+        memory = read_settings(path).get("memory", {})
+        if memory.get("kind") == "sparse":
+            assert build_config(MemoryConfig, memory) == wanted, path
+            found += 1
+    assert found >= 5
 
 
 def test_names_on_the_command_line_are_the_presets() -> None:

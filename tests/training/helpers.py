@@ -50,15 +50,15 @@ def small_config(model: Path, stage: str = "forcing", *, steps: int = 4, **loop:
 
 
 class Run:
-    """A training run: one forked process (imports are paid for once), or several through torchrun."""
+    """A training run: forked processes (imports are paid for once), or those that torchrun starts."""
 
-    def __init__(self, settings: Path, processes: int) -> None:
+    def __init__(self, settings: Path, processes: int, torchrun: bool) -> None:
         self.log = settings.with_suffix(".log")
         self.process: Any
-        if processes == 1:
+        if not torchrun:
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["tests.training.workers"])
-            self.process = context.Process(target=workers.run_logged, args=(settings, self.log))
+            self.process = context.Process(target=workers.run_logged, args=(settings, self.log, processes))
             self.process.start()
             return
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -92,12 +92,19 @@ class Run:
 
 
 def start(
-    tmp_path: Path, config: dict[str, Any], out: Path, *, stage: str = "forcing", processes: int = 1, **faults: Any
+    tmp_path: Path,
+    config: dict[str, Any],
+    out: Path,
+    *,
+    stage: str = "forcing",
+    processes: int = 1,
+    torchrun: bool = False,
+    **faults: Any,
 ) -> Run:
     """Start a run; `faults` as in workers.py."""
     settings = tmp_path / f"settings-{len(list(tmp_path.glob('settings-*.json')))}.json"
     settings.write_text(json.dumps({"stage": stage, "config": config, "out": str(out), **faults}))
-    return Run(settings, processes)
+    return Run(settings, processes, torchrun)
 
 
 def run(tmp_path: Path, config: dict[str, Any], out: Path, **options: Any) -> tuple[int, str]:

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
@@ -113,52 +112,6 @@ def run(settings_path: Path) -> int:
 def thread_names() -> list[str]:
     """Names of this process's threads, Python's and others (Linux)."""
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-
-
-def run_logged(settings_path: Path, log: Path, processes: int = 1) -> None:
-    """The same in a forked process or in several that are one launch, their output in a file."""
-    with log.open("a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    code = run(settings_path) if processes == 1 else _launch(settings_path, processes)
-    sys.stderr.flush()
-    os._exit(code)
-
-
-def _launch(settings_path: Path, processes: int) -> int:
-    """What torchrun does, but forked, so that imports are paid for once: 1 if a process failed, which ends the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launch = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    alive = set()
-    for number in range(processes):
-        if not (child := os.fork()):
-            os.environ.update({name: str(value) for name, value in launch.items()}, RANK=str(number), LOCAL_RANK=str(number))
-            _end_with(settings_path)
-        alive.add(child)
-    failed = False
-    while alive:
-        child, status = os.wait()
-        alive.discard(child)
-        if status and not failed:
-            failed = True
-            signal.signal(signal.SIGALRM, lambda *_: [os.kill(other, signal.SIGTERM) for other in alive])
-            signal.alarm(10)  # as a rule the others end by themselves, and say why
-    return int(failed)
-
-
-def _end_with(settings_path: Path) -> None:
-    """Ends this process as the run ends."""
-    code = 1
-    try:
-        code = run(settings_path)
-    except BaseException:  # also SystemExit: nothing of the forked test server may run on
-        sys.excepthook(*sys.exc_info())  # torch's names the rank
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
 
 
 if __name__ == "__main__":

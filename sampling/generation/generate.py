@@ -213,7 +213,7 @@ def generate_video(
     `config` is the job's (`Job.config`); `given`: further arguments of `pipe.stream`, what the video starts from.
     """
     described = _describe_run(pipe, config, settings, job)
-    checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
+    checkpoints, begun = find_checkpoint(config, settings, job, pipe, described, progress.note)
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
     resumed = None if begun is None else begun.stream

@@ -13,19 +13,14 @@ from pathlib import Path
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import check_target, is_file, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
-from sparse_forcing.sampling.generation.checkpoints import checkpoint_folder
-from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
-
-OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
-LIVE_FOLDER = "live"
-
-
-def overlay_path(job: Job) -> Path:
-    return job.video.parent / OVERLAY_FOLDER / job.video.name
-
-
-def live_path(job: Job) -> Path:
-    return job.video.parent / LIVE_FOLDER / job.video.name
+from sparse_forcing.sampling.generation.jobs import WRITTEN, GenerateConfig, Job
+from sparse_forcing.sampling.generation.paths import (
+    OVERLAY_FOLDER,
+    checkpoint_folder,
+    live_path,
+    overlay_path,
+    video_files,
+)
 
 
 def remove_live(job: Job) -> None:
@@ -54,22 +49,19 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
 
 
 def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
-    """Refuse jobs that would replace what the run reads: the picture or video it starts from, with that video's own
-    sidecar and overlay, the prompts, the model. Raises OutputError."""
-    targets = [path for job in jobs for path in (job.video, job.sidecar, overlay_path(job))]
+    """Refuse jobs that would replace what the run reads: every file that a flag or a job names, a video's own sidecar
+    and overlay with it, and the model's folder, to which nothing is added. Raises OutputError."""
     starts = dict.fromkeys([config.video, *(job.start_video for job in jobs)])
-    read = [config.image, config.prompt_file, *dict.fromkeys(job.start_image for job in jobs), *starts]
-    inputs = [path for path in read if path is not None]
+    named = [value for name, value in vars(config).items() if isinstance(value, Path) and name not in WRITTEN]
+    inputs = [*named, *dict.fromkeys(path for job in jobs for path in (job.start_image, job.start_video) if path)]
     for video in starts:
         if video is not None:
             inputs += [video.with_suffix(".json"), video.parent / OVERLAY_FOLDER / video.name]
+    targets = [path for job in jobs for path in video_files(job) if config.live or path != live_path(job)]
     if config.grid is not None:
         targets.append(config.grid)
-    if config.live:
-        targets += map(live_path, jobs)
-    if config.checkpoints:
-        targets += map(checkpoint_folder, jobs)
-    check_targets(targets, inputs, sealed=model_folders([config.model]))
+    kept = [] if config.prompt_cache is None else [config.prompt_cache]
+    check_targets(targets, inputs, sealed=model_folders([config.model]), added_to=kept)
 
 
 def is_finished(job: Job) -> bool:

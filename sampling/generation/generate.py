@@ -33,6 +33,7 @@ from sparse_forcing.sampling.generation.outputs import (
     is_finished,
     output_folders,
 )
+from sparse_forcing.sampling.generation.paths import checkpoint_folder
 from sparse_forcing.sampling.generation.settings import (
     Settings,
     choose_defaults,
@@ -75,7 +76,7 @@ def generate(
     folders = output_folders(config, jobs)
     waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
     check_inputs(config, waiting)
-    with without_empty_folders(folders):
+    with without_empty_folders([*folders, *(map(checkpoint_folder, jobs) if config.checkpoints else ())]):
         for folder in folders:
             check_writable(folder, folder=True)
         with launch.hold(lambda: hold_shard(config.output, config.shard)):

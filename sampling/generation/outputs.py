@@ -6,12 +6,13 @@ them leaves a video without a sidecar, which `--skip-existing` takes for unfinis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError
-from sparse_forcing.files import check_target, is_file, read_json, remove_file
+from sparse_forcing.files import check_target, is_file, is_folder, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
 from sparse_forcing.sampling.generation.jobs import WRITTEN, GenerateConfig, Job
 from sparse_forcing.sampling.generation.paths import (
@@ -43,9 +44,18 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
         paths += map(live_path, jobs)
     if config.grid is not None:
         paths.append(config.grid)
+    folders = [check_target(path).parent for path in paths]
     if config.checkpoints:
-        paths += [checkpoint_folder(job).with_name(job.video.name) for job in jobs]  # beside the folder: no such file
-    return list(dict.fromkeys(check_target(path).parent for path in paths))
+        folders += map(_check_checkpoint, jobs)
+    return list(dict.fromkeys(folders))
+
+
+def _check_checkpoint(job: Job) -> Path:
+    """The folder of all checkpoints. Raises OutputError where this video's cannot be a folder in it."""
+    folder = checkpoint_folder(job)
+    if os.path.lexists(folder) and not is_folder(folder, OutputError):
+        raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+    return folder.parent
 
 
 def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:

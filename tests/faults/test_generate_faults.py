@@ -516,6 +516,8 @@ def test_suite_writes_official_names_apart_from_sidecars_and_resumes(stub, tmp_p
         ("overlay", "file", "it is a file, not a folder"),
         ("overlay/c.mp4", "folder", "it is a folder"),
         ("c.json", "file", "does not belong to a video"),
+        ("resume/c", "file", "resume/c: it is a file, not a folder"),
+        ("live", "file", "live: it is a file, not a folder"),
     ],
 )
 def test_every_target_is_checked_before_the_model_is_loaded(
@@ -525,8 +527,10 @@ def test_every_target_is_checked_before_the_model_is_loaded(
     if blocked == "c.mp4/x":
         output, blocked = "", "0000-p-seed0.mp4"
     path = tmp_path / blocked
-    path.mkdir(parents=True) if kind == "folder" else path.write_text('{"notes": "mine"}')
-    assert run("p", "--overlay", "--memory", "sparse", "--output", tmp_path / output) == 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if kind == "folder" else path.write_text('{"notes": "mine"}')
+    flags = ("--overlay", "--memory", "sparse", "--live", "--resume", "--checkpoint-every", 1)
+    assert run("p", *flags, "--output", tmp_path / output) == 2
     assert message in one_line(capsys)
     assert files_below(tmp_path) == ([blocked] if kind == "file" else [])
 

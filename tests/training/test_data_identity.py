@@ -204,9 +204,7 @@ def test_clips_that_cannot_be_made_leave_those_that_are_there(
 
 
 @pytest.mark.parametrize("name", ["shard-00001.json", "dataset.json"])
-@pytest.mark.parametrize(
-    "change", [(b"clip", b"clap"), (b"record_sha", b"recorD_sha"), (b"{", b"["), (b"2", b"6")]
-)
+@pytest.mark.parametrize("change", [(b"clip", b"clap"), (b"record_sha", b"recorD_sha"), (b"{", b"["), (b"2", b"6")])
 def test_a_changed_record_is_refused_and_that_of_a_shard_made_again(
     clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, change: tuple[bytes, bytes]
 ) -> None:

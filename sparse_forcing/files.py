@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError, InUseError, OutputError, SparseForcingError
+from sparse_forcing.strict_json import parse_json
 
 PathLike = str | os.PathLike[str]
 
@@ -169,33 +170,7 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
     atomic_write_text(path, text + "\n")
 
 
-def parse_json(text: str | bytes, *, source: str) -> Any:
-    """Parse JSON strictly: duplicate keys, NaN and infinity are errors. `source` names the text in the message.
-
-    Raises:
-        ConfigError: the text is not valid JSON in this strict sense.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in result:
-                raise ConfigError(f"{source}: key {key!r} appears twice")
-            result[key] = item
-        return result
-
-    def refuse(name: str) -> Any:
-        raise ConfigError(f"{source}: {name} is not a JSON number")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid JSON: {error}") from error
-
-
-def read_json(path: PathLike, *, max_bytes: int = 64 << 20) -> Any:
+def read_json(path: PathLike, *, max_bytes: int = 64 << 20, expected: str = "JSON") -> Any:
     """Read a JSON file strictly (see `parse_json`). Raises ConfigError for a missing, huge or invalid file."""
     try:
         with open(path, "rb") as file:
@@ -203,12 +178,14 @@ def read_json(path: PathLike, *, max_bytes: int = 64 << 20) -> Any:
     except OSError as error:
         raise ConfigError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
     if len(data) > max_bytes:
-        raise ConfigError(f"{os.fspath(path)}: larger than {max_bytes} bytes")
-    return parse_json(data, source=os.fspath(path))
+        raise ConfigError(f"{os.fspath(path)}: larger than {max_bytes} bytes; expected {expected}")
+    return parse_json(data, source=os.fspath(path), expected=expected)
 
 
 def sha256_file(path: PathLike) -> str:
-    """Hex SHA-256 of a file, read in pieces. Raises OSError when it cannot be read."""
+    """Hex SHA-256 of a file, read in pieces. Raises OSError when it cannot be read, or is a pipe or a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device has no end
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

@@ -7,8 +7,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike, parse_json
+from sparse_forcing.files import PathLike
 from sparse_forcing.sampling.generation.prompts import MAX_SEED, check_prompt, is_jsonl, read_lines
+from sparse_forcing.strict_json import parse_json
 
 FIELDS = ("prompt", "original_prompt", "negative_prompt", "seed", "image", "video", "then", "output")
 RESERVED = ("overlay", "live", "resume")  # folders of a run's own files

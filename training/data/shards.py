@@ -30,10 +30,20 @@ from torch import Tensor, nn
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, remove_file, sha256_file
 from sparse_forcing.processes import from_first, rank, world_size
+from sparse_forcing.strict_json import ANY, COUNT, NOTHING, TEXT, check_form
 from sparse_forcing.training.engine.parallel import mean_over_ranks
 from sparse_forcing.weights.safe_load import check_safetensors
 
 _DATASET, _LOOSE = "dataset.json", "prompts.safetensors"
+_ABOUT = {"items": COUNT, "loose_prompts": [TEXT], "loose_sha256?": (NOTHING, TEXT)}
+_RECORD = {
+    "prompts": [TEXT],
+    "sha256": (NOTHING, TEXT),
+    "covers": COUNT,
+    "refused": [TEXT],
+    "sources?": [(NOTHING, TEXT)],
+    "shapes": {ANY: [COUNT]},
+}
 
 
 @dataclass(frozen=True)
@@ -88,9 +98,11 @@ def write_shards(
         samples = range(first, min(first + per_shard, count))
         present = sources(samples)  # before the samples are read: what replaces them later is then noticed
         if path.with_suffix(".json").exists():
-            if _same_sources(read_json(path.with_suffix(".json")).get("sources", []), present):
+            known = _find_record(path.with_suffix(".json"))
+            if known is not None and _same_sources(known.get("sources", []), present):
                 continue
-            progress(f"shard {number + 1} of {len(starts)}: its files have changed since it was made; it is made again")
+            why = "its record is damaged" if known is None else "its files have changed since it was made"
+            progress(f"shard {number + 1} of {len(starts)}: {why}; it is made again")
             remove_file(path.with_suffix(".json"))
         content = make(samples)
         digest = _write(path, content.tensors) if content.prompts else None
@@ -109,6 +121,30 @@ def write_shards(
     return round(mean_over_ranks({"written": float(written)})["written"] * world_size())
 
 
+def _read_form(path: Path, form: Any, what: str) -> dict[str, Any]:
+    try:
+        content = read_json(path, expected=what)
+        check_form(content, form, str(path), what)
+    except ConfigError as error:
+        raise WeightsError(f"{error}; make the data again") from error
+    return content
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    return _read_form(path, _RECORD, "the record of a shard")
+
+
+def _find_record(path: Path) -> dict[str, Any] | None:
+    try:
+        return _read_record(path)
+    except WeightsError:
+        return None
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    return _read_form(folder / _DATASET, _ABOUT, "the description of a data set")
+
+
 def _same_sources(then: list[str | None], now: list[str | None]) -> bool:
     """Whether files are what they were; those that cannot be read any more are not what a shard is made of anew."""
     return len(then) == len(now) and all(new in (old, None) for old, new in zip(then, now))
@@ -120,7 +156,7 @@ def _commit(
     """Write what the data is, or check that the folder holds nothing else."""
     known = folder / _DATASET
     if known.exists():
-        made = read_json(known)
+        made = _read_about(folder)
         if made != {**about, "loose_sha256": made.get("loose_sha256")}:
             raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
         return
@@ -130,7 +166,8 @@ def _commit(
 
 def read_refused_samples(folder: Path) -> list[str]:
     """Samples that earlier runs into `folder` could not use."""
-    return [name for path in sorted(folder.glob("shard-*.json")) for name in read_json(path)["refused"]]
+    records = map(_find_record, sorted(folder.glob("shard-*.json")))
+    return [name for record in records if record is not None for name in record["refused"]]
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -149,9 +186,9 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.about = read_json(folder / _DATASET)
+        self.about = _read_about(folder)
         self.folder = folder
-        self.records = [read_json(path) for path in sorted(folder.glob("shard-*.json"))]
+        self.records = [_read_record(path) for path in sorted(folder.glob("shard-*.json"))]
         covered = sum(record["covers"] for record in self.records)
         if covered != self.about["items"]:
             raise WeightsError(

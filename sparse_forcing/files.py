@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparse_forcing.errors import ConfigError, InUseError, OutputError, SparseForcingError
 from sparse_forcing.strict_json import parse_json
@@ -170,10 +170,21 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
     atomic_write_text(path, text + "\n")
 
 
+def open_input(path: PathLike) -> BinaryIO:
+    """A file opened for reading. Raises OSError, for a pipe that nobody writes to, too: it would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    file = open(handle, "rb")
+    if stat.S_ISFIFO(os.fstat(handle).st_mode) and not file.peek(1):
+        file.close()
+        raise OSError(errno.EPIPE, "a pipe that nobody writes to")
+    return file
+
+
 def read_json(path: PathLike, *, max_bytes: int = 64 << 20, expected: str = "JSON") -> Any:
     """Read a JSON file strictly (see `parse_json`). Raises ConfigError for a missing, huge or invalid file."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error

@@ -124,7 +124,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: not readable, huge, not UTF-8, or a row is not an entry; the message names the line.
     """
-    text, delimiter = _text(path), _DELIMITERS.get(path.suffix.lower())
+    text, delimiter = _text(path, "a JSONL or CSV manifest"), _DELIMITERS.get(path.suffix.lower())
     records = _json_lines(text, path) if delimiter is None else _table(text, path, delimiter)
     rows = []
     for where, record in records:
@@ -176,7 +176,7 @@ def _cell(name: str, cell: str, where: str) -> Any:
         raise ConfigError(f"{where}: {name} cannot be {cell!r:.60}") from error
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, expected: str) -> str:
     if not is_file(path, ConfigError) and path.exists():  # a pipe would be waited for
         raise ConfigError(f"{path}: not a regular file")
     try:
@@ -185,14 +185,14 @@ def _text(path: Path) -> str:
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a list of videos?")
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; expected {expected}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path} line {line}: not UTF-8 text; expected a JSONL or CSV manifest") from error
+        raise ConfigError(f"{path} line {line}: not UTF-8 text; expected {expected}") from error
 
 
 def read_caption(path: Path) -> str:
     """The text of a caption file. Raises ConfigError where it is missing, huge or not UTF-8."""
-    return _text(path)
+    return _text(path, "a caption")

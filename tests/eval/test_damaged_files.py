@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from sparse_forcing.cli import main
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, MeasurementError
 from sparse_forcing.eval.evaluate import EvaluateConfig, evaluate
 from sparse_forcing.eval.measuring.kept import FeatureStore
+from sparse_forcing.eval.metrics.offline.motion import dense_flow
 from sparse_forcing.eval.report.page import build_page
 from sparse_forcing.eval.results import load_results, to_csv, to_json
 from sparse_forcing.eval.shards import merge_shards
@@ -218,3 +219,30 @@ def test_one_video_under_two_names_counts_once(tmp_path: Path, capsys: pytest.Ca
     said = capsys.readouterr()
     assert "passed over '1.mp4' (a link to '0.mp4')" in said.err
     assert "1 videos measured" in said.out
+
+
+def test_a_pipe_that_nobody_writes_to_is_not_waited_for(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for arguments in (["--merge", tmp_path / "pipe", "--output", tmp_path / "new"], ["--aggregate", tmp_path / "pipe"]):
+        assert evaluate_line(capsys, *arguments).endswith("pipe: a pipe that nobody writes to")
+    read, write = os.pipe()  # as `<(command)` of a shell
+    os.write(write, b'{"scene": 0.5}')
+    os.close(write)
+    assert main(["evaluate", "--aggregate", f"/dev/fd/{read}"]) == 2
+    os.close(read)
+    assert "no total: subject_consistency (missing)" in capsys.readouterr().err
+
+
+def test_options_that_mean_nothing_are_one_line(run: EvaluateConfig, capsys: pytest.CaptureFixture) -> None:
+    flags = (run.target, "--output", run.output_folder.parent / "new")
+    for name in ("os:getcwd", "math:pi", ":x", "..:x", "os:nothing"):
+        plugin = ("--suite", "vbench", "--metrics", "motion_smoothness", "--plugins", f"interpolator={name}")
+        assert f"plugin '{name}': " in evaluate_line(capsys, *flags, *plugin)
+    assert "resamples may be up to" in evaluate_line(capsys, *flags, "--resamples", 10**12)
+    assert "device" in evaluate_line(capsys, *flags, "--metrics", "brightness", "--device", "strange")
+
+
+def test_strips_have_no_motion_and_take_no_memory_for_it() -> None:
+    strip = np.zeros((2, 16_384, 3), np.uint8)
+    with pytest.raises(MeasurementError, match="as narrow as 16384x2"):
+        dense_flow(strip, strip)

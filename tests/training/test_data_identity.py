@@ -203,3 +203,31 @@ def test_damaged_records_of_shards_are_made_again_or_named(
     (out / "dataset.json").write_text("[]")
     assert encode(out, clips) == 2
     assert "dataset.json: not the description of a data set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.height=1000000", "data: height must be above 0 and at most 16384"),
+        ("data.fps=1e300", "data: fps must be above 0 and at most 1000"),
+        ("data.latent_frames=1000000000000", "data: latent_frames must be 1 to 20000"),
+    ],
+)
+def test_absurd_sizes_of_clips_are_refused_before_anything_is_loaded(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = setting.split("=")
+    assert encode(tmp_path / "out", tmp_path, **{name: value}) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_anywhere_is_one_line(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def grow(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sparse_forcing.training.data.encode.read_clip", grow)
+    assert encode(tmp_path / "out", clips) == 2
+    assert "error: out of memory; choose smaller pictures" in capsys.readouterr().err.splitlines()[-1]

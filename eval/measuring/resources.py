@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.errors import ConfigError, MeasurementError
+from sparse_forcing.eval.measuring.failures import shorten
 from sparse_forcing.eval.vbench.networks import efficientnet, tokenizer
 from sparse_forcing.files import sha256_file
 
@@ -77,10 +78,9 @@ class Resources:
         for name in self.stand_ins:
             if name not in ("detector", "captioner"):
                 raise ConfigError(f"stand-in {name!r} is unknown; known are detector, captioner")
-        folder = self.weights or (Path(os.environ["VBENCH_CACHE_DIR"]) if "VBENCH_CACHE_DIR" in os.environ else None)
         if self.weights is not None and not self.weights.is_dir():
             raise ConfigError(f"{self.weights}: no such folder of weights")
-        self._files = _find_files(folder)
+        self._files = find_weight_files(self.weights)
 
     @property
     def compatible(self) -> bool:
@@ -155,7 +155,10 @@ def _hash_given(network: Any) -> str:
     return f"given {digest.hexdigest()}"
 
 
-def _find_files(folder: Path | None) -> dict[str, Path]:
+def find_weight_files(folder: Path | None) -> dict[str, Path]:
+    """The official weight files by their networks' names, below a folder or else the VBENCH_CACHE_DIR variable's."""
+    if folder is None and "VBENCH_CACHE_DIR" in os.environ:
+        folder = Path(os.environ["VBENCH_CACHE_DIR"])
     if folder is None or not folder.is_dir():
         return {}
     wanted = {file: name for name, file in WEIGHT_FILES.items()}
@@ -169,9 +172,9 @@ def _find_files(folder: Path | None) -> dict[str, Path]:
 
 def _load_plugin(target: str, device: str) -> Any:
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not (module and attribute) or module.startswith("."):
         raise ConfigError(f"plugin {target!r}: expected module:function")
     try:
         return getattr(importlib.import_module(module), attribute)(device)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"plugin {target!r}: {error}") from error
+    except Exception as error:  # foreign code may raise anything
+        raise ConfigError(f"plugin {target!r}: {shorten(f'{type(error).__name__}: {error}')}") from error

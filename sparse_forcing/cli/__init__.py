@@ -17,6 +17,7 @@ from typing import Any
 
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import OutputError, SparseForcingError
 from sparse_forcing.files import NO_ROOM
 from sparse_forcing.threads import own_process
@@ -33,6 +34,7 @@ COMMANDS = {
     "doctor": "say what works on this machine, and why not the rest",
 }
 
+_FOR_LESS_MEMORY = "choose smaller pictures, fewer frames, or less at a time"
 MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
 
 
@@ -66,11 +68,31 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line about the work on standard error, if anybody still reads that."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        _discard(sys.stderr)
+    """Print a line about the work on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Messages:
+    """Standard error while a command runs: a reader that is gone, or a log on a full disk, does not end the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., Any], *text: str) -> None:
+        try:
+            call(*text)
+        except OSError:
+            _discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _run_guarded(name: str, work: Callable[[], int]) -> int:
@@ -78,6 +100,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
+    messages, sys.stderr = sys.stderr, _Messages(sys.stderr)  # type: ignore[assignment]
     try:
         try:
             return work()
@@ -90,8 +113,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):
-            _discard(stream)
+        _discard(sys.stdout)
         return 1
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
@@ -100,8 +122,13 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory; {_FOR_LESS_MEMORY}", file=sys.stderr)
+        return 2
     finally:
-        warnings.formatwarning = format_before
+        sys.stderr, warnings.formatwarning = messages, format_before
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import OutputError, SparseForcingError
 from sparse_forcing.files import NO_ROOM
 from sparse_forcing.threads import own_process
@@ -113,6 +114,11 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         _discard(sys.stdout)
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory; ask for less at a time: smaller, shorter or fewer", file=sys.stderr)
+        return 2
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
             raise

@@ -34,6 +34,7 @@ COMMANDS = {
     "doctor": "say what works on this machine, and why not the rest",
 }
 
+_FOR_LESS_MEMORY = "choose smaller pictures, fewer frames, or less at a time"
 MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
 
 
@@ -125,6 +126,11 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         # The disk is full, or a folder was removed or made read-only while a library wrote there: nothing to trace.
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory; {_FOR_LESS_MEMORY}", file=sys.stderr)
         return 2
     finally:
         sys.stderr, warnings.formatwarning = messages, format_before

@@ -85,7 +85,7 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["convert", __file__, "/etc"], "/etc exists already"),
         (["evaluate", "OUT", "--aggregate", "x.json"], "error"),
         (["evaluate", "OUT", "--suite", "vbnch"], "invalid choice"),
-        (["evaluate", "OUT", "--resamples", "99999999999"], "resamples must be at most 1000000"),
+        (["evaluate", "OUT", "--resamples", "99999999999"], "resamples may be up to 1000000"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(

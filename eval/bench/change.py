@@ -2,8 +2,8 @@
 
 After one clip (the model's default length) one attribute of the caption changes, and two more clips are judged by the
 new one. Videos that had it from the start, made of the same noise, are judged beside them, clip by clip: those say what
-the model gets right at that age. With `--recache` a memory that can write its window again has a second row, in which it
-does so at the change.
+the model gets right at that age. With `--recache` each memory that can write its window again has a second row, in
+which it does so at the change.
 
     sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --recache \
         --output docs/results/change

@@ -47,7 +47,7 @@ from sparse_forcing.sampling.loading import (
 )
 from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
 from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.parts import explain_read_errors
+from sparse_forcing.weights.parts import explain_read_errors, unknown_settings_unsaid
 
 MODELS = ("transformer", "text_encoder", "vae")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -257,7 +257,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 with _quiet():
                     texts = read_first(folder, list(prompts), *how)
                 given |= set() if texts is None else {"text_encoder"}
-            check_components(folder, given)
+            with _quiet():
+                check_components(folder, given)
             with explain_read_errors(folder), _quiet():
                 pipe = super().from_pretrained(
                     str(folder),
@@ -361,12 +362,17 @@ def _refuse_code(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of parts that are loaded: they are not this project's, and short."""
+    """No progress bars of parts that are loaded, which are short, and no reports of what they do not use, which a
+    folder's remarks say in a line."""
     shown: list[Any] = [each for each in (logging, transformers_logging) if each.is_progress_bar_enabled()]
+    level = transformers_logging.get_verbosity()
     for each in shown:
         each.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        yield
+        with unknown_settings_unsaid():
+            yield
     finally:
+        transformers_logging.set_verbosity(level)
         for each in shown:
             each.enable_progress_bar()

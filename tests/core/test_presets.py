@@ -20,7 +20,8 @@ from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer, read_defaults, usual_dtype
 from sparse_forcing.model_folder.presets import PRESETS
-from sparse_forcing.model_folder.recognise import check_supported, folder_remarks
+from sparse_forcing.model_folder.recognise import check_supported
+from sparse_forcing.model_folder.remarks import folder_remarks
 from sparse_forcing.model_folder.sizes import WAN, on_meta
 from sparse_forcing.sampling.generation.jobs import PRESETS as NAMES
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
@@ -156,16 +157,6 @@ def test_causal_configs_of_others_name_chunk_window_and_sink(wan: Path, tmp_path
         warnings.simplefilter("always")
         load_transformer(folder)
     assert set(remarks) <= {str(warning.message) for warning in shown}
-
-
-def test_what_is_not_used_is_remarked_on(wan: Path, tmp_path: Path) -> None:
-    assert folder_remarks(wan) == []
-    folder = edited(wan, tmp_path, "scheduler/scheduler_config.json", solver_order=3)
-    (folder / "controlnet").mkdir()
-    assert [remark.partition(": ")[2] for remark in folder_remarks(folder)] == [
-        "parts that are not used: controlnet",
-        "not used: solver_order=3",
-    ]
 
 
 @pytest.mark.parametrize(

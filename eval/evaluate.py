@@ -51,7 +51,7 @@ def _measure(config: EvaluateConfig) -> int:
             "(docs/evaluate.md), such as `sparse-forcing data clips --world` writes"
         )
     others = [_load_compared(path) for path in config.compare]
-    _check_targets(config, entries)
+    _check_targets(config, [*entries, *(entry for other in others if isinstance(other, list) for entry in other)])
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with join_launch() as launch:
@@ -140,15 +140,18 @@ def _choose_exit_code(results: dict[str, Any], strict: bool) -> int:
 
 
 def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
-    """Refuse an output that would replace the videos, their manifest or sidecars, results to compare with, weights."""
+    """Refuse an output that would replace videos of `entries`, their manifest, sidecars or captions, results to compare
+    with, or that would add to weights."""
+    from sparse_forcing.eval.measuring.resources import find_weight_files
     from sparse_forcing.inputs import check_targets
 
-    folder, cache = config.output_folder, config.cache_folder
+    cache = config.cache_folder
     targets = [*_result_files(config), cache / "records", cache / "features"]
     assert config.target is not None
     inputs = [config.target, *config.compare, *(path / "results.json" for path in config.compare)]
     inputs += [*config.official_results, *(entry.video for entry in entries)]
-    inputs += [entry.video.with_suffix(".json") for entry in entries if entry.video.parent == folder]
+    inputs += [entry.video.with_suffix(suffix) for entry in entries for suffix in (".json", ".txt")]
+    inputs += find_weight_files(config.weights).values()
     models = [Path(option.partition("=")[2]) for option in config.stand_ins]
     check_targets(targets, inputs, sealed=models if config.weights is None else [*models, config.weights])
 

@@ -16,6 +16,7 @@ from sparse_forcing.errors import OutputError
 from sparse_forcing.files import PathLike
 
 _Identity = tuple[int, int]
+_EMBEDDED = Path(__file__).parent / "models"  # that in sparse_forcing/model_folder/folder.py, which imports torch
 _MODEL_FILES = ("pipeline.json", "model_index.json", "config.json", "manifest.json", "transformer/config.json")
 
 
@@ -31,14 +32,14 @@ def check_targets(
     Args:
         targets: files, and folders as a whole, that will be written or removed; most need not exist.
         inputs: files and folders that are read.
-        sealed: folders of models and weights, in which a further file would be damage, too.
+        sealed: folders of models and weights, in which a further file would be damage, too; their parts may be links.
         added_to: folders that get files; they may hold inputs, but not be one.
 
     Raises:
         OutputError: a target is an input or holds one, or it lies in a sealed folder.
     """
     targets, added_to, sealed = list(targets), list(added_to), list(sealed)
-    closed = _by_identity(sealed)
+    closed = _by_identity(path for folder in sealed for path in (folder, *_parts(Path(folder))))
     for target in [*targets, *added_to] if closed else ():
         for folder in _itself_and_parents(target):
             if folder in closed:
@@ -64,9 +65,10 @@ def config_inputs(config: Any) -> tuple[list[Path], list[Path]]:
 
 
 def model_folders(paths: Iterable[PathLike]) -> list[Path]:
-    """Those of `paths` that are folders of a model or checkpoint: `tiny` may name a folder that has nothing to do
-    with the model of that name."""
-    return [Path(path) for path in paths if any(os.path.isfile(os.path.join(path, name)) for name in _MODEL_FILES)]
+    """The folders of a model or checkpoint that `paths` name: `tiny` is an embedded one, and may be a folder that has
+    nothing to do with it."""
+    folders = dict.fromkeys(folder for path in paths if path for folder in (_EMBEDDED / path, Path(path)))
+    return [folder for folder in folders if any(os.path.isfile(folder / name) for name in _MODEL_FILES)]
 
 
 def _values(config: Any) -> Iterator[Any]:
@@ -102,6 +104,10 @@ def _itself_and_parents(path: PathLike) -> Iterator[_Identity]:
     for folder in (real, *real.parents):
         if (identity := _identity(folder)) is not None:
             yield identity
+
+
+def _parts(folder: Path) -> Iterator[Path]:
+    yield from (path for path in folder.glob("*") if path.is_dir())
 
 
 def _files(folders: Iterable[Path]) -> Iterator[Path]:

@@ -77,10 +77,9 @@ class Resources:
         for name in self.stand_ins:
             if name not in ("detector", "captioner"):
                 raise ConfigError(f"stand-in {name!r} is unknown; known are detector, captioner")
-        folder = self.weights or (Path(os.environ["VBENCH_CACHE_DIR"]) if "VBENCH_CACHE_DIR" in os.environ else None)
         if self.weights is not None and not self.weights.is_dir():
             raise ConfigError(f"{self.weights}: no such folder of weights")
-        self._files = _find_files(folder)
+        self._files = find_weight_files(self.weights)
 
     @property
     def compatible(self) -> bool:
@@ -155,7 +154,10 @@ def _hash_given(network: Any) -> str:
     return f"given {digest.hexdigest()}"
 
 
-def _find_files(folder: Path | None) -> dict[str, Path]:
+def find_weight_files(folder: Path | None) -> dict[str, Path]:
+    """The official weight files by their networks' names, below a folder or else the VBENCH_CACHE_DIR variable's."""
+    if folder is None and "VBENCH_CACHE_DIR" in os.environ:
+        folder = Path(os.environ["VBENCH_CACHE_DIR"])
     if folder is None or not folder.is_dir():
         return {}
     wanted = {file: name for name, file in WEIGHT_FILES.items()}

@@ -8,6 +8,8 @@ go. When the video is complete, the folder goes.
 
 from __future__ import annotations
 
+import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,11 +20,12 @@ from sparse_forcing.config import to_plain
 from sparse_forcing.errors import ConfigError, OutputError, SparseForcingError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, sha256_file, sweep_temporaries
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
+from sparse_forcing.sampling.generation.paths import checkpoint_folder
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.generation.settings import Settings
+    from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 
-RESUME_FOLDER = "resume"  # apart, so that a folder of results holds nothing but results
 _MANIFEST = "manifest.json"
 _FILES = ("state-*.pt", "video-*.npz", "overlay-*.npz")
 
@@ -38,11 +41,6 @@ class Checkpoint:
     stream: dict[str, Any]
     clip: dict[str, Any]
     tails: dict[str, Any]
-
-
-def checkpoint_folder(job: Job) -> Path:
-    """Where the checkpoint of a video lies."""
-    return job.video.parent / RESUME_FOLDER / job.video.stem
 
 
 def remove_checkpoint(job: Job) -> None:
@@ -120,7 +118,12 @@ class VideoCheckpoints:
 
 
 def find_checkpoint(
-    config: GenerateConfig, settings: Settings, job: Job, described: Mapping[str, Any], note: Callable[[str], None]
+    config: GenerateConfig,
+    settings: Settings,
+    job: Job,
+    pipe: SparseForcingPipeline,
+    described: Mapping[str, Any],
+    note: Callable[[str], None],
 ) -> tuple[VideoCheckpoints | None, Checkpoint | None]:
     """Where the checkpoints of a video go, if any are made, and the one to go on from, if there is one. Without
     --resume the video begins anew, and what is there goes.
@@ -133,7 +136,7 @@ def find_checkpoint(
     """
     if config.checkpoints is None:
         return None, None
-    checkpoints = VideoCheckpoints(job, config.checkpoints, _identity(config, settings, described))
+    checkpoints = VideoCheckpoints(job, config.checkpoints, _identity(config, settings, pipe, described))
     begun = checkpoints.load() if config.resume else None
     if begun is None:
         remove_checkpoint(job)
@@ -142,21 +145,35 @@ def find_checkpoint(
     return checkpoints, begun
 
 
-def _identity(config: GenerateConfig, settings: Settings, described: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the frames depend on. Files count by content, weights by their hash; text_encoder_device may change."""
+def _identity(
+    config: GenerateConfig, settings: Settings, pipe: SparseForcingPipeline, described: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that the frames depend on. Files count by content, weights by their hash, texts by what they were read as,
+    wherever that was."""
     names = ("prompt", "prompt_changes", "seed", "weights_sha256", "versions")
     own = {name: described[name] for name in names}
-    changing = ("image", "video", "text_encoder_device")
+    files = ("image", "video", "tiny_vae")
     sizes = ("num_frames", "height", "width", "scale")
+    asked = described["settings"]
+    changes = [change["prompt"] for change in described["prompt_changes"]]
     return {
         **own,
-        **{name: value for name, value in described["settings"].items() if name not in changing},
+        **{name: value for name, value in asked.items() if name not in (*files, "text_encoder_device")},
         **{name: getattr(settings, name) for name in sizes},
-        **{name: _content(getattr(config, name)) for name in ("image", "video")},
+        **{name: _content(getattr(config, name)) for name in files},
+        "texts": _read_as(pipe, [described["prompt"], asked["negative_prompt"], *changes]),
         "overlay": config.overlay,
         "compile": config.compile,
         "fps": config.fps,
     }
+
+
+def _read_as(pipe: SparseForcingPipeline, texts: list[str]) -> str:
+    """SHA-256 of what texts are read as."""
+    with warnings.catch_warnings():  # said when the video is made
+        warnings.simplefilter("ignore", UserWarning)
+        read = pipe.encode_prompt(texts)
+    return hashlib.sha256(read.float().cpu().numpy().tobytes()).hexdigest()
 
 
 def _content(path: Path | None) -> str | None:

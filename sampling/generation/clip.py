@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.errors import OutputError
 from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
-from sparse_forcing.sampling.generation.outputs import live_path, overlay_path, remove_live, remove_old
+from sparse_forcing.sampling.generation.outputs import remove_live, remove_old
+from sparse_forcing.sampling.generation.paths import live_path, overlay_path
 
 if TYPE_CHECKING:
     import numpy as np

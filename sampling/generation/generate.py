@@ -33,6 +33,7 @@ from sparse_forcing.sampling.generation.outputs import (
     is_finished,
     output_folders,
 )
+from sparse_forcing.sampling.generation.paths import checkpoint_folder
 from sparse_forcing.sampling.generation.settings import (
     Settings,
     choose_defaults,
@@ -75,7 +76,7 @@ def generate(
     folders = output_folders(config, jobs)
     waiting = [job for job in jobs if not (config.skip_existing and is_finished(job))]
     check_inputs(config, waiting)
-    with without_empty_folders(folders):
+    with without_empty_folders([*folders, *(map(checkpoint_folder, jobs) if config.checkpoints else ())]):
         for folder in folders:
             check_writable(folder, folder=True)
         with launch.hold(lambda: hold_shard(config.output, config.shard)):
@@ -213,7 +214,7 @@ def generate_video(
     `config` is the job's (`Job.config`); `given`: further arguments of `pipe.stream`, what the video starts from.
     """
     described = _describe_run(pipe, config, settings, job)
-    checkpoints, begun = find_checkpoint(config, settings, job, described, progress.note)
+    checkpoints, begun = find_checkpoint(config, settings, job, pipe, described, progress.note)
     keep_in = None if checkpoints is None else checkpoints.folder
     clip = Clip(config, settings, job, pipe.fps, keep_in=keep_in, begun=begun)
     resumed = None if begun is None else begun.stream

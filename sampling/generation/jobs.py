@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
@@ -11,7 +11,14 @@ from typing import Any, ClassVar, Literal, get_args
 from sparse_forcing.errors import ConfigError, OutputError
 from sparse_forcing.files import is_folder, safe_name
 from sparse_forcing.media.listing import VIDEO_SUFFIXES
-from sparse_forcing.sampling.generation.prompts import MAX_SEED, check_prompt, check_prompts
+from sparse_forcing.sampling.generation.paths import check_distinct
+from sparse_forcing.sampling.generation.prompts import (
+    MAX_SEED,
+    check_new_name,
+    check_prompt,
+    check_prompts,
+    check_utf8,
+)
 from sparse_forcing.sampling.generation.rows import PromptRow, read_rows
 from sparse_forcing.shards import check_shard, take_shard
 
@@ -34,6 +41,8 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tile": (1, MAX_SIDE), "shift": (0.01, 100), "chunk_frames": (1, MAX_FRAMES), "fps": (0.1, 1000),
     "checkpoint_every": (1, MAX_FRAMES),
 }  # fmt: skip
+WRITTEN = ("output", "grid", "prompt_cache")  # paths of a config that are not read
+MAX_SECONDS = MAX_FRAMES / BOUNDS["fps"][0]
 _OTHER_SUFFIXES = frozenset(
     ".3g2 .3gp .apng .asf .avif .bmp .csv .divx .f4v .flac .flv .h264 .h265 .hevc .jpeg .jpg .json .jsonl .m1v .m2ts "
     ".m2v .m4a .mjpeg .mp3 .mp4v .mpe .mts .mxf .ogg .ogv .png .qt .rm .swf .tif .tiff .txt .vob .wav .webp .wmv .y4m "
@@ -154,15 +163,20 @@ class GenerateConfig:
             object.__setattr__(self, "skip_existing", True)
         for name in BOUNDS:
             _check_bounds(name, getattr(self, name))
+        check_samples(self.seed, self.num_samples, flag("seed"))
         for name in ("model", "image", "video", "tiny_vae"):
-            _check_utf8(name, str(getattr(self, name)))
+            check_utf8(str(getattr(self, name)), flag(name))
+        for name in WRITTEN:
+            check_new_name(str(getattr(self, name)), flag(name))
         if self.negative_prompt:
             check_prompt(self.negative_prompt, "--negative-prompt")
         if self.seconds is not None and not (math.isfinite(self.seconds) and self.seconds > 0):
             raise ConfigError(f"--seconds must be above 0, got {self.seconds:g}")
         for (before, _), (seconds, prompt) in zip([(0.0, ""), *self.then], self.then):
-            if not before < seconds < math.inf:
+            if not before < seconds:
                 raise ConfigError(f"--then {seconds:g}: times must rise and be above 0, this comes after {before:g}")
+            if seconds > MAX_SECONDS:
+                raise ConfigError(f"--then {seconds:g}: no video is longer than {MAX_SECONDS:g} s")
             check_prompt(prompt, f"--then {seconds:g}: prompt")
         for name, kinds in MEMORY_KNOBS.items():
             if getattr(self, name) is not None and self.memory is not None and self.memory not in kinds:
@@ -220,12 +234,10 @@ def _check_bounds(name: str, value: Any) -> None:
             raise ConfigError(f"{flag(name)} must be between {low:g} and {high:g}, got {number!s:.40}")
 
 
-def _check_utf8(name: str, text: str) -> None:
-    """Names of inputs go into the JSON beside the video."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ConfigError(f"{flag(name)} {text!r}: the name is not valid UTF-8; rename it") from error
+def check_samples(seed: int, count: int, where: str) -> None:
+    """Sample k of a prompt uses seed + k. Raises ConfigError where the last one has no seed left."""
+    if seed + count - 1 > MAX_SEED:
+        raise ConfigError(f"{where} {seed}: with {count} samples the seeds go beyond {MAX_SEED}; choose a smaller one")
 
 
 def flag(name: str) -> str:
@@ -280,22 +292,14 @@ def plan(config: GenerateConfig) -> list[Job]:
         what = f"{count} videos" if count > 1 else f"a prompt that names its own ({rows[0].output})"
         raise ConfigError(f"--output {config.output} is one file for {what}; give a folder")
     jobs = [job for number, row in enumerate(rows) for job in _jobs(config, row, number)]
-    _check_distinct(jobs)
+    check_distinct(jobs)
     return take_shard(jobs, config.shard)
-
-
-def _check_distinct(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError when two videos have one name; those of rows that name none differ by their numbers."""
-    taken: set[Path] = set()
-    for job in jobs:
-        if job.video in taken:
-            raise ConfigError(f"{job.video}: two prompts name this output; give each its own")
-        taken.add(job.video)
 
 
 def _jobs(config: GenerateConfig, row: PromptRow, number: int) -> Iterator[Job]:
     """The samples of a row."""
     seed = config.seed if row.seed is None else row.seed
+    check_samples(seed, config.num_samples, f"{row.where}: seed")
     for sample in range(config.num_samples):
         video = config.output
         if not config.to_file:

@@ -6,26 +6,22 @@ them leaves a video without a sidecar, which `--skip-existing` takes for unfinis
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, OutputError
-from sparse_forcing.files import check_target, is_file, read_json, remove_file
+from sparse_forcing.files import check_target, is_file, is_folder, read_json, remove_file
 from sparse_forcing.inputs import check_targets, model_folders
-from sparse_forcing.sampling.generation.checkpoints import checkpoint_folder
-from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job
-
-OVERLAY_FOLDER = "overlay"  # apart, so that a folder of results holds nothing but results
-LIVE_FOLDER = "live"
-
-
-def overlay_path(job: Job) -> Path:
-    return job.video.parent / OVERLAY_FOLDER / job.video.name
-
-
-def live_path(job: Job) -> Path:
-    return job.video.parent / LIVE_FOLDER / job.video.name
+from sparse_forcing.sampling.generation.jobs import WRITTEN, GenerateConfig, Job
+from sparse_forcing.sampling.generation.paths import (
+    OVERLAY_FOLDER,
+    checkpoint_folder,
+    live_path,
+    overlay_path,
+    video_files,
+)
 
 
 def remove_live(job: Job) -> None:
@@ -48,28 +44,34 @@ def output_folders(config: GenerateConfig, jobs: Sequence[Job]) -> list[Path]:
         paths += map(live_path, jobs)
     if config.grid is not None:
         paths.append(config.grid)
+    folders = [check_target(path).parent for path in paths]
     if config.checkpoints:
-        paths += [checkpoint_folder(job).with_name(job.video.name) for job in jobs]  # beside the folder: no such file
-    return list(dict.fromkeys(check_target(path).parent for path in paths))
+        folders += map(_check_checkpoint, jobs)
+    return list(dict.fromkeys(folders))
+
+
+def _check_checkpoint(job: Job) -> Path:
+    """The folder of all checkpoints. Raises OutputError where this video's cannot be a folder in it."""
+    folder = checkpoint_folder(job)
+    if os.path.lexists(folder) and not is_folder(folder, OutputError):
+        raise OutputError(f"cannot write into {folder}: it is a file, not a folder")
+    return folder.parent
 
 
 def check_inputs(config: GenerateConfig, jobs: Sequence[Job]) -> None:
-    """Refuse jobs that would replace what the run reads: the picture or video it starts from, with that video's own
-    sidecar and overlay, the prompts, the model. Raises OutputError."""
-    targets = [path for job in jobs for path in (job.video, job.sidecar, overlay_path(job))]
+    """Refuse jobs that would replace what the run reads: every file that a flag or a job names, a video's own sidecar
+    and overlay with it, and the model's folder, to which nothing is added. Raises OutputError."""
     starts = dict.fromkeys([config.video, *(job.start_video for job in jobs)])
-    read = [config.image, config.prompt_file, *dict.fromkeys(job.start_image for job in jobs), *starts]
-    inputs = [path for path in read if path is not None]
+    named = [value for name, value in vars(config).items() if isinstance(value, Path) and name not in WRITTEN]
+    inputs = [*named, *dict.fromkeys(path for job in jobs for path in (job.start_image, job.start_video) if path)]
     for video in starts:
         if video is not None:
             inputs += [video.with_suffix(".json"), video.parent / OVERLAY_FOLDER / video.name]
+    targets = [path for job in jobs for path in video_files(job) if config.live or path != live_path(job)]
     if config.grid is not None:
         targets.append(config.grid)
-    if config.live:
-        targets += map(live_path, jobs)
-    if config.checkpoints:
-        targets += map(checkpoint_folder, jobs)
-    check_targets(targets, inputs, sealed=model_folders([config.model]))
+    kept = [] if config.prompt_cache is None else [config.prompt_cache]
+    check_targets(targets, inputs, sealed=model_folders([config.model]), added_to=kept)
 
 
 def is_finished(job: Job) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike, parse_json
+from sparse_forcing.files import LOCK_NAME, TEMPORARY_PREFIX, PathLike, parse_json
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20
@@ -16,6 +17,7 @@ MAX_SEED = 2**62
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LINE_END = re.compile(r"\r\n|\r|\n")
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
+_NOT_IN_NAMES = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def check_prompt(prompt: str, where: str = "prompt") -> str:
@@ -34,6 +36,25 @@ def check_prompt(prompt: str, where: str = "prompt") -> str:
     if control := _CONTROL.search(text):
         raise ConfigError(f"{where} contains the control character {control[0]!r}")
     return text
+
+
+def check_new_name(name: str, where: str) -> None:
+    """Refuse to make files whose names do not fit into a line of text, or which the next run would sweep away as the
+    temporaries of a killed one. Raises ConfigError."""
+    if control := _NOT_IN_NAMES.search(name):
+        raise ConfigError(
+            f"{where} {name!r:.60}: the name contains the control character {control[0]!r}; choose another"
+        )
+    if taken := [part for part in Path(name).parts if part.startswith((TEMPORARY_PREFIX, LOCK_NAME))]:
+        raise ConfigError(f"{where} {name!r:.60}: {taken[0]:.40} is a name of temporary files; choose another")
+
+
+def check_utf8(name: str, where: str) -> None:
+    """Refuse a name that JSON files beside the videos could not hold. Raises ConfigError."""
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"{where} {name!r}: the name is not valid UTF-8; rename it") from error
 
 
 def check_prompts(prompts: Iterable[str]) -> list[str]:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import PathLike, parse_json
-from sparse_forcing.sampling.generation.prompts import MAX_SEED, check_prompt, is_jsonl, read_lines
+from sparse_forcing.sampling.generation.paths import RESERVED
+from sparse_forcing.sampling.generation.prompts import (
+    MAX_SEED,
+    check_new_name,
+    check_prompt,
+    check_utf8,
+    is_jsonl,
+    read_lines,
+)
 
 FIELDS = ("prompt", "original_prompt", "negative_prompt", "seed", "image", "video", "then", "output")
-RESERVED = ("overlay", "live", "resume")  # folders of a run's own files
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +102,10 @@ def _change(value: Any, where: str) -> tuple[float, str]:
     pair = value if isinstance(value, list) and len(value) == 2 else (None, None)
     if not (type(pair[0]) in (int, float) and isinstance(pair[1], str)):
         raise ConfigError(f'{where}: then: expected seconds and a prompt, as in [5, "a blue ball"], got {value!r:.60}')
-    return float(pair[0]), pair[1]
+    try:
+        return float(pair[0]), pair[1]
+    except OverflowError:  # a whole number of hundreds of digits
+        return math.inf, pair[1]
 
 
 def _inside(name: str, where: str) -> str:
@@ -102,6 +113,8 @@ def _inside(name: str, where: str) -> str:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name or path.suffix.lower() != ".mp4":
         raise ConfigError(f"{where}: output: expected the path of an .mp4 file inside --output, got {name!r:.60}")
+    check_new_name(name, f"{where}: output:")
+    check_utf8(name, f"{where}: output:")
     if taken := [part for part in path.parts[:-1] if part in RESERVED]:
         raise ConfigError(f"{where}: output: {taken[0]} is a folder for files beside the videos; choose another name")
     return str(path)

@@ -66,11 +66,31 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print a line about the work on standard error, if anybody still reads that."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except BrokenPipeError:
-        _discard(sys.stderr)
+    """Print a line about the work on standard error."""
+    print(text, file=sys.stderr, flush=True)
+
+
+class _Messages:
+    """Standard error while a command runs: a reader that is gone, or a log on a full disk, does not end the work."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, call: Callable[..., Any], *text: str) -> None:
+        try:
+            call(*text)
+        except OSError:
+            _discard(self._stream)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _run_guarded(name: str, work: Callable[[], int]) -> int:
@@ -78,6 +98,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
+    messages, sys.stderr = sys.stderr, _Messages(sys.stderr)  # type: ignore[assignment]
     try:
         try:
             return work()
@@ -90,8 +111,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:
-        for stream in (sys.stdout, sys.stderr):
-            _discard(stream)
+        _discard(sys.stdout)
         return 1
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
@@ -101,7 +121,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
     finally:
-        warnings.formatwarning = format_before
+        sys.stderr, warnings.formatwarning = messages, format_before
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -16,14 +16,17 @@ import importlib
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.cli.flags import number, path, whole_number
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_text, check_writable, output_lock
+from sparse_forcing.files import atomic_write_text, check_writable, output_lock, remove_file
 from sparse_forcing.inputs import check_targets, config_inputs
 from sparse_forcing.scenes.worlds.config import GROUNDS, SPLITS
 from sparse_forcing.scenes.worlds.config import KINDS as WORLDS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 KINDS = ("clips", "encode", "ode-pairs")
 MANIFEST, WORLD_TRUTH = "manifest.jsonl", "worlds.jsonl"
@@ -121,9 +124,8 @@ def _render(arguments: argparse.Namespace) -> dict[str, object]:
     if not 0 <= arguments.seed < 2**62:
         raise ConfigError(f"--seed must be between 0 and 2^62, got {arguments.seed}")
     output: Path = check_writable(arguments.output, folder=True)
-    write = _write_world if arguments.world else _write_clip
     with output_lock(output):
-        entries = [write(arguments, number) for number in range(arguments.num_clips)]
+        entries = [_write_clip(arguments, number) for number in range(arguments.num_clips)]
         if arguments.world:
             truth = [{"video": entry["video"], **entry.pop("truth")} for entry in entries]
             atomic_write_text(output / WORLD_TRUTH, _as_lines(truth))
@@ -131,16 +133,32 @@ def _render(arguments: argparse.Namespace) -> dict[str, object]:
     return {"manifest": str(output / MANIFEST), "clips": len(entries)}
 
 
+def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
+    """Render clip `number`; returns its line of the manifest. Before the first one takes its place, the manifest goes
+    that says what was there."""
+    from einops import rearrange
+
+    from sparse_forcing.media.video import VideoWriter
+
+    pixels, entry = _draw_world(arguments, number) if arguments.world else _draw_scene(arguments, number)
+    path, size = arguments.output / f"{number:06d}.mp4", arguments.size
+    with VideoWriter(path, fps=arguments.fps, height=size, width=size, scale=arguments.scale) as writer:
+        writer.write(rearrange(pixels * 0.5 + 0.5, "f c h w -> f h w c").numpy())
+        if number == 0:
+            for name in (MANIFEST, WORLD_TRUTH):
+                remove_file(arguments.output / name)
+    return {"video": path.name, **entry}
+
+
 def _as_lines(entries: list[dict[str, Any]]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
-    """Render clip `number` from a seed of its own, so that it does not depend on how many are made."""
+def _draw_scene(arguments: argparse.Namespace, number: int) -> tuple[Tensor, dict[str, Any]]:
+    """Frames [F, 3, H, W] in [-1, 1] and what the manifest says of them, from a seed of the clip's own, so that it does
+    not depend on how many are made."""
     import torch
-    from einops import rearrange
 
-    from sparse_forcing.media.video import write_video
     from sparse_forcing.scenes.captions import caption
     from sparse_forcing.scenes.render import render
     from sparse_forcing.scenes.sample import sample_scenes
@@ -148,23 +166,13 @@ def _write_clip(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
     seed = random.Random(f"{arguments.seed}/{number}").getrandbits(62)
     generator = torch.Generator().manual_seed(seed)
     scenes = sample_scenes(1, generator, two_object_fraction=float(bool(arguments.two_objects)), split=arguments.split)
-    pixels = render(scenes, arguments.num_frames, arguments.size)[0]
     text = caption(scenes.scenes()[0], random.Random(seed))
-    name = f"{number:06d}.mp4"
-    write_video(
-        arguments.output / name,
-        rearrange(pixels * 0.5 + 0.5, "f c h w -> f h w c").numpy(),
-        arguments.fps,
-        scale=arguments.scale,
-    )
-    return {"video": name, "prompt": text, "index": 0, "seed": seed}
+    return render(scenes, arguments.num_frames, arguments.size)[0], {"prompt": text, "index": 0, "seed": seed}
 
 
-def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
-    """Render world `number` of the seed; the line says what comes back and how to draw the world again."""
-    from einops import rearrange
-
-    from sparse_forcing.media.video import write_video
+def _draw_world(arguments: argparse.Namespace, number: int) -> tuple[Tensor, dict[str, Any]]:
+    """Frames [F, 3, H, W] in [-1, 1] of world `number` of the seed; its line says what comes back and how to draw the
+    world again."""
     from sparse_forcing.scenes.worlds.batch import draw_world
     from sparse_forcing.scenes.worlds.config import WorldConfig
     from sparse_forcing.scenes.worlds.draw import render_world
@@ -178,20 +186,11 @@ def _write_world(arguments: argparse.Namespace, number: int) -> dict[str, Any]:
         grounds=(arguments.ground,) if arguments.ground else GROUNDS,
     )
     world = draw_world(arguments.world, arguments.seed, number, config)
-    pixels = render_world(world, arguments.size)
-    name = f"{number:06d}.mp4"
-    write_video(
-        arguments.output / name,
-        rearrange(pixels * 0.5 + 0.5, "f c h w -> f h w c").numpy(),
-        arguments.fps,
-        scale=arguments.scale,
-    )
-    truth = write_record(world, config)  # in a file of its own: manifests hold what evaluation knows, and no more
-    return {
-        "video": name,
+    entry = {
         "prompt": world.story,
         "index": 0,
         "seed": arguments.seed,
         "returns": list_returns(world),
-        "truth": truth,
+        "truth": write_record(world, config),  # in a file of its own: manifests hold what evaluation knows, and no more
     }
+    return render_world(world, arguments.size), entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import sys
 import types
 import typing
@@ -23,6 +24,7 @@ _HABITS = {
     "--prompts": ("--prompt-file",), "--samples": ("--num-samples",), "--checkpoint": ("--model",),
 }  # fmt: skip
 """Flags of other programs, and what they are called where these are flags."""
+_LIKE_A_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,14 +39,16 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         """As in argparse, flags and positional arguments in any order; an unknown flag names the closest known one.
-        After `--` everything is positional, so that a flag there is a mistake."""
+        After `--` everything is positional, so that a flag there is a mistake; among prompts also what looks like one.
+        """
         args = sys.argv[1:] if args is None else list(args)
         end = args.index("--") if "--" in args else len(args)
-        for word in args[end + 1 :]:
-            if (flag := word.partition("=")[0]) in self._option_string_actions:
-                self.error(f"{flag} stands after --, where nothing is a flag; move it before")
         # The intermixed form loses the `--`, so what follows is added to the list that takes any number of words.
         rest = next((action for action in self._positionals._group_actions if action.nargs == "*"), None)
+        for word in args[end + 1 :]:
+            flag = word.partition("=")[0]
+            if flag in self._option_string_actions or (rest is not None and _LIKE_A_FLAG.fullmatch(word)):
+                self.error(f"{flag} stands after --, where nothing is a flag; move it before{self._hint(flag)}")
         if end == len(args) or rest is not None:
             parsed, unknown = self.parse_known_intermixed_args(args[:end], namespace)
             if more := args[end + 1 :]:
@@ -60,6 +64,8 @@ class Parser(argparse.ArgumentParser):
 
     def _hint(self, flag: str) -> str:
         known = [name for action in self._actions for name in action.option_strings]
+        if flag in known:
+            return ""
         meant = _HABITS.get(flag, ())
         if not meant or not set(meant) <= set(known):
             meant = tuple(difflib.get_close_matches(flag, known, 1))

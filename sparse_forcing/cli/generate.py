@@ -13,7 +13,7 @@ from sparse_forcing.cli import note, say
 from sparse_forcing.cli.flags import Parser, add_config_flags, number, read_config, shard
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.launch import Launch, join_launch
-from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, plan
+from sparse_forcing.sampling.generation.jobs import GenerateConfig, Job, check_samples, plan
 from sparse_forcing.sampling.generation.outputs import is_finished
 
 SUITES = ("vbench",)
@@ -183,6 +183,7 @@ def _suite_jobs(config: GenerateConfig, arguments: argparse.Namespace) -> list[J
     if config.grid is not None:
         raise ConfigError(f"--grid is for prompts of your own, not for --suite {arguments.suite}")
     samples = arguments.num_samples if "num_samples" in arguments else SAMPLES
+    check_samples(config.seed, samples, "--seed")
     work = vbench_work_list(samples, config.shard or (0, 1))
     jobs = {}
     for prompt, name, original, index in work:

@@ -12,6 +12,7 @@ import sys
 from sparse_forcing.cli import run_module
 from sparse_forcing.cli.flags import path
 from sparse_forcing.files import check_writable
+from sparse_forcing.inputs import check_targets, config_inputs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,9 +27,12 @@ def run(arguments: argparse.Namespace) -> int:
     done, 143 when a training was stopped to be resumed."""
     from sparse_forcing.reproduction.run import Reproduction, read_reproduce_config
 
-    for folder in (arguments.output, arguments.results):
+    config = read_reproduce_config(arguments.config, arguments.set)
+    folders = arguments.output, arguments.results
+    check_targets([], [arguments.config], sealed=config_inputs(config)[1], added_to=folders)
+    for folder in folders:
         check_writable(folder, folder=True)
-    work = Reproduction(read_reproduce_config(arguments.config, arguments.set), arguments.output)
+    work = Reproduction(config, arguments.output)
     code = work.run()
     if code == 0:
         work.write(arguments.results)

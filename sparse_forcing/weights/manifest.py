@@ -7,6 +7,7 @@ are put beside those it lists (a text encoder copied to a converted transformer)
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError, WeightsError
@@ -14,6 +15,8 @@ from sparse_forcing.files import PathLike, atomic_write_json, read_json, sha256_
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 4 << 20  # of a manifest
+_PARTS = ("transformer", "vae", "adapter", "scheduler")
+_SETTINGS = ("pipeline.json", "model_index.json")
 
 
 def write_manifest(folder: PathLike) -> dict[str, str]:
@@ -57,15 +60,27 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
 def folder_hash(folder: PathLike) -> str:
     """One SHA-256 over the weights below `folder`, verified first when it has a manifest: names a model in a report."""
     root = Path(folder)
-    hashes = verify_manifest(root) or {name: sha256_file(root / name) for name in _content(root)}
-    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
-    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
+    return _combine(verify_manifest(root) or {name: sha256_file(root / name) for name in _content(root)})
 
 
 def model_hash(folder: Path) -> str:
-    """What names a model folder: `folder_hash` of all of it where it has a manifest, or else of its transformer (a
-    foreign folder holds tens of gigabytes with its text encoder)."""
-    return folder_hash(folder if (folder / MANIFEST).is_file() else folder / "transformer")
+    """What names a model folder: `folder_hash` where its manifest lists all of it. What else a video depends on counts,
+    too (a foreign folder has no manifest, parts may be links), but not the tens of gigabytes of a text encoder."""
+    hashes = verify_manifest(folder) or {}
+    covered = {name.split("/")[0] for name in hashes}
+    for part in _PARTS:
+        if part not in covered and ((folder / part).is_dir() or not hashes):
+            hashes[part] = folder_hash(folder / part)
+    for name in _SETTINGS:
+        if name not in covered and (folder / name).is_file():
+            hashes[name] = sha256_file(folder / name)
+    return _combine(hashes)
+
+
+def _combine(hashes: Mapping[str, str]) -> str:
+    """One SHA-256 of several, by name."""
+    lines = [f"{digest}  {name}\n" for name, digest in sorted(hashes.items())]
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
 def _content(root: Path) -> list[str]:

@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 
-from sparse_forcing.cli import doctor, main
+from sparse_forcing.cli import doctor, main, note
 from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.media.video import probe
 
@@ -214,8 +215,6 @@ def test_a_reader_that_is_gone_does_not_end_the_work(tmp_path: Path) -> None:
 
 
 def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    import warnings
-
     shown: list[str] = []
     monkeypatch.setattr(
         doctor, "run", lambda _: shown.append(warnings.formatwarning("prompt cut", UserWarning, "a.py", 1)) or 0
@@ -236,6 +235,23 @@ def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int)
     assert done.returncode == code
     message = "sparse-forcing doctor: error: cannot write to standard output: No space left on device\n"
     assert done.stderr == (message if code else "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_log_on_a_full_disk_does_not_end_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(arguments: object) -> int:
+        note("begun")
+        print("going on", file=sys.stderr, flush=True)
+        return 0
+
+    with open("/dev/full", "w", buffering=1) as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        monkeypatch.setattr(doctor, "run", run)
+        assert main(["doctor"]) == 0
+        assert sys.stderr is log
+    with open("/dev/full", "w", buffering=1) as log:
+        monkeypatch.setattr(sys, "stderr", log)
+        assert main(["no such command"]) == 2
 
 
 @pytest.mark.parametrize(

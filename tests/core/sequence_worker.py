@@ -1,4 +1,4 @@
-"""One process of several for test_sequence_parallel.py: `torchrun -m tests.core.sequence_worker FOLDER`.
+"""One process of several for test_sequence_parallel.py.
 
 First a video by the command line, by all processes together; then latents by the first two, three, ... of them, which
 the first process compares with its own. Differences, relative to the largest latent, go to FOLDER/differences.json.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +80,12 @@ def pass_with_gradients(pipe: Any) -> Any:
     return model(torch.zeros(1, 32, 2, 8, 8), torch.zeros(1), torch.zeros(1, 24, 128))
 
 
-if __name__ == "__main__":
+def run(folder: Path) -> int:
+    """The command and the comparisons, in one group for all: a second one cannot be joined in a launch."""
     torch.set_num_threads(1)
-    target = Path(sys.argv[1])
-    with join_launch(together=True) as launch:  # one group for all: a second one cannot be joined under torchrun
+    with join_launch(together=True) as launch:
         command.join_launch = lambda together: contextlib.nullcontext(launch)
-        code = main([*ARGUMENTS, "--output", str(target / "together"), "--sequence-parallel"])
+        code = main([*ARGUMENTS, "--output", str(folder / "together"), "--sequence-parallel"])
         if code == 0:
-            compare(target)
-    sys.exit(code)
+            compare(folder)
+    return code

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -22,9 +19,9 @@ from sparse_forcing.model.sequence_parallel import SequenceParallel, check_proce
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.processes import leave_group
 from sparse_forcing.sampling.graphs import why_not_recorded
+from tests.core import sequence_worker
 from tests.core.sequence_worker import ARGUMENTS, CASES
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import Forked, json_of
 
 
 def test_parts_differ_by_one_and_every_process_has_a_head() -> None:
@@ -101,17 +98,8 @@ def test_what_cannot_be_combined_is_one_line(
 def test_several_processes_make_the_video_of_one(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main([*ARGUMENTS, "--output", str(tmp_path / "alone")]) == 0
     (alone,) = json.loads(capsys.readouterr().out)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    child = subprocess.run(
-        [*launcher, "-m", "tests.core.sequence_worker", str(tmp_path)],
-        cwd=ROOT,
-        env=environment,
-        text=True,
-        capture_output=True,
-        timeout=400,
-    )
-    assert child.returncode == 0, child.stderr[-3000:]
+    code, output = Forked(tmp_path / "launch.log", sequence_worker.run, tmp_path, processes=4).finish()
+    assert code == 0, output[-3000:]
     result = json.loads((tmp_path / "differences.json").read_text())
     assert len(result["found"]) == len(CASES) + 1
     for *_, size, share, difference in result["found"]:
@@ -119,7 +107,7 @@ def test_several_processes_make_the_video_of_one(tmp_path: Path, capsys: pytest.
         assert share == pytest.approx(even_parts(6, size)[0] / 6, abs=0.02)  # of the cache: the first one's heads
     assert result["refused"] == 2
 
-    (record,) = json.loads(child.stdout)
+    (record,) = json_of(output)
     assert record["settings"]["sequence_parallel"]
     assert sorted(path.name for path in (tmp_path / "together").iterdir()) == sorted(
         path.name for path in (tmp_path / "alone").iterdir()

@@ -27,6 +27,9 @@ class Chunk:
     cache_bytes: int = 0
     persistent: np.ndarray | None = None
 
+    def state(self) -> dict[str, Any]:
+        return {"chunk": torch.tensor(self.index + 1)}
+
 
 class StubPipeline:
     """The attributes and the `stream` that the generation driver relies on; `on_chunk(index)` may raise."""
@@ -42,12 +45,17 @@ class StubPipeline:
     def __init__(self, on_chunk: Callable[[int], None] = lambda index: None) -> None:
         self.on_chunk = on_chunk
         self.calls: list[dict[str, Any]] = []
+        self.embeddings = torch.zeros(4)
+
+    def encode_prompt(self, prompts: list[str]) -> torch.Tensor:
+        return self.embeddings.expand(len(prompts), -1)
 
     def stream(self, prompt: str, *, num_frames: int, generator: torch.Generator, **settings: Any) -> Iterator[Chunk]:
         self.calls.append({"prompt": prompt, "num_frames": num_frames, **settings})
         height, width = settings["height"] or 32, settings["width"] or 32
         tint = torch.rand(3, generator=generator).numpy() * 0.5 + (zlib.crc32(prompt.encode()) % 100) / 250
-        for index in range(-(-num_frames // self.chunk_frames)):
+        resumed = settings.get("resumed")
+        for index in range(0 if resumed is None else int(resumed["chunk"]), -(-num_frames // self.chunk_frames)):
             self.on_chunk(index)
             frames = np.broadcast_to(tint, (self.chunk_frames, height, width, 3)).astype(np.float32).copy()
             frames[:, :8, :8] = index / 20

@@ -3,7 +3,7 @@
     python -m tests.faults.sweep --rounds 200 [--seed 0] [--kinds generate train encode ...]
 
 A round either kills a command (SIGKILL to all its processes) at a random moment and runs it again to its end, or flips
-a bit of a file that a command reads. A small model with random weights is made first; a round takes about ten seconds.
+a bit of a file that a command reads. A small model with random weights is made first; a round takes a few seconds.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+from sparse_forcing.cli import main
+from tests.forked import Forked
+
 PROMPTS = ("a red circle moves right", "a blue ring grows on black", "a pink star stays still")
 STEPS = 6
 
@@ -36,6 +37,7 @@ class Sweep:
 
     def __init__(self, folder: Path, seed: int) -> None:
         self.folder, self.random = folder, random.Random(seed)
+        self.started = 0
         self.usual: dict[str, float] = {}  # seconds that a command takes when it is left alone
         self.kills: dict[str, Callable[[], None]] = {
             "generate": self.kill_generate,
@@ -80,41 +82,33 @@ class Sweep:
     def at(self, name: str) -> str:
         return str(self.folder / name)
 
-    def start(self, arguments: Sequence[str], processes: int = 1) -> subprocess.Popen[str]:
-        launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
-        command = [sys.executable, "-m", *(launcher if processes > 1 else []), "sparse_forcing", *arguments]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            start_new_session=True,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
+    def start(self, arguments: Sequence[str], processes: int = 1) -> Forked:
+        self.started += 1
+        return Forked(self.folder / f"{self.started}.log", main, arguments, processes=processes, folder=self.folder)
 
     def run(self, arguments: Sequence[str], processes: int = 1) -> tuple[int, str]:
         """(exit code, what was said) of a command that is left alone. Raises Lost for a traceback."""
         began = time.monotonic()
-        output = (process := self.start(arguments, processes)).communicate(timeout=600)[0]
+        code, output = self.start(arguments, processes).finish(600)
         self.usual[f"{arguments[0]}{processes}"] = time.monotonic() - began
         expect("Traceback" not in output, f"{' '.join(arguments)}: {output[-3000:]}")
-        return process.returncode, output
+        if code is None:
+            raise Lost(f"{' '.join(arguments)} has not ended after 600 seconds: {output[-3000:]}")
+        return code, output
 
-    def kill(self, arguments: Sequence[str], processes: int = 1) -> None:
+    def kill(self, arguments: Sequence[str], out: Path, processes: int = 1) -> None:
         """Start a command and end all its processes at a random moment of the time it usually takes."""
-        usual = self.usual.get(f"{arguments[0]}{processes}", 20.0)
-        self.end(self.start(arguments, processes), self.random.uniform(0, usual))
+        if (name := f"{arguments[0]}{processes}") not in self.usual:
+            self.run(arguments, processes)
+            self.fresh(out.name)
+        self.end(self.start(arguments, processes), self.random.uniform(0, self.usual[name]))
 
-    def end(self, process: subprocess.Popen[str], seconds: float) -> None:
+    def end(self, process: Forked, seconds: float) -> None:
         """End a command and all its processes after so many seconds."""
-        try:
-            process.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            for worker in _descendants(process.pid):  # torchrun puts its workers into sessions of their own
-                _kill(worker)
-            process.communicate()
+        if process.finish(seconds)[0] is None:
+            for each in _descendants(process.pid):
+                _kill(each)
+            process.finish()
 
     def finish(self, arguments: Sequence[str], out: Path, processes: int = 1) -> None:
         """Run a killed command again: it must end well, keep what was complete, and leave no temporary file or lock."""
@@ -125,7 +119,7 @@ class Sweep:
 
     def kill_generate(self) -> None:
         out = self.fresh("generated")
-        self.kill(self.generate(out.name))
+        self.kill(self.generate(out.name), out)
         complete = {path: digest(path) for path in out.glob("*.mp4") if path.with_suffix(".json").exists()}
         self.finish(self.generate(out.name), out)
         expect(all(digest(path) == known for path, known in complete.items()), "a finished video was made again")
@@ -143,7 +137,7 @@ class Sweep:
         words += ["--output", str(out), "--resume", "--checkpoint-every", str(self.random.choice((1, 2, 5)))]
         seconds = json.loads(plain.with_suffix(".json").read_text())["wall_seconds"]
         process = self.start(words)
-        while process.poll() is None and not (out.parent / "resume" / "c" / "manifest.json").exists():
+        while process.running and not (out.parent / "resume" / "c" / "manifest.json").exists():
             time.sleep(0.01)
         self.end(process, self.random.uniform(0, 1.2 * seconds))
         self.finish(words, out.parent)
@@ -153,13 +147,13 @@ class Sweep:
     def kill_evaluate(self) -> None:
         out = self.fresh("evaluated")
         command = ["evaluate", self.at("videos"), "--output", str(out)]
-        self.kill(command)
+        self.kill(command, out)
         self.finish(command, out)
         expect(len(json.loads((out / "results.json").read_text())["videos"]) == len(PROMPTS), "results are missing")
 
     def kill_encode(self) -> None:
         out = self.fresh("encoded")
-        self.kill(self.encode(out.name))
+        self.kill(self.encode(out.name), out)
         complete = {path: digest(path) for path in out.glob("*.safetensors") if path.with_suffix(".json").exists()}
         self.finish(self.encode(out.name), out)
         expect(all(digest(path) == known for path, known in complete.items()), "a finished shard was made again")
@@ -169,7 +163,7 @@ class Sweep:
     def kill_train(self, processes: int) -> None:
         out = self.fresh(f"trained-{processes}")
         command = ["train", "forcing", "--config", self.at("train.yaml"), "--output", str(out)]
-        self.kill(command, processes)
+        self.kill(command, out, processes)
         before = max((path.name for path in out.glob("step-*")), default="")
         self.finish(command, out, processes)
         newest = max(path.name for path in out.glob("step-*"))
@@ -262,7 +256,7 @@ def sweep(rounds: int, seed: int = 0, kinds: Sequence[str] = (), say: Callable[[
     return lost
 
 
-def main() -> int:
+def sweep_from_command_line() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=16, metavar="N")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
@@ -272,4 +266,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(sweep_from_command_line())

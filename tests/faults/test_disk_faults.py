@@ -73,11 +73,12 @@ def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path: Path) -> Non
         pass
 
 
+@pytest.mark.parametrize("flags", [[], ["--resume", "--checkpoint-every", "1"]])
 def test_a_disk_that_fills_up_while_a_video_is_made_is_one_line(
-    stub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stub, tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with full_disk(600):
-        assert main(["generate", "a ball", "--output", str(tmp_path / "out")]) == 2
+        assert main(["generate", "a ball", "--output", str(tmp_path / "out"), *flags]) == 2
     error = capsys.readouterr().err
     assert "File too large" in error
     assert error.strip().splitlines()[-1].startswith("sparse-forcing generate: error: ")

@@ -45,6 +45,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["красный", "круг"], "2 prompts would make 2 videos"),
         (["p", "--", "--seed", "3"], "--seed stands after --, where nothing is a flag"),
         (["p", "--", "--seed=3"], "--seed stands after --"),
+        (["--", "--bogus"], "--bogus stands after --, where nothing is a flag; move it before (see"),
+        (["p", "--", "--steps=4"], "move it before; did you mean --num-inference-steps?"),
         (["p", "--steps", "4"], "did you mean --num-inference-steps?"),
         (["p", "--size", "64"], "did you mean --height and --width?"),
         (["p", "--size=64"], "did you mean --height and --width?"),
@@ -66,6 +68,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--guidance-scale", "inf"], "invalid number value"),
         (["p", "--seed", "-1"], "--seed must be between 0"),
         (["p", "--seed", "1e30"], "invalid whole number"),
+        (["p", "--seed", str(2**62), "--num-samples", "2"], "with 2 samples the seeds go beyond"),
+        (["--suite", "vbench", "--seed", str(2**62)], "with 5 samples the seeds go beyond"),
         (["p", "--memory", "sprase"], "invalid choice: 'sprase'"),
         (["p", "--memory", "full", "--density", "0.5"], "--density has no effect with --memory full"),
         (["p", "--memory", "window", "--overlay"], "--overlay shows persistent blocks"),
@@ -78,6 +82,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["--suite", "vbench", "--shard", "-1/4"], "--shard"),
         (["p", "--then", "five", "q"], "--then 'five': give seconds and a prompt"),
         (["p", "--then", "nan", "q"], "--then 'nan': give seconds and a prompt"),
+        (["p", "--then", "inf", "q"], "--then 'inf': give seconds and a prompt"),
+        (["p", "--then", "-1", "q"], "--then -1: times must rise and be above 0"),
+        (["p", "--then", "1e308", "q"], "--then 1e+308: no video is longer than 1e+07 s"),
         (["p", "--then", "5"], "--then: expected 2 arguments"),
         (["p", "--then", "0", "q"], "--then 0: times must rise and be above 0"),
         (["p", "--then", "5", "q", "--then", "5", "r"], "--then 5: times must rise"),
@@ -101,6 +108,9 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--output", "a.MP3"], "only .mp4"),
         (["p", "--num-samples", "100001"], "--num-samples must be between 1"),
         (["p", "a q", "--num-samples", "60000"], "120000 videos are more than"),
+        (["p", "--output", "a\nb.mp4"], "contains the control character '\\n'"),
+        (["p", "--grid", "a\x7f.gif"], "contains the control character"),
+        (["p", "--output", ".sf-tmp-1-ab.mp4"], "a name of temporary files"),
         (["p", "--image", "n" * 300], "File name too long"),
         (["p", "--video", "n" * 300], "File name too long"),
         (["p", "--output", "n" * 300], "File name too long"),
@@ -168,7 +178,23 @@ def test_bad_prompt_file_names_the_line(
         ('{"prompt": "a", "then": "b"}', "line 1: then: expected a list"),
         ('{"prompt": "a", "then": [["b", 5]]}', "line 1: then: expected seconds and a prompt"),
         ('{"prompt": "a"}\n{"prompt": "a", "then": [[0, "b"]]}', "line 2: --then 0: times must rise and be above 0"),
+        ('{"prompt": "a", "then": [[1e308, "b"]]}', "line 1: --then 1e+308: no video is longer than"),
+        ('{"prompt": "a", "then": [[1e999, "b"]]}', "line 1: --then inf: no video is longer than"),
+        ('{"prompt": "a", "then": [[1%s, "b"]]}' % ("0" * 400), "line 1: --then inf: no video is longer than"),
+        ('{"prompt": "a", "then": [[NaN, "b"]]}', "NaN is not a JSON number"),
+        ('{"prompt": "a", "then": [[-1, "b"]]}', "line 1: --then -1: times must rise"),
+        ('{"prompt": "a", "then": [[true, "b"]]}', "line 1: then: expected seconds and a prompt"),
+        ('{"prompt": "a", "then": [["5", "b"]]}', "line 1: then: expected seconds and a prompt"),
+        ('{"prompt": "a", "then": [[5, null]]}', "line 1: then: expected seconds and a prompt"),
         ('{"prompt": "a", "output": "../a.mp4"}', "line 1: output: expected the path of an .mp4 file inside"),
+        ('{"prompt": "a", "output": "a\\nb.mp4"}', "line 1: output: 'a\\nb.mp4': the name contains the control"),
+        ('{"prompt": "a", "output": "a\\u2028/b.mp4"}', "the name contains the control character '\\u2028'"),
+        ('{"prompt": "a", "output": "\\ud800/a.mp4"}', "line 1: output: '\\ud800/a.mp4': the name is not valid UTF-8"),
+        (
+            '{"prompt": "a", "output": ".sf-tmp-9-x/a.mp4"}',
+            "line 1: output: '.sf-tmp-9-x/a.mp4': .sf-tmp-9-x is a name",
+        ),
+        ('{"prompt": "a", "seed": 5}\n{"prompt": "b", "seed": 4611686018427387905}', "line 2: seed: expected a whole"),
         ('{"prompt": "a", "output": "/a.mp4"}', "line 1: output: expected the path"),
         ('{"prompt": "a", "output": "a.gif"}', "line 1: output: expected the path"),
         ('{"prompt": "a", "output": "overlay/a.mp4"}', "line 1: output: overlay is a folder for files beside"),
@@ -181,6 +207,49 @@ def test_bad_jsonl_names_the_line(
     (tmp_path / "p.jsonl").write_text(content)
     assert run("--prompt-file", tmp_path / "p.jsonl", "--output", tmp_path / "out") == 2
     assert message in one_line(capsys)
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("a.mp4", "a.MP4", "a.mp4 and out/a.MP4 would share"),
+        ("sub/a.mp4", "sub/./a.mp4", "two prompts name this output"),
+        ("link/a.mp4", "real/a.mp4", "link/a.mp4 and out/real/a.mp4 lead to one file"),
+        ("real/b.mp4", "real/a.mp4", "real/b.mp4 and out/real/a.mp4 lead to one file"),
+        ("lit/c.mp4", "real/c.mp4", "real/overlay/c.mp4"),
+        ("link/a.MP4", "real/a.mp4", "would share"),
+        ("a.mp4", "a.mp4/b.mp4", "out/a.mp4/b.mp4 lies below"),
+        ("a.json/b.mp4", "a.mp4", "which is a file of out/a.mp4"),
+    ],
+)
+def test_rows_that_would_lose_a_video_to_another_are_refused(
+    first: str,
+    second: str,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out" / "real" / "overlay").mkdir(parents=True)
+    (tmp_path / "out" / "link").symlink_to("real")
+    (tmp_path / "out" / "lit").symlink_to("real/overlay")
+    (tmp_path / "out" / "real" / "b.mp4").symlink_to("a.mp4")
+    rows = ({"prompt": "one", "output": first}, {"prompt": "two", "output": second})
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    before = files_below(tmp_path)
+    for more in ((), ("--shard", "0/2")):  # the other one is in the other shard
+        assert run("--prompt-file", "p.jsonl", "--output", "out", *more) == 2
+        assert message in one_line(capsys)
+    assert files_below(tmp_path) == before
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_samples_of_a_row_have_seeds_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "seed": 4611686018427387903}')
+    assert run("--prompt-file", tmp_path / "p.jsonl", "--num-samples", 3, "--output", tmp_path / "out") == 2
+    assert "line 2: seed 4611686018427387903: with 3 samples the seeds go beyond" in one_line(capsys)
 
 
 def test_prompt_files_hold_comments_or_jsonl(stub, tmp_path: Path) -> None:
@@ -447,6 +516,8 @@ def test_suite_writes_official_names_apart_from_sidecars_and_resumes(stub, tmp_p
         ("overlay", "file", "it is a file, not a folder"),
         ("overlay/c.mp4", "folder", "it is a folder"),
         ("c.json", "file", "does not belong to a video"),
+        ("resume/c", "file", "resume/c: it is a file, not a folder"),
+        ("live", "file", "live: it is a file, not a folder"),
     ],
 )
 def test_every_target_is_checked_before_the_model_is_loaded(
@@ -456,8 +527,10 @@ def test_every_target_is_checked_before_the_model_is_loaded(
     if blocked == "c.mp4/x":
         output, blocked = "", "0000-p-seed0.mp4"
     path = tmp_path / blocked
-    path.mkdir(parents=True) if kind == "folder" else path.write_text('{"notes": "mine"}')
-    assert run("p", "--overlay", "--memory", "sparse", "--output", tmp_path / output) == 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.mkdir() if kind == "folder" else path.write_text('{"notes": "mine"}')
+    flags = ("--overlay", "--memory", "sparse", "--live", "--resume", "--checkpoint-every", 1)
+    assert run("p", *flags, "--output", tmp_path / output) == 2
     assert message in one_line(capsys)
     assert files_below(tmp_path) == ([blocked] if kind == "file" else [])
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from PIL import Image
 from sparse_forcing.cli import main
 from sparse_forcing.media.video import write_video
 from sparse_forcing.model_folder.folder import EMBEDDED_MODELS
+from sparse_forcing.sampling.generation.jobs import WRITTEN, GenerateConfig
+from sparse_forcing.training.recipes.embedded.export import main as export
 
 PROMPT = "a red ball"
 NAME = "0000-a-red-ball-seed0"
@@ -90,6 +93,57 @@ def test_picture_prompts_and_model(tmp_path: Path, capsys: pytest.CaptureFixture
         assert "which this run reads" in line
 
 
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize("link", ["symlink", "hard link"])
+def test_whatever_a_flag_names(tmp_path: Path, link: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every path of the config but those that are written: a flag of tomorrow is an input, too."""
+    read = [name for name, kind in get_type_hints(GenerateConfig).items() if Path in (kind, *get_args(kind))]
+    read = [name for name in read if name not in WRITTEN]
+    assert {"image", "video", "prompt_file", "tiny_vae"} <= set(read)
+    given, output = tmp_path / "given", tmp_path / "a.mp4"
+    given.write_text(PROMPT)
+    output.symlink_to(given) if link == "symlink" else os.link(given, output)
+    for name in read:
+        prompts = [] if name == "prompt_file" else [PROMPT]
+        flags = (f"--{name.replace('_', '-')}", given)
+        assert "reads" in refused(tmp_path, capsys, "generate", *prompts, *flags, "--output", output)
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_what_a_run_leaves_beside_its_videos(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint goes when its video is complete, with or without --resume."""
+    state = tmp_path / "resume" / "a" / "state-00000001.pt"
+    state.parent.mkdir(parents=True)
+    state.write_text("x")
+    line = refused(tmp_path, capsys, "generate", PROMPT, "--tiny-vae", state, "--output", tmp_path / "a.mp4")
+    assert "resume/a: it is or holds" in line
+
+
+@pytest.mark.usefixtures("never_loads")
+@pytest.mark.parametrize("where", ["cache", "", "text_encoder/cache", "../base/text_encoder/cache"])
+def test_nothing_is_added_to_a_model(tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model, base = tmp_path / "model", tmp_path / "base" / "text_encoder"
+    model.mkdir()
+    base.mkdir(parents=True)
+    (model / "text_encoder").symlink_to(base)  # as `convert --base` does
+    (model / "model_index.json").write_text("{}")
+    words = ("generate", PROMPT, "--model", model, "--output", tmp_path / "new")
+    assert "reads" in refused(tmp_path, capsys, *words, "--prompt-cache", model / where)
+    assert "reads" in refused(tmp_path, capsys, *words[:-1], model / where / "a.mp4")
+
+
+@pytest.mark.usefixtures("never_loads")
+def test_embedded_models_are_models(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inside = EMBEDDED_MODELS / "tiny" / "new"
+    for words in (
+        ("generate", PROMPT, "--output", inside),
+        ("bench", "rollout", "--output", inside),
+        ("train", "forcing", "--set", "loop.steps=1", "--set", "model=tiny", "--output", inside),
+    ):
+        assert "which this run reads" in refused(tmp_path, capsys, *words)
+        assert not inside.exists()
+
+
 def test_skipped_videos_are_no_targets(tmp_path: Path, stub: object) -> None:
     given = source(tmp_path / f"{NAME}.mp4")
     given.with_suffix(".json").write_text(json.dumps({"video": 1, "prompt": 2, "seed": 3, "settings": 4}))
@@ -98,7 +152,9 @@ def test_skipped_videos_are_no_targets(tmp_path: Path, stub: object) -> None:
     assert snapshot(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", ["manifest", "compare", "linked compare", "video", "sidecar"])
+@pytest.mark.parametrize(
+    "kind", ["manifest", "compare", "linked compare", "compared video", "video", "caption", "sidecar"]
+)
 def test_what_evaluation_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
     video, out = source(tmp_path / "videos" / "a.mp4"), tmp_path / "out"
     out.mkdir()
@@ -108,6 +164,13 @@ def test_what_evaluation_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str
         target.write_text(f"video,prompt\n{video},a\n")
     elif kind == "video":
         os.link(video, out / "report.html")
+    elif kind == "caption":
+        video.with_suffix(".txt").write_text("a")
+        (out / "videos.csv").symlink_to(video.with_suffix(".txt"))
+    elif kind == "compared video":
+        other = source(tmp_path / "others" / "b.mp4")
+        (out / "report.html").symlink_to(other)
+        more = ["--compare", other.parent]
     elif kind == "sidecar":
         target = out = tmp_path / "videos"
         video.rename(out / "results.mp4")
@@ -145,6 +208,29 @@ def test_what_data_encode_and_train_read(tmp_path: Path, capsys: pytest.CaptureF
     assert "reads" in refused(tmp_path, capsys, *run, "--output", model / "run")
     (tmp_path / "run" / "pipeline").symlink_to(model)
     assert "reads" in refused(tmp_path, capsys, *run, "--output", tmp_path / "run")
+
+
+def test_weights_that_the_environment_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video, weights = source(tmp_path / "a.mp4"), tmp_path / "weights" / "raft-things.pth"
+    weights.parent.mkdir()
+    weights.write_text("x")
+    (tmp_path / "results.json").symlink_to(weights)
+    monkeypatch.setenv("VBENCH_CACHE_DIR", str(weights.parent))
+    words = ("evaluate", video, "--output", tmp_path, "--metrics", "brightness")
+    assert "raft-things.pth, which this run reads" in refused(tmp_path, capsys, *words)
+
+
+def test_what_an_export_and_a_reproduction_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "pipeline.json").write_text("{}")
+    before = snapshot(tmp_path)
+    assert export([str(model), "--out", str(model)]) == 2
+    assert export(["tiny", "--mean-with", str(model), "--out", str(model / "new")]) == 2
+    assert capsys.readouterr().err.count("which this run reads") == 2
+    assert snapshot(tmp_path) == before
 
 
 def test_what_bench_and_convert_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

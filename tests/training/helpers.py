@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -15,6 +14,7 @@ import torch
 
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.training.engine.checkpoint import read_manifest
+from tests.forked import Forked
 from tests.training import workers
 
 ROOT = Path(__file__).parents[2]
@@ -50,16 +50,13 @@ def small_config(model: Path, stage: str = "forcing", *, steps: int = 4, **loop:
 
 
 class Run:
-    """A training run: one forked process (imports are paid for once), or several through torchrun."""
+    """A training run: forked processes, or those that torchrun starts."""
 
-    def __init__(self, settings: Path, processes: int) -> None:
+    def __init__(self, settings: Path, processes: int, torchrun: bool) -> None:
         self.log = settings.with_suffix(".log")
-        self.process: Any
-        if processes == 1:
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["tests.training.workers"])
-            self.process = context.Process(target=workers.run_logged, args=(settings, self.log))
-            self.process.start()
+        self.process: Forked | subprocess.Popen[bytes]
+        if not torchrun:
+            self.process = Forked(self.log, workers.run, settings, processes=processes)
             return
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         with self.log.open("w") as log:
@@ -76,15 +73,11 @@ class Run:
 
     @property
     def running(self) -> bool:
-        return self.process.exitcode is None if hasattr(self.process, "exitcode") else self.process.poll() is None
+        return self.process.running if isinstance(self.process, Forked) else self.process.poll() is None
 
     def finish(self, timeout: float = 400) -> tuple[int, str]:
         """(exit code, output)."""
-        if isinstance(self.process, subprocess.Popen):
-            code = self.process.wait(timeout)
-        else:
-            self.process.join(timeout)
-            code = self.process.exitcode
+        code = self.process.finish(timeout)[0] if isinstance(self.process, Forked) else self.process.wait(timeout)
         output = self.log.read_text()
         assert code is not None, f"still running: {output[-2000:]}"
         assert workers.GROUP_ALIVE not in output, output
@@ -92,12 +85,19 @@ class Run:
 
 
 def start(
-    tmp_path: Path, config: dict[str, Any], out: Path, *, stage: str = "forcing", processes: int = 1, **faults: Any
+    tmp_path: Path,
+    config: dict[str, Any],
+    out: Path,
+    *,
+    stage: str = "forcing",
+    processes: int = 1,
+    torchrun: bool = False,
+    **faults: Any,
 ) -> Run:
     """Start a run; `faults` as in workers.py."""
     settings = tmp_path / f"settings-{len(list(tmp_path.glob('settings-*.json')))}.json"
     settings.write_text(json.dumps({"stage": stage, "config": config, "out": str(out), **faults}))
-    return Run(settings, processes)
+    return Run(settings, processes, torchrun)
 
 
 def run(tmp_path: Path, config: dict[str, Any], out: Path, **options: Any) -> tuple[int, str]:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,8 +30,8 @@ from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, V
 from sparse_forcing.training.data.videos import list_videos, read_clip
 from sparse_forcing.training.engine.settings import LoopConfig
 from sparse_forcing.training.recipes.forcing import ForcingConfig, ForcingRecipe
+from tests.forked import Forked, json_of
 from tests.training.conftest import CHANNELS, HORIZON, SIZE
-from tests.training.helpers import ROOT
 from tests.training.test_recipes import distill
 
 OWN = VideoFormat(height=SIZE, width=SIZE, fps=8.0)
@@ -378,20 +375,14 @@ def test_processes_of_one_launch_write_what_one_process_writes(tmp_path: Path, m
     assert main(["data", kind, str(tmp_path / "one"), *changes]) == 0
     two = tmp_path / "two"
 
-    def launch(*more: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-        return subprocess.run(
-            [*command, "sparse_forcing", "data", kind, str(two), "--json", *changes, *more],
-            cwd=ROOT,
-            text=True,
-            capture_output=True,
-            timeout=400,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        )
+    def launch(*more: str) -> tuple[int | None, str]:
+        return Forked(
+            tmp_path / "launch.log", main, ["data", kind, str(two), "--json", *changes, *more], processes=2
+        ).finish()
 
-    done = launch()
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {"folder": str(two), "items": 5, "refused": 0, "shards_written": 5}
+    code, output = launch()
+    assert code == 0, output
+    assert json_of(output) == {"folder": str(two), "items": 5, "refused": 0, "shards_written": 5}
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
     assert names == sorted(path.name for path in two.iterdir())
     assert [(two / name).read_bytes() for name in names] == [(tmp_path / "one" / name).read_bytes() for name in names]
@@ -401,12 +392,12 @@ def test_processes_of_one_launch_write_what_one_process_writes(tmp_path: Path, m
     (two / "shard-00004.json").unlink()
     assert main(["data", kind, str(two), *changes]) == 0  # one process goes on where two stopped
     assert [(two / name).read_bytes() for name in names] == [(tmp_path / "one" / name).read_bytes() for name in names]
-    refused = launch("--set=seed=1")
-    assert refused.returncode != 0
-    assert refused.stderr.count("error: ") >= 2
-    assert refused.stderr.count("holds data made with other settings") == 2  # every process says so, none waits
+    code, output = launch("--set=seed=1")
+    assert code != 0
+    assert output.count("error: ") >= 2
+    assert output.count("holds data made with other settings") == 2  # every process says so, none waits
     with output_lock(two):
-        assert launch().stderr.count("another run (process") == 2
+        assert launch()[1].count("another run (process") == 2
 
 
 def test_prompts_alone_are_encoded_for_distillation(tmp_path: Path, model_folder: Path) -> None:

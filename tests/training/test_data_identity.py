@@ -13,7 +13,7 @@ import torch
 
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.media.video import write_video
+from sparse_forcing.media.video import VideoWriter, write_video
 from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
@@ -165,3 +165,39 @@ def test_digests_tell_content_and_prompts_apart(clips: Path, tmp_path: Path) -> 
         DataIdentity(StoredSource(DataConfig(kind="prompts", path=tmp_path / "a.txt"), 0), None).load_state_dict(
             {"sha256": b}
         )
+
+
+CLIPS = ("data", "clips", "--num-frames", "9", "--size", "32", "--num-clips", "2")
+WORLDS = ("--world", "reappear", "--num-frames", "64", "--size", "64")
+
+
+@pytest.mark.parametrize("world", [False, True])
+def test_clips_made_again_never_stand_beside_the_manifest_of_the_old_ones(
+    tmp_path: Path, world: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after the first of two: what is there is described by nothing, not by what was there before."""
+    more = WORLDS if world else ()
+    assert main([*CLIPS, *more, str(tmp_path)]) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {"manifest.jsonl", "000000.mp4"} <= old.keys()
+    assert ("worlds.jsonl" in old) == world
+    leave = VideoWriter.__exit__
+
+    def stop(writer: VideoWriter, *raised: Any) -> None:
+        leave(writer, *raised)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(VideoWriter, "__exit__", stop)
+    assert main([*CLIPS, "--seed", "1", str(tmp_path)]) == 130
+    assert {path.name for path in tmp_path.iterdir()} == {"000000.mp4", "000001.mp4"}
+    assert (tmp_path / "000000.mp4").read_bytes() != old["000000.mp4"]
+
+
+def test_clips_that_cannot_be_made_leave_those_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*CLIPS, str(tmp_path)]) == 0
+    old = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for wrong in (("--scale", "5000"), ("--world", "reappear", "--gap", "5-9"), ("--fps", "2000")):
+        assert main([*CLIPS, *wrong, str(tmp_path)]) == 2
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old

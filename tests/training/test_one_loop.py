@@ -224,7 +224,7 @@ def test_a_stage_of_one_process_refuses_several_in_one_line(
 def test_under_torchrun_both_processes_say_so_and_neither_trains(tmp_path: Path, stage: str) -> None:
     code, output = run_process(tmp_path, embedded(stage, steps=1), tmp_path / "out", stage=stage, processes=2)
     assert code != 0
-    assert "this stage trains in one process, this launch has 2" in output
+    assert "this stage trains in one process, this launch has 2" in output, output
     assert not list((tmp_path / "out").iterdir())
 
 

@@ -123,7 +123,7 @@ def test_distillation_killed_while_saving(tmp_path: Path, model_folder: Path) ->
 def test_terminated_through_the_launcher(tmp_path: Path, model_folder: Path) -> None:
     """torchrun forwards SIGTERM; both processes finish the step, and what they save is what two others resume from."""
     config, out = small_config(model_folder, steps=50, checkpoint_every=100), tmp_path / "out"
-    process = start(tmp_path, config, out, processes=2, step_seconds=0.5)
+    process = start(tmp_path, config, out, processes=2, torchrun=True, step_seconds=0.5)
     deadline = time.monotonic() + 200
     while not (out / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -114,16 +114,6 @@ def thread_names() -> list[str]:
     return [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
 
 
-def run_logged(settings_path: Path, log: Path) -> None:
-    """The same in a forked process, its output in a file."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    code = run(settings_path)
-    sys.stderr.flush()
-    os._exit(code)
-
-
 if __name__ == "__main__":
     code = run(Path(sys.argv[1]))
     print(f"worker ends with {code}", file=sys.stderr)  # torchrun does not say it

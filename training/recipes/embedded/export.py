@@ -13,6 +13,7 @@ import torch
 
 from sparse_forcing.config import build_config, to_plain
 from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.inputs import check_targets, model_folders
 from sparse_forcing.model.vae import TokenAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
@@ -40,7 +41,9 @@ def _round(part: object) -> dict[str, torch.Tensor]:
 
 
 def export(model: str, mean_with: str | None, changes: list[str], out: Path) -> None:
-    """Write the folder `out`; changes: `a.b=c` of the model's defaults. Raises ConfigError, WeightsError."""
+    """Write the folder `out`; changes: `a.b=c` of the model's defaults. Raises ConfigError, WeightsError,
+    OutputError."""
+    check_targets([], [], sealed=model_folders([model, mean_with or model]), added_to=[out])
     pipe = SparseForcingPipeline.from_pretrained(model)
     if mean_with is not None:
         take_mean(pipe, mean_with)

@@ -257,9 +257,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 with _quiet():
                     texts = read_first(folder, list(prompts), *how)
                 given |= set() if texts is None else {"text_encoder"}
-            with _quiet():
-                check_components(folder, given)
             with explain_read_errors(folder), _quiet():
+                check_components(folder, given)
                 pipe = super().from_pretrained(
                     str(folder),
                     torch_dtype=types,

@@ -5,8 +5,7 @@ new one. Videos that had it from the start, made of the same noise, are judged b
 the model gets right at that age. With `--recache` each memory that can write its window again has a second row, in
 which it does so at the change.
 
-    sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --recache \
-        --output docs/results/change
+    sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --output docs/results/change
 """
 
 from __future__ import annotations

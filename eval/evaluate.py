@@ -39,7 +39,9 @@ def _format_totals(totals: Totals) -> str:
 
 def _measure(config: EvaluateConfig) -> int:
     # Imported here: aggregating scores must not wait for torch.
+    from sparse_forcing.devices import resolve_device
     from sparse_forcing.eval.measuring.manifest import load_entries
+    from sparse_forcing.eval.results import import_official
     from sparse_forcing.files import check_writable
     from sparse_forcing.launch import join_launch
 
@@ -51,11 +53,12 @@ def _measure(config: EvaluateConfig) -> int:
             "(docs/evaluate.md), such as `sparse-forcing data clips --world` writes"
         )
     others = [_load_compared(path) for path in config.compare]
+    import_official(config.official_results)  # what is wrong with them is said before anything is measured
     _check_targets(config, [*entries, *(entry for other in others if isinstance(other, list) for entry in other)])
     folder = check_writable(config.output_folder, folder=True)
     check_writable(config.cache_folder, folder=True)
     with join_launch() as launch:
-        config = replace(config, device=launch.device(config.device))
+        config = replace(config, device=resolve_device(launch.device(config.device)))
         with launch.hold(lambda: hold_shard(folder, config.shard)):
             code = _measure_together(config, entries, others, launch)
             return max(launch.gather(code))

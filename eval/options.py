@@ -11,6 +11,7 @@ from sparse_forcing.shards import check_shard
 
 Suite = Literal["offline", "drift", "vbench", "vbench-long", "recall"]
 Mode = Literal["strict", "vbench-compatible"]
+MOST_RESAMPLES = 1_000_000
 _OF_RESULTS = ("compare", "official_results")
 _OF_MEASURING = (
     "suite", "metrics", "weights", "mode", "plugins", "stand_ins", "static_filter", "cache", "workers", "device",
@@ -90,6 +91,8 @@ class EvaluateConfig:
         for name in ("workers", "max_frames", "max_pixels", "resamples"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.resamples > MOST_RESAMPLES:
+            raise ConfigError(f"resamples may be up to {MOST_RESAMPLES}, not {self.resamples}")
         if not self.worker_timeout > 0:
             raise ConfigError(f"worker_timeout must be positive, not {self.worker_timeout}")
 

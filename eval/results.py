@@ -6,6 +6,7 @@ import csv
 import io
 import json
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.forms import SCHEMA, check_results
 from sparse_forcing.eval.measuring.registry import Metric
 from sparse_forcing.eval.measuring.statistics import percentile_interval, resample_ratio, summarize
 from sparse_forcing.eval.options import EvaluateConfig
@@ -24,7 +26,7 @@ from sparse_forcing.eval.vbench.suites import SAMPLES
 from sparse_forcing.files import read_json
 from sparse_forcing.versions import list_versions
 
-SCHEMA = 1
+MAX_BYTES = 1 << 30  # of a results.json
 LONG_SECONDS = 5.0  # from here on VBench-Long applies
 RESULT_PACKAGES = ("torch", "numpy", "av", "opencv-python-headless", "transformers", "ftfy", "pyiqa")
 DRIFT_NUMBERS = ("slope", "first", "last", "change", "absolute_change", "spread", "vde")
@@ -53,7 +55,7 @@ def build_results(runner: Runner | Measured, records: list[Record]) -> dict[str,
         "mode": config.mode,
         "target": str(config.target),
         "videos_measured": len(good),
-        "metrics": metrics | _import_official(config.official_results, metrics),
+        "metrics": metrics | import_official(config.official_results, metrics),
         "skipped": runner.skipped,
         "notes": write_notes(config, good, missing),
         "differences": list_differences(config.suite),
@@ -117,17 +119,21 @@ def write_notes(config: EvaluateConfig, records: list[Record], missing: list[dic
     return found
 
 
-def _import_official(paths: tuple[Path, ...], measured: dict[str, Any]) -> dict[str, Any]:
-    """Dimensions from `*_eval_results.json` files of the official tool, `{dimension: [score, videos]}`."""
+def import_official(paths: tuple[Path, ...], measured: Collection[str] = ()) -> dict[str, Any]:
+    """Dimensions from `*_eval_results.json` files of the official tool, `{dimension: [score, videos]}`.
+
+    Raises:
+        ConfigError: a file is not of that form, or a dimension is there twice or `measured`.
+    """
     imported: dict[str, Any] = {}
     for path in paths:
-        content = read_json(path)
+        content = read_json(path, expected="a file of the official tool")
         if not isinstance(content, dict):
             raise ConfigError(f"{path}: expected the official tool's {{dimension: [score, videos]}}")
         for name, value in content.items():
             score = value[0] if isinstance(value, list) and value else value
             if name not in DIMENSIONS:
-                raise ConfigError(f"{path}: {name!r} is not a VBench dimension")
+                raise ConfigError(f"{path}: {name!r:.100} is not a VBench dimension")
             score = check_score(path, name, score)
             if name in measured or name in imported:
                 raise ConfigError(f"{path}: {name} is measured or imported already")
@@ -220,10 +226,8 @@ def mean_curve(rows: list[tuple[str, list[float]]], resamples: int) -> dict[str,
 def load_results(path: Path) -> dict[str, Any]:
     """Results of an earlier run: its results.json or the folder that holds it. Raises ConfigError."""
     file = path / "results.json" if path.is_dir() else path
-    content = read_json(file)
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "metrics" not in content:
-        raise ConfigError(f"{file}: not a results.json of this tool (schema {SCHEMA})")
-    return content | {"file": str(file)}
+    content = read_json(file, max_bytes=MAX_BYTES, expected="a results.json of this tool")
+    return check_results(content, file)
 
 
 def to_csv(results: dict[str, Any]) -> str:

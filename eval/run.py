@@ -18,15 +18,16 @@ import torch
 from sparse_forcing.errors import ConfigError, SparseForcingError, VideoError
 from sparse_forcing.eval.measure import measure_view
 from sparse_forcing.eval.measuring.failures import shorten
+from sparse_forcing.eval.measuring.kept import FeatureStore, load_record, save_record
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import Metric, suite_metrics
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.returns import write_returns
-from sparse_forcing.eval.measuring.view import FeatureStore, open_clip
+from sparse_forcing.eval.measuring.view import open_clip
 from sparse_forcing.eval.options import EvaluateConfig
-from sparse_forcing.files import atomic_write_json, sha256_file
+from sparse_forcing.files import sha256_file
 
-RECORD_VERSION = 2  # raised when the layout of a record changes
+RECORD_VERSION = 3  # raised when the layout of a record changes
 Record = dict[str, Any]
 
 
@@ -105,14 +106,11 @@ class Runner:
             path = self.record_path(sha256_file(entry.video), entry)
         except OSError as error:
             raise VideoError(f"{entry.video}: cannot be read ({error.strerror})") from error
-        if path.is_file():
-            try:
-                return {**json.loads(path.read_text(encoding="utf-8")), "from_cache": True}
-            except (OSError, ValueError):
-                pass  # a damaged record is measured again
+        if (known := load_record(path)) is not None:
+            return {**known, "from_cache": True}
         record, keep = self._measure(entry)
         if keep:
-            atomic_write_json(path, record)
+            save_record(path, record)
         return {**record, "from_cache": False}
 
     def _measure(self, entry: Entry) -> tuple[Record, bool]:

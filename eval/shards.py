@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.eval.forms import SHARD_KIND, check_shard_file
 from sparse_forcing.eval.measuring.manifest import Entry
 from sparse_forcing.eval.measuring.registry import suite_metrics
 from sparse_forcing.eval.measuring.returns import write_returns
@@ -17,12 +18,10 @@ from sparse_forcing.eval.options import EvaluateConfig
 from sparse_forcing.eval.results import RESULT_PACKAGES, Measured, build_results
 from sparse_forcing.eval.run import Record, Runner
 from sparse_forcing.files import atomic_write_json, read_json
-from sparse_forcing.shards import check_shard
+from sparse_forcing.shards import MAX_SHARDS
 from sparse_forcing.versions import list_versions
 
-KIND = "sparse-forcing evaluation shard"
 MAX_BYTES = 1 << 30
-_KEYS = {"kind", "shard", "videos_in_all", "same", "skipped", "videos"}
 
 
 def shard_file(config: EvaluateConfig) -> Path:
@@ -39,7 +38,7 @@ def write_shard(runner: Runner, entries: Sequence[Entry], records: Sequence[Reco
     atomic_write_json(
         path,
         {
-            "kind": KIND,
+            "kind": SHARD_KIND,
             "shard": config.shard,
             "videos_in_all": len(entries),
             "same": {  # in all shards, or they are not of one run
@@ -79,7 +78,10 @@ def merge_shards(config: EvaluateConfig) -> tuple[EvaluateConfig, dict[str, Any]
         static_filter=same["static_filter"],
         metrics=tuple(same["metrics"]),
     )
-    metrics = suite_metrics(config.suite, config.metrics)
+    try:
+        metrics = suite_metrics(config.suite, config.metrics)
+    except ConfigError as error:
+        raise ConfigError(f"{found[0][0]}: {error}") from error
     for metric in metrics:
         if metric.version != same["metrics"][metric.name]:
             raise ConfigError(f"{found[0][0]}: {metric.name} was measured by another version of it; measure again")
@@ -92,10 +94,11 @@ def merge_shards(config: EvaluateConfig) -> tuple[EvaluateConfig, dict[str, Any]
 
 
 def _read(path: Path) -> dict[str, Any]:
-    shard = read_json(path, max_bytes=MAX_BYTES)
-    if not isinstance(shard, dict) or shard.get("kind") != KIND or not shard.keys() >= _KEYS:
-        raise ConfigError(f"{path}: not a shard of an evaluation, as --shard I/N writes it")
-    number, count = check_shard(tuple(shard["shard"]))
+    expected = "a shard of an evaluation, as --shard I/N writes it"
+    shard = check_shard_file(read_json(path, max_bytes=MAX_BYTES, expected=expected), path)
+    number, count = shard["shard"]
+    if not number < count <= MAX_SHARDS:
+        raise ConfigError(f"{path}: there is no shard {number}/{count}")
     if len(shard["videos"]) != len(range(number, shard["videos_in_all"], count)):
         raise ConfigError(f"{path}: holds {len(shard['videos'])} videos, other than a shard {number}/{count}")
     return shard
@@ -109,6 +112,8 @@ def _check_one_run(found: list[tuple[Path, dict[str, Any]]]) -> None:
                 raise ConfigError(
                     f"{path} and {other_path} are shards of different runs: {_difference(name, value, other)}"
                 )
+        if other["videos_in_all"] != first["videos_in_all"]:
+            raise ConfigError(f"{path} and {other_path} are shards of different runs: of other numbers of videos")
 
 
 def _difference(name: str, value: Any, other: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike
+from sparse_forcing.files import PathLike, open_input
 
 T = TypeVar("T")
 MAX_CONFIG_BYTES = 1 << 20
@@ -137,7 +137,8 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(f"{source}{where}: {getattr(error, 'problem', None) or 'not valid YAML'}") from error
+        reason = getattr(error, "problem", None) or "not valid YAML; expected a text of `name: value` lines"
+        raise ConfigError(f"{source}{where}: {reason}") from error
     except RecursionError as error:
         raise ConfigError(f"{source}: not valid YAML ({error})") from error
     except (ValueError, LookupError, AttributeError, TypeError) as error:
@@ -148,7 +149,7 @@ def _parse_yaml(text: str | bytes, source: str) -> Any:
 def read_settings(path: PathLike) -> dict[str, Any]:
     """The settings of a YAML file as nested mappings, before any of them is checked. Raises ConfigError."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_CONFIG_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read config {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -20,9 +20,10 @@ import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sparse_forcing.errors import ConfigError, InUseError, OutputError, SparseForcingError
+from sparse_forcing.strict_json import parse_json
 
 PathLike = str | os.PathLike[str]
 
@@ -169,46 +170,33 @@ def atomic_write_json(path: PathLike, value: Any) -> None:
     atomic_write_text(path, text + "\n")
 
 
-def parse_json(text: str | bytes, *, source: str) -> Any:
-    """Parse JSON strictly: duplicate keys, NaN and infinity are errors. `source` names the text in the message.
-
-    Raises:
-        ConfigError: the text is not valid JSON in this strict sense.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        for key, item in pairs:
-            if key in result:
-                raise ConfigError(f"{source}: key {key!r} appears twice")
-            result[key] = item
-        return result
-
-    def refuse(name: str) -> Any:
-        raise ConfigError(f"{source}: {name} is not a JSON number")
-
-    try:
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except ConfigError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{source}: not valid JSON: {error}") from error
+def open_input(path: PathLike) -> BinaryIO:
+    """A file opened for reading. Raises OSError, for a pipe that nobody writes to, too: it would be waited for."""
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    os.set_blocking(handle, True)
+    file = open(handle, "rb")
+    if stat.S_ISFIFO(os.fstat(handle).st_mode) and not file.peek(1):
+        file.close()
+        raise OSError(errno.EPIPE, "a pipe that nobody writes to")
+    return file
 
 
-def read_json(path: PathLike, *, max_bytes: int = 64 << 20) -> Any:
+def read_json(path: PathLike, *, max_bytes: int = 64 << 20, expected: str = "JSON") -> Any:
     """Read a JSON file strictly (see `parse_json`). Raises ConfigError for a missing, huge or invalid file."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read(max_bytes + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {os.fspath(path)}: {error.strerror or error}") from error
     if len(data) > max_bytes:
-        raise ConfigError(f"{os.fspath(path)}: larger than {max_bytes} bytes")
-    return parse_json(data, source=os.fspath(path))
+        raise ConfigError(f"{os.fspath(path)}: larger than {max_bytes} bytes; expected {expected}")
+    return parse_json(data, source=os.fspath(path), expected=expected)
 
 
 def sha256_file(path: PathLike) -> str:
-    """Hex SHA-256 of a file, read in pieces. Raises OSError when it cannot be read."""
+    """Hex SHA-256 of a file, read in pieces. Raises OSError when it cannot be read, or is a pipe or a device."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for, a device has no end
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):

@@ -32,6 +32,7 @@ from sparse_forcing.media.listing import (
     list_folder,
     read_caption,
     read_rows,
+    real_name,
 )
 from sparse_forcing.sampling.generation.prompts import MAX_PROMPT_CHARACTERS
 
@@ -94,11 +95,13 @@ def load_entries(target: Path) -> list[Entry]:
 def read_manifest(path: Path) -> list[Entry]:
     """Entries of a manifest, in order. Raises ConfigError naming the line."""
     entries: list[Entry] = []
-    seen: dict[Path, str] = {}
+    seen: dict[str, str] = {}
+    folders: dict[Path, str] = {}
     for row in read_rows(Path(path)):
-        if row.video in seen:
-            raise ConfigError(f"{row.where}: repeats the video of {seen[row.video]}")
-        seen[row.video] = row.where
+        name = real_name(row.video, folders)
+        if name in seen:
+            raise ConfigError(f"{row.where}: repeats the video of {seen[name]}")
+        seen[name] = row.where
         entries.append(_from_row(row))
     return entries
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.errors import ConfigError, MeasurementError
+from sparse_forcing.eval.measuring.failures import shorten
 from sparse_forcing.eval.vbench.networks import efficientnet, tokenizer
 from sparse_forcing.files import sha256_file
 
@@ -171,9 +172,9 @@ def find_weight_files(folder: Path | None) -> dict[str, Path]:
 
 def _load_plugin(target: str, device: str) -> Any:
     module, _, attribute = target.partition(":")
-    if not attribute:
+    if not (module and attribute) or module.startswith("."):
         raise ConfigError(f"plugin {target!r}: expected module:function")
     try:
         return getattr(importlib.import_module(module), attribute)(device)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"plugin {target!r}: {error}") from error
+    except Exception as error:  # foreign code may raise anything
+        raise ConfigError(f"plugin {target!r}: {shorten(f'{type(error).__name__}: {error}')}") from error

@@ -8,47 +8,20 @@ triples of frames pass by as the video is decoded, and a few frames are picked. 
 
 from __future__ import annotations
 
-import hashlib
-import io
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from sparse_forcing.errors import VideoError
 from sparse_forcing.eval.measuring.frames import FileSource, FrameSource
+from sparse_forcing.eval.measuring.kept import FeatureStore
 from sparse_forcing.eval.measuring.manifest import Entry
-from sparse_forcing.files import atomic_write_bytes, sha256_file
+from sparse_forcing.files import sha256_file
 
 FrameFunction = Callable[[np.ndarray], np.ndarray]
 GroupFunction = Callable[..., float]
-
-
-class FeatureStore:
-    """Feature arrays on disk, one file for each video (by content) and extractor (by weights and settings)."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def path(self, content: str, key: str) -> Path:
-        """Where the array of a video (sha256 of its bytes) and an extractor key lies."""
-        name = hashlib.sha256(key.encode()).hexdigest()[:24]
-        return self.folder / "features" / content[:2] / f"{content[:32]}-{name}.npy"
-
-    def load(self, content: str, key: str) -> np.ndarray | None:
-        """The stored array, or None when it is absent or damaged (it is then computed again)."""
-        try:
-            return np.load(self.path(content, key), allow_pickle=False)
-        except (OSError, ValueError, EOFError):
-            return None
-
-    def save(self, content: str, key: str, value: np.ndarray) -> None:
-        """Write an array, whole or not at all."""
-        buffer = io.BytesIO()
-        np.save(buffer, value, allow_pickle=False)
-        atomic_write_bytes(self.path(content, key), buffer.getvalue())
 
 
 @dataclass(kw_only=True)

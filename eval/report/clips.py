@@ -69,10 +69,9 @@ class VideoTags:
 
     def tag(self, path: Path) -> str:
         """The player of one video, or a note that the file is gone."""
-        try:
-            size = path.stat().st_size
-        except OSError:
+        if not path.is_file():
             return '<span class="note">file not found</span>'
+        size = path.stat().st_size
         if path.suffix.lower() == ".mp4" and size <= min(EMBED_ONE, self.room):
             self.room -= size
             source = f"data:video/mp4;base64,{base64.b64encode(path.read_bytes()).decode()}"

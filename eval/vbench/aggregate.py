@@ -19,6 +19,7 @@ from typing import Any
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import read_json
+from sparse_forcing.strict_json import is_number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +34,7 @@ class Dimension:
 
     def accepts(self, score: object) -> bool:
         """Whether a raw score is one that this dimension can have."""
-        number = isinstance(score, (int, float)) and not isinstance(score, bool) and math.isfinite(score)
-        return number and (-1.0 if self.cosine else 0.0) <= score <= 1.0  # type: ignore[operator]
+        return is_number(score) and (-1.0 if self.cosine else 0.0) <= score <= 1.0  # type: ignore[operator]
 
     @property
     def span(self) -> str:
@@ -115,17 +115,20 @@ def read_scores(path: Path) -> tuple[dict[str, float], set[str]]:
     Takes `{name: fraction}`, the official tool's `{name: [fraction, details]}`, and this tool's own `results.json`.
     Names may be spelled with spaces. Raises ConfigError for anything else, percentages included.
     """
-    content = read_json(path)
+    expected = "an object of dimension names and fractions"
+    content = read_json(path, expected=expected)
+    if isinstance(content, dict) and "metrics" in content and "schema" in content:
+        content = content["metrics"]
+        if isinstance(content, dict):
+            content = {name: entry for name, entry in content.items() if name in DIMENSIONS}
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected an object of dimension names and fractions")
-    if "metrics" in content and "schema" in content:
-        content = {name: entry for name, entry in content["metrics"].items() if name in DIMENSIONS}
+        raise ConfigError(f"{path}: expected {expected}")
     scores: dict[str, float] = {}
     stand_ins: set[str] = set()
     for key, value in content.items():
         name = key.strip().lower().replace(" ", "_")
         if name not in DIMENSIONS:
-            raise ConfigError(f"{path}: unknown dimension {key!r}; known are {', '.join(DIMENSIONS)}")
+            raise ConfigError(f"{path}: unknown dimension {key!r:.100}; known are {', '.join(DIMENSIONS)}")
         if name in scores:
             raise ConfigError(f"{path}: dimension {name} is given twice")
         if isinstance(value, dict):

@@ -8,7 +8,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import LOCK_NAME, TEMPORARY_PREFIX, PathLike, parse_json
+from sparse_forcing.files import LOCK_NAME, TEMPORARY_PREFIX, PathLike
+from sparse_forcing.strict_json import parse_json
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
 MAX_FILE_BYTES = 64 << 20

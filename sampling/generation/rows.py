@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import PathLike, parse_json
+from sparse_forcing.files import PathLike
 from sparse_forcing.sampling.generation.paths import RESERVED
 from sparse_forcing.sampling.generation.prompts import (
     MAX_SEED,
@@ -18,6 +18,7 @@ from sparse_forcing.sampling.generation.prompts import (
     is_jsonl,
     read_lines,
 )
+from sparse_forcing.strict_json import parse_json
 
 FIELDS = ("prompt", "original_prompt", "negative_prompt", "seed", "image", "video", "then", "output")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
+from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import OutputError, SparseForcingError
 from sparse_forcing.files import NO_ROOM
 from sparse_forcing.threads import own_process
@@ -33,6 +34,7 @@ COMMANDS = {
     "doctor": "say what works on this machine, and why not the rest",
 }
 
+_FOR_LESS_MEMORY = "choose smaller pictures, fewer frames, or less at a time"
 MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
 
 
@@ -119,6 +121,11 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         # The disk is full, or a folder was removed or made read-only while a library wrote there: nothing to trace.
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: error: out of memory; {_FOR_LESS_MEMORY}", file=sys.stderr)
         return 2
     finally:
         sys.stderr, warnings.formatwarning = messages, format_before

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import TEMPORARY_PREFIX, is_file, parse_json
+from sparse_forcing.files import TEMPORARY_PREFIX, is_file
+from sparse_forcing.strict_json import parse_json
 
 VIDEO_SUFFIXES = (
     ".mp4", ".m4v", ".mov", ".qt", ".3gp", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts",
@@ -66,7 +68,7 @@ def list_folder(folder: Path) -> list[Path]:
         for path in sorted(folder.iterdir()):
             if path.name.startswith(TEMPORARY_PREFIX):
                 continue  # ours, of a run that is writing or was killed
-            if reason := _unfit(path):
+            if reason := _unfit(path) or _repeats(path):
                 passed.append(f"{path.name!r} ({reason})")
             elif is_video_name(path):
                 videos.append(path)
@@ -90,6 +92,23 @@ def _unfit(path: Path) -> str:
     return "" if is_unicode(path.name) else "its name is not UTF-8; rename it"
 
 
+def _repeats(path: Path) -> str:
+    """What a link to another video of the same folder repeats; empty for all other files."""
+    if not is_video_name(path) or not path.is_symlink():
+        return ""
+    real = Path(os.path.realpath(path))
+    listed = is_video_name(real) and not _unfit(real) and real.parent == Path(os.path.realpath(path.parent))
+    return f"a link to {real.name!r}" if listed else ""
+
+
+def real_name(path: Path, folders: dict[Path, str]) -> str:
+    """The one name of a file that is given by several: without links and detours. `folders` remembers those met."""
+    if path.parent not in folders:
+        folders[path.parent] = os.path.realpath(path.parent)
+    name = os.path.join(folders[path.parent], path.name)
+    return os.path.realpath(name) if path.name == ".." or os.path.islink(name) else name
+
+
 def is_unicode(text: str) -> bool:
     """Whether text can be written as UTF-8; names of files may hold bytes that cannot."""
     try:
@@ -105,7 +124,7 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ConfigError: not readable, huge, not UTF-8, or a row is not an entry; the message names the line.
     """
-    text, delimiter = _text(path), _DELIMITERS.get(path.suffix.lower())
+    text, delimiter = _text(path, "a JSONL or CSV manifest"), _DELIMITERS.get(path.suffix.lower())
     records = _json_lines(text, path) if delimiter is None else _table(text, path, delimiter)
     rows = []
     for where, record in records:
@@ -157,21 +176,23 @@ def _cell(name: str, cell: str, where: str) -> Any:
         raise ConfigError(f"{where}: {name} cannot be {cell!r:.60}") from error
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, expected: str) -> str:
+    if not is_file(path, ConfigError) and path.exists():  # a pipe would be waited for
+        raise ConfigError(f"{path}: not a regular file")
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if len(data) > MAX_FILE_BYTES:
-        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; is this a list of videos?")
+        raise ConfigError(f"{path}: larger than {MAX_FILE_BYTES} bytes; expected {expected}")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path} line {line}: not UTF-8 text; expected a JSONL or CSV manifest") from error
+        raise ConfigError(f"{path} line {line}: not UTF-8 text; expected {expected}") from error
 
 
 def read_caption(path: Path) -> str:
     """The text of a caption file. Raises ConfigError where it is missing, huge or not UTF-8."""
-    return _text(path)
+    return _text(path, "a caption")

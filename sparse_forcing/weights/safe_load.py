@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import PathLike, parse_json
+from sparse_forcing.files import PathLike
+from sparse_forcing.strict_json import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +37,8 @@ def check_safetensors(path: PathLike) -> dict[str, tuple[str, tuple[int, ...]]]:
         WeightsError: the file is missing, cut, or its header is absurd.
     """
     try:
+        if Path(path).exists() and not Path(path).is_file():  # a pipe would be waited for
+            raise WeightsError(f"cannot read weights {path}: not a regular file")
         size = Path(path).stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")

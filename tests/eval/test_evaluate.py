@@ -88,20 +88,11 @@ def test_a_second_run_decodes_nothing_and_a_changed_video_is_measured_again(
     assert len(decoded) == 9
 
 
-def test_a_damaged_record_is_measured_again(videos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluate(config(videos))
-    (record, *_) = (config(videos).cache_folder / "records").rglob("*.json")
-    record.write_text('{"metrics": {', encoding="utf-8")
-    decoded = count_decodes(monkeypatch)
-    assert evaluate(config(videos)) == 0
-    assert len(decoded) == 1
-
-
 @pytest.mark.slow
 def test_two_workers_give_the_same_results(videos: Path, tmp_path: Path) -> None:
     evaluate(config(videos, output=tmp_path / "one"))
     evaluate(config(videos, output=tmp_path / "two", workers=2))
-    assert load_results(tmp_path / "one") | {"file": ""} == load_results(tmp_path / "two") | {"file": ""}
+    assert load_results(tmp_path / "one") == load_results(tmp_path / "two")
 
 
 CHILD = """

@@ -337,8 +337,9 @@ def test_scene_and_human_action() -> None:
 
 def test_features_are_kept_on_disk_and_shared_by_windows(tmp_path: Path) -> None:
     from sparse_forcing.eval.measuring.frames import ArraySource
+    from sparse_forcing.eval.measuring.kept import FeatureStore
     from sparse_forcing.eval.measuring.manifest import Entry
-    from sparse_forcing.eval.measuring.view import Clip, FeatureStore
+    from sparse_forcing.eval.measuring.view import Clip
 
     calls = []
 

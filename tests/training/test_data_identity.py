@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,10 @@ from sparse_forcing.media.video import VideoWriter, write_video
 from sparse_forcing.training.data.identity import DataIdentity
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
-from sparse_forcing.training.data.videos import list_videos, videos_digest
+from sparse_forcing.training.data.videos import CaptionedVideo, content_digests, list_videos, videos_digest
 from sparse_forcing.training.engine.checkpoint import save_checkpoint
 from sparse_forcing.training.engine.resume import Resume
+from sparse_forcing.weights.safe_load import check_safetensors
 
 
 def add_clip(folder: Path, number: int, value: int) -> Path:
@@ -167,6 +169,70 @@ def test_digests_tell_content_and_prompts_apart(clips: Path, tmp_path: Path) -> 
         )
 
 
+def test_pipes_are_bad_samples_and_no_manifest(clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo(clips / "pipe.mp4")
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(f'{{"video": "clips/{name}.mp4", "prompt": "a"}}\n' for name in ("000", "pipe")))
+    assert encode(tmp_path / "encoded", manifest, **{"data.max_bad_samples": 1}) == 0
+    assert "pipe.mp4: no such video file" in capsys.readouterr().err
+    assert content_digests([CaptionedVideo(clips / "pipe.mp4", "")]) == [None]
+    os.mkfifo(clips / "000.json")
+    (clips / "001.txt").unlink()
+    os.mkfifo(clips / "001.txt")
+    for path, message in ((clips / "pipe.mp4", "pipe.mp4: not a regular file"), (clips, "001.txt: not a regular file")):
+        with pytest.raises(ConfigError, match=message):
+            list_videos(path)
+    os.mkfifo(tmp_path / "weights.safetensors")
+    with pytest.raises(WeightsError, match="not a regular file"):
+        check_safetensors(tmp_path / "weights.safetensors")
+
+
+def test_damaged_records_of_shards_are_made_again_or_named(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "encoded"
+    assert encode(out, clips) == 0
+    record, right = out / "shard-00001.json", (out / "shard-00001.json").read_bytes()
+    for text in ("{}", "null", "5", '{"prompts": 5}', right.decode()[:-9], right.decode().replace("prompts", "p")):
+        record.write_text(text)
+        with pytest.raises(WeightsError, match=r"shard-00001\.json.*make the data again"):
+            Shards(out)
+    assert encode(out, clips) == 0
+    assert "shard 2 of 2: its record is damaged; it is made again" in capsys.readouterr().err
+    assert record.read_bytes() == right
+    (out / "dataset.json").write_text("[]")
+    assert encode(out, clips) == 2
+    assert "dataset.json: is not what was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("data.height=1000000", "data: height must be above 0 and at most 16384"),
+        ("data.fps=1e300", "data: fps must be above 0 and at most 1000"),
+        ("data.latent_frames=1000000000000", "data: latent_frames must be 1 to 20000"),
+    ],
+)
+def test_absurd_sizes_of_clips_are_refused_before_anything_is_loaded(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, value = setting.split("=")
+    assert encode(tmp_path / "out", tmp_path, **{name: value}) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory_anywhere_is_one_line(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def grow(*arguments: Any, **options: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("sparse_forcing.training.data.encode.read_clip", grow)
+    assert encode(tmp_path / "out", clips) == 2
+    assert "error: out of memory; choose smaller pictures" in capsys.readouterr().err.splitlines()[-1]
+
+
 CLIPS = ("data", "clips", "--num-frames", "9", "--size", "32", "--num-clips", "2")
 WORLDS = ("--world", "reappear", "--num-frames", "64", "--size", "64")
 
@@ -201,3 +267,27 @@ def test_clips_that_cannot_be_made_leave_those_that_are_there(
     for wrong in (("--scale", "5000"), ("--world", "reappear", "--gap", "5-9"), ("--fps", "2000")):
         assert main([*CLIPS, *wrong, str(tmp_path)]) == 2
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@pytest.mark.parametrize("name", ["shard-00001.json", "dataset.json"])
+@pytest.mark.parametrize("change", [(b"clip", b"clap"), (b"record_sha", b"recorD_sha"), (b"{", b"["), (b"2", b"6")])
+def test_a_changed_record_is_refused_and_that_of_a_shard_made_again(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, change: tuple[bytes, bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert encode(out, clips) == 0
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / name).write_bytes(written[name].replace(*change, 1))
+    if (out / name).read_bytes() == written[name]:
+        return  # captions stand in shards alone
+    with pytest.raises(WeightsError, match=f"{name}.*make the data again"):
+        Shards(out)
+    capsys.readouterr()
+    assert encode(out, clips) == (2 if name == "dataset.json" else 0)
+    said = capsys.readouterr().err
+    if name == "dataset.json":
+        assert said.count("\n") == 1
+        assert "make the data again" in said
+    else:
+        assert "shard 2 of 2: its record is damaged; it is made again" in said
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == written

@@ -55,6 +55,8 @@ class PairsConfig:
         for name in ("steps", "count", "per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        if self.steps > NUM_TRAIN_TIMESTEPS:
+            raise ConfigError(f"steps: at most {NUM_TRAIN_TIMESTEPS}, as there are timesteps, got {self.steps}")
 
 
 def choose_kept_steps(config: PairsConfig) -> tuple[Tensor, list[int]]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.media.container import MAX_FPS, MAX_SIDE
+from sparse_forcing.media.video import DEFAULT_MAX_FRAMES
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.vae import VideoAutoencoder
 from sparse_forcing.sampling.generation.prompts import read_prompts
@@ -72,8 +74,8 @@ class DataConfig:
             raise ConfigError(f"path: {'needed' if self.path is None else 'has no effect'} for kind {self.kind!r}")
         if not 0 <= self.caption_dropout <= 1 or not 0 <= self.two_object_fraction <= 1:
             raise ConfigError("caption_dropout and two_object_fraction must lie in [0, 1]")
-        if self.latent_frames < 1 or self.max_bad_samples < 0:
-            raise ConfigError("latent_frames must be at least 1 and max_bad_samples not negative")
+        if not 1 <= self.latent_frames <= DEFAULT_MAX_FRAMES or self.max_bad_samples < 0:
+            raise ConfigError(f"latent_frames must be 1 to {DEFAULT_MAX_FRAMES}, and max_bad_samples not negative")
         for kind, names in (
             ("videos", ("height", "width", "fps")),
             ("procedural", ("motion_weights", "shape_weights", "worlds", "world_gap")),
@@ -81,8 +83,10 @@ class DataConfig:
             given = [name for name in names if getattr(self, name) is not None]
             if given and self.kind != kind:
                 raise ConfigError(f"{given[0]}: has no effect for kind {self.kind!r}")
-        if any(x is not None and x <= 0 for x in (self.height, self.width, self.fps)):
-            raise ConfigError("height, width and fps must be positive")
+        sides = {"size": self.size, "height": self.height, "width": self.width}
+        for name, value, most in (*((*side, MAX_SIDE) for side in sides.items()), ("fps", self.fps, MAX_FPS)):
+            if value is not None and not 0 < value <= most:
+                raise ConfigError(f"{name} must be above 0 and at most {most}, got {value}")
         if self.motion_weights is not None:
             if self.two_object_fraction == 1:
                 raise ConfigError("motion_weights: has no effect where two_object_fraction is 1")

@@ -11,11 +11,13 @@ from typing import Any
 import cv2
 import numpy as np
 
+from sparse_forcing.errors import MeasurementError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
 
 SHORT_SIDE = 128
+LONG_SIDE = 32 * SHORT_SIDE  # a strip of two rows would grow to millions of pixels
 TOP = 0.05
 FROZEN = 0.5  # grey levels: below it two frames are the same picture
 
@@ -29,6 +31,8 @@ def _make_estimator() -> Any:
 def _scale(frame: np.ndarray) -> np.ndarray:
     height, width = frame.shape[:2]
     scale = SHORT_SIDE / min(height, width)
+    if max(height, width) * scale > LONG_SIDE:
+        raise MeasurementError(f"motion is not measured in pictures as narrow as {width}x{height}")
     size = (max(SHORT_SIDE, round(width * scale)), max(SHORT_SIDE, round(height * scale)))
     return cv2.resize(frame, size, interpolation=cv2.INTER_LINEAR if scale > 1 else cv2.INTER_AREA)
 

@@ -43,6 +43,7 @@ from sparse_forcing.sampling.loading import (
     check_components,
     component_dtypes,
     component_index,
+    left_out,
     load_component_tokenizer,
 )
 from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
@@ -133,9 +134,10 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         return UMT5TextEncoder(self.text_encoder, self.tokenizer)
 
     @property
-    def text_len(self) -> int:
-        """Tokens of a prompt after padding."""
-        return getattr(self.text_encoder, "text_len", WAN_TEXT_LEN)
+    def text_len(self) -> int | None:
+        """Tokens of a prompt after padding; None for an embedded model without its text encoder, which alone knows."""
+        unknown = self.text_encoder is None and self.defaults.text_encoder == "words"
+        return None if unknown else getattr(self.text_encoder, "text_len", WAN_TEXT_LEN)
 
     @property
     def fps(self) -> float:
@@ -246,7 +248,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
         dtype = resolve_dtypes(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
-        given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None}
+        given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None} | left_out(folder)
         given |= {"text_encoder", "tokenizer"} if text_encoder is not None else set()
         with explain_memory_shortage(f"model {model} was loaded"):
             with explain_read_errors(folder):

@@ -67,6 +67,17 @@ def _scheduler(folder: Path) -> tuple[str | None, str | None]:
     return "diffusers", kind.__name__
 
 
+def left_out(folder: Path) -> set[str]:
+    """What a pipeline of this project was saved without: it was given embeddings."""
+    path = folder / "model_index.json"
+    if not is_file(path, WeightsError):
+        return set()
+    with explain_read_errors(path):
+        index = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+        lacks = index.get("_class_name") == PIPELINE and index.get("text_encoder") in (list(NOTHING), NOTHING)
+    return {"text_encoder", "tokenizer"} if lacks and not (folder / "text_encoder").exists() else set()
+
+
 def component_dtypes(
     folder: Path, dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
 ) -> dict[str, torch.dtype | None]:

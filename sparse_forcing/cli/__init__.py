@@ -115,11 +115,6 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
     except BrokenPipeError:
         _discard(sys.stdout)
         return 1
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"{name}: error: out of memory; ask for less at a time: smaller, shorter or fewer", file=sys.stderr)
-        return 2
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
             raise

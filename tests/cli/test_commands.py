@@ -64,7 +64,7 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["data", "clips", "OUT", "--world", "maze"], "invalid choice"),
         (["data", "clips", "OUT", "--world", "swaps", "--gap", "x"], "--gap"),
         (["data", "clips", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
-        (["data", "clips", "OUT", "--num-frames", "99999999999"], "out of memory; ask for less at a time"),
+        (["data", "clips", "OUT", "--num-frames", "99999999999"], "error: out of memory; "),
         (["data", "clips", "OUT", "--num-clips", "1000001"], "--num-clips 1000001: at most 1000000"),
         (["data", "clips", "OUT", "--world", "reappear", "--gap", "x"], "invalid N[-N] value: 'x'"),
         (["bench", "rollout", "--prompts", "99999999999"], "--prompts: must be between 1 and 1000000"),

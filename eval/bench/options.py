@@ -7,7 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing.errors import ConfigError
+from sparse_forcing.sampling.generation.prompts import MAX_SEED
 from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
+
+MAX_COUNT = 1_000_000  # of whatever a benchmark makes; more is a number typed by mistake
+_COUNTS = ("repeats", "prompts", "batch_size", "size", "count", "num_frames", "height", "width", "chunks")
+
+
+def _check_bounds(config: object) -> None:
+    """Raise ConfigError for a count or seed that nothing can be made of."""
+    bounds = {**dict.fromkeys(_COUNTS, (1, MAX_COUNT)), "seed": (0, MAX_SEED)}
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be between {low} and {high}, got {value!s:.40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +33,7 @@ class AttentionBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ConfigError(f"--repeats: must be at least 1, got {self.repeats}")
+        _check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,15 +55,14 @@ class JudgedBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.prompts, self.batch_size) < 1:
-            raise ConfigError("prompts and batch_size must be positive")
+        _check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChangeBenchConfig(JudgedBenchConfig):
     """Options of `bench change`.
 
-    recache: write the window again with the new prompt.
+    recache: measure each memory that can write its window again with the new prompt a second time, doing so.
     """
 
     recache: bool = False
@@ -72,9 +83,9 @@ class RolloutBenchConfig(JudgedBenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objects not in (1, 2):
-            raise ConfigError(f"objects: must be 1 or 2, got {self.objects}")
-        if min(1, *self.horizons, self.size or 1) < 1:
-            raise ConfigError("horizons and size must be positive")
+            raise ConfigError(f"--objects: must be 1 or 2, got {self.objects}")
+        if not all(1 <= horizon <= MAX_COUNT for horizon in self.horizons):
+            raise ConfigError(f"--horizons: must be between 1 and {MAX_COUNT}, got {self.horizons!s:.40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +115,7 @@ class RecallBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.count, self.batch_size, self.num_frames or 1) < 1:
-            raise ConfigError("--count, --batch-size and --num-frames must be positive")
+        _check_bounds(self)
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
             raise ConfigError(f"--gaps: must be windows above 0, got {self.gaps}")
         WorldConfig(grounds=self.grounds, split=self.split)
@@ -138,8 +148,4 @@ class StreamBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.chunks < 1:
-            raise ConfigError(f"--chunks: must be at least 1, got {self.chunks}")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and size < 1:
-                raise ConfigError(f"--{name}: must be at least 1 pixel, got {size}")
+        _check_bounds(self)

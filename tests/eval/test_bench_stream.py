@@ -51,7 +51,7 @@ def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_p
     [
         (["--model-size", "wan-9b"], "--model-size: unknown 'wan-9b'; known are wan-1.3b, wan-14b, tiny, tiny-base"),
         (["--memories", "full", "elephant"], "memory 'elephant': the kind is one of"),
-        (["--chunks", "0"], "--chunks: must be at least 1"),
+        (["--chunks", "0"], "--chunks: must be between 1 and 1000000"),
         (["--memories", "window:x"], "memory 'window:x': window_frames is a number"),
         (["--cuda-graphs"], "no CUDA graphs"),
         (["--height", "63"], "height: 63 pixels is not a positive multiple of 8"),

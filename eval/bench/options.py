@@ -9,6 +9,22 @@ from typing import Literal
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 
+_MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/container.py, which is too heavy to import here
+_BOUNDS = {
+    "repeats": (1, 10_000), "prompts": (1, 100_000), "batch_size": (1, 10_000), "count": (1, 100_000),
+    "num_frames": (1, 100_000), "chunks": (1, 100_000), "height": (1, _MAX_SIDE), "width": (1, _MAX_SIDE),
+    "size": (1, _MAX_SIDE), "horizons": (1, 10_000), "num_inference_steps": (1, 1000), "seed": (0, 2**31 - 1),
+}  # fmt: skip
+
+
+def _check_bounds(config: object) -> None:
+    """Raise ConfigError for a number that no benchmark can mean: found out now and not after hours, or at no end."""
+    for name, (least, most) in _BOUNDS.items():
+        given = getattr(config, name, None)
+        for value in given if isinstance(given, tuple) else [] if given is None else [given]:
+            if not least <= value <= most:
+                raise ConfigError(f"--{name.replace('_', '-')}: must be between {least} and {most}, got {value}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionBenchConfig:
@@ -20,8 +36,7 @@ class AttentionBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.repeats < 1:
-            raise ConfigError(f"--repeats: must be at least 1, got {self.repeats}")
+        _check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +58,7 @@ class JudgedBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.prompts, self.batch_size) < 1:
-            raise ConfigError("prompts and batch_size must be positive")
+        _check_bounds(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +87,6 @@ class RolloutBenchConfig(JudgedBenchConfig):
         super().__post_init__()
         if self.objects not in (1, 2):
             raise ConfigError(f"objects: must be 1 or 2, got {self.objects}")
-        if min(1, *self.horizons, self.size or 1) < 1:
-            raise ConfigError("horizons and size must be positive")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +116,7 @@ class RecallBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if min(self.count, self.batch_size, self.num_frames or 1) < 1:
-            raise ConfigError("--count, --batch-size and --num-frames must be positive")
+        _check_bounds(self)
         if not all(0 < gap < 1000 for gap in self.gaps) or not self.gaps:
             raise ConfigError(f"--gaps: must be windows above 0, got {self.gaps}")
         WorldConfig(grounds=self.grounds, split=self.split)
@@ -138,8 +149,4 @@ class StreamBenchConfig:
     output: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.chunks < 1:
-            raise ConfigError(f"--chunks: must be at least 1, got {self.chunks}")
-        for name, size in (("height", self.height), ("width", self.width)):
-            if size is not None and size < 1:
-                raise ConfigError(f"--{name}: must be at least 1 pixel, got {size}")
+        _check_bounds(self)

@@ -202,15 +202,16 @@ def on_device(state: Any, device: torch.device) -> Any:
     return [on_device(each, device) for each in state] if isinstance(state, list) else state
 
 
-def check_embeddings(embeddings: Tensor, text_len: int, text_dim: int) -> Tensor:
+def check_embeddings(embeddings: Tensor, text_len: int | None, text_dim: int) -> Tensor:
     """`prompt_embeds` [B, T, text_dim], floating point and finite, with zeros up to `text_len` rows, all of which the
-    model attends to."""
+    model attends to; as they are where that is not known."""
     check_type("prompt_embeds", embeddings, Tensor)
     if embeddings.ndim != 3 or embeddings.shape[2] != text_dim or not embeddings.is_floating_point():
         raise ConfigError(
             f"prompt_embeds: expected floats of shape [B, T, {text_dim}], got {embeddings.dtype} of shape "
             f"{list(embeddings.shape)}"
         )
+    text_len = max(1, embeddings.shape[1]) if text_len is None else text_len
     if not (len(embeddings) and 1 <= embeddings.shape[1] <= text_len):
         raise ConfigError(
             f"prompt_embeds: expected at least one prompt of 1 to {text_len} tokens, got shape {list(embeddings.shape)}"

@@ -43,11 +43,12 @@ from sparse_forcing.sampling.loading import (
     check_components,
     component_dtypes,
     component_index,
+    left_out,
     load_component_tokenizer,
 )
 from sparse_forcing.sampling.texts import KnownTexts, read_first, release_memory
 from sparse_forcing.weights.manifest import model_hash, write_manifest
-from sparse_forcing.weights.parts import explain_read_errors
+from sparse_forcing.weights.parts import explain_read_errors, unknown_settings_unsaid
 
 MODELS = ("transformer", "text_encoder", "vae")
 HUB_OPTIONS = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
@@ -133,9 +134,10 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         return UMT5TextEncoder(self.text_encoder, self.tokenizer)
 
     @property
-    def text_len(self) -> int:
-        """Tokens of a prompt after padding."""
-        return getattr(self.text_encoder, "text_len", WAN_TEXT_LEN)
+    def text_len(self) -> int | None:
+        """Tokens of a prompt after padding; None for an embedded model without its text encoder, which alone knows."""
+        unknown = self.text_encoder is None and self.defaults.text_encoder == "words"
+        return None if unknown else getattr(self.text_encoder, "text_len", WAN_TEXT_LEN)
 
     @property
     def fps(self) -> float:
@@ -246,7 +248,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
         dtype = resolve_dtypes(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
-        given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None}
+        given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None} | left_out(folder)
         given |= {"text_encoder", "tokenizer"} if text_encoder is not None else set()
         with explain_memory_shortage(f"model {model} was loaded"):
             with explain_read_errors(folder):
@@ -257,8 +259,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 with _quiet():
                     texts = read_first(folder, list(prompts), *how)
                 given |= set() if texts is None else {"text_encoder"}
-            check_components(folder, given)
             with explain_read_errors(folder), _quiet():
+                check_components(folder, given)
                 pipe = super().from_pretrained(
                     str(folder),
                     torch_dtype=types,
@@ -361,12 +363,17 @@ def _refuse_code(options: dict[str, Any]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars of parts that are loaded: they are not this project's, and short."""
+    """No progress bars of parts that are loaded, which are short, and no reports of what they do not use, which a
+    folder's remarks say in a line."""
     shown: list[Any] = [each for each in (logging, transformers_logging) if each.is_progress_bar_enabled()]
+    level = transformers_logging.get_verbosity()
     for each in shown:
         each.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
-        yield
+        with unknown_settings_unsaid():
+            yield
     finally:
+        transformers_logging.set_verbosity(level)
         for each in shown:
             each.enable_progress_bar()

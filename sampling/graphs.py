@@ -6,8 +6,8 @@ only static tensors there are beside the state and the weights. So two graphs se
 and a clean pass. What stays outside, between two replays: the sampler's arithmetic, noise, and `begin_chunk`.
 
 A pass is run as it is where a graph would not be that pass: gradients are wanted, a chunk has another size, somebody
-observes the memory; `why_not_recorded` says what rules graphs out for a whole rollout. A text that changes is copied
-over the one before it.
+observes the memory; `why_not_recorded` says what rules graphs out for a whole rollout, and a recording that fails ends
+them with a warning. A text that changes is copied over the one before it.
 """
 
 from __future__ import annotations
@@ -103,10 +103,11 @@ class RecordedPasses:
         self.memory, self.record = memory, record
         self._replays: dict[bool, tuple[Hashable, Buffers, Callable[[], Tensor | None]]] = {}
         self._seen: dict[bool, tuple[Hashable, int]] = {}
+        self._failed = False
 
     def __call__(self, run: Pass, latents: Tensor, timestep: Tensor, *, clean: bool) -> Tensor | None:
         """`run(latents, timestep)`; what it returns is valid until the next pass."""
-        if self.memory.shapes is None or torch.is_grad_enabled():
+        if self._failed or self.memory.shapes is None or torch.is_grad_enabled():
             return run(latents, timestep)
         shapes = (self.memory.shapes, latents.shape, latents.dtype)
         if clean not in self._replays or self._replays[clean][0] != shapes:
@@ -116,10 +117,23 @@ class RecordedPasses:
                 return run(latents, timestep)
             buffers = Buffers(latents.clone(), timestep.clone())
             self._replays.pop(clean, None)
-            self._replays[clean] = shapes, buffers, self.record(run, (buffers.latents, buffers.timestep))
+            try:
+                self._replays[clean] = shapes, buffers, self.record(run, (buffers.latents, buffers.timestep))
+            except RuntimeError as error:  # nothing was computed, so the pass is still to be run
+                return self._give_up(error, run, latents, timestep)
         _, buffers, replay = self._replays[clean]
         buffers.fill(latents, timestep)
         return replay()
+
+    def _give_up(self, error: RuntimeError, run: Pass, latents: Tensor, timestep: Tensor) -> Tensor | None:
+        """Run this pass, and from now on all, one call at a time, and say so."""
+        self._failed = True
+        self._replays.clear()
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        warnings.warn(
+            f"no CUDA graphs: recording failed ({reason:.160}); passes are launched one call at a time", stacklevel=2
+        )
+        return run(latents, timestep)
 
 
 def why_not_recorded(model: nn.Module, memory: RolloutMemory, training: bool) -> str | None:

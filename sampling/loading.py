@@ -19,7 +19,13 @@ from sparse_forcing.model.text import WordTextEncoder, load_tokenizer
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.word_tokenizer import WordTokenizer
 from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults, usual_dtype
-from sparse_forcing.weights.parts import check_model, check_part, explain_read_errors, require_part
+from sparse_forcing.weights.parts import (
+    check_model,
+    check_part,
+    explain_read_errors,
+    require_part,
+    warn_of_unused_tensors,
+)
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
 PIPELINE = "SparseForcingPipeline"
@@ -61,6 +67,17 @@ def _scheduler(folder: Path) -> tuple[str | None, str | None]:
     return "diffusers", kind.__name__
 
 
+def left_out(folder: Path) -> set[str]:
+    """What a pipeline of this project was saved without: it was given embeddings."""
+    path = folder / "model_index.json"
+    if not is_file(path, WeightsError):
+        return set()
+    with explain_read_errors(path):
+        index = read_json(path, max_bytes=MAX_CONFIG_BYTES)
+        lacks = index.get("_class_name") == PIPELINE and index.get("text_encoder") in (list(NOTHING), NOTHING)
+    return {"text_encoder", "tokenizer"} if lacks and not (folder / "text_encoder").exists() else set()
+
+
 def component_dtypes(
     folder: Path, dtype: torch.dtype | Mapping[str, torch.dtype | None] | None
 ) -> dict[str, torch.dtype | None]:
@@ -99,7 +116,7 @@ def check_components(folder: Path, given: Collection[str] = ()) -> None:
 
 
 def _check_umt5(folder: Path) -> None:
-    """Raise WeightsError for weights that transformers would make up."""
+    """Raise WeightsError for weights that transformers would make up; warn of those that it would leave out."""
     from transformers import UMT5Config, UMT5EncoderModel
 
     found = check_part(folder)
@@ -112,6 +129,7 @@ def _check_umt5(folder: Path) -> None:
     names: dict[int, list[str]] = {}  # weights that are tied are stored once
     for name, weight in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(weight), []).append(name)
+    warn_of_unused_tensors(folder, found.keys() - {name for tied in names.values() for name in tied})
     if missing := sorted(tied[0] for tied in names.values() if not any(name in found for name in tied)):
         raise WeightsError(f"{folder}: does not fit the model; missing: {', '.join(missing[:5])}")
 

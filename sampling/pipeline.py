@@ -7,6 +7,7 @@ for chunk in pipe.stream("a large blue star spins clockwise on white", num_frame
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -66,6 +67,7 @@ class SparseForcingPipeline(PipelineComponents):
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents", "prompt_embeds", "negative_prompt_embeds"]
     _interrupt = False
+    _guidance_scale = 1.0
     _num_chunks = _num_timesteps = _current_chunk = 0
 
     @property
@@ -73,6 +75,12 @@ class SparseForcingPipeline(PipelineComponents):
         """Whether a callback set `_interrupt`, as diffusers' callbacks do, to end the video with the present chunk and
         its latents as they are."""
         return self._interrupt
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of the video that was begun last. A callback may set `_guidance_scale`, as diffusers' callbacks do: it holds
+        from the next step on, 1 or less is none. A video that began without guidance stays without."""
+        return self._guidance_scale
 
     @property
     def num_timesteps(self) -> int:
@@ -185,6 +193,7 @@ class SparseForcingPipeline(PipelineComponents):
             recache=plan.recache,
         )
         self._interrupt, self._num_chunks, self._num_timesteps = False, len(plan.layout.chunks), plan.sampler.steps
+        self._guidance_scale = plan.sampler.guidance_scale
         return self._until_the_end(self._decode(plan, parts, initial, resumed))
 
     def _decode(
@@ -268,7 +277,7 @@ class SparseForcingPipeline(PipelineComponents):
                     f"{list(made.latents.shape)}"
                 )
             made.latents, made.text, made.unconditional_text = (changed[x] for x in self._callback_tensor_inputs)
-            made.interrupt = self._interrupt
+            made.guidance_scale, made.interrupt = max(1.0, self._guidance_scale), self._interrupt
 
         return after
 
@@ -365,3 +374,15 @@ class SparseForcingPipeline(PipelineComponents):
         frames = np.concatenate([chunk.frames for chunk in chunks], 1)
         frames = frames[:, : self.defaults.num_frames if num_frames is None else num_frames]
         return frames if output_type == "np" else rearrange(torch.from_numpy(frames), "b f h w c -> b f c h w")
+
+
+def _all_arguments() -> inspect.Signature:
+    """Those of a call: its own, and those of `stream`, which it passes on."""
+    own, passed = (
+        inspect.signature(each).parameters for each in (SparseForcingPipeline.__call__, SparseForcingPipeline.stream)
+    )
+    named = [each for each in own.values() if each.kind is not each.VAR_KEYWORD]
+    return inspect.Signature([*named, *(each for name, each in passed.items() if name not in own)])
+
+
+SparseForcingPipeline.__call__.__signature__ = _all_arguments()  # type: ignore[attr-defined]

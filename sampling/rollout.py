@@ -34,7 +34,8 @@ class DenoisingStep:
     """A denoising step that was just made, and what to go on with, which its callback may change.
 
     latents: [B, f, C, H, W] it led to; text, unconditional_text: [B, T, text_dim] to follow from the next step on;
-    interrupt: end the chunk with the latents as they are, and the video with the chunk.
+    guidance_scale: to follow it with, None without guidance; interrupt: end the chunk with the latents as they are, and
+    the video with the chunk.
     """
 
     chunk: int
@@ -43,6 +44,7 @@ class DenoisingStep:
     latents: Tensor
     text: Tensor
     unconditional_text: Tensor | None
+    guidance_scale: float | None = None
     interrupt: bool = False
 
 
@@ -347,8 +349,11 @@ class _Network:
             latents=x.detach(),
             text=text,
             unconditional_text=self.unconditional_text,
+            guidance_scale=self.guidance_scale,
         )
         callback(made)
+        if self.guidance_scale is not None and made.guidance_scale is not None:
+            self.guidance_scale = made.guidance_scale
         if made.text is not text or made.unconditional_text is not self.unconditional_text:
             self.unconditional_text = made.unconditional_text
             self.read(made.text)

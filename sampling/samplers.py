@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sparse_forcing.model.flow import (
     NUM_TRAIN_TIMESTEPS,
+    UNIPC,
     FlowSchedule,
     SamplerConfig,
     add_noise,
@@ -93,12 +94,7 @@ def sample_unipc(
     """
     from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-    scheduler = UniPCMultistepScheduler(
-        prediction_type="flow_prediction",
-        use_flow_sigmas=True,
-        num_train_timesteps=NUM_TRAIN_TIMESTEPS,
-        flow_shift=shift,
-    )
+    scheduler = UniPCMultistepScheduler(**UNIPC, flow_shift=shift)
     if levels is None:
         scheduler.set_timesteps(steps, device=x.device)
     else:

@@ -2,7 +2,8 @@
 
 After one clip (the model's default length) one attribute of the caption changes, and two more clips are judged by the
 new one. Videos that had it from the start, made of the same noise, are judged beside them, clip by clip: those say what
-the model gets right at that age.
+the model gets right at that age. With `--recache` each memory that can write its window again has a second row, in
+which it does so at the change.
 
     sparse-forcing bench change --prompts 100 --memories sparse window full --batch-size 50 --output docs/results/change
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -30,12 +32,16 @@ from sparse_forcing.eval.bench.rollout import choose_memories, compare_memories,
 from sparse_forcing.eval.scene_checker.caption import ATTRIBUTES
 from sparse_forcing.files import check_writable
 from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.memory.base import REWRITTEN
 from sparse_forcing.sampling.arguments import check_memory
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.held_out import PromptChange, changing_prompts
 
 CLIPS = ("before", "1st after", "2nd after", "1st unchanged", "2nd unchanged")
 """What is judged: the clip before the change, the two after it, and those two of a video whose prompt never changes."""
+
+RECACHED = "+recache"
+"""What a memory's name ends with in the row in which its window is written again."""
 
 
 def run(config: ChangeBenchConfig) -> int:
@@ -47,13 +53,16 @@ def run(config: ChangeBenchConfig) -> int:
         raise ConfigError(
             f"--model {config.model}: prompts change between chunks, but {length} frames are not whole chunks"
         )
-    for memory in choose_memories(pipe, config.memories).values():
-        check_memory(memory, recache=config.recache)
+    memories = list(choose_memories(pipe, config.memories).values())
+    if not any(memory.kind in REWRITTEN for memory in memories):
+        check_memory(memories[0], recache=config.recache)
     changes = changing_prompts(config.prompts, seed=config.seed)
 
-    def measure(memory: MemoryConfig) -> tuple[dict, dict]:
-        row = measure_memory(pipe, memory, changes, config)
-        return row, {clip: cell["all"] for clip, cell in row["accuracy"].items()}
+    def measure(memory: MemoryConfig) -> dict[str, tuple[dict, dict]]:
+        return {
+            ending: (row, {clip: cell["all"] for clip, cell in row["accuracy"].items()})
+            for ending, row in measure_memory(pipe, memory, changes, config).items()
+        }
 
     given = {"changes": [change._asdict() for change in changes]}
     compare_memories(config, pipe, given, measure, (table, breakdown), out and out / "change")
@@ -62,15 +71,26 @@ def run(config: ChangeBenchConfig) -> int:
 
 def measure_memory(
     pipe: SparseForcingPipeline, memory: MemoryConfig, changes: Sequence[PromptChange], config: ChangeBenchConfig
-) -> dict:
-    """One row of the table; `verdicts` are the judgements behind it, by clip and attribute, one for each change."""
-    records: dict[str, list[Measurements]] = {clip: [] for clip in CLIPS}
+) -> dict[str, dict]:
+    """Rows of the table by what they add to the memory's name: the memory as it is, and with its window written again
+    where that is asked for and can be. `verdicts` are the judgements behind a row, by clip and attribute, one for each
+    change."""
+    endings = ("", RECACHED) if config.recache and memory.kind in REWRITTEN else ("",)
+    records: dict[str, dict[str, list[Measurements]]] = {ending: {clip: [] for clip in CLIPS} for ending in endings}
     for first in range(0, len(changes), config.batch_size):
         began = time.perf_counter()
         batch = changes[first : first + config.batch_size]
-        for clip, judged in judge_changes(pipe, memory, batch, first, config).items():
-            records[clip] += judged
+        unchanged = judge_unchanged(pipe, memory, batch, first, config)
+        for ending, clips in records.items():
+            judged = judge_changed(pipe, memory, batch, first, config, recache=ending == RECACHED) | unchanged
+            for clip in CLIPS:
+                clips[clip] += judged[clip]
         print(f"  {first + len(batch)}/{len(changes)} changes, {time.perf_counter() - began:.0f} s", flush=True)
+    return {ending: _row(memory, clips, changes) for ending, clips in records.items()}
+
+
+def _row(memory: MemoryConfig, records: dict[str, list[Measurements]], changes: Sequence[PromptChange]) -> dict:
+    """One row of the table from the records of its clips."""
     verdicts = {clip: {name: [row[name] for row in judged] for name in ACCURACIES} for clip, judged in records.items()}
     for clip in CLIPS:
         verdicts[clip] |= split_by_change(records[clip], changes)
@@ -83,38 +103,60 @@ def measure_memory(
     }
 
 
-def judge_changes(
+def judge_changed(
+    pipe: SparseForcingPipeline,
+    memory: MemoryConfig,
+    changes: Sequence[PromptChange],
+    first: int,
+    config: ChangeBenchConfig,
+    *,
+    recache: bool = False,
+) -> dict[str, list[Measurements]]:
+    """Records of the videos of a batch of changes, the first of them number `first`, by what is judged."""
+    clip = pipe.defaults.num_frames
+    befores, afters = [change.before for change in changes], [change.after for change in changes]
+    videos = _videos(pipe, memory, befores, first, config, prompt_changes={clip: afters}, recache=recache)
+    # What grows may have grown already, but not before it was told to.
+    starts = [0 if change.attribute == "motion" else clip for change in changes]
+    return {
+        "before": _judge_clips(videos, befores, 0, clip, [0] * len(changes)),
+        "1st after": _judge_clips(videos, afters, clip, clip, starts),
+        "2nd after": _judge_clips(videos, afters, 2 * clip, clip, [start + clip for start in starts]),
+    }
+
+
+def judge_unchanged(
     pipe: SparseForcingPipeline,
     memory: MemoryConfig,
     changes: Sequence[PromptChange],
     first: int,
     config: ChangeBenchConfig,
 ) -> dict[str, list[Measurements]]:
-    """Records of a batch of changes, the first of them number `first`, by what is judged."""
-    clip = pipe.defaults.num_frames
-    befores, afters = [change.before for change in changes], [change.after for change in changes]
-
-    def frames(prompts: list[str], prompt_changes: dict[int, list[str]] | None) -> np.ndarray:
-        settings = RolloutSettings(
-            horizons=(3,),
-            seed=config.seed,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-        )
-        recache = config.recache and prompt_changes is not None
-        chunks = stream(pipe, memory, prompts, first, settings, prompt_changes=prompt_changes, recache=recache)
-        return np.concatenate([chunk.frames for chunk in chunks], 1)
-
-    changed, unchanged = frames(befores, {clip: afters}), frames(afters, None)
-    # What grows may have grown already, but not before it was told to.
-    starts = [0 if change.attribute == "motion" else clip for change in changes]
+    """Records of the videos that had the second prompt from their start."""
+    clip, afters = pipe.defaults.num_frames, [change.after for change in changes]
+    videos = _videos(pipe, memory, afters, first, config, prompt_changes=None, recache=False)
     return {
-        "before": _judge_clips(changed, befores, 0, clip, [0] * len(changes)),
-        "1st after": _judge_clips(changed, afters, clip, clip, starts),
-        "2nd after": _judge_clips(changed, afters, 2 * clip, clip, [start + clip for start in starts]),
-        "1st unchanged": _judge_clips(unchanged, afters, clip, clip, [clip] * len(changes)),
-        "2nd unchanged": _judge_clips(unchanged, afters, 2 * clip, clip, [2 * clip] * len(changes)),
+        "1st unchanged": _judge_clips(videos, afters, clip, clip, [clip] * len(changes)),
+        "2nd unchanged": _judge_clips(videos, afters, 2 * clip, clip, [2 * clip] * len(changes)),
     }
+
+
+def _videos(
+    pipe: SparseForcingPipeline,
+    memory: MemoryConfig,
+    prompts: list[str],
+    first: int,
+    config: ChangeBenchConfig,
+    **changed: Any,
+) -> np.ndarray:
+    """[B, F, H, W, 3]: three clips of each prompt."""
+    settings = RolloutSettings(
+        horizons=(3,),
+        seed=config.seed,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+    )
+    return np.concatenate([chunk.frames for chunk in stream(pipe, memory, prompts, first, settings, **changed)], 1)
 
 
 def _judge_clips(

@@ -65,7 +65,7 @@ class JudgedBenchConfig:
 class ChangeBenchConfig(JudgedBenchConfig):
     """Options of `bench change`.
 
-    recache: write the window again with the new prompt.
+    recache: measure each memory that can write its window again with the new prompt a second time, doing so.
     """
 
     recache: bool = False

@@ -59,9 +59,9 @@ def run(config: RolloutBenchConfig) -> int:
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     prompts = held_out_prompts(config.prompts, seed=config.seed, objects=config.objects)
 
-    def measure(memory: MemoryConfig) -> tuple[dict, dict]:
+    def measure(memory: MemoryConfig) -> dict[str, tuple[dict, dict]]:
         row = measure_memory(pipe, memory, prompts, config)
-        return row, {horizon: cell["accuracy"]["all"] for horizon, cell in row["horizons"].items()}
+        return {"": (row, {horizon: cell["accuracy"]["all"] for horizon, cell in row["horizons"].items()})}
 
     compare_memories(config, pipe, {"prompts": prompts}, measure, (table, breakdown), out and out / "rollout")
     return 0
@@ -71,7 +71,7 @@ def compare_memories(
     config: JudgedBenchConfig,
     pipe: SparseForcingPipeline,
     given: dict[str, Any],
-    measure: Callable[[MemoryConfig], tuple[dict, dict]],
+    measure: Callable[[MemoryConfig], dict[str, tuple[dict, dict]]],
     tables: Sequence[Callable[[dict], str]],
     target: Path | None,
 ) -> None:
@@ -80,7 +80,8 @@ def compare_memories(
 
     Args:
         given: what all memories are measured on, for the JSON.
-        measure: a memory's row of the result, and of it the shares of what is entirely right.
+        measure: a memory's rows of the result, by what they add to its name; of each the shares of what is entirely
+            right, too.
         tables: Markdown of a result.
     """
     memories = choose_memories(pipe, config.memories)
@@ -93,9 +94,10 @@ def compare_memories(
         "memories": rows,
     }
     for name, memory in memories.items():
-        rows[name], shares = measure(memory)
-        right = {where: share["mean"] for where, share in shares.items()}
-        print(f"{name}: all right {json.dumps(right)}", flush=True)
+        for ending, (row, shares) in measure(memory).items():
+            rows[name + ending] = row
+            right = {where: share["mean"] for where, share in shares.items()}
+            print(f"{name}{ending}: all right {json.dumps(right)}", flush=True)
         if target is not None:
             atomic_write_json(target.with_suffix(".json"), result)
             atomic_write_text(target.with_suffix(".md"), "\n".join(make(result) for make in tables))

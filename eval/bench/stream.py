@@ -29,7 +29,16 @@ from sparse_forcing.config import constructor_settings, to_plain
 from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.eval.bench.options import StreamBenchConfig
-from sparse_forcing.eval.bench.stream_report import heading, ratio, summarize, table, write
+from sparse_forcing.eval.bench.stream_report import (
+    heading,
+    project_memories,
+    projection_table,
+    ratio,
+    summarize,
+    table,
+    write,
+)
+from sparse_forcing.eval.measuring.roofline import ChunkSizes
 from sparse_forcing.files import check_writable, read_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
 from sparse_forcing.memory.config import parse_memory
@@ -150,7 +159,8 @@ def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> i
         name: {"memory": asdict(stream.memory(name)), **summarize(result, row)} for name, row in measured.items()
     }
     result["full_over_sparse"] = ratio(result["memories"], "full", "sparse")
-    print(table(result), end="")
+    result["projection"] = project(stream, config.memories)
+    print(f"{table(result)}\n{projection_table(result)}", end="")
     if out is not None:
         write(out, result)
     print(json.dumps(result))
@@ -331,6 +341,25 @@ class GpuMeter:
         peak = self.shared + held + torch.cuda.max_memory_allocated(self.device) - before
         self.peaks[name] = max(self.peaks.get(name, 0), peak)
         self.held[name] = held + torch.cuda.memory_allocated(self.device) - before
+
+
+def project(stream: Stream, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """What these rollouts would take on the GPU of the projection (eval/measuring/roofline.py)."""
+    config, geometry = stream.model.config, stream.architecture.geometry
+    rows, cols = geometry.token_size(*stream.latent_size)
+    sizes = ChunkSizes(
+        frames=geometry.chunk_frames,
+        rows=rows,
+        cols=cols,
+        dim=config.num_attention_heads * config.attention_head_dim,
+        ffn_dim=config.ffn_dim,
+        layers=config.num_layers,
+        text_tokens=stream.architecture.text_len,
+        passes=stream.sampler.steps + 1,
+    )
+    pixel_frames = geometry.chunk_frames * geometry.temporal_stride
+    memories = {name: stream.memory(name) for name in names}
+    return project_memories(memories, sizes, pixel_frames=pixel_frames, fps=stream.architecture.defaults.fps)
 
 
 def describe(stream: Stream, config: StreamBenchConfig) -> dict[str, Any]:

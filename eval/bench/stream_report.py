@@ -11,15 +11,18 @@ import importlib.util
 import math
 import statistics
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sparse_forcing.eval.measuring.roofline import H100, ChunkSizes, project_chunk
 from sparse_forcing.files import atomic_path, atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
     from sparse_forcing.eval.bench.stream import Measured
+    from sparse_forcing.memory import MemoryConfig
 
 GIB = 1 << 30
 HORIZONS = (5, 20, 60)  # seconds of video
@@ -104,6 +107,39 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def project_memories(
+    memories: Mapping[str, MemoryConfig], sizes: ChunkSizes, *, pixel_frames: int, fps: float
+) -> dict[str, dict[str, Any]]:
+    """Of each memory: seconds of the chunk that ends the longest horizon, in all and by parts, and frames per second
+    over each horizon, projected for an H100. pixel_frames: of a chunk; fps: of the video."""
+    counts = {horizon: math.ceil(horizon * fps / pixel_frames) for horizon in HORIZONS}
+    found = {}
+    for name, memory in memories.items():
+        chunks = [project_chunk(memory, sizes, number) for number in range(max(counts.values()))]
+        totals = [chunk.total for chunk in chunks]
+        spans = {str(horizon): count * pixel_frames / sum(totals[:count]) for horizon, count in counts.items()}
+        found[name] = {"chunk_seconds": totals[-1], "parts": asdict(chunks[-1]), "horizons": spans}
+    return found
+
+
+def projection_table(result: Mapping[str, Any]) -> str:
+    """The projection as a table of Markdown, which says that it is one."""
+    spans = [str(horizon) for horizon in HORIZONS]
+    lines = [
+        f"Projection for one {H100.name} in bfloat16 with CUDA graphs: arithmetic, not measured (a roofline with the "
+        "shares of its peaks that an H200 reached; decoding not included).",
+        "",
+        "| memory | " + " | ".join(f"frames/s over {span} s" for span in spans) + " | ms a chunk, at the end | "
+        "products | attention | elementwise | gaps |",
+        "|" + "---|" * (len(spans) + 6),
+    ]
+    for name, row in result["projection"].items():
+        cells = [f"{row['horizons'][span]:.1f}" for span in spans]
+        cells += [f"{1000 * seconds:.1f}" for seconds in (row["chunk_seconds"], *row["parts"].values())]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def write(folder: Path, result: Mapping[str, Any]) -> None:
     """Write stream.json, stream.md and, where there is matplotlib, stream.png."""
     if importlib.util.find_spec("matplotlib") is not None:
@@ -112,7 +148,8 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
     atomic_write_json(folder / "stream.json", dict(result))
     atomic_write_text(
         folder / "stream.md",
-        f"{heading(result)}. Videos play at {result['fps']:g} frames per second.\n\n{table(result)}",
+        f"{heading(result)}. Videos play at {result['fps']:g} frames per second.\n\n"
+        f"{table(result)}\n{projection_table(result)}",
     )
 
 

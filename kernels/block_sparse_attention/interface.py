@@ -137,15 +137,17 @@ def block_sparse_attention_backward(
     return dq, dk, dv
 
 
-def full_lists_attention(query: Tensor, key_pool: Tensor, value_pool: Tensor, block_index: Tensor) -> Tensor | None:
-    """`block_sparse_attention(...).out` where nothing is padded and every list is full, without a gradient and without
-    a check: in every layer of every pass of a small model these would cost a tenth of the attention.
+def full_lists_attention(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, block_index: Tensor, *, plus: Tensor
+) -> Tensor | None:
+    """`block_sparse_attention(...).out + plus` where nothing is padded and every list is full, without a gradient and
+    without a check: in every layer of every pass of a small model these would cost a tenth of the attention.
 
-    None where no shorter way than `block_sparse_attention` is known.
+    plus: [B, H, Nq, 1, D]. None where no shorter way than `block_sparse_attention` is known.
     """
     if query.device.type != "cpu" or torch.compiler.is_compiling() or not small.is_small(query, key_pool, block_index):
         return None
-    found = small.forward(query, key_pool, value_pool, block_index, query.shape[-1] ** -0.5)
+    found = small.forward(query, key_pool, value_pool, block_index, query.shape[-1] ** -0.5, plus)
     return None if found is None else found[0]
 
 

@@ -41,7 +41,7 @@ ROLLOUT_FLAGS = {
     "num_inference_steps": "denoising steps per chunk (default: the model's; stream: 4)",
     "guidance_scale": "rollout, change, recall: guidance (default: the model's)",
 }
-CHANGE_FLAGS = {"recache": "change: write the window again with the new prompt (memories window, sink, sparse)"}
+CHANGE_FLAGS = {"recache": "change: also with the window written again with the new prompt (window, sink, sparse)"}
 RECALL_FLAGS = {
     "worlds": "recall: kinds of worlds (default: revisit reappear)",
     "gaps": "recall: how long what returns is out of sight, in windows (default: 0.5 1 2)",

@@ -45,7 +45,7 @@ class MemoryConfig:
     window_frames: int = 6
     sink_frames: int = 3
     tile: tuple[int, int, int] = (3, 5, 4)
-    persistent_blocks: int = 64
+    persistent_blocks: int = 32
     density: float = 0.25
     retention: str = "paper"
     retention_decay: float = 0.9

@@ -33,7 +33,7 @@ def put_slots_(pools: Sequence[Tensor], slots: Tensor, blocks: Sequence[Tensor],
         rows = slots + S * torch.arange(B * H, device=slots.device).view(B, H, 1)
     rows = rows.flatten()
     for pool, new in zip(pools, blocks):
-        pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).flatten(3).flatten(0, 2))
+        pool.view(B * H * S, -1).index_copy_(0, rows, new.to(pool.dtype).reshape(len(rows), -1))
 
 
 def round_blocks(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_selection.interface import update_persistent
-from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention, full_lists_attention
+from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse_attention
 from sparse_forcing.kernels.values import trusted_values
 from sparse_forcing.memory.base import Choices, MemoryGeometry, RolloutMemory, WindowObserver, WindowPass
 from sparse_forcing.memory.config import MemoryConfig
@@ -241,12 +241,11 @@ class SparseMemory(RolloutMemory):
         trains = torch.is_grad_enabled()
         rebuilt = state.history is not None and trains and not clean
         again = rebuilt and selection.selectors is not None
-        new: dict[str, Tensor] = {}
-        if state.in_place:
+        new: dict[str, Tensor] = {"keys": keys, "values": values}
+        if state.own_rows is not None and not again:
             selection.store(layout, layer, state, keys, values)
         else:
-            pooled_keys = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
-            new = {"keys": keys, "values": values, "representatives": pooled_keys}
+            new["representatives"] = selection.pool_chunk(layout, layer, key, keys, "key", again=again)
             if selection.selectors is not None:
                 new["value_representatives"] = selection.pool(layout, layer, values, "value")
             self._write(state, new)
@@ -281,20 +280,19 @@ class SparseMemory(RolloutMemory):
     ) -> Tensor | None:
         layout, state = self.layout, self.layers[layer]
         assert state is not None
-        fixed.store(layout, layer, state, key, value)
-        pooled = fixed.pool_queries(layout, layer, query)
+        blocks = fixed.lay_out(layout, query, key, value)
+        pooled = fixed.store(layer, state, blocks)
         if clean:
             self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         if ends:
             return None
         scores = fixed.scores(layer, state, pooled)
-        index = fixed.lists(state, scores)
-        queries, measure = layout.to_blocks(query), self.rule.measures_mass(clean)
-        if measure or (found := full_lists_attention(queries, state.keys, state.values, index)) is None:
-            out = self._attend_to_pool(state, queries, index, measure=measure)
-        else:
-            out = layout.from_blocks(found)
-        return fixed.add_coarse(layout, layer, state, scores, out)
+        index, coarse = fixed.lists(state, scores), fixed.coarse(layer, state, scores)
+        measure = self.rule.measures_mass(clean)
+        found = None if measure else fixed.attend(state, blocks[0], index, coarse)
+        if found is not None:
+            return layout.from_blocks(found)
+        return layout.add_to_tokens(self._attend_to_pool(state, blocks[0], index, measure=measure), coarse)
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
         """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""

@@ -145,7 +145,8 @@ class SparseLayer:
     value_representatives: [B, H, S, D] pooled values and key_projection [H, D, D], for a learned selector only;
         retention_head: weights of its retention head, for a learned rule only. Of all layers these two have one
         dimension more, [layers, ...].
-    own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks (in place only).
+    own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks; None where pools are
+        written out of place.
     favour: [B, H, n, S] what is added to the score of a slot before those of a query block are ranked, for
         sparse_fixed; None while there are unused slots, which have no score.
     packed_keys, packed_values: [B, H, S, T, D] int8, and packed_scales [B, H, S, 2, D] of both, of blocks that are
@@ -317,14 +318,20 @@ class SparseLayer:
             self.scatter("retained", slot_index(slots, self.retained), fresh)
         if self.history is not None:
             self.history = self.history.with_current(slots, first + position)
+            self.number_rows(plan.layout, 1)
 
     def number_rows(self, layout: TileLayout, layers: int) -> None:
         """Say where in the flattened pools of its layer the chunk's blocks lie."""
-        assert self.own_rows is not None
         slots = self.own_slots(layout)
         heads = torch.arange(slots.shape[0] * slots.shape[1] // layers, device=slots.device)
         first = (heads * self.table.shape[2]).repeat(layers).view(*slots.shape[:2], 1)
         self.store("own_rows", first + slots)
+
+    def copy_representatives(self) -> None:
+        """Go on with copies, which nobody else holds."""
+        for name in ("representatives", "value_representatives"):
+            held = getattr(self, name)
+            setattr(self, name, None if held is None else held.detach().clone())
 
     def favour_slots(self, layout: TileLayout) -> None:
         """Say what every query block of the chunk lists whatever its scores: the persistent blocks, then its own."""
@@ -355,7 +362,7 @@ class SparseLayer:
         where they are, the others into a copy, because autograd holds the pool."""
         here = [name for name in blocks if name in in_place]
         if here:
-            put_slots_([getattr(self, name) for name in here], slots, [blocks[name] for name in here])
+            put_slots_([getattr(self, name) for name in here], slots, [blocks[name] for name in here], self.own_rows)
         for name in [name for name in blocks if name not in in_place]:
             pool = getattr(self, name)
             new = blocks[name].to(pool.dtype)

@@ -79,8 +79,11 @@ class BlockSelection:
         return (blocks * self._weights[layer, side]).sum(3)
 
     def store(self, layout: TileLayout, layer: int, state: SparseLayer, keys: Tensor, values: Tensor) -> None:
-        """Write the chunk's blocks [B, H, n, T, D] and their representatives into its slots, in place."""
+        """Write the chunk's blocks [B, H, n, T, D] and their representatives into its slots, in place; representatives
+        that somebody may hold in a copy. No gradient goes through them."""
         assert state.own_rows is not None
+        if not state.in_place:
+            state.copy_representatives()
         pools = Pools(state.keys, state.values, state.representatives, state.value_representatives)
         weights = None if self.selectors is None else self.selectors[layer].key_weights
         if not self._pools_fixed(layout, keys):

@@ -85,7 +85,7 @@ class BlockHistory:
             b, h, _, t, d = keys.shape
             shape = b, h, self.place.shape[2], t, d
             return keys.new_zeros(shape), keys.new_zeros(shape)
-        place = self.place.clamp(max=self.blocks - 1)
+        place = self.place.clamp(0, self.blocks - 1).long()
         moved = None if position is None else self.count_moved_frames(position)
         return rebuild(self.keys, place, moved), rebuild(self.values, place)
 
@@ -95,12 +95,12 @@ class BlockHistory:
 
 
 def rebuild(chunks: tuple[Tensor, ...], place: Tensor, moved: Tensor | None = None) -> Tensor:
-    """The pool [B, H, S, T, D] whose slots hold the blocks `place` [B, H, S] of the chunks.
+    """The pool [B, H, S, T, D] whose slots hold the blocks `place` [B, H, S], from 0 on, of the chunks.
 
     Args:
         moved: [B, H, S] frames that each key block has moved in time since its chunk was kept.
     """
-    pool = gather_slots(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2), place.clamp(min=0))
+    pool = gather_slots(chunks[0] if len(chunks) == 1 else torch.cat(chunks, 2), place)
     return pool if moved is None else shift_time(pool, moved[..., None])
 
 
@@ -169,8 +169,9 @@ class RebuiltAttention(torch.autograd.Function):
         saved, layout = ctx.saved_tensors, ctx.layout  # read once: checkpointing computes them again each time
         (*own, out, lse, index, key_sizes, place, moved), chunks = saved[:9], saved[9:]
         query, key, value, out, grad = (layout.to_blocks(x) for x in (*own, out, grads[0]))
-        keys = rebuild((*chunks[: len(chunks) // 2], key), place, moved)
-        values = rebuild((*chunks[len(chunks) // 2 :], value), place)
+        used = place.clamp(min=0).long()
+        keys = rebuild((*chunks[: len(chunks) // 2], key), used, moved)
+        values = rebuild((*chunks[len(chunks) // 2 :], value), used)
         found = block_sparse_attention_backward(
             grad,
             query,

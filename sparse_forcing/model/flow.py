@@ -16,6 +16,8 @@ from sparse_forcing.errors import ConfigError
 
 NUM_TRAIN_TIMESTEPS = 1000
 SAMPLERS = ("few_step", "euler", "unipc", "wan_unipc")
+UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": NUM_TRAIN_TIMESTEPS}
+"""What UniPC is told beside its shift; all else is as diffusers has it."""
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:

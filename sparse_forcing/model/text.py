@@ -23,7 +23,7 @@ from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.model.word_tokenizer import PAD, WordTokenizer
 from sparse_forcing.scenes.captions import vocabulary_words
 from sparse_forcing.scenes.roles import role_remarks
-from sparse_forcing.weights.parts import explain_read_errors, require_part
+from sparse_forcing.weights.parts import explain_read_errors, require_part, warn_of_unused_tensors
 
 if TYPE_CHECKING:
     from transformers import UMT5EncoderModel
@@ -157,6 +157,11 @@ def load_tokenizer(folder: Path, vocab_size: int) -> Any:
             f"{folder}: tokenizer has {len(tokenizer)} tokens, text_encoder only {vocab_size}; they are of different "
             "models"
         )
+    for name in ("padding_side", "truncation_side"):
+        if (side := getattr(tokenizer, name)) != "right":
+            raise WeightsError(
+                f"{folder / 'tokenizer'}: {name} is {side!r:.20}; Wan's prompts are padded and cut right"
+            )
     return tokenizer
 
 
@@ -196,6 +201,7 @@ class UMT5TextEncoder(nn.Module):
                 raise WeightsError(
                     f"{folder / 'text_encoder'}: does not fit the model; missing: {', '.join(missing[:5])}"
                 )
+            warn_of_unused_tensors(folder / "text_encoder", info["unexpected_keys"])
         return cls(encoder, load_tokenizer(folder, encoder.config.vocab_size), text_len)
 
     @property

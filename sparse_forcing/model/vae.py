@@ -243,7 +243,7 @@ class WanAutoencoder(nn.Module):
 
     first_frame_alone = True
     mean: Tensor
-    std: Tensor
+    inverse_std: Tensor
 
     def __init__(self, vae: AutoencoderKLWan) -> None:
         super().__init__()
@@ -255,9 +255,10 @@ class WanAutoencoder(nn.Module):
         self.latent_channels = vae.config.z_dim
         # Each of its causal convolutions looks two frames back, of its own rate, which is at least that of latents.
         self.lead_frames = 2 * vae._cached_conv_counts["decoder"]
-        for name in ("mean", "std"):
-            values = torch.tensor(getattr(vae.config, f"latents_{name}"), dtype=torch.float32)
-            self.register_buffer(name, values.view(-1, 1, 1, 1), persistent=False)
+        # Wan and diffusers multiply and divide by the inverse: the other way round is not the same to the last bit.
+        mean, std = (torch.tensor(values) for values in (vae.config.latents_mean, vae.config.latents_std))
+        for name, values in (("mean", mean), ("inverse_std", 1 / std)):
+            self.register_buffer(name, values.float().view(-1, 1, 1, 1), persistent=False)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, torch_dtype: torch.dtype | None = None) -> WanAutoencoder:
@@ -280,7 +281,7 @@ class WanAutoencoder(nn.Module):
 
     def _normalize(self, mean: Tensor, dtype: torch.dtype) -> Tensor:
         mean = mean.float()
-        return ((mean - self.mean.to(mean)) / self.std.to(mean)).to(dtype)
+        return ((mean - self.mean.to(mean)) * self.inverse_std.to(mean)).to(dtype)
 
     @torch.no_grad()
     def encode_stream(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
@@ -312,7 +313,7 @@ class WanAutoencoder(nn.Module):
         for chunk in chunks:
             self._onload()
             wide = chunk.float()
-            z = (wide * self.std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
+            z = (wide / self.inverse_std.to(wide) + self.mean.to(wide)).to(self.vae.dtype)
             decode = decode_tiles if is_tiled(self.vae, z) else decode_frames
             yield decode(self.vae, z, carried).clamp(-1, 1).to(chunk.dtype)
 

@@ -24,6 +24,9 @@ from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, load_weights, not
 ADAPTER = "adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PEFT = "base_model.model."
+_OTHER_KINDS = ("use_rslora", "use_dora", "use_qalora", "fan_in_fan_out", "modules_to_save", "bias", "lora_bias")
+_ABSENT: tuple[Any, ...] = (None, False, "none", [])
+"""What those settings of peft are in an adapter that is up @ down times alpha / rank and nothing else."""
 _KEY = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up)(?:\.default)?\.weight")
 
 
@@ -135,6 +138,8 @@ def read_kept(folder: Path) -> dict[str, Adapter]:
         return {}
     try:
         settings = read_json(target / CONFIG, max_bytes=MAX_CONFIG_BYTES)
+        if other := [name for name in _OTHER_KINDS if settings.get(name) not in _ABSENT]:
+            raise WeightsError(f"{target / CONFIG}: {other[0]} is set; only plain LoRA of linear layers is added here")
         rank, alpha = float(settings["r"]), float(settings["lora_alpha"])
         alphas, ranks = (settings.get(name) or {} for name in ("alpha_pattern", "rank_pattern"))
         found, _ = read_adapters(target / WEIGHTS)

@@ -26,9 +26,9 @@ from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.recognise import (
     PIPELINE_FILE,
     check_supported,
-    folder_remarks,
     recognise_defaults,
 )
+from sparse_forcing.model_folder.remarks import folder_remarks
 from sparse_forcing.weights.hub import fetch_model, is_hub_id
 from sparse_forcing.weights.manifest import write_manifest
 from sparse_forcing.weights.parts import check_part, load_part

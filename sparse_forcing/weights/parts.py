@@ -6,7 +6,9 @@ diffusers fills what a file lacks with nothing at all and ignores what it has be
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+import logging
+import warnings
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -94,11 +96,34 @@ def check_counts(folder: Path, tensors: int) -> None:
                 raise WeightsError(f"{path}: {name} is {number}, but {what}")
 
 
+def warn_of_unused_tensors(folder: Path, names: Collection[str], show: int = 5) -> None:
+    """Say in a line which tensors of a part are left out: those of a decoder that was saved with an encoder."""
+    if names:
+        more = f" and {len(names) - show} more" if len(names) > show else ""
+        warnings.warn(f"{folder}: tensors that are not used: {', '.join(sorted(names)[:show])}{more}", stacklevel=3)
+
+
+@contextmanager
+def unknown_settings_unsaid() -> Iterator[None]:
+    """Keeps diffusers from saying, each time it reads a config, which of its settings it does not know: a model
+    folder's remarks say it once."""
+    logger = logging.getLogger("diffusers.configuration_utils")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "are not expected and will be ignored" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
+
+
 def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     """A diffusers model from its folder, in evaluation mode; its weights as `dtype`, or as they are stored. Raises
     WeightsError as `check_model` does."""
     check_model(cls, folder)
-    with explain_read_errors(folder):
+    with explain_read_errors(folder), unknown_settings_unsaid():
         return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
@@ -111,7 +136,7 @@ def check_model(cls: Any, folder: Path) -> None:
     """
     require_part(folder)
     found = check_part(folder)
-    with explain_read_errors(folder):
+    with explain_read_errors(folder), unknown_settings_unsaid():
         config = cls.load_config(folder, local_files_only=True)
         _check_sizes(cls, config, folder)
         with torch.device("meta"):

@@ -79,10 +79,12 @@ def package_frames() -> list[FrameType]:
 
 class LaunchCounter(TorchDispatchMode):
     """Rows by (part, place): part is "layers" inside a block, "pass" elsewhere in a pass, "between" two chunks, "chunk"
-    in the sampler. `waits` lists what would make the host wait for the GPU inside a pass."""
+    in the sampler, and with `backward` what autograd itself calls. `waits` lists what would
+    make the host wait for the GPU inside a pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, backward: bool = False) -> None:
         super().__init__()
+        self.backward = backward
         self.rows: dict[tuple[str, str], Row] = {}
         self.waits: list[str] = []
 
@@ -92,9 +94,11 @@ class LaunchCounter(TorchDispatchMode):
         inputs, outputs = ([x for x in tree_leaves(part) if isinstance(x, Tensor)] for part in ((args, kwargs), out))
         devices = {x.device.type for x in inputs + outputs}
         frames = package_frames()
-        if name in VIEWS or "meta" not in devices or not frames:
+        if name in VIEWS or "meta" not in devices or not (frames or self.backward):
             return out
-        part, place = self._part(frames), f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_code.co_name}"
+        part, place = "backward", "autograd"
+        if frames:
+            part, place = self._part(frames), f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_code.co_name}"
         row = self.rows.setdefault((part, place), Row())
         row.calls += 1
         row.launches += KERNELS.get(name, 1)
@@ -138,8 +142,18 @@ class LaunchCounter(TorchDispatchMode):
 _LIBRARY = torch.library.Library("launch_test", "DEF")
 _LIBRARY.define("attention(Tensor q, Tensor k, Tensor v) -> Tensor")
 _LIBRARY.impl("attention", lambda q, k, v: torch.empty_like(q), "Meta")
+_LIBRARY.define("attention_backward(Tensor grad, Tensor q, Tensor k, Tensor v) -> (Tensor, Tensor, Tensor)")
+_LIBRARY.impl("attention_backward", lambda grad, *inputs: tuple(map(torch.empty_like, inputs)), "Meta")
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight) -> Tensor")
 _LIBRARY.impl("rms_norm", lambda x, weight: torch.empty_like(x), "Meta")
+_LIBRARY.define("rms_norm_backward(Tensor grad, Tensor x, Tensor weight) -> (Tensor, Tensor)")
+_LIBRARY.impl("rms_norm_backward", lambda grad, *inputs: tuple(map(torch.empty_like, inputs)), "Meta")
+for _name in ("attention", "rms_norm"):
+    torch.library.register_autograd(
+        f"launch_test::{_name}",
+        lambda ctx, grad, name=_name: getattr(torch.ops.launch_test, f"{name}_backward")(grad, *ctx.saved_tensors),
+        setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    )
 
 
 def forget_constants() -> None:

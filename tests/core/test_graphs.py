@@ -55,11 +55,41 @@ def run() -> Rollout:
     return Rollout()
 
 
+class FailingRecorder:
+    """Captures what comes after `good` recordings in vain: the host has made its calls by when that shows."""
+
+    good = 0
+
+    def __init__(self, memory: RolloutMemory) -> None:
+        self.memory, self.recorded = memory, 0
+
+    def __call__(self, run: Callable[..., Tensor], inputs: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
+        self.recorded += 1
+        before = [x.clone() for x in tensors(self.memory, set())]
+        run(*inputs)
+        for x, old in zip(tensors(self.memory, set()), before):
+            x.copy_(old)
+        if self.recorded > self.good:
+            raise RuntimeError("operation not permitted when stream is capturing\nSearch for it in the manual")
+        return lambda: run(*inputs)
+
+
+class LateFailingRecorder(FailingRecorder):
+    good = 1
+
+
 @torch.no_grad()
-def video(run: Rollout, config: MemoryConfig, *, records: bool, guidance: float = 1.0) -> tuple[Tensor, Any]:
+def video(
+    run: Rollout,
+    config: MemoryConfig,
+    *,
+    records: bool,
+    guidance: float = 1.0,
+    recorder_class: Callable[[RolloutMemory], Any] = FxRecorder,
+) -> tuple[Tensor, Any]:
     """Latents of a rollout whose text changes on the way, and its recorder."""
     memory = run.make(config, horizon=6)
-    recorder = FxRecorder(memory) if records else None
+    recorder = recorder_class(memory) if records else None
     noise = SeededNoise(
         [torch.Generator().manual_seed(seed) for seed in (1, 2)],
         (CHANNELS, 2 * ROWS, 2 * COLS),
@@ -92,6 +122,21 @@ def test_a_replayed_rollout_is_the_rollout(run: Rollout, kind: str, guidance: fl
     assert recorder.recorded == 2, "one denoising pass and one clean pass"
     assert recorder.replayed >= 3 * (CHUNKS - 5)
     assert torch.equal(run.text, text), "the caller's text stays as it is"
+
+
+@pytest.mark.parametrize(("recorder", "tries"), [(FailingRecorder, 1), (LateFailingRecorder, 2)])
+def test_a_recording_that_fails_is_said_once_and_the_video_is_right(
+    run: Rollout, recorder: type[FailingRecorder], tries: int
+) -> None:
+    expected, _ = video(run, SPARSE, records=False)
+    with pytest.warns(UserWarning, match="no CUDA graphs") as said:
+        found, failed = video(run, SPARSE, records=True, recorder_class=recorder)
+    assert torch.equal(found, expected)
+    assert failed.recorded == tries
+    assert [str(each.message) for each in said] == [
+        "no CUDA graphs: recording failed (operation not permitted when stream is capturing); passes are launched one "
+        "call at a time"
+    ]
 
 
 def test_what_is_ruled_out_is_said_and_not_recorded(run: Rollout) -> None:

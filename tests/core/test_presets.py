@@ -15,12 +15,15 @@ import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import AutoTokenizer, UMT5EncoderModel
 
+from sparse_forcing.config import build_config, read_settings
 from sparse_forcing.errors import ConfigError, WeightsError
+from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig, few_step_timesteps
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import find_model, load_transformer, read_defaults, usual_dtype
 from sparse_forcing.model_folder.presets import PRESETS
-from sparse_forcing.model_folder.recognise import check_supported, folder_remarks
+from sparse_forcing.model_folder.recognise import check_supported
+from sparse_forcing.model_folder.remarks import folder_remarks
 from sparse_forcing.model_folder.sizes import WAN, on_meta
 from sparse_forcing.sampling.generation.jobs import PRESETS as NAMES
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
@@ -51,6 +54,17 @@ def edited(wan: Path, tmp_path: Path, name: str, **changes: Any) -> Path:
     return folder
 
 
+def test_trainings_at_the_published_size_have_the_memory_of_its_preset() -> None:
+    """Their models remember as `sparse-forcing` says, where they remember sparsely."""
+    wanted, found = PRESETS["sparse-forcing"].memory, 0
+    for path in sorted(Path("training/configs").glob("wan-*.yaml")):
+        memory = read_settings(path).get("memory", {})
+        if memory.get("kind") == "sparse":
+            assert build_config(MemoryConfig, memory) == wanted, path
+            found += 1
+    assert found >= 5
+
+
 def test_names_on_the_command_line_are_the_presets() -> None:
     assert list(NAMES) == list(PRESETS)
     assert all(config.preset == name for name, config in PRESETS.items())
@@ -66,20 +80,21 @@ def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPi
     )
     theirs.set_progress_bar_config(disable=True)
     noise = torch.randn(LATENTS, generator=torch.Generator().manual_seed(3))
-    expected = theirs(
-        "a red ball",
-        negative_prompt="blue",
-        latents=noise.transpose(1, 2),
-        output_type="latent",
-        num_inference_steps=STEPS,
-        guidance_scale=GUIDANCE,
-        **VIDEO,
-    ).frames
-    found = pipe(
-        "a red ball", negative_prompt="blue", latents=noise, output_type="latent", num_inference_steps=STEPS, **VIDEO
-    ).frames
+    asked: dict[str, Any] = {"prompt": "a red ball", "negative_prompt": "blue", "num_inference_steps": STEPS, **VIDEO}
+    expected = theirs(latents=noise.transpose(1, 2), guidance_scale=GUIDANCE, output_type="latent", **asked).frames
+    found = pipe(latents=noise, output_type="latent", **asked).frames
     assert pipe.defaults.sampler == SamplerConfig(kind="unipc", steps=50, shift=SHIFT, guidance_scale=GUIDANCE)
-    torch.testing.assert_close(found.transpose(1, 2), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=9e-6, rtol=0)
+
+    # Decoding adds nothing to that: equal latents are equal pixels, although they are decoded as a stream.
+    wide = theirs.vae.config
+    mean, std = (torch.tensor(values)[:, None, None, None] for values in (wide.latents_mean, wide.latents_std))
+    with torch.no_grad():
+        pixels = theirs.vae.decode(expected / (1 / std) + mean).sample
+    streamed = list(pipe.autoencoder.decode_stream(expected.split([1, 2], 2)))
+    assert torch.equal(torch.cat(streamed, 2), pixels)
+    shown = theirs(latents=noise.transpose(1, 2), guidance_scale=GUIDANCE, **asked).frames
+    np.testing.assert_allclose(pipe(latents=noise, **asked).frames, shown, atol=9e-6)
 
 
 def test_a_whole_video_is_one_chunk_that_nothing_is_kept_of(pipe: SparseForcingPipeline) -> None:
@@ -155,16 +170,6 @@ def test_causal_configs_of_others_name_chunk_window_and_sink(wan: Path, tmp_path
         warnings.simplefilter("always")
         load_transformer(folder)
     assert set(remarks) <= {str(warning.message) for warning in shown}
-
-
-def test_what_is_not_used_is_remarked_on(wan: Path, tmp_path: Path) -> None:
-    assert folder_remarks(wan) == []
-    folder = edited(wan, tmp_path, "scheduler/scheduler_config.json", solver_order=3)
-    (folder / "controlnet").mkdir()
-    assert [remark.partition(": ")[2] for remark in folder_remarks(folder)] == [
-        "parts that are not used: controlnet",
-        "not used: solver_order=3",
-    ]
 
 
 @pytest.mark.parametrize(

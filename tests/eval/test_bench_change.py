@@ -79,7 +79,7 @@ def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
     def stream(
         pipe: Any, memory: Any, prompts: list[str], first: int, settings: Any, *, prompt_changes: Any, recache: bool
     ) -> Any:
-        assert (first, settings.horizons, recache) == (3, (3,), False)
+        assert (first, settings.horizons, recache) == (3, (3,), bool(prompt_changes))
         if prompt_changes is None:
             shown = ["a small cyan ring moves up on a black background", prompts[0], prompts[0]]
             if "shrinks" in change.after:
@@ -91,7 +91,8 @@ def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
 
     monkeypatch.setattr(bench_change, "stream", stream)
     pipe: Any = SimpleNamespace(defaults=SimpleNamespace(num_frames=CLIP_FRAMES))
-    judged = bench_change.judge_changes(pipe, None, [change], 3, ChangeBenchConfig())  # type: ignore[arg-type]
+    batch: Any = (pipe, None, [change], 3, ChangeBenchConfig())
+    judged = bench_change.judge_changed(*batch, recache=True) | bench_change.judge_unchanged(*batch)
     right = {clip: records[0]["all"] for clip, records in judged.items()}
     after = {"1st after": follows, "2nd after": follows}
     assert right == {"before": 1, **after, "1st unchanged": 1, "2nd unchanged": 1}
@@ -102,16 +103,20 @@ def test_a_video_that_follows_is_right_and_one_that_goes_on_is_not(
 @pytest.mark.slow
 def test_what_is_written_is_what_was_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = ("--prompts", "5", "--memories", "window", "--num-inference-steps", "1", "--batch-size", "3")
-    assert main(["bench", "change", *settings, "--output", str(tmp_path)]) == 0
+    assert main(["bench", "change", *settings, "--recache", "--output", str(tmp_path)]) == 0
     written = json.loads((tmp_path / "change.json").read_text())
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == written
     assert [PromptChange(**change) for change in written["changes"]] == changing_prompts(5)
-    window = written["memories"]["window"]
-    for clip in bench_change.CLIPS:
-        for name, verdicts in window["verdicts"][clip].items():
-            assert len(verdicts) == 5
-            known = [verdict for verdict in verdicts if verdict is not None]
-            assert window["accuracy"][clip][name]["mean"] == (pytest.approx(sum(known) / len(known)) if known else None)
+    assert list(written["memories"]) == ["window", "window+recache"]
+    for row in written["memories"].values():
+        for clip in bench_change.CLIPS:
+            for name, verdicts in row["verdicts"][clip].items():
+                assert len(verdicts) == 5
+                known = [verdict for verdict in verdicts if verdict is not None]
+                mean = pytest.approx(sum(known) / len(known)) if known else None
+                assert row["accuracy"][clip][name]["mean"] == mean
+    plain, again = (row["verdicts"] for row in written["memories"].values())
+    assert all(plain[clip] == again[clip] for clip in bench_change.CLIPS if "after" not in clip)
     table = (tmp_path / "change.md").read_text()
     assert "\n| window | " in table
     assert "| background (1) | colour (1) | shape (1) | size (1) | motion (1) |" in table
@@ -122,7 +127,7 @@ def test_options_of_other_benchmarks_and_unknown_memories_are_refused(capsys: py
         (["--horizons", "4"], "--horizons has no effect on bench change"),
         (["--prompts", "0"], "--prompts: must be between 1 and"),
         (["--memories", "none"], "memories: unknown none"),
-        (["--memories", "window", "full", "--recache"], "the window of a full memory cannot be written again"),
+        (["--memories", "full", "--recache"], "the window of a full memory cannot be written again"),
     ):
         assert main(["bench", "change", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -12,6 +12,10 @@ import torch
 from sparse_forcing.cli import main
 from sparse_forcing.eval.bench import stream as bench_stream
 from sparse_forcing.eval.bench import stream_report
+from sparse_forcing.eval.measuring.roofline import H200, ChunkSizes, count_keys, project_chunk
+from sparse_forcing.memory import MemoryConfig
+from sparse_forcing.memory.config import parse_memory
+from sparse_forcing.model_folder.defaults import PipelineConfig
 
 TINY = ("bench", "stream", "--model-size", "tiny", "--device", "cpu", "--height", "64", "--width", "64")
 
@@ -38,6 +42,7 @@ def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_p
     assert report["full_over_sparse"] == pytest.approx(full["last_third_seconds"] / sparse["last_third_seconds"])
     text = (tmp_path / "stream.md").read_text("utf-8")
     assert "decoding not included" in text
+    assert "Projection for one H100" in text
     assert "| full |" in text
 
 
@@ -93,6 +98,32 @@ def test_frames_per_second_over_a_horizon_need_a_rollout_that_long() -> None:
     result = {"fps": 8.0, "chunk_pixel_frames": 8}
     assert stream_report.horizons(result, [0.5] * 4) == {}
     assert stream_report.horizons(result, [1.0] + [0.5] * 19) == {"5": 40 / 3.0, "20": 160 / 10.5}
+
+
+def test_the_projection_says_what_it_is_and_the_default_memory_keeps_its_bars() -> None:
+    """By arithmetic, at Wan 2.1 1.3B's size: what docs/kernels.md decides the default by."""
+    sizes = ChunkSizes(frames=3, rows=30, cols=52, dim=1536, ffn_dim=8960, layers=30, text_tokens=512, passes=5)
+    words = ("full", "window:6", "window:21", "sparse")
+    memories = {name: parse_memory(name, PipelineConfig().memory) for name in words}
+    assert [count_keys(memory, sizes, 79) for memory in memories.values()] == [80 * 4680, 9360, 32760, 71 * 60]
+    assert [count_keys(memories["sparse"], sizes, chunk) for chunk in (0, 1, 2)] == [39 * 60, 39 * 60, 71 * 60]
+    found = stream_report.project_memories(memories, sizes, pixel_frames=12, fps=16)
+    sparse, over = found["sparse"], lambda name, span: sparse["horizons"][span] / found[name]["horizons"][span]
+    assert over("full", "5") >= 1.17
+    assert sparse["chunk_seconds"] <= 0.95 * found["window:6"]["chunk_seconds"]
+    assert found["window:21"]["chunk_seconds"] >= 1.6 * sparse["chunk_seconds"]
+    assert sparse["chunk_seconds"] == pytest.approx(sum(sparse["parts"].values()))
+    table = stream_report.projection_table({"projection": found})
+    assert "not measured" in table.splitlines()[0]
+    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [f"| {name}" for name in words]
+
+
+def test_the_roofline_agrees_with_what_an_h200_took() -> None:
+    """A window's chunk took 0.304 s with 68 launches a layer and pass, and casts around every norm: an upper bound."""
+    sizes = ChunkSizes(frames=3, rows=30, cols=52, dim=1536, ffn_dim=8960, layers=30, text_tokens=512, passes=5)
+    projected = project_chunk(MemoryConfig(kind="window"), sizes, 11, H200)
+    assert 0.097 < projected.products < 0.098
+    assert 0.6 * 0.304 < projected.total < 0.304
 
 
 def test_weights_are_the_same_for_the_same_seed() -> None:

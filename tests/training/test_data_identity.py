@@ -206,7 +206,7 @@ def test_damaged_records_of_shards_are_made_again_or_named(
     assert record.read_bytes() == right
     (out / "dataset.json").write_text("[]")
     assert encode(out, clips) == 2
-    assert "dataset.json: not the description of a data set" in capsys.readouterr().err
+    assert "dataset.json: is not what was written" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -293,3 +293,27 @@ def test_clips_that_cannot_be_made_leave_those_that_are_there(
     for wrong in (("--scale", "5000"), ("--world", "reappear", "--gap", "5-9"), ("--fps", "2000")):
         assert main([*CLIPS, *wrong, str(tmp_path)]) == 2
         assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+@pytest.mark.parametrize("name", ["shard-00001.json", "dataset.json"])
+@pytest.mark.parametrize("change", [(b"clip", b"clap"), (b"record_sha", b"recorD_sha"), (b"{", b"["), (b"2", b"6")])
+def test_a_changed_record_is_refused_and_that_of_a_shard_made_again(
+    clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, change: tuple[bytes, bytes]
+) -> None:
+    out = tmp_path / "out"
+    assert encode(out, clips) == 0
+    written = {path.name: path.read_bytes() for path in out.iterdir()}
+    (out / name).write_bytes(written[name].replace(*change, 1))
+    if (out / name).read_bytes() == written[name]:
+        return  # captions stand in shards alone
+    with pytest.raises(WeightsError, match=f"{name}.*make the data again"):
+        Shards(out)
+    capsys.readouterr()
+    assert encode(out, clips) == (2 if name == "dataset.json" else 0)
+    said = capsys.readouterr().err
+    if name == "dataset.json":
+        assert said.count("\n") == 1
+        assert "make the data again" in said
+    else:
+        assert "shard 2 of 2: its record is damaged; it is made again" in said
+        assert {path.name: path.read_bytes() for path in out.iterdir()} == written

@@ -7,8 +7,9 @@
     folder/dataset.json              what the data is and how it was made
 
 A shard without its JSON does not exist; making the data again skips the shards that do and whose samples still are what
-they were made of (`sources` are hashes of files). Of several processes of one launch each makes its own shards; the
-same bytes come out, however many there are.
+they were made of (`sources` are hashes of files). Both kinds of JSON hold a hash of themselves: a changed prompt is
+noticed as a changed tensor is. Of several processes of one launch each makes its own shards; the same bytes come out,
+however many there are.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -30,20 +32,11 @@ from torch import Tensor, nn
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import atomic_path, atomic_write_json, read_json, remove_file, sha256_file
 from sparse_forcing.processes import from_first, rank, world_size
-from sparse_forcing.strict_json import ANY, COUNT, NOTHING, TEXT, check_form
 from sparse_forcing.training.engine.parallel import mean_over_ranks
 from sparse_forcing.weights.safe_load import check_safetensors
 
 _DATASET, _LOOSE = "dataset.json", "prompts.safetensors"
-_ABOUT = {"items": COUNT, "loose_prompts": [TEXT], "loose_sha256?": (NOTHING, TEXT)}
-_RECORD = {
-    "prompts": [TEXT],
-    "sha256": (NOTHING, TEXT),
-    "covers": COUNT,
-    "refused": [TEXT],
-    "sources?": [(NOTHING, TEXT)],
-    "shapes": {ANY: [COUNT]},
-}
+_OWN_DIGEST = "record_sha256"
 
 
 @dataclass(frozen=True)
@@ -98,11 +91,9 @@ def write_shards(
         samples = range(first, min(first + per_shard, count))
         present = sources(samples)  # before the samples are read: what replaces them later is then noticed
         if path.with_suffix(".json").exists():
-            known = _find_record(path.with_suffix(".json"))
-            if known is not None and _same_sources(known.get("sources", []), present):
+            if not (reason := _why_again(path.with_suffix(".json"), present)):
                 continue
-            why = "its record is damaged" if known is None else "its files have changed since it was made"
-            progress(f"shard {number + 1} of {len(starts)}: {why}; it is made again")
+            progress(f"shard {number + 1} of {len(starts)}: {reason}; it is made again")
             remove_file(path.with_suffix(".json"))
         content = make(samples)
         digest = _write(path, content.tensors) if content.prompts else None
@@ -114,35 +105,20 @@ def write_shards(
             "sources": present,
             "shapes": {name: list(x.shape) for name, x in content.tensors.items()},
         }
-        atomic_write_json(path.with_suffix(".json"), record)
+        _write_record(path.with_suffix(".json"), record)
         written += 1
         progress(f"shard {number + 1} of {len(starts)}")
     # Here all wait for each other, so that whoever goes on finds the data complete.
     return round(mean_over_ranks({"written": float(written)})["written"] * world_size())
 
 
-def _read_form(path: Path, form: Any, what: str) -> dict[str, Any]:
+def _why_again(record: Path, present: list[str | None]) -> str:
+    """Why a shard that exists is made again; nothing where it is not."""
     try:
-        content = read_json(path, expected=what)
-        check_form(content, form, str(path), what)
-    except ConfigError as error:
-        raise WeightsError(f"{error}; make the data again") from error
-    return content
-
-
-def _read_record(path: Path) -> dict[str, Any]:
-    return _read_form(path, _RECORD, "the record of a shard")
-
-
-def _find_record(path: Path) -> dict[str, Any] | None:
-    try:
-        return _read_record(path)
+        same = _same_sources(_read_record(record)["sources"], present)
     except WeightsError:
-        return None
-
-
-def _read_about(folder: Path) -> dict[str, Any]:
-    return _read_form(folder / _DATASET, _ABOUT, "the description of a data set")
+        return "its record is damaged"
+    return "" if same else "its files have changed since it was made"
 
 
 def _same_sources(then: list[str | None], now: list[str | None]) -> bool:
@@ -156,18 +132,42 @@ def _commit(
     """Write what the data is, or check that the folder holds nothing else."""
     known = folder / _DATASET
     if known.exists():
-        made = _read_about(folder)
+        made = _read_record(known)
         if made != {**about, "loose_sha256": made.get("loose_sha256")}:
             raise ConfigError(f"{folder}: holds data made with other settings; use a new folder")
         return
     digest = _write(folder / _LOOSE, {"text": loose_text[1](loose_text[0])}) if loose_text else None
-    atomic_write_json(known, {**about, "loose_sha256": digest})
+    _write_record(known, {**about, "loose_sha256": digest})
 
 
 def read_refused_samples(folder: Path) -> list[str]:
-    """Samples that earlier runs into `folder` could not use."""
-    records = map(_find_record, sorted(folder.glob("shard-*.json")))
-    return [name for record in records if record is not None for name in record["refused"]]
+    """Samples that earlier runs into `folder` could not use; a shard whose record is damaged is made again."""
+    names: list[str] = []
+    for path in sorted(folder.glob("shard-*.json")):
+        with suppress(WeightsError):
+            names += _read_record(path)["refused"]
+    return names
+
+
+def _write_record(path: Path, record: dict[str, Any]) -> None:
+    atomic_write_json(path, {**record, _OWN_DIGEST: _digest(record)})
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """What `_write_record` wrote. Raises WeightsError for anything else."""
+    try:
+        record = read_json(path)
+    except ConfigError as error:
+        raise WeightsError(f"{error}; make the data again") from error
+    if not isinstance(record, dict) or record.pop(_OWN_DIGEST, None) != _digest(record):
+        raise WeightsError(
+            f"{path}: is not what was written, as its own hash says; it is damaged or was edited, make the data again"
+        )
+    return record
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -186,7 +186,7 @@ class Shards:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.about = _read_about(folder)
+        self.about = _read_record(folder / _DATASET)
         self.folder = folder
         self.records = [_read_record(path) for path in sorted(folder.glob("shard-*.json"))]
         covered = sum(record["covers"] for record in self.records)
@@ -208,7 +208,7 @@ class Shards:
     def digest(self) -> str:
         """One SHA-256 of all that is in the folder, by the hashes in its records."""
         records = [[record["sha256"], record["prompts"]] for record in self.records]
-        return hashlib.sha256(json.dumps([self.about, records], sort_keys=True).encode()).hexdigest()
+        return _digest([self.about, records])
 
     def __getitem__(self, items: list[int]) -> tuple[Tensor, list[str]]:
         """data [n, ...] and prompts of n items."""

@@ -12,6 +12,7 @@ from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import Cut, cut_li
 
 PIECE_BYTES = 3 << 20  # blocks and scores of a piece, per thread: small in a last-level cache, large beside an op call
 LOG2E = math.log2(math.e)
+SAFE_SUM = 2.0**60  # float32 and bfloat16 end at 2^127: room for values up to 1e19, and 66 binary digits below the sum
 
 
 def work_dtype(x: Tensor) -> torch.dtype:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import (
     LOG2E,
+    SAFE_SUM,
     add_product,
     base2_scores,
     cut_pieces,
@@ -24,7 +25,6 @@ from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import BlockTable,
 from sparse_forcing.kernels.block_sparse_attention.ops import rest_shape
 from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
-SAFE_SUM = 2.0**60  # float32 and bfloat16 end at 2^127: room for values up to 1e19, and 66 binary digits below the sum
 LOWEST = -1e30  # running maximum of an empty row: finite, so that -inf - LOWEST stays -inf instead of NaN
 
 

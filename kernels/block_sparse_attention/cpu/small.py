@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparse_forcing.kernels.block_sparse_attention.cpu import whole
 from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import as_table, first_rows
 from sparse_forcing.kernels.block_sparse_attention.problem import Problem
@@ -32,14 +33,18 @@ def is_small(query: Tensor, pool: Tensor, index: Tensor) -> bool:
 
 
 def forward(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float, plus: Tensor | None = None
 ) -> tuple[Tensor, Tensor] | None:
     """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq]) of full blocks and full lists, which are not checked here; in legend
-    and meaning those of problem.py.
+    and meaning those of problem.py. plus: [B, H, Nq, 1, D] to add to out.
 
     None where a row's scores are all NaN or -inf, for which torch's kernel has 0 in both: the other path gives what is
     due.
     """
+    if whole.takes(query, key_pool, index):
+        found = whole.forward(query, key_pool, value_pool, index, scale, plus)
+        if found is not None:
+            return found
     B, H, Nq, Tq, D = query.shape
     rows: dict[tuple[int, int], Tensor] = {}
 
@@ -55,4 +60,7 @@ def forward(
     out, lse = _flash(
         q, gather_listed(key_pool, "stored keys"), gather_listed(value_pool, "stored values"), scale=scale
     )
-    return (out.view(query.shape), lse.view(query.shape[:-1])) if bool(lse.all()) else None
+    if not bool(lse.all()):
+        return None
+    out = out.view(query.shape)
+    return out if plus is None else out.add_(plus), lse.view(query.shape[:-1])

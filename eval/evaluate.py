@@ -155,7 +155,7 @@ def _check_targets(config: EvaluateConfig, entries: list[Any]) -> None:
     inputs += [*config.official_results, *(entry.video for entry in entries)]
     inputs += [entry.video.with_suffix(suffix) for entry in entries for suffix in (".json", ".txt")]
     inputs += find_weight_files(config.weights).values()
-    models = [Path(option.partition("=")[2]) for option in config.stand_ins]
+    models = [Path(name) for option in config.stand_ins if (name := option.partition("=")[2])]
     check_targets(targets, inputs, sealed=models if config.weights is None else [*models, config.weights])
 
 

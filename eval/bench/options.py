@@ -9,21 +9,22 @@ from typing import Literal
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 
-_MAX_SIDE = 16_384  # pixels of a picture: that of sparse_forcing/media/container.py, which is too heavy to import here
-_BOUNDS = {
-    "repeats": (1, 10_000), "prompts": (1, 100_000), "batch_size": (1, 10_000), "count": (1, 100_000),
-    "num_frames": (1, 100_000), "chunks": (1, 100_000), "height": (1, _MAX_SIDE), "width": (1, _MAX_SIDE),
-    "size": (1, _MAX_SIDE), "horizons": (1, 10_000), "num_inference_steps": (1, 1000), "seed": (0, 2**31 - 1),
-}  # fmt: skip
+MAX_SEED = 2**31 - 1  # each prompt has a seed of its own, a hundred thousand apart
+MAX_COUNT = 1_000_000  # of whatever a benchmark makes; more is a number typed by mistake
+_COUNTS = ("repeats", "prompts", "batch_size", "size", "count", "num_frames", "height", "width", "chunks")
 
 
 def _check_bounds(config: object) -> None:
-    """Raise ConfigError for a number that no benchmark can mean: found out now and not after hours, or at no end."""
-    for name, (least, most) in _BOUNDS.items():
-        given = getattr(config, name, None)
-        for value in given if isinstance(given, tuple) else [] if given is None else [given]:
-            if not least <= value <= most:
-                raise ConfigError(f"--{name.replace('_', '-')}: must be between {least} and {most}, got {value}")
+    """Raise ConfigError for a count or seed that nothing can be made of."""
+    bounds = {
+        **dict.fromkeys(_COUNTS, (1, MAX_COUNT)),
+        "seed": (0, MAX_SEED),
+        "num_inference_steps": (1, 1000),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name, None)
+        if value is not None and not low <= value <= high:
+            raise ConfigError(f"--{name.replace('_', '-')}: must be between {low} and {high}, got {value!s:.40}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +87,9 @@ class RolloutBenchConfig(JudgedBenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.objects not in (1, 2):
-            raise ConfigError(f"objects: must be 1 or 2, got {self.objects}")
+            raise ConfigError(f"--objects: must be 1 or 2, got {self.objects}")
+        if not all(1 <= horizon <= MAX_COUNT for horizon in self.horizons):
+            raise ConfigError(f"--horizons: must be between 1 and {MAX_COUNT}, got {self.horizons!s:.40}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from sparse_forcing.cli.flags import number, path, whole_number
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_text, check_writable, output_lock, remove_file
+from sparse_forcing.files import atomic_write_text, check_writable, output_lock, remove_file, without_empty_folders
 from sparse_forcing.inputs import check_targets, config_inputs
 from sparse_forcing.scenes.worlds.config import GROUNDS, SPLITS
 from sparse_forcing.scenes.worlds.config import KINDS as WORLDS
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 KINDS = ("clips", "encode", "ode-pairs")
 MANIFEST, WORLD_TRUTH = "manifest.jsonl", "worlds.jsonl"
+MAX_CLIPS = 10**6
 _CLIPS = {"num_clips": 16, "num_frames": 80, "fps": 16, "size": 64, "scale": 1, "split": "train", "seed": 0}
 _OF_WORLDS = ("gap", "ground", "frame_noise")
 _FROM_CONFIG = {
@@ -70,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
         if getattr(arguments, name) is not None:
             flag = f"--{name.replace('_', '-')}"
             raise ConfigError(f"{flag} has no effect {'with' if arguments.world else 'without'} --world")
-    answer = _render(arguments) if clips else _prepare(arguments)
+    with without_empty_folders([arguments.output]):
+        answer = _render(arguments) if clips else _prepare(arguments)
     if answer is not None:
         lines = ", ".join(f"{name}: {value}" for name, value in answer.items())
         print(json.dumps(answer) if arguments.json else lines)
@@ -81,6 +83,9 @@ def _gap(text: str) -> tuple[int, int]:
     """ "16-32", or "16" for exactly that."""
     least, _, most = text.partition("-")
     return int(least), int(most or least)
+
+
+_gap.__name__ = "N[-N]"  # argparse puts it into "invalid ... value"
 
 
 def _prepare(arguments: argparse.Namespace) -> dict[str, object] | None:
@@ -121,6 +126,8 @@ def _render(arguments: argparse.Namespace) -> dict[str, object]:
     for name in ("num_clips", "num_frames", "fps", "size", "scale"):
         if getattr(arguments, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.num_clips > MAX_CLIPS:
+        raise ConfigError(f"--num-clips {arguments.num_clips}: at most {MAX_CLIPS} have names of their own")
     if not 0 <= arguments.seed < 2**62:
         raise ConfigError(f"--seed must be between 0 and 2^62, got {arguments.seed}")
     output: Path = check_writable(arguments.output, folder=True)

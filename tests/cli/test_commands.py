@@ -64,6 +64,15 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["data", "clips", "OUT", "--world", "maze"], "invalid choice"),
         (["data", "clips", "OUT", "--world", "swaps", "--gap", "x"], "--gap"),
         (["data", "clips", "OUT", "--num-frames", "0"], "--num-frames must be at least 1"),
+        (["data", "clips", "OUT", "--num-frames", "99999999999"], "error: out of memory; "),
+        (["data", "clips", "OUT", "--num-clips", "1000001"], "--num-clips 1000001: at most 1000000"),
+        (["data", "clips", "OUT", "--world", "reappear", "--gap", "x"], "invalid N[-N] value: 'x'"),
+        (["bench", "rollout", "--prompts", "99999999999"], "--prompts: must be between 1 and 1000000"),
+        (["bench", "rollout", "--horizons", "0"], "--horizons: must be between 1 and 1000000"),
+        (["bench", "change", "--seed", "-1"], "--seed: must be between 0 and"),
+        (["bench", "stream", "--seed", "9" * 30], "--seed: must be between 0 and"),
+        (["bench", "stream", "--chunks", "99999999999"], "--chunks: must be between 1 and 1000000"),
+        (["bench", "recall", "--count", "0"], "--count: must be between 1 and 1000000"),
         (["data", "clips", "OUT", "--seed", "-1"], "--seed"),
         (["data", "clips", "/proc/x"], "cannot write into"),
         (["train", "pretrain", "--output", "/proc/x"], "cannot write into"),
@@ -76,6 +85,7 @@ def test_data_writes_worlds_with_what_comes_back(tmp_path: Path) -> None:
         (["convert", __file__, "/etc"], "/etc exists already"),
         (["evaluate", "OUT", "--aggregate", "x.json"], "error"),
         (["evaluate", "OUT", "--suite", "vbnch"], "invalid choice"),
+        (["evaluate", "OUT", "--resamples", "99999999999"], "resamples may be up to 1000000"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
@@ -87,6 +97,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     assert captured.err.count("\n") == 1
     assert captured.err.startswith(f"sparse-forcing {arguments[0]}: error: ")
     assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_hands_the_config_to_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

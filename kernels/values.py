@@ -77,7 +77,7 @@ def require_scale(operation: str, scale: float | None, head_dim: int) -> float:
     """The factor on the scores: 1 / sqrt(head_dim) where None, else positive and finite."""
     if scale is None:
         return head_dim**-0.5
-    scale = float(scale)
+    scale = float(scale) if hasattr(scale, "__float__") else math.nan  # text has none
     if not 0 < scale < math.inf:
         raise SparseForcingError(f"{operation}: scale is {scale}, expected a positive, finite number or None")
     return scale

@@ -13,6 +13,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -53,6 +54,14 @@ def _mode(path: PathLike, error: type[SparseForcingError]) -> int:
         return 0
     except (OSError, ValueError) as problem:
         raise error(f"cannot look at {os.fspath(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
+
+
+def find_system_error(error: BaseException) -> OSError | None:
+    """What the system said, of an error that is or quotes it: safetensors has a class of its own for that."""
+    if isinstance(error, OSError):
+        return error
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
 
 
 def _temporary(folder: Path, suffix: str = "") -> Path:
@@ -130,10 +139,11 @@ def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
         os.close(handle)
         try:
             yield temporary
-        except OSError as error:
+        except Exception as error:
             # What a full or read-only disk says, or a folder that is gone, is about our file; the rest passes through.
-            if error.errno in NO_ROOM or not target.parent.is_dir():
-                raise _cannot_write(target, error, size) from error
+            said = find_system_error(error)
+            if said is not None and (said.errno in NO_ROOM or not target.parent.is_dir()):
+                raise _cannot_write(target, said, size) from error
             raise
         try:
             _commit(temporary, target, mode)

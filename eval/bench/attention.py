@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sparse_forcing.devices import resolve_device
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench.attention_inputs import Attend, Inputs, Shape
 from sparse_forcing.eval.bench.timing import measure_seconds
@@ -67,7 +68,7 @@ def run(*, quick: bool = False, device: str | None = None, output: str | Path | 
         output: folder for a plot; None draws none.
         repeats: timed runs of everything, of which the median counts.
     """
-    where = torch.device(device) if device else _best_device()
+    where = torch.device(resolve_device(device)) if device else _best_device()
     dtypes = (torch.float32, torch.bfloat16) if where.type == "cpu" else (torch.bfloat16,)
     folder = check_writable(output, folder=True) if output else None
     if folder and importlib.util.find_spec("matplotlib") is None:

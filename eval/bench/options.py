@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.sampling.generation.prompts import MAX_SEED
 from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 
+MAX_SEED = 2**31 - 1  # each prompt has a seed of its own, a hundred thousand apart
 MAX_COUNT = 1_000_000  # of whatever a benchmark makes; more is a number typed by mistake
 _COUNTS = ("repeats", "prompts", "batch_size", "size", "count", "num_frames", "height", "width", "chunks")
 
 
 def _check_bounds(config: object) -> None:
     """Raise ConfigError for a count or seed that nothing can be made of."""
-    bounds = {**dict.fromkeys(_COUNTS, (1, MAX_COUNT)), "seed": (0, MAX_SEED)}
+    bounds = {
+        **dict.fromkeys(_COUNTS, (1, MAX_COUNT)),
+        "seed": (0, MAX_SEED),
+        "num_inference_steps": (1, 1000),
+    }
     for name, (low, high) in bounds.items():
         value = getattr(config, name, None)
         if value is not None and not low <= value <= high:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, SparseForcingError
 from sparse_forcing.kernels.block_sparse_attention import reference
 from sparse_forcing.kernels.block_sparse_attention.cpu import small
 from sparse_forcing.kernels.block_sparse_attention.ops import (
@@ -185,6 +185,9 @@ def _problem(
     num_persistent: int,
 ) -> Problem:
     """The checked problem, heads broadcast."""
+    for what, x in (("query", query), ("key_pool", key_pool), ("value_pool", value_pool), ("block_index", block_index)):
+        if not isinstance(x, Tensor):
+            raise SparseForcingError(f"{OPERATION}: {what} is a {type(x).__name__}, expected a tensor")
     B, H = query.shape[:2] if query.dim() == 5 else (0, 0)
     key_pool, value_pool = _broadcast_heads(key_pool, B, H), _broadcast_heads(value_pool, B, H)
     block_index = _broadcast_heads(block_index, B, H)

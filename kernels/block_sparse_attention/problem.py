@@ -59,8 +59,8 @@ def check_shapes(problem: Problem) -> None:
         raise SparseForcingError(f"{OPERATION}: {what} is {list(tensor.shape)} {tensor.dtype}, expected {wanted}")
 
     query, key_pool, value_pool, block_index, query_sizes, key_sizes, _, num_persistent = problem
-    if query.dim() != 5 or not query.is_floating_point() or not query.shape[-1]:
-        fail("query", query, "floating point [B, H, Nq, Tq, D], D at least 1")
+    if query.dim() != 5 or not query.is_floating_point() or query.dtype.itemsize < 2 or not query.shape[-1]:
+        fail("query", query, "floating point [B, H, Nq, Tq, D] of 16 bits or more, D at least 1")
     B, H, Nq, _, D = query.shape
     for what, pool in (("key_pool", key_pool), ("value_pool", value_pool)):
         if pool.dim() != 5 or pool.shape[:2] != (B, H) or pool.shape[-1] != D or pool.dtype != query.dtype:

@@ -19,7 +19,7 @@ from sparse_forcing import __version__
 from sparse_forcing.cli.flags import Parser
 from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import OutputError, SparseForcingError
-from sparse_forcing.files import NO_ROOM
+from sparse_forcing.files import NO_ROOM, find_system_error
 from sparse_forcing.threads import own_process
 
 PROGRAM = "sparse-forcing"
@@ -122,10 +122,14 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, (str, bytes)) else ""
         print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
         return 2
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except Exception as error:
+        if is_out_of_memory(error):
+            print(f"{name}: error: out of memory; {_FOR_LESS_MEMORY}", file=sys.stderr)
+            return 2
+        said = find_system_error(error)
+        if said is None or said.errno not in NO_ROOM:
             raise
-        print(f"{name}: error: out of memory; {_FOR_LESS_MEMORY}", file=sys.stderr)
+        print(f"{name}: error: {said.strerror}", file=sys.stderr)
         return 2
     finally:
         sys.stderr, warnings.formatwarning = messages, format_before

@@ -66,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     given = [name for name in (*_VIDEO, "vram") if getattr(arguments, name, None) is not None]
     if given and "model" not in given:
         raise ConfigError(f"--{given[0].replace('_', '-')} has no effect without --model")
+    if arguments.vram is not None and arguments.vram <= 0:
+        raise ConfigError(f"--vram must be above 0, got {arguments.vram:g}")
     if given:
         return _preflight(arguments)
     if arguments.config is not None:

@@ -157,6 +157,8 @@ def select_state(content: Any, which: str | None = None, *, source: str = "weigh
     strange = [str(name) for name, value in content.items() if not isinstance(value, Tensor)]
     if strange:
         raise WeightsError(f"{source}: {abbreviate('not tensors', strange)}")
+    if unnamed := [repr(name) for name in content if not isinstance(name, str)]:
+        raise WeightsError(f"{source}: {abbreviate('names of tensors that are no text', unnamed)}")
     return dict(content)
 
 
@@ -177,8 +179,10 @@ def infer_config(state: Mapping[str, Tensor], *, head_dim: int = HEAD_DIM, sourc
             "num_layers": layers,
             "cross_attn_norm": "blocks.0.norm2.weight" in state,
         }
-    except (KeyError, ValueError, IndexError) as error:
+    except (KeyError, ValueError, IndexError, ArithmeticError) as error:
         raise WeightsError(f"{source}: does not fit the model; missing or misshapen: {error}") from error
+    if layers > len(state):
+        raise WeightsError(f"{source}: names block {layers - 1}, but holds {len(state)} tensors")
     if dim % head_dim:
         raise WeightsError(f"{source}: width {dim} is not a multiple of the head dimension {head_dim}; give --head-dim")
     return config

@@ -25,6 +25,8 @@ from sparse_forcing.model_folder.folder import (
     find_model,
     read_defaults,
 )
+from sparse_forcing.weights.parts import CONFIG, check_part, explain_read_errors
+from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES
 
 WAN: dict[str, dict[str, Any]] = {
     "1.3b": {},
@@ -90,15 +92,17 @@ def model_sizes(name: str) -> ModelSizes:
 
 def _of_folder(folder: Path, notes: list[str]) -> ModelSizes:
     defaults, transformer = read_defaults(folder), _config(folder / "transformer")
-    text_config = _config(folder / "text_encoder")
-    with torch.device("meta"):
+    text_config, vae_config = _config(folder / "text_encoder"), _config(folder / "vae")
+    for part in ("transformer", "text_encoder", "vae"):
+        check_part(folder / part)  # absurd counts, before a layer is built
+    with torch.device("meta"), explain_read_errors(folder, "its configs cannot be used"):
         if defaults.text_encoder == "words":
             text: torch.nn.Module = WordTextEncoder(**text_config)
             text_len = text_config["text_len"]
         else:
             text, text_len = _umt5(text_config), WAN_TEXT_LEN
-        vae = autoencoder_of(defaults.vae, _config(folder / "vae"))
-    return _sizes(transformer, defaults, text, text_len, vae, notes)
+        vae = autoencoder_of(defaults.vae, vae_config)
+        return _sizes(transformer, defaults, text, text_len, vae, notes)
 
 
 def _of_wan(size: str, notes: list[str]) -> ModelSizes:
@@ -148,4 +152,7 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    return constructor_settings(read_json(folder / "config.json"))
+    config = read_json(folder / CONFIG, max_bytes=MAX_CONFIG_BYTES, expected="the config of a model")
+    if not isinstance(config, dict):
+        raise WeightsError(f"{folder / CONFIG}: not a table of settings; the config is damaged")
+    return constructor_settings(config)

@@ -37,12 +37,10 @@ def explain_read_errors(source: PathLike, what: str = "cannot be loaded") -> Ite
         yield
     except WeightsError:
         raise
-    except (
-        OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ArithmeticError, ImportError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # libraries have errors of their own for configs, beside the usual ones
         if is_out_of_memory(error):
             raise
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise WeightsError(f"{source}: {what} ({reason:.300})") from error
 
 

@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 
+from sparse_forcing.cli import main
 from sparse_forcing.errors import OutputError
 from sparse_forcing.eval.bench import attention as bench_attention
 from sparse_forcing.eval.bench import timing
@@ -51,6 +52,11 @@ def test_an_output_that_is_a_file_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError):
         bench_attention.run(device="cpu", output=tmp_path / "file")
+
+
+def test_a_device_that_is_none_is_one_line(capsys):
+    assert main(["bench", "attention", "--device", "nowhere"]) == 2
+    assert "--device nowhere: not usable" in capsys.readouterr().err
 
 
 def test_the_rivals_compute_the_same_thing():

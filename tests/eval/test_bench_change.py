@@ -125,7 +125,7 @@ def test_what_is_written_is_what_was_judged(tmp_path: Path, capsys: pytest.Captu
 def test_options_of_other_benchmarks_and_unknown_memories_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, message in (
         (["--horizons", "4"], "--horizons has no effect on bench change"),
-        (["--prompts", "0"], "must be positive"),
+        (["--prompts", "0"], "--prompts: must be between 1 and"),
         (["--memories", "none"], "memories: unknown none"),
         (["--memories", "full", "--recache"], "the window of a full memory cannot be written again"),
     ):

@@ -76,7 +76,16 @@ def test_lists_that_are_no_lists(index, message, backend):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("scale", [0, 0.0, -1.0, NAN, float("inf")])
+def test_what_is_no_tensor_or_of_8_bits(backend):
+    with pytest.raises(SparseForcingError, match="block_index is a list, expected a tensor"):
+        attend(backend, lists(0, 3).tolist())
+    x = torch.zeros(1, 1, 1, 16, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(SparseForcingError, match=r"query is .* expected floating point .* of 16 bits or more"):
+        block_sparse_attention(x, x, x, torch.zeros(1, 1, 1, 1, dtype=torch.int32), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("scale", [0, 0.0, -1.0, NAN, float("inf"), "half"])
 def test_scales_that_are_none(scale, backend):
     with pytest.raises(SparseForcingError, match=r"scale is .*, expected a positive, finite number or None"):
         attend(backend, lists(0, 1), scale=scale)

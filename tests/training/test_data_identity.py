@@ -11,16 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.media.video import VideoWriter, write_video
 from sparse_forcing.training.data.identity import DataIdentity
+from sparse_forcing.training.data.pairs import make_generator
 from sparse_forcing.training.data.shards import Shards
 from sparse_forcing.training.data.sources import DataConfig, StoredSource
 from sparse_forcing.training.data.videos import CaptionedVideo, content_digests, list_videos, videos_digest
 from sparse_forcing.training.engine.checkpoint import save_checkpoint
 from sparse_forcing.training.engine.resume import Resume
+from sparse_forcing.training.engine.settings import LARGEST_SEED
+from sparse_forcing.training.recipes.shared import generators
 from sparse_forcing.weights.safe_load import check_safetensors
 
 
@@ -220,6 +224,28 @@ def test_absurd_sizes_of_clips_are_refused_before_anything_is_loaded(
     assert encode(tmp_path / "out", tmp_path, **{name: value}) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_any_seed_draws_noise_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    seeds = (0, 20_261_201, LARGEST_SEED)
+    noise = [generators(seed, 10**6, 1, stream=1)[0].initial_seed() for seed in seeds]
+    pairs = [make_generator(seed, 10**6).initial_seed() for seed in seeds]
+    assert len(set(noise)) == len(set(pairs)) == 3
+    assert noise[0] == 10**6 * 65_536 * 16 + 1  # what small seeds have always drawn
+    assert encode(tmp_path / "out", tmp_path, seed=2**70) == 2
+    assert "seed: must lie from 0 to 2147483647" in capsys.readouterr().err
+
+
+def test_a_full_disk_under_safetensors_is_one_line_and_leaves_nothing(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def save(tensors: Any, path: Path) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("sparse_forcing.training.data.shards.save_file", save)
+    assert encode(tmp_path / "out", clips) == 2
+    assert "prompts.safetensors (16384 bytes): No space left on device" in capsys.readouterr().err.splitlines()[-1]
+    assert list((tmp_path / "out").glob("*")) == []
 
 
 def test_out_of_memory_anywhere_is_one_line(

@@ -22,6 +22,7 @@ from sparse_forcing.sampling.generation.prompts import read_prompts
 from sparse_forcing.training.data.shards import ShardContent, read_refused_samples, write_shards
 from sparse_forcing.training.data.sources import DataConfig, ProceduralSource, VideoFormat, clip_format, pixel_frames
 from sparse_forcing.training.data.videos import BadSamples, content_digests, encode_pixels, list_videos, read_clip
+from sparse_forcing.training.engine.settings import check_seed
 from sparse_forcing.weights.manifest import folder_hash
 
 _TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,6 +62,7 @@ class EncodeConfig:
         for name in ("count", "per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
 
 
 class _Samples:

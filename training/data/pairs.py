@@ -19,6 +19,7 @@ from sparse_forcing.sampling.samplers import guide
 from sparse_forcing.training.data.encode import say, settings_and_samples
 from sparse_forcing.training.data.shards import ShardContent, write_shards
 from sparse_forcing.training.data.sources import DataConfig, Shuffled, VideoFormat, make_source
+from sparse_forcing.training.engine.settings import check_seed
 
 GRID_TOLERANCE = 1e-2
 """Timesteps that are closer than this are the same (the student's table is float32)."""
@@ -55,6 +56,7 @@ class PairsConfig:
         for name in ("steps", "count", "per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        check_seed(self.seed)
         if self.steps > NUM_TRAIN_TIMESTEPS:
             raise ConfigError(f"steps: at most {NUM_TRAIN_TIMESTEPS}, as there are timesteps, got {self.steps}")
 
@@ -95,7 +97,7 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
         negative = pipe.text.encode([config.negative_prompt])
         for first in range(0, len(items), config.batch_size):
             batch = items[first : first + config.batch_size]
-            noise = torch.stack([torch.randn(shape, generator=_generator(config.seed, item)) for item in batch])
+            noise = torch.stack([torch.randn(shape, generator=make_generator(config.seed, item)) for item in batch])
             part = text[first : first + config.batch_size]
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 states.append(integrate(pipe, noise.to(device), part, negative.expand_as(part), sigmas, kept, config))
@@ -121,8 +123,9 @@ def make_pairs(config: PairsConfig, out: Path, device: torch.device | None = Non
     )
 
 
-def _generator(seed: int, item: int) -> torch.Generator:
-    return torch.Generator().manual_seed((seed * 1_000_003 + item) * 1_048_576 + 1)
+def make_generator(seed: int, item: int) -> torch.Generator:
+    """The source of an item's noise."""
+    return torch.Generator().manual_seed(((seed * 1_000_003 + item) * 1_048_576 + 1) % 2**64)
 
 
 def integrate(

@@ -14,6 +14,14 @@ from sparse_forcing.processes import rank, world_size
 
 TRACKERS = tuple(sorted(str(kind) for kind in LoggerType if kind != LoggerType.ALL))
 LARGEST_SEED = 2**31 - 1
+
+
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a seed that random generators or the numbers made of it cannot have."""
+    if not 0 <= seed <= LARGEST_SEED:
+        raise ConfigError(f"seed: must lie from 0 to {LARGEST_SEED}, got {seed}")
+
+
 """Every generator of the stages takes it, with the number of a process or a purpose added (NumPy's end at 32 bits)."""
 
 
@@ -42,8 +50,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         self._at_least_one("checkpoint_every", "keep_checkpoints", "log_every")
-        if not 0 <= self.seed <= LARGEST_SEED:
-            raise ConfigError(f"seed: must lie from 0 to {LARGEST_SEED}, got {self.seed}")
+        check_seed(self.seed)
         if self.validate_every < 0:
             raise ConfigError(f"validate_every: must not be negative, got {self.validate_every}")
         if self.max_grad_norm is not None and self.max_grad_norm <= 0:

@@ -45,7 +45,7 @@ def draw_number(loop: LoopConfig, step: int, micro_batch: int) -> int:
 def generators(seed: int, draw: int, count: int, *, stream: int) -> list[torch.Generator]:
     """One random generator per sample of a draw; `stream` keeps purposes apart."""
     base = (seed * 1_000_003 + draw) * 65_536
-    return [torch.Generator().manual_seed((base + sample) * 16 + stream) for sample in range(count)]
+    return [torch.Generator().manual_seed(((base + sample) * 16 + stream) % 2**64) for sample in range(count)]
 
 
 def noise_like(x: Tensor, sources: list[torch.Generator]) -> Tensor:

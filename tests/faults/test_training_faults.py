@@ -108,6 +108,11 @@ def test_the_table_names_tests_that_exist() -> None:
         assert f"def {name}(" in (root / path).read_text(), f"{path}::{name}"
 
 
+def wait_for_pipe(device: str) -> Any:
+    """A plugin: an interpolator that reads from a pipe that stays empty."""
+    return lambda *pair: Path(os.environ["EMPTY_PIPE"]).read_bytes()
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -118,10 +123,11 @@ def test_the_table_names_tests_that_exist() -> None:
 def test_worker_that_dies_or_hangs_is_named_and_none_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, message: str
 ) -> None:
-    """Training decodes in its own process, evaluation in workers; one of these reads from a pipe that stays empty."""
-    pipe, clips, wait = tmp_path / "pipe.mp4", tmp_path / "clips", run.wait
+    """Evaluation measures in workers; a network of somebody's own may wait for ever in one of them."""
+    pipe, clips, wait = tmp_path / "pipe", tmp_path / "clips", run.wait
     os.mkfifo(pipe)
-    assert main(["data", "clips", str(clips), "--num-clips", "1", "--num-frames", "8", "--size", "32"]) == 0
+    monkeypatch.setenv("EMPTY_PIPE", str(pipe))
+    assert main(["data", "clips", str(clips), "--num-clips", "2", "--num-frames", "8", "--size", "32"]) == 0
 
     def once_begun(pending: Any, timeout: float, when: str) -> Any:
         deadline = time.monotonic() + 120
@@ -137,11 +143,16 @@ def test_worker_that_dies_or_hangs_is_named_and_none_is_left(
     ends: list[int] = []
     monkeypatch.setattr(run, "wait", once_begun)
     config = EvaluateConfig(
-        target=clips, output=tmp_path / "out", metrics=("brightness",), workers=2, worker_timeout=0.5
+        target=clips,
+        output=tmp_path / "out",
+        suite="vbench",
+        metrics=("motion_smoothness",),
+        plugins=(f"interpolator={__name__}:wait_for_pipe",),
+        workers=2,
+        worker_timeout=0.5,
     )
-    entries = [Entry(video=path) for path in (pipe, *clips.glob("*.mp4"))]
-    with pytest.raises(ConfigError, match=rf"{message} .*process \d+ at {pipe}"):
-        run.measure_all(run.Runner(config), entries)
+    with pytest.raises(ConfigError, match=rf"{message} .*process \d+ at {clips}"):
+        run.measure_all(run.Runner(config), [Entry(video=path) for path in clips.glob("*.mp4")])
     assert not multiprocessing.active_children()
     for end in ends:
         os.close(end)

@@ -230,7 +230,7 @@ def test_a_clip_too_short_for_a_world_is_refused() -> None:
             {"kind": "videos", "path": Path("x"), "shape_weights": {"star": 2.0}},
             "shape_weights: has no effect for kind",
         ),
-        ({"kind": "videos", "path": Path("x"), "height": 0}, "must be positive"),
+        ({"kind": "videos", "path": Path("x"), "height": 0}, "height must be above 0"),
         ({"fps": 8.0}, "fps: has no effect for kind 'procedural'"),
     ],
 )

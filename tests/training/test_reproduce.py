@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,8 @@ from sparse_forcing.reproduction import students as evaluation
 from sparse_forcing.reproduction.plan import CONFIGS, STUDENTS, VARIANTS
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.training.engine.guard import STOPPED
+from tests.forked import Forked
 from tests.training.conftest import CHUNK, HORIZON, SIZE
-from tests.training.helpers import ROOT
 
 pytestmark = pytest.mark.xdist_group("reproduce")  # one process: `done` takes ten seconds
 
@@ -336,22 +333,21 @@ def test_two_processes_share_the_work(tmp_path: Path, model_folder: Path) -> Non
     config["variants"] = ["dense", "training-free", "sparse"]
     path = tmp_path / "reproduce.yaml"
     path.write_text(json.dumps(config))
-    command = [sys.executable, "-m", "sparse_forcing.cli.reproduce", "--config", path, "--output", tmp_path / "run"]
-    both = [
-        subprocess.Popen(
-            [*command, "--results", tmp_path / f"results-{who}" / "miniature"],
-            cwd=ROOT,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        for who in "ab"
-    ]
-    said = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    both = []
+    for who in "ab":
+        own = [
+            "--config",
+            str(path),
+            "--output",
+            str(tmp_path / "run"),
+            "--results",
+            str(tmp_path / f"{who}/miniature"),
+        ]
+        both.append(Forked(tmp_path / f"{who}.log", run_module, "sparse_forcing.cli.reproduce", own))
+    codes, said = zip(*(process.finish() for process in both))
+    assert codes == (0, 0), said
     trainings = [line for text in said for line in text.splitlines() if line.startswith("training ")]
     assert len(trainings) == len(set(trainings)) == 7  # two of them of worlds
-    assert all("training " in text for text in said)
-    found = [json.loads((tmp_path / f"results-{who}/miniature/miniature.json").read_text()) for who in "ab"]
+    assert all("training " in text for text in said), said
+    found = [json.loads((tmp_path / f"{who}/miniature/miniature.json").read_text()) for who in "ab"]
     assert found[0] == found[1]

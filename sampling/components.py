@@ -239,13 +239,15 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             WeightsError: unknown model, missing or damaged file, parts that do not fit together.
-            ConfigError: an option that would run code of the model's folder or unpickle its weights.
+            ConfigError: an option that would run code of the model's folder or unpickle its weights, or has no effect.
             SparseForcingError: out of memory.
         """
         _refuse_code(options)
         storage = check_storage("weights", weights)
         if storage and options.get("quantization_config") is not None:
             raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
+        if prompt_cache is not None and (prompts is None or text_encoder is not None):
+            raise ConfigError("prompt_cache keeps what a folder's own text encoder reads `prompts` as; give `prompts`")
         dtype = resolve_dtypes(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
         given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None} | left_out(folder)
@@ -263,7 +265,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
                 check_components(folder, given)
                 pipe = super().from_pretrained(
                     str(folder),
-                    torch_dtype=types,
+                    dtype=types,
                     use_safetensors=True,
                     defaults=read_defaults(folder),
                     weights_sha256=digest,

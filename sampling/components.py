@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_forcing.devices import explain_memory_shortage
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_json
+from sparse_forcing.files import atomic_write_json, explain_full_disk
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.small.quantized import Storage, check_storage, is_quantized, quantize_
@@ -314,7 +314,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             raise ConfigError("push_to_hub: call pipe.push_to_hub(name), which uploads the hashes, too")
         folder = Path(folder)
         self.register_modules(**self.components)  # diffusers does not note the class of what was None before
-        super().save_pretrained(folder, **options)
+        with explain_full_disk(folder):
+            super().save_pretrained(folder, **options)
         for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
             forget_origin(path)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.defaults))

@@ -79,6 +79,11 @@ def explain_full_disk(target: Path, size: int | None = None) -> Iterator[None]:
         raise
 
 
+def find_temporary(path: PathLike) -> str | None:
+    """The part of a path that is named as the temporaries of this module, which the next run would sweep away."""
+    return next((part for part in Path(path).parts if part.startswith((TEMPORARY_PREFIX, LOCK_NAME))), None)
+
+
 def _temporary(folder: Path, suffix: str = "") -> Path:
     return folder / f"{TEMPORARY_PREFIX}{os.getpid()}-{_MACHINE}-{secrets.token_hex(4)}{suffix}"
 
@@ -263,6 +268,8 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     shown = os.fsdecode(os.fspath(path))
     if "\0" in shown:
         raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
+    if taken := find_temporary(shown):
+        raise OutputError(f"cannot write into {shown}: {taken:.40} is a name of temporary files; choose another")
     probe = _temporary(Path(shown))
     missing = [folder for folder in (Path(shown), *Path(shown).parents) if not os.path.lexists(folder)]
     try:

@@ -74,6 +74,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert sorted(inputs.rglob("*")) == before
 
 
+@pytest.mark.parametrize("name", [f".sf-tmp-{GONE}-ab", f"{LOCK_NAME}-x/new"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train pretrain --output NEW",
+        "evaluate HERE/videos --output NEW",
+        "data encode NEW --config HERE/c.yaml",
+        "data clips NEW",
+        "convert HERE/w.pt NEW",
+    ],
+)
+def test_an_output_that_the_next_run_would_sweep_away_is_refused(
+    inputs: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    before = sorted(inputs.rglob("*"))
+    assert main(command.replace("NEW", name).replace("HERE", ".").split()) == 2
+    assert "is a name of temporary files; choose another\n" in capsys.readouterr().err
+    assert sorted(inputs.rglob("*")) == before
+
+
 def test_a_lock_that_cannot_be_written_is_not_left_behind(tmp_path: Path) -> None:
     with full_disk(), pytest.raises(OutputError, match=f"cannot write .*{LOCK_NAME}"), output_lock(tmp_path):
         pytest.fail("held a lock that nobody can read")

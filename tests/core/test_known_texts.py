@@ -102,6 +102,18 @@ def test_a_prompt_of_an_earlier_run_needs_no_text_encoder(wan: Path, tmp_path: P
         load(folder, prompts=["a cat"], prompt_cache=cache)
 
 
+def test_a_cache_that_would_keep_nothing_is_refused(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ({}, {"prompts": ["a cat"], "text_encoder": torch.nn.Identity()}):
+        with pytest.raises(ConfigError, match=r"prompt_cache keeps what .* give `prompts`"):
+            load(wan, prompt_cache=tmp_path / "texts", **given)
+    words = ["generate", "a cat", "--output", str(tmp_path / "out"), "--prompt-cache", str(tmp_path / "texts")]
+    assert main(words) == 2
+    assert "--prompt-cache (prompt_cache) is for umT5; tiny reads words without any delay" in capsys.readouterr().err
+    assert not (tmp_path / "texts").exists()
+
+
 def test_another_encoder_has_another_fingerprint(wan: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

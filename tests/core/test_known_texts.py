@@ -165,7 +165,7 @@ def test_lines_of_a_prompt_file_are_read_whole(
 def test_umt5_and_the_model_are_never_held_at_once(wan: Path) -> None:
     config = GenerateConfig(model=str(wan), **VIDEO)
     need = needs(config, outline(config), "cpu")
-    video = need.transformer + need.autoencoder + need.cache + max(need.activations, need.decoding)
+    video = need.transformer + need.autoencoder + need.cache + need.text + max(need.activations, need.decoding)
     assert need.total == round(HEADROOM * max(video, need.text_encoder))
     small = GenerateConfig(model="tiny")
     tiny = needs(small, outline(small), "cpu")

@@ -21,7 +21,8 @@ _HABITS = {
     "--size": ("--height", "--width"), "--resolution": ("--height", "--width"), "--frames": ("--num-frames",),
     "--length": ("--seconds",), "--duration": ("--seconds",), "--cfg": ("--guidance-scale",),
     "--cfg-scale": ("--guidance-scale",), "--guidance": ("--guidance-scale",), "--out": ("--output",),
-    "--prompts": ("--prompt-file",), "--samples": ("--num-samples",), "--checkpoint": ("--model",),
+    "--prompts": ("--prompt-file",), "-o": ("--output",), "-m": ("--model",), "-s": ("--seed",),
+    "--samples": ("--num-samples",), "--checkpoint": ("--model",),
 }  # fmt: skip
 """Flags of other programs, and what they are called where these are flags."""
 _LIKE_A_FLAG = re.compile(r"--[A-Za-z][\w-]*(=.*)?", re.DOTALL)
@@ -66,6 +67,9 @@ class Parser(argparse.ArgumentParser):
         known = [name for action in self._actions for name in action.option_strings]
         if flag in known:
             return ""
+        for action in self._actions:
+            if not action.option_strings and flag == f"--{str(action.metavar).lower()}":
+                return f"; {action.metavar} is given without a flag, in quotes where it has spaces"
         meant = _HABITS.get(flag, ())
         if not meant or not set(meant) <= set(known):
             meant = tuple(difflib.get_close_matches(flag, known, 1))

@@ -49,6 +49,8 @@ def one_line(capsys: pytest.CaptureFixture[str]) -> str:
         (["p", "--", "--steps=4"], "move it before; did you mean --num-inference-steps?"),
         (["p", "--steps", "4"], "did you mean --num-inference-steps?"),
         (["p", "--size", "64"], "did you mean --height and --width?"),
+        (["p", "-o", "x.mp4"], "unrecognized argument '-o'; did you mean --output?"),
+        (["--prompt", "a red ball"], "PROMPT is given without a flag, in quotes where it has spaces"),
         (["p", "--size=64"], "did you mean --height and --width?"),
         (["p", "--output", "a.mpeg"], "only .mp4"),
         (["p", "--output", "a.mpeg/../b.TS"], "only .mp4"),

@@ -49,8 +49,8 @@ _TOKENIZER = {
     "clean_up_tokenization_spaces", "cls_token", "eos_token", "extra_ids", "extra_special_tokens", "is_local",
     "legacy", "local_files_only", "mask_token", "max_length", "model_max_length", "model_specific_special_tokens",
     "name_or_path", "pad_token", "padding_side", "processor_class", "sep_token", "sp_model_kwargs",
-    "spaces_between_special_tokens", "special_tokens_map_file", "text_len", "tokenizer_class", "tokenizer_file",
-    "truncation_side", "unk_token", "use_fast", "words",
+    "spaces_between_special_tokens", "special_tokens_map_file", "split_special_tokens", "text_len", "tokenizer_class",
+    "tokenizer_file", "truncation_side", "unk_token", "use_fast", "vocabulary",
 }  # fmt: skip
 """What tokenizers are told; nothing of it is left out by transformers but what the checks below say."""
 _SELF_FORCING = {

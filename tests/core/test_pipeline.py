@@ -20,6 +20,7 @@ from sparse_forcing.model.text import WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
+from sparse_forcing.model_folder.remarks import folder_remarks
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.weights.manifest import MANIFEST
 
@@ -282,6 +283,7 @@ def test_impossible_defaults_are_refused(changes):
 def test_saved_folder_loads_and_generates_the_same(pipe, tmp_path):
     pipe.save_pretrained(tmp_path / "model")
     loaded = SparseForcingPipeline.from_pretrained(str(tmp_path / "model"))
+    assert folder_remarks(tmp_path / "model") == []
     assert loaded.defaults == pipe.defaults
     assert len(loaded.weights_sha256) == 64
     expected = pipe(PROMPT, num_frames=8, generator=seeded()).frames

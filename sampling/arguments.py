@@ -6,6 +6,7 @@ Shapes: B videos, F frames, H x W pixels, C channels and h x w of latents, T tex
 
 from __future__ import annotations
 
+import math
 import operator
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +21,13 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.memory.base import REWRITTEN, RolloutMemory
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.flow import SamplerConfig
+from sparse_forcing.sampling.generation.jobs import BOUNDS
 from sparse_forcing.sampling.noise import GivenNoise, NoiseSource, SeededNoise
 from sparse_forcing.sampling.starts import GivenFrames
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+STATE = {"chunk", "start", "text", "unconditional_text", "memory", "noise", "recent", "decoder"}
 PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] | None]
 """New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
 chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
@@ -77,11 +80,19 @@ class VideoPlan:
 
 
 def whole_number(name: str, value: Any, default: int) -> int:
-    """`value` as an int, `default` for None. Raises ConfigError for anything else, 2.0 included."""
+    """`value` as an int, `default` for None. Raises ConfigError for anything else, 2.0 included, and for what is above
+    all bounds."""
     try:
-        return default if value is None else operator.index(value)
+        return default if value is None else check_most(name, operator.index(value))
     except TypeError as error:
         raise ConfigError(f"{name}: expected a whole number, got {value!r:.60}") from error
+
+
+def check_most(name: str, value: Any) -> Any:
+    """`value` itself. Raises ConfigError when it is more than the flag of that name takes."""
+    if name in BOUNDS and (most := BOUNDS[name][1]) < value < math.inf:
+        raise ConfigError(f"{name}: at most {most:g}, got {value!s:.40}")
+    return value
 
 
 def check_type(name: str, value: Any, kind: type) -> Any:
@@ -91,7 +102,7 @@ def check_type(name: str, value: Any, kind: type) -> Any:
     return value
 
 
-def prompt_list(prompt: str | list[str] | None, name: str = "prompt") -> list[str]:
+def prompt_list(prompt: str | Sequence[str] | None, name: str = "prompt") -> list[str]:
     """One prompt or several, as a list that is not empty; `name` is the argument's."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, list | tuple) or not prompts:
@@ -147,7 +158,9 @@ def change_sampler(sampler: SamplerConfig, *, steps: Any, guidance_scale: Any) -
     """The sampler with what the caller changed; a step list only fits its own length. Guidance of 1 or less is none, as
     in diffusers: the conditional prediction alone."""
     steps = whole_number("num_inference_steps", steps, sampler.steps)
-    scale = sampler.guidance_scale if guidance_scale is None else check_type("guidance_scale", guidance_scale, Real)
+    scale = sampler.guidance_scale
+    if guidance_scale is not None:
+        scale = check_most("guidance_scale", check_type("guidance_scale", guidance_scale, Real))
     steps_given = sampler.step_list if steps == sampler.steps else None
     changed = replace(sampler, steps=steps, guidance_scale=scale, step_list=steps_given)
     return replace(changed, guidance_scale=max(1.0, changed.guidance_scale))
@@ -191,6 +204,13 @@ def check_memory(memory: MemoryConfig, *, recache: bool) -> MemoryConfig:
             f"{' or '.join(REWRITTEN)}"
         )
     return memory
+
+
+def check_state(state: Any) -> Mapping[str, Any] | None:
+    """`resumed` itself, which may be None. Raises ConfigError for what is no state of a chunk."""
+    if state is not None and not (isinstance(state, Mapping) and state.keys() >= STATE):
+        raise ConfigError(f"resumed: expected what `VideoChunk.state()` of an earlier stream gave, got {state!r:.60}")
+    return state
 
 
 def on_device(state: Any, device: torch.device) -> Any:

@@ -4,7 +4,7 @@ maps, quantization, adapters, sharing. Loading verifies hashes and tensors first
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_forcing.devices import explain_memory_shortage
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_write_json
+from sparse_forcing.files import atomic_write_json, check_writable, explain_full_disk
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.model.geometry import VideoGeometry
 from sparse_forcing.model.small.quantized import Storage, check_storage, is_quantized, quantize_
@@ -38,7 +38,7 @@ from sparse_forcing.model_folder.folder import (
     read_defaults,
 )
 from sparse_forcing.model_folder.recognise import PIPELINE_FILE
-from sparse_forcing.sampling.arguments import resolve_dtypes
+from sparse_forcing.sampling.arguments import check_type, prompt_list, resolve_dtypes
 from sparse_forcing.sampling.loading import (
     check_components,
     component_dtypes,
@@ -217,7 +217,7 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         model: str,
         torch_dtype: Any = None,
         text_encoder: nn.Module | None = None,
-        prompts: Iterable[str] | None = None,
+        prompts: str | Sequence[str] | None = None,
         prompt_cache: Path | None = None,
         text_encoder_device: str | torch.device = "cpu",
         weights: Storage | None = None,
@@ -239,13 +239,12 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
 
         Raises:
             WeightsError: unknown model, missing or damaged file, parts that do not fit together.
-            ConfigError: an option that would run code of the model's folder or unpickle its weights.
+            ConfigError: an option that would run code of the model's folder or unpickle its weights, or has no effect.
             SparseForcingError: out of memory.
         """
         _refuse_code(options)
         storage = check_storage("weights", weights)
-        if storage and options.get("quantization_config") is not None:
-            raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
+        _check_given(options, storage, text_encoder, prompts, prompt_cache)
         dtype = resolve_dtypes(options.pop("dtype", torch_dtype))
         folder = find_model(str(model), **{name: options.pop(name) for name in HUB_OPTIONS if name in options})
         given = {name for name in (*MODELS, "tokenizer") if options.get(name) is not None} | left_out(folder)
@@ -257,13 +256,13 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             if prompts is not None and text_encoder is None:
                 how = types["text_encoder"], text_encoder_device, prompt_cache, storage
                 with _quiet():
-                    texts = read_first(folder, list(prompts), *how)
+                    texts = read_first(folder, prompt_list(prompts, "prompts"), *how)
                 given |= set() if texts is None else {"text_encoder"}
             with explain_read_errors(folder), _quiet():
                 check_components(folder, given)
                 pipe = super().from_pretrained(
                     str(folder),
-                    torch_dtype=types,
+                    dtype=types,
                     use_safetensors=True,
                     defaults=read_defaults(folder),
                     weights_sha256=digest,
@@ -310,9 +309,10 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
             )
         if options.pop("push_to_hub", False):
             raise ConfigError("push_to_hub: call pipe.push_to_hub(name), which uploads the hashes, too")
-        folder = Path(folder)
+        folder = check_writable(folder, folder=True)
         self.register_modules(**self.components)  # diffusers does not note the class of what was None before
-        super().save_pretrained(folder, **options)
+        with explain_full_disk(folder):
+            super().save_pretrained(folder, **options)
         for path in (folder / "model_index.json", *folder.glob("*/*config.json")):
             forget_origin(path)
         atomic_write_json(folder / PIPELINE_FILE, asdict(self.defaults))
@@ -332,21 +332,22 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
     @torch.no_grad()
     def encode_prompt(self, prompts: str | list[str]) -> Tensor:
         """[B, text_len, dim]; warns with `prompt_remarks`. What umT5 read before is not read again."""
-        prompts = [prompts] if isinstance(prompts, str) else prompts
+        prompts = prompt_list(prompts)
         with explain_memory_shortage("the text encoder read the prompt"):
             encoder = None if self.text_encoder is None and self.known_texts.dim else self.text
             if encoder is not None and not isinstance(encoder, UMT5TextEncoder):
                 return encoder.encode(prompts)
             return self.known_texts.read(prompts, encoder).to(self._execution_device)
 
-    def free_text_encoder(self, prompts: Iterable[str] = ()) -> None:
+    def free_text_encoder(self, prompts: str | Sequence[str] = ()) -> None:
         """Read `prompts` and the default negative prompt, and let the text encoder go: from then on no others can be
         asked for. Raises ConfigError for an embedded model's, which is small."""
         if not isinstance(encoder := self.text, UMT5TextEncoder):
             raise ConfigError("free_text_encoder: an embedded model's text encoder is a few megabytes; it stays")
+        prompts = prompt_list([*prompt_list(prompts or ""), self.defaults.negative_prompt])
         self.known_texts.limit = None
         with torch.no_grad(), explain_memory_shortage("the text encoder read the prompts"):
-            self.known_texts.learn([*prompts, self.defaults.negative_prompt], encoder)
+            self.known_texts.learn(prompts, encoder)
         del encoder
         self.register_modules(text_encoder=None)
         self.maybe_free_model_hooks()  # which hold the parts that they move
@@ -359,6 +360,18 @@ def _refuse_code(options: dict[str, Any]) -> None:
         raise ConfigError(f"{found[0]}: code that comes with a model is never run")
     if not options.pop("use_safetensors", True):
         raise ConfigError("use_safetensors: weights are read from safetensors only; pickles can hold code")
+
+
+def _check_given(options: Mapping[str, Any], storage: Any, text_encoder: Any, prompts: Any, cache: Any) -> None:
+    """Raise ConfigError for what is of another type, or would have no effect."""
+    if text_encoder is not None:
+        check_type("text_encoder", text_encoder, nn.Module)
+    if prompts is not None:
+        prompt_list(prompts, "prompts")
+    if storage and options.get("quantization_config") is not None:
+        raise ConfigError("weights: quantization_config says how weights are stored; give one of the two")
+    if cache is not None and (prompts is None or text_encoder is not None):
+        raise ConfigError("prompt_cache keeps what a folder's own text encoder reads `prompts` as; give `prompts`")
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import diffusers
 import torch
 from diffusers import SchedulerMixin
 
-from sparse_forcing.errors import WeightsError
+from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import is_file, read_json
 from sparse_forcing.model.text import WordTextEncoder, load_tokenizer
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
@@ -84,6 +84,10 @@ def component_dtypes(
     """The type of each part's weights: by default as they are stored, and what is embedded in float32. An embedded
     autoencoder is not rounded unless it is asked for by name."""
     defaults, chosen = read_defaults(folder), dtype if isinstance(dtype, Mapping) else {}
+    if unknown := set(chosen) - {"default", "transformer", "text_encoder", "vae"}:
+        raise ConfigError(
+            f"torch_dtype: {min(map(str, unknown))!r:.60} is none of transformer, text_encoder, vae, default"
+        )
     common = chosen.get("default") if isinstance(dtype, Mapping) else dtype
     types = {
         "transformer": common or usual_dtype(folder, "cpu"),

@@ -35,6 +35,7 @@ from sparse_forcing.sampling.arguments import (
     change_sampler,
     check_embeddings,
     check_memory,
+    check_state,
     check_type,
     noise_source,
     on_device,
@@ -158,7 +159,7 @@ class SparseForcingPipeline(PipelineComponents):
         plan = VideoPlan(layout, sampler, text, negative, changes, noise, state, recache, single)
         if cuda_graphs:
             warn_if_not_recorded(self.transformer, state)
-        return self._run(plan, callback, on_device(resumed, self._execution_device), graphs=graphs)
+        return self._run(plan, callback, on_device(check_state(resumed), self._execution_device), graphs=graphs)
 
     def _layout(self, height: Any, width: Any, num_frames: Any, image: Any, video: Any) -> VideoLayout:
         """The sizes of a video, the defaults' where none are given, and the frames it goes on from."""
@@ -257,6 +258,8 @@ class SparseForcingPipeline(PipelineComponents):
             return None
         if isinstance(callback, PipelineCallback | MultiPipelineCallbacks):
             names = callback.tensor_inputs
+        if not callable(callback) or not isinstance(names, list | tuple | set):
+            raise ConfigError("callback_on_step_end: expected a function, and a list of names as its tensor inputs")
         if unknown := sorted(set(names) - set(self._callback_tensor_inputs)):
             raise ConfigError(
                 f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} not among "
@@ -270,8 +273,7 @@ class SparseForcingPipeline(PipelineComponents):
             )
             changed = tensors | dict(callback(self, made.step, made.timestep, {x: tensors[x] for x in names}) or {})
             latents = changed["latents"]
-            assert isinstance(latents, Tensor)
-            if latents.shape != made.latents.shape:
+            if check_type("callback_on_step_end: latents", latents, Tensor).shape != made.latents.shape:
                 raise ConfigError(
                     f"callback_on_step_end: returned latents of shape {list(latents.shape)}, expected "
                     f"{list(made.latents.shape)}"

@@ -134,9 +134,12 @@ def read_first(
 
     Raises:
         WeightsError, OutputError: the text encoder or the cache cannot be read or written.
+        ConfigError: a cache for an embedded model.
     """
     defaults = read_defaults(folder)
     if defaults.text_encoder == "words":
+        if cache is not None:
+            raise ConfigError(f"--prompt-cache (prompt_cache) is for umT5; {folder.name} reads words without any delay")
         return None
     prompts = [*prompts, defaults.negative_prompt]
     origin = "" if cache is None else f"{fingerprint(folder)} {dtype} {storage}"

@@ -1,4 +1,4 @@
-"""Files: written whole or not at all, under names that stay where they belong.
+"""Files: written whole or not at all.
 
 Every file of this project is written to a temporary sibling, flushed to the disk, and renamed over its final name, so
 that a crash, a full disk or a kill leaves either the old file or the new one. Temporaries are called
@@ -17,7 +17,6 @@ import re
 import secrets
 import shutil
 import stat
-import unicodedata
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,8 +31,8 @@ TEMPORARY_PREFIX = ".sf-tmp-"
 LOCK_NAME = ".sparse-forcing.lock"
 MAX_NAME_BYTES = 255
 _MACHINE = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
-NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS})
-"""What the system says of a disk that takes no more."""
+NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM})
+"""What the system says of a disk or a folder that takes no more."""
 
 
 def is_file(path: PathLike, error: type[SparseForcingError]) -> bool:
@@ -56,12 +55,33 @@ def _mode(path: PathLike, error: type[SparseForcingError]) -> int:
         raise error(f"cannot look at {os.fspath(path)!r}: {getattr(problem, 'strerror', None) or problem}") from problem
 
 
-def find_system_error(error: BaseException) -> OSError | None:
-    """What the system said, of an error that is or quotes it: safetensors has a class of its own for that."""
-    if isinstance(error, OSError):
-        return error
-    quoted = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
+def find_system_error(error: BaseException | None) -> OSError | None:
+    """What the system said, of an error that is it, quotes it, as safetensors' do, or came of it, as torch's do."""
+    while error is not None and not isinstance(error, OSError):
+        if quoted := re.search(r"\(os error (\d+)\)", str(error)):
+            return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
+        error = error.__context__
+    return error
+
+
+@contextmanager
+def explain_full_disk(target: Path, size: int | None = None) -> Iterator[None]:
+    """While some library writes `target`: what a full or read-only disk says, or a folder that is gone, is an
+    OutputError about it; the rest passes through."""
+    try:
+        yield
+    except SparseForcingError:
+        raise
+    except Exception as error:
+        said = find_system_error(error)
+        if said is not None and (said.errno in NO_ROOM or not target.parent.is_dir()):
+            raise _cannot_write(target, said, size) from error
+        raise
+
+
+def find_temporary(path: PathLike) -> str | None:
+    """The part of a path that is named as the temporaries of this module, which the next run would sweep away."""
+    return next((part for part in Path(path).parts if part.startswith((TEMPORARY_PREFIX, LOCK_NAME))), None)
 
 
 def _temporary(folder: Path, suffix: str = "") -> Path:
@@ -137,14 +157,8 @@ def atomic_path(path: PathLike, *, size: int | None = None) -> Iterator[Path]:
     try:
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
         os.close(handle)
-        try:
+        with explain_full_disk(target, size):
             yield temporary
-        except Exception as error:
-            # What a full or read-only disk says, or a folder that is gone, is about our file; the rest passes through.
-            said = find_system_error(error)
-            if said is not None and (said.errno in NO_ROOM or not target.parent.is_dir()):
-                raise _cannot_write(target, said, size) from error
-            raise
         try:
             _commit(temporary, target, mode)
         except OSError as error:
@@ -214,28 +228,6 @@ def sha256_file(path: PathLike) -> str:
     return digest.hexdigest()
 
 
-def slug(text: str, *, max_bytes: int = 80) -> str:
-    """Lower-case letters and digits of `text` joined by hyphens, at most `max_bytes` of UTF-8; may be empty."""
-    normal = unicodedata.normalize("NFKC", text[: 4 * max_bytes]).lower()
-    # NFC last: lower() can leave combining sequences that another file system would compose differently.
-    normal = unicodedata.normalize("NFC", normal)
-    words = "".join(c if c.isalnum() else " " for c in normal).split()
-    return "-".join(words).encode("utf-8", "ignore")[:max_bytes].decode("utf-8", "ignore").strip("-")
-
-
-def safe_name(prompt: str, index: int, *, extra: str = "", suffix: str = ".mp4") -> str:
-    """A file name for a prompt: `0003-a-red-ball.mp4`.
-
-    The index comes first, so names of one run are unique and sorted, never reserved, hidden or empty, whatever the
-    prompt holds; `extra` (a seed, a sample number) is appended. At most 255 bytes, no separators.
-    """
-    parts = [f"{index:04d}", slug(prompt), slug(extra, max_bytes=40)]
-    name = "-".join(part for part in parts if part) + suffix
-    if index < 0 or "/" in suffix or len(name.encode("utf-8")) > MAX_NAME_BYTES:
-        raise OutputError(f"cannot make a file name from index {index}, suffix {suffix!r}")
-    return name
-
-
 def check_target(path: PathLike) -> Path:
     """The real file that a write to `path` replaces, looked at without writing; nor is its folder checked.
 
@@ -276,6 +268,8 @@ def check_writable(path: PathLike, *, folder: bool = False) -> Path:
     shown = os.fsdecode(os.fspath(path))
     if "\0" in shown:
         raise OutputError(f"cannot write {shown!r}: the name contains a NUL character")
+    if taken := find_temporary(shown):
+        raise OutputError(f"cannot write into {shown}: {taken:.40} is a name of temporary files; choose another")
     probe = _temporary(Path(shown))
     missing = [folder for folder in (Path(shown), *Path(shown).parents) if not os.path.lexists(folder)]
     try:
@@ -328,6 +322,7 @@ def output_lock(path: PathLike, *, shared: bool = False) -> Iterator[None]:
         sweep_temporaries(lock.parent)
         yield
     finally:
+        sweep_temporaries(lock.parent)  # of a run that was still dying when this one began
         # Unlinked while held: whoever opened the old file finds another inode under the name and starts over.
         if not shared:
             with suppress(OSError):
@@ -394,4 +389,7 @@ def _alive(pid: int) -> bool:
         return False
     except PermissionError:
         return True
-    return True
+    try:  # whoever nobody has waited for has ended, too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return True

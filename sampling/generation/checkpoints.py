@@ -102,11 +102,8 @@ class VideoCheckpoints:
 
         path = self.folder / f"state-{chunk.index + 1:08d}.pt"
         state = {"stream": chunk.state(), "tails": {name: torch.from_numpy(tail) for name, tail in tails.items()}}
-        with atomic_path(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # what torch's zip writer says of a full disk
-                raise OutputError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)  # a file: what the disk says comes through
         manifest = {"run": self.run, "clip": dict(clip), "state": path.name, "sha256": sha256_file(path)}
         atomic_write_json(self.folder / _MANIFEST, manifest)
         for old in self.folder.glob("state-*.pt"):

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from sparse_forcing.errors import ConfigError, OutputError
-from sparse_forcing.files import is_folder, safe_name
+from sparse_forcing.files import is_folder
 from sparse_forcing.media.listing import VIDEO_SUFFIXES
-from sparse_forcing.sampling.generation.paths import check_distinct
+from sparse_forcing.sampling.generation.paths import check_distinct, safe_name
 from sparse_forcing.sampling.generation.prompts import (
     MAX_SEED,
     check_new_name,

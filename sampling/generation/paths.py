@@ -1,19 +1,43 @@
-"""Where the files of a video lie, and whether those of two videos get in each other's way. No torch here."""
+"""How the files of a video are called and where they lie, and whether those of two get in each other's way"""
 
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sparse_forcing.errors import ConfigError
+from sparse_forcing.errors import ConfigError, OutputError
+from sparse_forcing.files import MAX_NAME_BYTES
 
 if TYPE_CHECKING:
     from sparse_forcing.sampling.generation.jobs import Job
 
 # Folders apart, so that a folder of results holds nothing but results.
 OVERLAY_FOLDER, LIVE_FOLDER, RESUME_FOLDER = RESERVED = ("overlay", "live", "resume")
+
+
+def slug(text: str, *, max_bytes: int = 80) -> str:
+    """Lower-case letters and digits of `text` joined by hyphens, at most `max_bytes` of UTF-8; may be empty."""
+    normal = unicodedata.normalize("NFKC", text[: 4 * max_bytes]).lower()
+    # NFC last: lower() can leave combining sequences that another file system would compose differently.
+    normal = unicodedata.normalize("NFC", normal)
+    words = "".join(c if c.isalnum() else " " for c in normal).split()
+    return "-".join(words).encode("utf-8", "ignore")[:max_bytes].decode("utf-8", "ignore").strip("-")
+
+
+def safe_name(prompt: str, index: int, *, extra: str = "", suffix: str = ".mp4") -> str:
+    """A file name for a prompt: `0003-a-red-ball.mp4`.
+
+    The index comes first, so names of one run are unique and sorted, never reserved, hidden or empty, whatever the
+    prompt holds; `extra` (a seed, a sample number) is appended. At most 255 bytes, no separators.
+    """
+    parts = [f"{index:04d}", slug(prompt), slug(extra, max_bytes=40)]
+    name = "-".join(part for part in parts if part) + suffix
+    if index < 0 or "/" in suffix or len(name.encode("utf-8")) > MAX_NAME_BYTES:
+        raise OutputError(f"cannot make a file name from index {index}, suffix {suffix!r}")
+    return name
 
 
 def overlay_path(job: Job) -> Path:

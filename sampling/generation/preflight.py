@@ -48,6 +48,7 @@ _SMALLER = ((480, 832), (320, 576), (256, 448))
 class Needs:
     """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile.
 
+    text: keys and values of the prompt in every layer, which stay through the video.
     text_stays: whether the text encoder is still there then; umT5 reads the prompts first and goes.
     by_turns: whether transformer and autoencoder wait in the CPU's memory while the other computes.
     """
@@ -56,6 +57,7 @@ class Needs:
     text_encoder: int
     autoencoder: int
     cache: int
+    text: int
     activations: int
     decoding: int
     text_stays: bool = False
@@ -71,9 +73,9 @@ class Needs:
         """Weights, cache and the larger of what a pass and decoding make, which never run at once; or umT5 alone."""
         passes, decodes = (self.transformer, self.activations), (self.autoencoder, self.decoding)
         if self.by_turns:
-            video = self.cache + max(sum(passes), sum(decodes))
+            video = self.cache + self.text + max(sum(passes), sum(decodes))
         else:
-            video = self.cache + self.transformer + self.autoencoder + max(self.activations, self.decoding)
+            video = self.cache + self.text + self.transformer + self.autoencoder + max(self.activations, self.decoding)
         most = video + self.text_encoder if self.text_stays else max(video, self.text_encoder)
         return round(HEADROOM * most)
 
@@ -136,9 +138,10 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
         text_encoder=0 if elsewhere else stored_bytes(model.sizes.text, size, config.weights),
         autoencoder=round(per_float * model.sizes.autoencoder_bytes) + (size * _TINY if config.tiny_vae else 0),
         cache=batch * cache_bytes(model, settings, sum(chunks), size),
-        activations=model.measure(_activations, max(chunks), latent, batch, dtype, config.weights),
+        text=batch * _text_bytes(model, size) if config.offload == "none" else 0,
+        activations=model.measure(_activations, max(chunks), latent, batch, dtype, config.weights, device),
         decoding=model.measure(
-            _decoding, max(chunks), latent, dtype, config.tiny_vae is not None, config.tiled_decoding
+            _decoding, max(chunks), latent, dtype, config.tiny_vae is not None, config.tiled_decoding, device
         ),
         text_stays=model.defaults.text_encoder == "words",
         by_turns=config.offload == "model",
@@ -182,8 +185,20 @@ def cache_bytes(model: Outline, settings: Settings, latent_frames: int, size: in
     return blocks * width * (sizes.num_layers * (numbers + size) + shared)  # and what keys are compressed to
 
 
+def _text_bytes(model: Outline, size: int) -> int:
+    """Bytes of a prompt's keys and values in all layers; hooks that bring weights make each pass project its own."""
+    sizes = on_meta(model.sizes.transformer).config
+    return 2 * size * model.sizes.text_len * sizes.num_layers * sizes.num_attention_heads * sizes.attention_head_dim
+
+
 def _activations(
-    model: Outline, frames: int, latent: tuple[int, int], batch: int, dtype: torch.dtype, storage: Storage | None
+    model: Outline,
+    frames: int,
+    latent: tuple[int, int],
+    batch: int,
+    dtype: torch.dtype,
+    storage: Storage | None,
+    device: str,
 ) -> int:
     """Of one pass over the largest chunk."""
     sizes = model.sizes.transformer
@@ -195,10 +210,12 @@ def _activations(
         x = torch.empty(batch, network.config.in_channels, frames, *latent, dtype=dtype)
         text = torch.empty(batch, model.sizes.text_len, network.config.text_dim, dtype=dtype)
         time = torch.empty(batch)
-    return peak_bytes(lambda: network(x, time, text, policy=ParallelAttention(frames)))
+    return peak_bytes(lambda: network(x, time, text, policy=ParallelAttention(frames)), device)
 
 
-def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch.dtype, tiny: bool, tiled: bool) -> int:
+def _decoding(
+    model: Outline, frames: int, latent: tuple[int, int], dtype: torch.dtype, tiny: bool, tiled: bool, device: str
+) -> int:
     """Of one chunk: what the decoder makes of its first latent frames, and the pixels of all of them."""
     some, autoencoder = min(frames, _DECODED), model.autoencoder
     decoder = TinyDecoder() if tiny else autoencoder
@@ -210,10 +227,10 @@ def _decoding(model: Outline, frames: int, latent: tuple[int, int], dtype: torch
         autoencoder.vae.use_tiling = tiled
         if is_tiled(autoencoder.vae, z):  # tiles wait elsewhere for their turn; their pixels are joined in the end
             tile = z[..., : autoencoder.vae.tile_sample_min_height // 8, : autoencoder.vae.tile_sample_min_width // 8]
-            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, []))
+            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, []), device)
             return one + 4 * pixel_frame * autoencoder.temporal_stride * frames
     pixels = 2 * pixel_frame * autoencoder.temporal_stride * (frames - some)
-    return peak_bytes(lambda: next(iter(decoder.decode_stream([z])))) + pixels
+    return peak_bytes(lambda: next(iter(decoder.decode_stream([z]))), device) + pixels
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import LOCK_NAME, TEMPORARY_PREFIX, PathLike
+from sparse_forcing.files import PathLike, find_temporary, open_input
 from sparse_forcing.strict_json import parse_json
 
 MAX_PROMPT_CHARACTERS = 20_000  # far beyond any encoder's limit; longer text is a file given by mistake
@@ -46,8 +45,8 @@ def check_new_name(name: str, where: str) -> None:
         raise ConfigError(
             f"{where} {name!r:.60}: the name contains the control character {control[0]!r}; choose another"
         )
-    if taken := [part for part in Path(name).parts if part.startswith((TEMPORARY_PREFIX, LOCK_NAME))]:
-        raise ConfigError(f"{where} {name!r:.60}: {taken[0]:.40} is a name of temporary files; choose another")
+    if taken := find_temporary(name):
+        raise ConfigError(f"{where} {name!r:.60}: {taken:.40} is a name of temporary files; choose another")
 
 
 def check_utf8(name: str, where: str) -> None:
@@ -85,7 +84,7 @@ def read_prompts(path: PathLike) -> list[str]:
 def read_lines(path: PathLike) -> list[tuple[str, str]]:
     """(where it stands, text) of every line of a prompt file that says something. Raises ConfigError."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read prompts from {path}: {getattr(error, 'strerror', None) or error}") from error

@@ -11,8 +11,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from sparse_forcing import __version__
@@ -55,16 +54,8 @@ def run_module(module: str, arguments: Sequence[str], *, name: str | None = None
 
 
 def say(text: str) -> None:
-    """Print a line of results at once. A reader that is gone (`| head`) does not end the work, which writes files, too.
-
-    Raises:
-        OutputError: standard output takes nothing more, on a full disk for example.
-    """
-    try:
-        with _explain_output():
-            print(text, flush=True)
-    except BrokenPipeError:
-        _discard(sys.stdout)
+    """Print a line of results at once."""
+    print(text, flush=True)
 
 
 def note(text: str) -> None:
@@ -88,11 +79,24 @@ class _Messages:
     def _try(self, call: Callable[..., Any], *text: str) -> None:
         try:
             call(*text)
-        except OSError:
+        except OSError as error:
             _discard(self._stream)
+            self._explain(error)
+
+    def _explain(self, error: OSError) -> None:
+        pass
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+class _Results(_Messages):
+    """Standard output while a command runs: a reader that is gone (`| head`) does not end the work, which writes files,
+    too; results that a full disk does not take are an OutputError, whoever prints them."""
+
+    def _explain(self, error: OSError) -> None:
+        if not isinstance(error, BrokenPipeError):
+            raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
 
 
 def _run_guarded(name: str, work: Callable[[], int]) -> int:
@@ -100,21 +104,19 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
     format_before, warnings.formatwarning = warnings.formatwarning, _one_line
     _open_streams()
     _printable(sys.stdout)
-    messages, sys.stderr = sys.stderr, _Messages(sys.stderr)  # type: ignore[assignment]
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Results(sys.stdout), _Messages(sys.stderr)  # type: ignore[assignment]
     try:
         try:
             return work()
         finally:
-            _flush()  # here, where a reader that is gone can still be handled
+            sys.stdout.flush()  # here, where a full disk can still be named
     except SparseForcingError as error:
         print(f"{name}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        _discard(sys.stdout)
-        return 1
     except OSError as error:
         if error.filename is None and error.errno not in NO_ROOM:
             raise
@@ -132,7 +134,7 @@ def _run_guarded(name: str, work: Callable[[], int]) -> int:
         print(f"{name}: error: {said.strerror}", file=sys.stderr)
         return 2
     finally:
-        sys.stderr, warnings.formatwarning = messages, format_before
+        (sys.stdout, sys.stderr), warnings.formatwarning = streams, format_before
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -178,28 +180,9 @@ def _open_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))
 
 
-@contextmanager
-def _explain_output() -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except OSError as error:
-        _discard(sys.stdout)
-        raise OutputError(f"cannot write to standard output: {error.strerror or error}") from error
-
-
 def _one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
     """How a warning is printed: what is meant for users without the place in the code that it comes from."""
     return f"warning: {message}\n" if category is UserWarning else f"{category.__name__}: {message}\n"
-
-
-def _flush() -> None:
-    try:
-        with _explain_output():
-            sys.stdout.flush()
-    except BrokenPipeError:
-        _discard(sys.stdout)
 
 
 def _discard(stream: Any) -> None:

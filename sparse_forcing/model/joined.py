@@ -13,6 +13,10 @@ from torch import Tensor, nn
 
 from sparse_forcing.model.layers import RMSNorm, is_hooked, is_plain
 
+LARGEST = 1 << 19
+"""Numbers of a weight. With more, three products take as long as one, and what is laid together would be a second copy
+of what lies in the file that is mapped."""
+
 
 @dataclass(frozen=True)
 class JoinedWeights:
@@ -24,9 +28,11 @@ class JoinedWeights:
 
     @classmethod
     def of(cls, layers: Sequence[nn.Linear], norms: Sequence[RMSNorm]) -> JoinedWeights | None:
-        """Lay the weights of these layers side by side; None where one is more than its weights: adapted, quantized,
-        hooked."""
+        """Lay the weights of these layers side by side; None where one is more than its weights (adapted, quantized,
+        hooked) or too large to gain by it."""
         if not _are_plain(layers, norms) or any(x.weight.is_inference() for x in layers):
+            return None
+        if any(x.weight.numel() > LARGEST for x in layers):
             return None
         with torch.inference_mode(False), torch.no_grad():  # they stay what they were, whoever trains them later
             weight, bias, norm = _parts(layers, norms)

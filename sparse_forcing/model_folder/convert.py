@@ -15,7 +15,7 @@ from typing import Any
 
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.errors import ConfigError, WeightsError
-from sparse_forcing.files import TEMPORARY_PREFIX, PathLike, atomic_write_json
+from sparse_forcing.files import TEMPORARY_PREFIX, PathLike, atomic_write_json, explain_full_disk
 from sparse_forcing.model_folder.adapters import Adapter, merge, read_adapters, write_adapters
 from sparse_forcing.model_folder.defaults import PipelineConfig
 from sparse_forcing.model_folder.folder import link_part, read_defaults
@@ -293,7 +293,8 @@ def _write(target: Path, plan: _Plan) -> Converted:
     temporary = target / f"{TEMPORARY_PREFIX}{os.getpid()}-convert"
     try:
         for name, module in plan.built.items():
-            module.save_pretrained(temporary / name)
+            with explain_full_disk(target / name):
+                module.save_pretrained(temporary / name)
             done.tensors += check_written(temporary / name, module.state_dict())
         for name, folder in plan.linked.items():
             link_part(folder, temporary / name)

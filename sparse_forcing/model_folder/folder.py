@@ -17,7 +17,7 @@ import torch
 
 from sparse_forcing.config import build_config
 from sparse_forcing.errors import WeightsError
-from sparse_forcing.files import atomic_write_json, is_file, read_json
+from sparse_forcing.files import atomic_write_json, explain_full_disk, is_file, read_json
 from sparse_forcing.model.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.vae import PatchAutoencoder, TokenAutoencoder, VideoAutoencoder, WanAutoencoder
@@ -128,7 +128,8 @@ def write_pipeline(
 ) -> None:
     """Write a model folder from a transformer and the folders of the parts beside it, which are linked where the file
     system can (text encoders are large), copied elsewhere."""
-    transformer.save_pretrained(folder / "transformer")
+    with explain_full_disk(folder / "transformer"):
+        transformer.save_pretrained(folder / "transformer")
     for part in parts:
         link_part(part, folder / part.name)
     atomic_write_json(folder / PIPELINE_FILE, asdict(config))
@@ -144,7 +145,8 @@ def write_autoencoder(folder: Path, vae: PatchAutoencoder | TokenAutoencoder, co
 
 def save_part(part: Any, folder: Path) -> None:
     """Write one embedded part of a model."""
-    part.save_pretrained(folder)
+    with explain_full_disk(folder):
+        part.save_pretrained(folder)
     forget_origin(folder / "config.json")
 
 
@@ -170,5 +172,6 @@ def _link_or_copy(source: str, target: str) -> str:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copy2(source, target)
+        with explain_full_disk(Path(target)):  # copytree would collect its errors into one that says nothing
+            shutil.copy2(source, target)
     return target

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+_BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
+"""Channels of a block: as many float32 numbers as a register holds."""
+
 
 class _FusedAttention(TorchFunctionMode):
     """Attention as the fused kernels of a GPU do it: its result, and no matrix of scores."""
@@ -23,12 +27,23 @@ class _FusedAttention(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-class _Live(TorchDispatchMode):
-    """Counts the bytes of storages that were made inside it and are still alive."""
+def _convolution_scratch(x: Tensor, weight: Tensor, out: Tensor) -> int:
+    """Bytes that oneDNN, by which torch convolves float32 on a CPU, takes beside `out`: a copy of the input whose
+    channels lie in blocks, while the result lies in such blocks, too. Kernels of one number are plain products."""
+    if x.dtype != torch.float32 or weight[0, 0].numel() == 1:
+        return 0
+    held, made = (y.nbytes // y.shape[1] * math.ceil(y.shape[1] / _BLOCK) * _BLOCK for y in (x, out))
+    return max(held + made - out.nbytes, made)
 
-    def __init__(self) -> None:
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of storages that were made inside it and are still alive, and what kernels of a device take
+    besides while they run."""
+
+    def __init__(self, device: str) -> None:
         super().__init__()
         self.now = self.peak = 0
+        self._on_cpu = device.startswith("cpu")
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -41,7 +56,10 @@ class _Live(TorchDispatchMode):
                     self._known.add(storage)
                     self.now += storage.nbytes()
                     weakref.finalize(storage, self._forget, storage.nbytes())
-        self.peak = max(self.peak, self.now)
+        scratch = 0
+        if self._on_cpu and function is torch.ops.aten.convolution.default:
+            scratch = _convolution_scratch(args[0], args[1], out)
+        self.peak = max(self.peak, self.now + scratch)
         return out
 
     def _forget(self, size: int) -> None:
@@ -49,9 +67,10 @@ class _Live(TorchDispatchMode):
 
 
 @torch.no_grad()
-def peak_bytes(work: Callable[[], object]) -> int:
-    """Most bytes of tensors on the device `meta` that `work` makes and holds at once, its result included."""
-    with _FusedAttention(), _Live() as live:
+def peak_bytes(work: Callable[[], object], device: str) -> int:
+    """Most bytes that `work`, which is on tensors of the device `meta`, would make and hold at once on `device`, its
+    result included."""
+    with _FusedAttention(), _Live(device) as live:
         result = work()
         peak = live.peak
         del result

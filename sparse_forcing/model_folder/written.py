@@ -81,8 +81,8 @@ def write_back(folder: Path, target: Path, form: str) -> tuple[int, list[str]]:
         found = load_safetensors(target / WAN_FILE)
     else:
         named = {f"model.{name}": x for name, x in wan.items()}
-        with atomic_path(target / SELF_FORCING_FILE) as temporary:
-            torch.save({"generator": named, "generator_ema": named}, temporary)
+        with atomic_path(target / SELF_FORCING_FILE) as temporary, temporary.open("wb") as file:
+            torch.save({"generator": named, "generator_ema": named}, file)  # a file: what the disk says comes through
         found = load_pt(target / SELF_FORCING_FILE, mmap=True)["generator_ema"]
     again = to_diffusers(found, source=str(target))
     if again.keys() != state.keys() or not all(_same(again[name], state[name]) for name in state):

@@ -124,7 +124,7 @@ def load_part(cls: Any, folder: Path, dtype: torch.dtype | None) -> Any:
     WeightsError as `check_model` does."""
     check_model(cls, folder)
     with explain_read_errors(folder), unknown_settings_unsaid():
-        return cls.from_pretrained(folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True).eval()
+        return cls.from_pretrained(folder, dtype=dtype, local_files_only=True, use_safetensors=True).eval()
 
 
 def check_model(cls: Any, folder: Path) -> None:

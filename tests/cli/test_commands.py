@@ -236,11 +236,12 @@ def test_warnings_are_one_line_each(monkeypatch: pytest.MonkeyPatch) -> None:
     assert warnings.formatwarning is before
 
 
+@pytest.mark.parametrize("how", ["say(1)", "print(1)", "print(1, flush=True)", 'sys.stdout.write("1")'])
 @pytest.mark.parametrize(("redirect", "code"), [(">/dev/full", 2), (">&-", 0), (">&- 2>&-", 0)])
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-def test_output_that_cannot_be_written_is_no_traceback(redirect: str, code: int) -> None:
+def test_output_that_cannot_be_written_is_no_traceback(how: str, redirect: str, code: int) -> None:
     root = Path(__file__).resolve().parents[2]
-    program = "import sys; from sparse_forcing.cli import doctor, main, say; doctor.run = lambda _: say(1) or 0"
+    program = f"import sys; from sparse_forcing.cli import doctor, main, say; doctor.run = lambda _: 0 * bool({how})"
     command = f"{sys.executable} -c '{program}; sys.exit(main([\"doctor\"]))' {redirect}"
     done = subprocess.run(["sh", "-c", command], cwd=root, capture_output=True, text=True)
     assert done.returncode == code

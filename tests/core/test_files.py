@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from sparse_forcing import files
 from sparse_forcing.errors import ConfigError, InUseError, OutputError
+from sparse_forcing.sampling.generation.paths import safe_name
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -150,7 +151,7 @@ HOSTILE = [
 @given(st.text(max_size=400), st.integers(0, 10**6), st.text(max_size=60))
 @example("../x", 0, "../y")
 def test_safe_name_is_one_ordinary_component(prompt: str, index: int, extra: str) -> None:
-    name = files.safe_name(prompt, index, extra=extra)
+    name = safe_name(prompt, index, extra=extra)
     assert os.path.basename(name) == name
     assert len(name.encode("utf-8")) <= 255
     assert name[0].isdigit()
@@ -162,9 +163,9 @@ def test_safe_name_is_one_ordinary_component(prompt: str, index: int, extra: str
 def test_hostile_prompts_make_distinct_files_inside_the_folder(tmp_path: Path) -> None:
     prompts = HOSTILE + ["same"] * 2
     for index, prompt in enumerate(prompts):
-        files.atomic_write_text(tmp_path / files.safe_name(prompt, index), "x")
+        files.atomic_write_text(tmp_path / safe_name(prompt, index), "x")
     assert len(os.listdir(tmp_path)) == len(prompts)
-    assert files.safe_name("A red Ball,  bouncing!", 3, extra="seed 7") == "0003-a-red-ball-bouncing-seed-7.mp4"
+    assert safe_name("A red Ball,  bouncing!", 3, extra="seed 7") == "0003-a-red-ball-bouncing-seed-7.mp4"
 
 
 def test_check_writable_accepts_new_folders_and_leaves_no_trace(tmp_path: Path) -> None:

@@ -102,6 +102,18 @@ def test_a_prompt_of_an_earlier_run_needs_no_text_encoder(wan: Path, tmp_path: P
         load(folder, prompts=["a cat"], prompt_cache=cache)
 
 
+def test_a_cache_that_would_keep_nothing_is_refused(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given in ({}, {"prompts": ["a cat"], "text_encoder": torch.nn.Identity()}):
+        with pytest.raises(ConfigError, match=r"prompt_cache keeps what .* give `prompts`"):
+            load(wan, prompt_cache=tmp_path / "texts", **given)
+    words = ["generate", "a cat", "--output", str(tmp_path / "out"), "--prompt-cache", str(tmp_path / "texts")]
+    assert main(words) == 2
+    assert "--prompt-cache (prompt_cache) is for umT5; tiny reads words without any delay" in capsys.readouterr().err
+    assert not (tmp_path / "texts").exists()
+
+
 def test_another_encoder_has_another_fingerprint(wan: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
@@ -153,7 +165,7 @@ def test_lines_of_a_prompt_file_are_read_whole(
 def test_umt5_and_the_model_are_never_held_at_once(wan: Path) -> None:
     config = GenerateConfig(model=str(wan), **VIDEO)
     need = needs(config, outline(config), "cpu")
-    video = need.transformer + need.autoencoder + need.cache + max(need.activations, need.decoding)
+    video = need.transformer + need.autoencoder + need.cache + need.text + max(need.activations, need.decoding)
     assert need.total == round(HEADROOM * max(video, need.text_encoder))
     small = GenerateConfig(model="tiny")
     tiny = needs(small, outline(small), "cpu")

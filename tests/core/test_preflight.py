@@ -34,9 +34,29 @@ def test_peak_is_what_lives_at_once() -> None:
         del x
         return y.contiguous() * 2
 
-    assert peak_bytes(work) == 2 * 4000
-    scores = torch.empty(1, 1, 5000, 8, device="meta")
-    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(scores, scores, scores)) == scores.nbytes
+    assert peak_bytes(work, "cuda") == 2 * 4000
+    q = torch.empty(1, 1, 5000, 8, device="meta")
+    assert peak_bytes(lambda: torch.nn.functional.scaled_dot_product_attention(q, q, q), "cuda") == q.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="asks Linux for the peak of this process")
+@pytest.mark.parametrize(("channels", "made"), [(24, 24), (20, 20), (24, 3)])
+def test_convolutions_on_a_cpu_take_what_is_counted(channels: int, made: int) -> None:
+    def held(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    convolve = torch.nn.functional.conv3d
+    x, weight, bias = torch.ones(1, channels, 6, 242, 418), torch.ones(made, channels, 3, 3, 3), torch.zeros(made)
+    with torch.inference_mode():
+        Path("/proc/self/clear_refs").write_text("5")
+        before = held("VmRSS")
+        convolve(x, weight, bias)
+        took = held("VmHWM") - before
+    on_meta = [each.to("meta") for each in (x, weight, bias)]
+    counted = peak_bytes(lambda: convolve(*on_meta), "cpu")
+    assert counted == pytest.approx(took, rel=0.1, abs=8 << 20)
+    assert peak_bytes(lambda: convolve(*on_meta), "cuda") < 0.7 * counted
 
 
 @pytest.mark.parametrize(
@@ -86,6 +106,8 @@ def test_weights_are_those_that_are_loaded(wan: Path) -> None:
     need, pipe = needs(config, outline(config), "cpu"), SparseForcingPipeline.from_pretrained(str(wan))
     for name, part in (("transformer", pipe.transformer), ("text_encoder", pipe.text_encoder)):
         assert getattr(need, name) == sum(x.nbytes for x in part.parameters())  # type: ignore[attr-defined]
+    text = pipe.transformer.encode_text(pipe.encode_prompt(["a cat", ""]))  # with guidance
+    assert need.text == sum(x.nbytes for pair in text for x in pair)
     assert need.cache == 0  # plain Wan
     half = needs(replace(config, dtype="bfloat16"), outline(config), "cpu")
     assert half.transformer == need.transformer // 2
@@ -100,6 +122,7 @@ def test_published_sizes_are_known_before_they_are_downloaded() -> None:
     need = needs(PUBLISHED, outline(PUBLISHED))
     assert need.transformer == 2 * 1_418_996_800
     assert need.cache == 21 * 1560 * 184_320  # spec: 184,320 bytes a token
+    assert need.text == 512 * 184_320
     assert 10 * GIB < need.text_encoder < 11 * GIB
     large = replace(PUBLISHED, model="wan-14b")
     assert needs(large, outline(large)).transformer == 2 * 14_288_491_584

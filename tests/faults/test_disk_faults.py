@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import resource
 import shutil
 import sys
@@ -15,6 +17,8 @@ import pytest
 from sparse_forcing.cli import main
 from sparse_forcing.errors import OutputError
 from sparse_forcing.files import LOCK_NAME, check_writable, output_lock, sweep_temporaries
+from sparse_forcing.model_folder.folder import link_part
+from tests.wan_folder import write_wan
 
 GONE = 999_999_999  # no process has this number
 
@@ -37,6 +41,11 @@ def inputs(tmp_path: Path) -> Path:
     (tmp_path / "c.yaml").write_text("model: tiny\ncount: 4\n")
     (tmp_path / "w.pt").write_bytes(b"x")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wan(tmp_path_factory.mktemp("wan"))
 
 
 @pytest.mark.parametrize(
@@ -62,6 +71,27 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     assert error.count("\n") == 1
     assert "cannot write into" in error
     assert "File too large" in error
+    assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("name", [f".sf-tmp-{GONE}-ab", f"{LOCK_NAME}-x/new"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train pretrain --output NEW",
+        "evaluate HERE/videos --output NEW",
+        "data encode NEW --config HERE/c.yaml",
+        "data clips NEW",
+        "convert HERE/w.pt NEW",
+    ],
+)
+def test_an_output_that_the_next_run_would_sweep_away_is_refused(
+    inputs: Path, command: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(inputs)
+    before = sorted(inputs.rglob("*"))
+    assert main(command.replace("NEW", name).replace("HERE", ".").split()) == 2
+    assert "is a name of temporary files; choose another\n" in capsys.readouterr().err
     assert sorted(inputs.rglob("*")) == before
 
 
@@ -111,6 +141,21 @@ def test_whoever_holds_a_folder_sweeps_what_killed_runs_left(tmp_path: Path) -> 
     assert sweep_temporaries(tmp_path) == []
 
 
+def test_what_a_run_leaves_that_is_still_dying_is_swept(tmp_path: Path) -> None:
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # it has ended, and nobody has waited for it
+    try:
+        (tmp_path / f".sf-tmp-{child}-ab").touch()
+        assert [path.name for path in sweep_temporaries(tmp_path)] == [f".sf-tmp-{child}-ab"]
+    finally:
+        os.waitpid(child, 0)
+    with output_lock(tmp_path):
+        (tmp_path / f".sf-tmp-{GONE}-ab").touch()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_a_killed_run_left_never_makes_convert_refuse(
     inputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,6 +178,38 @@ def test_a_conversion_that_fails_leaves_no_folder(inputs: Path, capsys: pytest.C
     assert main(["convert", str(inputs / "w.pt"), str(inputs / "new" / "deep")]) == 2
     assert "w.pt: refused, it is damaged" in capsys.readouterr().err
     assert not (inputs / "new").exists()
+
+
+@pytest.mark.parametrize("room", [10, 3000])
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        ("{model}/transformer/diffusion_pytorch_model.safetensors {new} --head-dim 24 --base {model}", "transformer"),
+        ("{model} {new} --to wan", "diffusion_pytorch_model.safetensors"),
+        ("{model} {new} --to self-forcing", "model.pt"),
+    ],
+)
+def test_a_disk_that_fills_up_while_weights_are_written_is_named(
+    wan: Path, tmp_path: Path, command: str, named: str, room: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = tmp_path / "new"
+    with full_disk(room):
+        assert main(["convert", *command.format(model=wan, new=new).split()]) == 2
+    assert capsys.readouterr().err == f"sparse-forcing convert: error: cannot write {new / named}: File too large\n"
+    assert not new.exists()
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_parts_that_cannot_be_copied_are_named(
+    wan: Path, tmp_path: Path, refusal: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    with pytest.raises(OutputError, match=rf"cannot write .*new/.*: {os.strerror(refusal)}"):
+        link_part(wan / "vae", tmp_path / "new")
 
 
 def test_a_folder_that_cannot_be_written_is_not_created(tmp_path: Path) -> None:

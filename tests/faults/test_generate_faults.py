@@ -136,6 +136,21 @@ def test_bad_input_is_one_line_before_any_model_is_loaded(
 
 
 @pytest.mark.usefixtures("never_loads")
+def test_prompts_from_a_pipe_that_nobody_writes_to_are_not_waited_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert run("--prompt-file", tmp_path / "pipe", "--output", tmp_path / "out") == 2
+    assert "pipe: a pipe that nobody writes to" in one_line(capsys)
+    read, write = os.pipe()  # as `<(command)` of a shell
+    os.write(write, b"a\0ball\n")
+    os.close(write)
+    assert run("--prompt-file", f"/dev/fd/{read}", "--output", tmp_path / "out") == 2
+    os.close(read)
+    assert "line 1 contains the control character" in one_line(capsys)
+
+
+@pytest.mark.usefixtures("never_loads")
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from sparse_forcing.cli import main
 from sparse_forcing.errors import ConfigError, SparseForcingError, WeightsError
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
+from sparse_forcing.model.vae import WanAutoencoder
 from sparse_forcing.sampling.generation import settings as generation_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.scenes.roles import role_remarks
@@ -199,6 +200,14 @@ def test_types_of_weights_are_taken_by_name_or_refused(wan: Path) -> None:
     for odd in ("bfloat", "float64", torch.int8, 16):
         with pytest.raises(ConfigError, match="torch_dtype: expected one of float32, bfloat16, float16"):
             SparseForcingPipeline.from_pretrained(str(wan), torch_dtype=odd)  # type: ignore[arg-type]
+
+
+def test_loading_a_folder_warns_of_nothing_that_its_user_could_change(wan: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        warnings.simplefilter("error", DeprecationWarning)
+        SparseForcingPipeline.from_pretrained(str(wan))
+        WanAutoencoder.from_pretrained(wan / "vae")
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])

@@ -11,6 +11,7 @@ from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.sparse import SparseMemory
 from sparse_forcing.model.flow import SamplerConfig
 from sparse_forcing.model.joined import JoinedWeights
+from sparse_forcing.model.layers import RMSNorm
 from sparse_forcing.sampling.noise import SeededNoise
 from sparse_forcing.sampling.rollout import rollout
 from tests.memory.conftest import CHANNELS, CHUNK, COLS, ROWS, Rollout
@@ -61,6 +62,13 @@ def test_joined_products_and_small_attention_are_those_of_the_definition(monkeyp
         found.append(video(run, run.make(config, horizon=6, selectors=run.model.selectors), torch.float32))
     assert run.model.blocks[0].attn1._together is not None
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)
+
+
+def test_large_weights_stay_where_the_file_is_mapped() -> None:
+    norm = RMSNorm(1024, 1e-6)
+    few, many = (tuple(torch.nn.Linear(1024, rows) for _ in range(3)) for rows in (512, 513))
+    assert JoinedWeights.of(few, (norm,)) is not None
+    assert JoinedWeights.of(many, (norm,)) is None
 
 
 def test_training_follows_inference_in_one_process() -> None:

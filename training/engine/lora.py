@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sparse_forcing.errors import ConfigError
-from sparse_forcing.files import atomic_path
+from sparse_forcing.files import atomic_path, explain_full_disk
 from sparse_forcing.training.engine.parallel import shard_like
 
 _NAME = "default"
@@ -133,7 +133,8 @@ def save_adapters(folder: Path, state: dict[str, Tensor], model: nn.Module) -> N
     import peft
 
     folder.mkdir(parents=True, exist_ok=True)
-    model.peft_config[_NAME].save_pretrained(str(folder))  # type: ignore[index,union-attr]
+    with explain_full_disk(folder):
+        model.peft_config[_NAME].save_pretrained(str(folder))  # type: ignore[index,union-attr]
     tensors = peft.get_peft_model_state_dict(model, state_dict=state, adapter_name=_NAME)
     with atomic_path(folder / "adapter_model.safetensors") as temporary:
         save_file({name: x.contiguous() for name, x in tensors.items()}, temporary)

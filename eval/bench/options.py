@@ -11,13 +11,14 @@ from sparse_forcing.scenes.worlds.config import KINDS, WorldConfig
 
 MAX_SEED = 2**31 - 1  # each prompt has a seed of its own, a hundred thousand apart
 MAX_COUNT = 1_000_000  # of whatever a benchmark makes; more is a number typed by mistake
-_COUNTS = ("repeats", "prompts", "batch_size", "size", "count", "num_frames", "height", "width", "chunks")
+_COUNTS = ("repeats", "prompts", "batch_size", "size", "count", "num_frames", "height", "width")
 
 
 def _check_bounds(config: object) -> None:
     """Raise ConfigError for a count or seed that nothing can be made of."""
     bounds = {
         **dict.fromkeys(_COUNTS, (1, MAX_COUNT)),
+        "chunks": (0, MAX_COUNT),
         "seed": (0, MAX_SEED),
         "num_inference_steps": (1, 1000),
     }
@@ -133,9 +134,10 @@ class StreamBenchConfig:
     """Options of `bench stream`.
 
     model_size: a published size or an embedded model's; its weights are not read. height, width: pixels; the model's
-    default where None. chunks: length of each rollout. memories: in words (sparse_forcing.memory.config), which take
-    turns. device, dtype: the accelerator and bfloat16 where there is one, else the CPU and float32. decode: time the
-    autoencoder, too. cuda_graphs: replay passes; None: on a CUDA device. output: folder of table, plot and JSON.
+    default where None. chunks: length of each rollout; 0 for the projection alone. memories: in words
+    (sparse_forcing.memory.config), which take turns. device, dtype: the accelerator and bfloat16 where there is one,
+    else the CPU and float32. decode: time the autoencoder, too. cuda_graphs: replay passes; None: on a CUDA device.
+    output: folder of table, plot and JSON.
     """
 
     model_size: str = "wan-1.3b"

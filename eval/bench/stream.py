@@ -32,13 +32,13 @@ from sparse_forcing.eval.bench.options import StreamBenchConfig
 from sparse_forcing.eval.bench.stream_report import (
     heading,
     project_memories,
-    projection_table,
+    projection_tables,
     ratio,
     summarize,
     table,
     write,
 )
-from sparse_forcing.eval.measuring.roofline import ChunkSizes
+from sparse_forcing.eval.measuring.roofline import GPUS, ChunkSizes
 from sparse_forcing.files import check_writable, read_json
 from sparse_forcing.memory import MemoryConfig, MemoryGeometry, make_memory
 from sparse_forcing.memory.config import parse_memory
@@ -138,14 +138,14 @@ def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> i
     for words in config.memories:
         parse_memory(words, defaults.memory)
     latent_size = architecture.geometry.latent_size(config.height or defaults.height, config.width or defaults.width)
-    device = torch.device(resolve_device(config.device or "auto"))
+    device = torch.device(resolve_device(config.device or "auto") if config.chunks else "meta")
     dtype = getattr(torch, config.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     out = check_writable(config.output, folder=True) if config.output else None
     try:
         stream = build(architecture, latent_size, config, device, dtype)
         result = describe(stream, config)
         print(heading(result), flush=True)
-        measured = measure(stream, config.memories, config.chunks)
+        measured = measure(stream, config.memories, config.chunks) if config.chunks else {}
     except torch.OutOfMemoryError as error:
         raise SparseForcingError(
             f"bench stream: {config.model_size} does not fit on {device} ({str(error).splitlines()[0]:.160}); "
@@ -160,7 +160,7 @@ def run(config: StreamBenchConfig, published: Mapping[str, dict[str, Any]]) -> i
     }
     result["full_over_sparse"] = ratio(result["memories"], "full", "sparse")
     result["projection"] = project(stream, config.memories)
-    print(f"{table(result)}\n{projection_table(result)}", end="")
+    print(f"{table(result)}{projection_tables(result)}", end="")
     if out is not None:
         write(out, result)
     print(json.dumps(result))
@@ -344,7 +344,7 @@ class GpuMeter:
 
 
 def project(stream: Stream, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    """What these rollouts would take on the GPU of the projection (eval/measuring/roofline.py)."""
+    """What these rollouts would take on each GPU of the roofline (eval/measuring/roofline.py)."""
     config, geometry = stream.model.config, stream.architecture.geometry
     rows, cols = geometry.token_size(*stream.latent_size)
     sizes = ChunkSizes(
@@ -359,7 +359,8 @@ def project(stream: Stream, names: tuple[str, ...]) -> dict[str, dict[str, Any]]
     )
     pixel_frames = geometry.chunk_frames * geometry.temporal_stride
     memories = {name: stream.memory(name) for name in names}
-    return project_memories(memories, sizes, pixel_frames=pixel_frames, fps=stream.architecture.defaults.fps)
+    fps = stream.architecture.defaults.fps
+    return {gpu.name: project_memories(memories, sizes, gpu, pixel_frames=pixel_frames, fps=fps) for gpu in GPUS}
 
 
 def describe(stream: Stream, config: StreamBenchConfig) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparse_forcing.eval.measuring.roofline import H100, ChunkSizes, project_chunk
+from sparse_forcing.eval.measuring.roofline import ChunkSizes, Gpu, count_keys, project_chunk
 from sparse_forcing.files import atomic_path, atomic_write_json, atomic_write_text
 
 if TYPE_CHECKING:
@@ -86,7 +86,9 @@ def heading(result: Mapping[str, Any]) -> str:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """Markdown table of a result."""
+    """Markdown table of what was measured."""
+    if not result["memories"]:
+        return ""
     spans = [str(horizon) for horizon in HORIZONS]
     columns = ["memory", "first frames, s", "p50, s", "p95, s", "last third, s", "latent frames/s", "pixel frames/s"]
     columns += [f"frames/s over {span} s" for span in spans]
@@ -108,48 +110,53 @@ def table(result: Mapping[str, Any]) -> str:
 
 
 def project_memories(
-    memories: Mapping[str, MemoryConfig], sizes: ChunkSizes, *, pixel_frames: int, fps: float
+    memories: Mapping[str, MemoryConfig], sizes: ChunkSizes, gpu: Gpu, *, pixel_frames: int, fps: float
 ) -> dict[str, dict[str, Any]]:
-    """Of each memory: seconds of the chunk that ends the longest horizon, in all and by parts, and frames per second
-    over each horizon, projected for an H100. pixel_frames: of a chunk; fps: of the video."""
+    """Of each memory: tokens that a query attends to and seconds, in all and by parts, of the chunk that ends the
+    longest horizon, and frames per second over each horizon. pixel_frames: of a chunk; fps: of the video."""
     counts = {horizon: math.ceil(horizon * fps / pixel_frames) for horizon in HORIZONS}
-    found = {}
+    last, found = max(counts.values()) - 1, {}
     for name, memory in memories.items():
-        chunks = [project_chunk(memory, sizes, number) for number in range(max(counts.values()))]
+        chunks = [project_chunk(memory, sizes, number, gpu) for number in range(last + 1)]
         totals = [chunk.total for chunk in chunks]
         spans = {str(horizon): count * pixel_frames / sum(totals[:count]) for horizon, count in counts.items()}
-        found[name] = {"chunk_seconds": totals[-1], "parts": asdict(chunks[-1]), "horizons": spans}
+        keys = count_keys(memory, sizes, last)
+        found[name] = {"keys": keys, "chunk_seconds": totals[-1], "parts": asdict(chunks[-1]), "horizons": spans}
     return found
 
 
-def projection_table(result: Mapping[str, Any]) -> str:
-    """The projection as a table of Markdown, which says that it is one."""
+def projection_tables(result: Mapping[str, Any]) -> str:
+    """The projection as a table of Markdown for each GPU, which says that it is one."""
     spans = [str(horizon) for horizon in HORIZONS]
-    lines = [
-        f"Projection for one {H100.name} in bfloat16 with CUDA graphs: arithmetic, not measured (a roofline with the "
-        "shares of its peaks that an H200 reached; decoding not included).",
-        "",
-        "| memory | " + " | ".join(f"frames/s over {span} s" for span in spans) + " | ms a chunk, at the end | "
-        "products | attention | elementwise | gaps |",
-        "|" + "---|" * (len(spans) + 6),
-    ]
-    for name, row in result["projection"].items():
-        cells = [f"{row['horizons'][span]:.1f}" for span in spans]
-        cells += [f"{1000 * seconds:.1f}" for seconds in (row["chunk_seconds"], *row["parts"].values())]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines = []
+    for gpu, rows in result["projection"].items():
+        lines += [
+            "",
+            f"Projection for one {gpu} in bfloat16 with CUDA graphs: arithmetic, not measured (a roofline with the "
+            "shares of its peaks that an H200 reached; decoding not included).",
+            "",
+            "| memory | keys of a query | "
+            + " | ".join(f"frames/s over {span} s" for span in spans)
+            + " | ms a chunk, at the end | products | attention | elementwise | gaps |",
+            "|" + "---|" * (len(spans) + 7),
+        ]
+        for name, row in rows.items():
+            cells = [str(row["keys"]), *(f"{row['horizons'][span]:.1f}" for span in spans)]
+            cells += [f"{1000 * seconds:.1f}" for seconds in (row["chunk_seconds"], *row["parts"].values())]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def write(folder: Path, result: Mapping[str, Any]) -> None:
-    """Write stream.json, stream.md and, where there is matplotlib, stream.png."""
-    if importlib.util.find_spec("matplotlib") is not None:
+    """Write stream.json, stream.md and, of what was measured and where there is matplotlib, stream.png."""
+    if result["memories"] and importlib.util.find_spec("matplotlib") is not None:
         with atomic_path(folder / "stream.png") as path:
             plot(result, path)
     atomic_write_json(folder / "stream.json", dict(result))
     atomic_write_text(
         folder / "stream.md",
         f"{heading(result)}. Videos play at {result['fps']:g} frames per second.\n\n"
-        f"{table(result)}\n{projection_table(result)}",
+        f"{table(result)}{projection_tables(result)}",
     )
 
 

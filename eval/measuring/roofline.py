@@ -25,6 +25,7 @@ class Gpu:
 
 H200 = Gpu(name="H200", operations=989e12, bandwidth=4.8e12)
 H100 = Gpu(name="H100 SXM", operations=989e12, bandwidth=3.35e12)
+GPUS = (H100, H200)
 PRODUCTS, DENSE, SPARSE = (rate / H200.operations for rate in (600e12, 505e12, 375e12))
 """Shares of the peak that linear layers, cuDNN's attention and the sparse kernel reach."""
 ELEMENTWISE = 4e12 / H200.bandwidth
@@ -85,7 +86,7 @@ def count_keys(memory: MemoryConfig, sizes: ChunkSizes, chunk: int) -> int:
     return (persistent + chosen) * math.prod(memory.tile)
 
 
-def project_chunk(memory: MemoryConfig, sizes: ChunkSizes, chunk: int, gpu: Gpu = H100) -> ChunkSeconds:
+def project_chunk(memory: MemoryConfig, sizes: ChunkSizes, chunk: int, gpu: Gpu) -> ChunkSeconds:
     """Seconds of chunk number `chunk` (from 0) of a rollout, decoding not included."""
     n, dim, passes = sizes.tokens, sizes.dim, sizes.layers * sizes.passes
     keys, kind = count_keys(memory, sizes, chunk), "sparse" if memory.kind == "sparse" else "dense"

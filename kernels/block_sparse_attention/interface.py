@@ -147,8 +147,7 @@ def full_lists_attention(
     """
     if query.device.type != "cpu" or torch.compiler.is_compiling() or not small.is_small(query, key_pool, block_index):
         return None
-    found = small.forward(query, key_pool, value_pool, block_index, query.shape[-1] ** -0.5, plus)
-    return None if found is None else found[0]
+    return small.forward_plus(query, key_pool, value_pool, block_index, query.shape[-1] ** -0.5, plus)
 
 
 def why_unavailable(backend: str, query: Tensor) -> str | None:

@@ -56,7 +56,7 @@ STREAM_FLAGS = {
     "model_size": "stream: wan-1.3b, wan-14b, tiny or tiny-base, with random weights (default: wan-1.3b)",
     "height": "stream: pixel rows (default: the model's, 480 for Wan)",
     "width": "stream: pixel columns (default: the model's, 832 for Wan)",
-    "chunks": "stream: length of each rollout in chunks (default: 12)",
+    "chunks": "stream: length of each rollout in chunks (default: 12; 0: only what a GPU is projected to take)",
     "dtype": "stream: of weights and arithmetic (default: bfloat16, float32 on a CPU)",
     "decode": "stream: also time the autoencoder, with random weights",
     "cuda_graphs": "stream: replay passes as CUDA graphs (default: on a CUDA GPU)",

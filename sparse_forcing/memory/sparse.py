@@ -222,6 +222,9 @@ class SparseMemory(RolloutMemory):
         choices: Choices | None = None,
         ends: bool = False,
     ) -> Tensor | None:
+        ends = ends and not self.rule.measures_mass(clean)
+        if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
+            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean, ends)
         with nullcontext() if torch.compiler.is_compiling() else trusted_values():  # compiled, no values are checked
             found = self._attend(layer, query, key, value, clean, choices, ends)
         state = self.layers[layer]
@@ -232,9 +235,6 @@ class SparseMemory(RolloutMemory):
     def _attend(
         self, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, choices: Choices | None, ends: bool
     ) -> Tensor | None:
-        ends = ends and not self.rule.measures_mass(clean)
-        if self.fixed is not None and self._observer is None and self.fixed.serves(self._all, query):
-            return self._attend_in_few_calls(self.fixed, layer, query, key, value, clean, ends)
         layout, selection = self.layout, self.selection
         queries, keys, values = (layout.to_blocks(x) for x in (query, key, value))
         state = self._room(layer, keys)
@@ -280,19 +280,20 @@ class SparseMemory(RolloutMemory):
     ) -> Tensor | None:
         layout, state = self.layout, self.layers[layer]
         assert state is not None
-        blocks = fixed.lay_out(layout, query, key, value)
-        pooled = fixed.store(layer, state, blocks)
+        own, blocks = fixed.layer(layer, state, layout), fixed.lay_out(layout, query, key, value)
+        pooled = own.write(blocks)
         if clean:
             self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         if ends:
             return None
-        scores = fixed.scores(layer, state, pooled)
-        index, coarse = fixed.lists(state, scores), fixed.coarse(layer, state, scores)
+        scores = own.scores(pooled)
+        index, coarse = own.lists(scores, fixed.top_k), own.coarse(scores)
         measure = self.rule.measures_mass(clean)
-        found = None if measure else fixed.attend(state, blocks[0], index, coarse)
+        found = None if measure else fixed.attend(own, blocks, index, coarse)
         if found is not None:
             return layout.from_blocks(found)
-        return layout.add_to_tokens(self._attend_to_pool(state, blocks[0], index, measure=measure), coarse)
+        with trusted_values():
+            return layout.add_to_tokens(self._attend_to_pool(state, blocks.queries, index, measure=measure), coarse)
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
         """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""

@@ -1,8 +1,8 @@
-"""Attention over full blocks on a CPU by selectors that stay as they are: what `sparse_selection` does, in fewer calls.
+"""Selection of full blocks on a CPU by selectors that stay as they are: what `sparse_selection` does, in fewer calls.
 
 A small model spends its time between calls. So a chunk's queries, keys and values are laid out and pooled together, the
-two maps of a selector are one, scores are computed once for the choice and the coarse branch, and slots are ranked as
-they lie in the pool, which has no unused one by then.
+two maps of a selector are one, scores are computed once for the choice and the coarse branch, slots are ranked as they
+lie in the pool, which has no unused one by then, and what is a view of a layer's state is made once.
 
 Legend: B batch, L tokens of the chunk, H heads, S slots, T tokens per block, D head dim, n blocks of the current chunk,
 P persistent blocks, K chosen blocks.
@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.kernels.block_sparse_attention.interface import full_lists_attention
-from sparse_forcing.memory.slots import put_slots_
 from sparse_forcing.memory.sparse_pool import SparseLayer
 from sparse_forcing.memory.sparse_selection import EXACT
 from sparse_forcing.model.geometry import TileLayout
@@ -25,7 +24,7 @@ from sparse_forcing.model.selector import BlockSelector
 
 @dataclass(frozen=True, kw_only=True)
 class FixedWeights:
-    """Of one layer and B samples. pool: [3, 1, H, 1, T, 1] weights of the positions in a block of queries, keys and
+    """Of one layer and B samples. pool: [3 * B * H, 1, T] weights of the positions in a block of queries, keys and
     values; compare: [B * H, D, D] from pooled queries to what pooled keys are multiplied with; gate: [B * H, 1, 1] of
     the coarse branch."""
 
@@ -44,10 +43,71 @@ class FixedWeights:
         query_map, key_map = selector.query_projection.to(dtype), selector.key_projection.to(dtype)
         compare = query_map @ key_map.mT * query_map.shape[-1] ** -0.5
         return cls(
-            pool=pool[:, None, :, None, :, None].contiguous(),
+            pool=pool.repeat(1, samples, 1).flatten(0, 1).unsqueeze(1),
             compare=compare.repeat(samples, 1, 1),
             gate=selector.gate.to(dtype).repeat(samples)[:, None, None],
         )
+
+
+class ChunkBlocks:
+    """Memory for the blocks of a chunk's queries, keys and values, of one layer after the other."""
+
+    def __init__(self, layout: TileLayout, like: Tensor) -> None:
+        self.like = like.shape, like.dtype
+        b, _, h, d = like.shape
+        n, t = layout.num_blocks, layout.block_tokens
+        with torch.inference_mode(False):
+            self.all = torch.empty(3, b, h, n, t, d, dtype=like.dtype)
+        self.queries = self.all[0]
+        self.by_token = self.all.flatten(3, 4).transpose(2, 3).unbind()
+        self.keys, self.values = self.all[1:].view(2, b * h * n, t * d).unbind()
+        self.to_pool = self.all.view(3 * b * h * n, t, d)
+
+    def fill(self, *tokens: Tensor) -> None:
+        """With queries, keys and values [B, L, H, D]."""
+        for place, x in zip(self.by_token, tokens):
+            place.copy_(x)
+
+
+class FixedLayer:
+    """Weights of one layer, and the parts of its state as its passes take them."""
+
+    def __init__(self, selector: BlockSelector, state: SparseLayer, layout: TileLayout) -> None:
+        assert state.value_representatives is not None
+        assert state.own_rows is not None
+        assert state.favour is not None
+        self.state, self.favour = state, state.favour
+        b, h, slots, _, d = state.keys.shape
+        weights = FixedWeights.of(selector, b, state.keys.dtype)
+        self.pooling = weights.pool.repeat_interleave(layout.num_blocks, 0)
+        self.compare, self.gate = weights.compare, weights.gate
+        self.own_rows = state.own_rows.view(-1)
+        pools = state.keys, state.values, state.representatives, state.value_representatives
+        self.pools = [pool.view(b * h * slots, -1) for pool in pools]
+        self.pooled_keys = state.representatives.view(b * h, slots, d).mT
+        self.pooled_values = state.value_representatives.view(b * h, slots, d)
+        self.shape = b, h, layout.num_blocks, d
+
+    def write(self, blocks: ChunkBlocks) -> Tensor:
+        """The chunk's keys and values, and what is pooled of them, into its slots, in place; returns its pooled queries
+        [B, H, n, D]."""
+        queries, *pooled = torch.bmm(self.pooling, blocks.to_pool).view(3, -1, self.shape[-1]).unbind()
+        for pool, new in zip(self.pools, (blocks.keys, blocks.values, *pooled)):
+            pool.index_copy_(0, self.own_rows, new)
+        return queries.view(self.shape)
+
+    def scores(self, pooled_queries: Tensor) -> Tensor:
+        """[B * H, n, S] of every query block with every slot."""
+        return torch.bmm(torch.bmm(pooled_queries.flatten(0, 1), self.compare), self.pooled_keys)
+
+    def lists(self, scores: Tensor, top_k: int) -> Tensor:
+        """[B, H, n, P + K]: the persistent slots, a query block's own and its best of the window, in any order."""
+        kept = self.state.num_persistent + min(top_k, self.state.num_window)
+        return (scores.view(self.favour.shape) + self.favour).topk(kept, sorted=False).indices
+
+    def coarse(self, scores: Tensor) -> Tensor:
+        """[B, H, n, 1, D] what the coarse branch gives every block."""
+        return torch.bmm(scores.softmax(-1), self.pooled_values).mul_(self.gate).view(self.shape).unsqueeze(3)
 
 
 class FixedSelection:
@@ -59,8 +119,8 @@ class FixedSelection:
 
     def __init__(self, selectors: list[BlockSelector], top_k: int) -> None:
         self.selectors, self.top_k = selectors, top_k
-        self._weights: dict[tuple[int, int, torch.dtype], FixedWeights] = {}
-        self._blocks = torch.empty(0)
+        self._layers: dict[int, FixedLayer] = {}
+        self._blocks: ChunkBlocks | None = None
 
     def serves(self, everything: SparseLayer | None, query: Tensor) -> bool:
         """Whether this pass over queries [B, L, H, D] can be had so, given the state of all layers."""
@@ -68,55 +128,20 @@ class FixedSelection:
             return False
         return query.dtype == everything.keys.dtype and query.dtype in EXACT
 
-    @torch.no_grad()
-    def weights(self, layer: int, samples: int, dtype: torch.dtype) -> FixedWeights:
-        """Made on first use, and kept."""
-        key = layer, samples, dtype
-        if key not in self._weights:
-            self._weights[key] = FixedWeights.of(self.selectors[layer], samples, dtype)
-        return self._weights[key]
+    def layer(self, number: int, state: SparseLayer, layout: TileLayout) -> FixedLayer:
+        """Made on first use, and kept for as long as the layer's state is this one."""
+        found = self._layers.get(number)
+        if found is None or found.state is not state:
+            found = self._layers[number] = FixedLayer(self.selectors[number], state, layout)
+        return found
 
-    def lay_out(self, layout: TileLayout, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[3, B, H, n, T, D] blocks of queries, keys and values [B, L, H, D], until those of the next layer."""
-        b, _, h, d = query.shape
-        shape = 3, b, h, layout.num_blocks, layout.block_tokens, d
-        if self._blocks.shape != shape or self._blocks.dtype != query.dtype:
-            with torch.inference_mode(False):
-                self._blocks = torch.empty(shape, dtype=query.dtype)
-        for place, x in zip(self._blocks.flatten(3, 4).transpose(2, 3).unbind(), (query, key, value)):
-            place.copy_(x)
+    def lay_out(self, layout: TileLayout, query: Tensor, key: Tensor, value: Tensor) -> ChunkBlocks:
+        """Blocks of queries, keys and values [B, L, H, D], until those of the next layer."""
+        if self._blocks is None or self._blocks.like != (query.shape, query.dtype):
+            self._blocks = ChunkBlocks(layout, query)
+        self._blocks.fill(query, key, value)
         return self._blocks
 
-    def store(self, layer: int, state: SparseLayer, blocks: Tensor) -> Tensor:
-        """Write the chunk's keys and values and what is pooled of them into its slots, in place; returns its pooled
-        queries [B, H, n, D]."""
-        assert state.value_representatives is not None
-        assert state.own_rows is not None
-        pooled = (blocks * self.weights(layer, blocks.shape[1], blocks.dtype).pool).sum(4)
-        pools = state.keys, state.values, state.representatives, state.value_representatives
-        put_slots_(pools, state.own_rows, (*blocks[1:].unbind(), *pooled[1:].unbind()), state.own_rows)
-        return pooled[0]
-
-    def scores(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> Tensor:
-        """[B * H, n, S] of every query block with every slot."""
-        compare = self.weights(layer, len(pooled_queries), pooled_queries.dtype).compare
-        mapped = torch.bmm(pooled_queries.flatten(0, 1), compare)
-        return torch.bmm(mapped, state.representatives.flatten(0, 1).mT)
-
-    def lists(self, state: SparseLayer, scores: Tensor) -> Tensor:
-        """[B, H, n, P + K]: the persistent slots, a query block's own and its best of the window, in any order."""
-        assert state.favour is not None
-        kept = state.num_persistent + min(self.top_k, state.num_window)
-        return (scores.view(state.favour.shape) + state.favour).topk(kept, sorted=False).indices
-
-    def coarse(self, layer: int, state: SparseLayer, scores: Tensor) -> Tensor:
-        """[B, H, n, 1, D] what the coarse branch gives every block."""
-        assert state.value_representatives is not None
-        values = state.value_representatives
-        found = torch.bmm(scores.softmax(-1), values.flatten(0, 1))
-        found *= self.weights(layer, len(values), values.dtype).gate
-        return found.view(*values.shape[:2], -1, 1, values.shape[-1])
-
-    def attend(self, state: SparseLayer, queries: Tensor, index: Tensor, coarse: Tensor) -> Tensor | None:
+    def attend(self, layer: FixedLayer, blocks: ChunkBlocks, index: Tensor, coarse: Tensor) -> Tensor | None:
         """[B, H, n, T, D] of query blocks, the coarse branch added; None where there is no short way."""
-        return full_lists_attention(queries, state.keys, state.values, index, plus=coarse)
+        return full_lists_attention(blocks.queries, layer.state.keys, layer.state.values, index, plus=coarse)

@@ -12,7 +12,7 @@ import torch
 from sparse_forcing.cli import main
 from sparse_forcing.eval.bench import stream as bench_stream
 from sparse_forcing.eval.bench import stream_report
-from sparse_forcing.eval.measuring.roofline import H200, ChunkSizes, count_keys, project_chunk
+from sparse_forcing.eval.measuring.roofline import GPUS, H100, H200, ChunkSizes, count_keys, project_chunk
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.config import parse_memory
 from sparse_forcing.model_folder.defaults import PipelineConfig
@@ -51,7 +51,7 @@ def test_the_sparse_cache_is_flat_once_full_and_the_full_one_grows(capsys, tmp_p
     [
         (["--model-size", "wan-9b"], "--model-size: unknown 'wan-9b'; known are wan-1.3b, wan-14b, tiny, tiny-base"),
         (["--memories", "full", "elephant"], "memory 'elephant': the kind is one of"),
-        (["--chunks", "0"], "--chunks: must be between 1 and"),
+        (["--chunks", "-1"], "--chunks: must be between 0 and"),
         (["--seed", str(2**70)], "--seed: must be between 0 and"),
         (["--num-inference-steps", "0"], "--num-inference-steps: must be between 1 and 1000"),
         (["--memories", "window:x"], "memory 'window:x': window_frames is a number"),
@@ -107,15 +107,26 @@ def test_the_projection_says_what_it_is_and_the_default_memory_keeps_its_bars() 
     memories = {name: parse_memory(name, PipelineConfig().memory) for name in words}
     assert [count_keys(memory, sizes, 79) for memory in memories.values()] == [80 * 4680, 9360, 32760, 71 * 60]
     assert [count_keys(memories["sparse"], sizes, chunk) for chunk in (0, 1, 2)] == [39 * 60, 39 * 60, 71 * 60]
-    found = stream_report.project_memories(memories, sizes, pixel_frames=12, fps=16)
+    found = stream_report.project_memories(memories, sizes, H100, pixel_frames=12, fps=16)
     sparse, over = found["sparse"], lambda name, span: sparse["horizons"][span] / found[name]["horizons"][span]
     assert over("full", "5") >= 1.17
     assert sparse["chunk_seconds"] <= 0.95 * found["window:6"]["chunk_seconds"]
     assert found["window:21"]["chunk_seconds"] >= 1.6 * sparse["chunk_seconds"]
     assert sparse["chunk_seconds"] == pytest.approx(sum(sparse["parts"].values()))
-    table = stream_report.projection_table({"projection": found})
-    assert "not measured" in table.splitlines()[0]
-    assert [line.split(" | ")[0] for line in table.splitlines()[4:]] == [f"| {name}" for name in words]
+
+
+def test_without_chunks_the_projection_alone_is_printed_and_the_table_of_the_default_is_it(capsys) -> None:
+    page = Path("docs/kernels.md").read_text()
+    command = page.split("sparse-forcing bench stream --chunks 0", 1)[1].split("```", 1)[0].replace("\\\n", "").split()
+    assert main(["bench", "stream", "--chunks", "0", *command]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out.splitlines()[-1])
+    assert report["memories"] == {}
+    assert list(report["projection"]) == [gpu.name for gpu in GPUS]
+    assert out.count("not measured") == len(GPUS)
+    table = out[out.index(f"Projection for one {H200.name}") :].split("\n\n", 1)[1].splitlines()[:-1]
+    assert len(table) == 2 + len(command[command.index("--memories") + 1 :])
+    assert "\n".join(table) in page
 
 
 def test_the_roofline_agrees_with_what_an_h200_took() -> None:

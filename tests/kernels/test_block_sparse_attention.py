@@ -18,7 +18,6 @@ from sparse_forcing.kernels.block_sparse_attention.cpu import forward as cpu_for
 from sparse_forcing.kernels.block_sparse_attention.cpu import fused as cpu_fused
 from sparse_forcing.kernels.block_sparse_attention.cpu import pieces as cpu_pieces
 from sparse_forcing.kernels.block_sparse_attention.cpu import small as cpu_small
-from sparse_forcing.kernels.block_sparse_attention.cpu import whole as cpu_whole
 from tests.kernels.attention_problems import TOLERANCE, Problem, by_hand, error, output_gradients, problem
 
 BACKENDS = ("reference", "cpu")
@@ -233,32 +232,36 @@ def test_without_matrix_units_nothing_is_fused(fused_calls, monkeypatch):
 
 
 @pytest.fixture
-def whole_pools(monkeypatch):
-    """What scoring the whole pool gave, call by call; None where that would not be exact."""
-    found, forward = [], cpu_whole.forward
-    monkeypatch.setattr(cpu_whole, "forward", lambda *inputs: (found.append(forward(*inputs)), found[-1])[1])
+def small_sums(monkeypatch):
+    """What the path for small problems summed, call by call; None where that would not be exact."""
+    found, sums = [], cpu_small.sums
+    monkeypatch.setattr(cpu_small, "sums", lambda *inputs: (found.append(sums(*inputs)), found[-1])[1])
     return found
 
 
-@pytest.mark.parametrize("what", ["distinct", "listed twice", "far from zero", "NaN key", "NaN value", "longer pool"])
-def test_a_small_pool_is_scored_whole_where_that_is_exact(what, whole_pools):
-    p = problem(2, 2, 4, 8, 9 if what == "longer pool" else 6, 8, 16, 4, dtype=torch.float32, persistent=2)
+@pytest.mark.parametrize("what", ["distinct", "listed twice", "NaN not listed", "far from zero", "NaN listed"])
+def test_small_lists_are_gathered_at_once_where_that_is_exact(what, small_sums):
+    p = problem(2, 2, 4, 8, 6, 8, 16, 4, dtype=torch.float32, persistent=2)
     if what == "listed twice":
         p.block_index[..., 3] = p.block_index[..., 2]
     if what == "far from zero":
         p = replace(p, scale=30.0)
     query, *pools = (x.clone() for x in p.inputs)
-    wanted = by_hand(p)
     if what.startswith("NaN"):
         p.block_index[...] = torch.arange(4)
-        wanted = by_hand(p)
-        pools[what == "NaN value"][:, :, 5] = NAN
+    wanted = by_hand(p)
+    if what.startswith("NaN"):
+        for pool in pools:
+            pool[:, :, 3 if what == "NaN listed" else 5] = NAN
     got = block_sparse_attention(query, *pools, p.block_index, scale=p.scale, num_persistent=2, backend="cpu")
-    tolerance = 1e-4 if what == "far from zero" else TOLERANCE[torch.float32]
-    assert error(got.out, wanted[0]) < tolerance
-    assert error(got.lse, wanted[1]) < tolerance
-    exact = what in ("distinct", "listed twice")
-    assert [each is not None for each in whole_pools] == ([] if what == "longer pool" else [exact])
+    if what == "NaN listed":
+        assert got.out.isnan().all()
+        assert got.lse.isnan().all()
+    else:
+        tolerance = 1e-4 if what == "far from zero" else TOLERANCE[torch.float32]
+        assert error(got.out, wanted[0]) < tolerance
+        assert error(got.lse, wanted[1]) < tolerance
+    assert [each is not None for each in small_sums] == [what not in ("far from zero", "NaN listed")]
 
 
 def test_values_of_any_size_survive_large_scores():

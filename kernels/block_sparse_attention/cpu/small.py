@@ -1,6 +1,6 @@
-"""CPU forward of small problems without gradients: all listed blocks gathered at once, one call of torch's attention.
+"""CPU forward of small problems without gradients: all listed blocks gathered at once, two products over them.
 
-A small model spends its time between calls, and forward.py makes a dozen for each piece.
+A small model spends its time between calls, and forward.py, whose arithmetic this is, makes a dozen for each piece.
 """
 
 from __future__ import annotations
@@ -8,14 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_forcing.kernels.block_sparse_attention.cpu import whole
+from sparse_forcing.kernels.block_sparse_attention.cpu.arithmetic import LOG2E, SAFE_SUM
 from sparse_forcing.kernels.block_sparse_attention.cpu.buffer import Buffer
 from sparse_forcing.kernels.block_sparse_attention.cpu.pieces import as_table, first_rows
 from sparse_forcing.kernels.block_sparse_attention.problem import Problem
 
 GATHERED_BYTES = 3 << 20  # keys and values of all lists, per thread: more no longer stays in the cache
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
 def takes(problem: Problem) -> bool:
@@ -33,34 +31,51 @@ def is_small(query: Tensor, pool: Tensor, index: Tensor) -> bool:
 
 
 def forward(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float, plus: Tensor | None = None
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq]) of full blocks and full lists, which are not checked here; in legend
-    and meaning those of problem.py. plus: [B, H, Nq, 1, D] to add to out.
+    and meaning those of problem.py. None where `sums` is."""
+    found = sums(query, key_pool, value_pool, index, scale)
+    return None if found is None else (found[0].div_(found[1]), found[1].squeeze(-1).log_())
 
-    None where a row's scores are all NaN or -inf, for which torch's kernel has 0 in both: the other path gives what is
-    due.
-    """
-    if whole.takes(query, key_pool, index):
-        found = whole.forward(query, key_pool, value_pool, index, scale, plus)
-        if found is not None:
-            return found
+
+def forward_plus(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float, plus: Tensor
+) -> Tensor | None:
+    """out + plus [B, H, Nq, 1, D], None likewise; it lies in memory as [B, Nq, Tq, H, D], in the order of tokens that
+    the layers after it read."""
+    found = sums(query, key_pool, value_pool, index, scale)
+    if found is None:
+        return None
     B, H, Nq, Tq, D = query.shape
-    rows: dict[tuple[int, int], Tensor] = {}
+    return torch.addcdiv(plus, *found, out=query.new_empty(B, Nq, Tq, H, D).permute(0, 3, 1, 2, 4))
 
-    def gather_listed(pool: Tensor, purpose: str) -> Tensor:
-        """[1, B * H * Nq, M * T, D]"""
+
+def sums(
+    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float
+) -> tuple[Tensor, Tensor] | None:
+    """(values summed by their weights [B, H, Nq, Tq, D], weights summed [B, H, Nq, Tq, 1]), a weight being exp(score).
+
+    None where a weight is too large or a sum too small to be exact without its row's maximum, or no number: the other
+    path gives what is due.
+    """
+    B, H, Nq, Tq, D = query.shape
+    items, keys = B * H * Nq, index.shape[3] * key_pool.shape[3]
+    rows: dict[tuple[int, int], Tensor] = {}
+    blocks = Buffer.of("stored keys", query.dtype).view(items, keys, D)  # values overwrite keys: half the cache
+
+    def gather_listed(pool: Tensor) -> None:
         table, steps = as_table(pool)
         if steps not in rows:
             rows[steps] = (index + first_rows(B, H, *steps, 1).view(B, H, 1, 1)).flatten()
-        memory = Buffer.of(purpose, pool.dtype).view(len(rows[steps]), table.shape[1])
-        return torch.index_select(table, 0, rows[steps], out=memory).view(1, B * H * Nq, -1, D)
+        torch.index_select(table, 0, rows[steps], out=blocks.view(-1, table.shape[1]))
 
-    q = query.contiguous().view(1, B * H * Nq, Tq, D)
-    out, lse = _flash(
-        q, gather_listed(key_pool, "stored keys"), gather_listed(value_pool, "stored values"), scale=scale
-    )
-    if not bool(lse.all()):
+    gather_listed(key_pool)
+    q = query.reshape(items, Tq, D)
+    p = Buffer.of("scores", query.dtype).bmm(q, blocks.mT, factor=scale * LOG2E).exp2_()
+    total = p.sum(-1, keepdim=True)
+    least, most = (float(x) for x in total.aminmax())
+    if not (1 / SAFE_SUM < least and most < SAFE_SUM):
         return None
-    out = out.view(query.shape)
-    return out if plus is None else out.add_(plus), lse.view(query.shape[:-1])
+    gather_listed(value_pool)
+    return torch.bmm(p, blocks).view(query.shape), total.view(B, H, Nq, Tq, 1)

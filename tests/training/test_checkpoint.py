@@ -72,19 +72,21 @@ def test_random_state_comes_back(tmp_path: Path) -> None:
     assert found[1] == expected[1]
 
 
-def test_full_disk_leaves_the_old_checkpoint(saved: tuple[Path, dict[str, Any]]) -> None:
+@pytest.mark.parametrize("room", [100, 20_000])
+def test_full_disk_leaves_the_old_checkpoint(saved: tuple[Path, dict[str, Any]], room: int) -> None:
     out, made = saved
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     import signal
 
     previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limit[1]))
     try:
-        with pytest.raises(OutputError, match=r"cannot write .*model\.pt \(\d{6,} bytes\)"):
+        with pytest.raises(OutputError, match=r"cannot write .*model\.pt \(\d{6,} bytes\): File too large"):
             save_checkpoint(out, 3, parts(5, width=400), {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, previous)
+    assert not list(out.glob(".tmp-*"))  # the disk needs the room
     fresh = parts(7)
     assert latest_checkpoint(out, fresh) == 2
     assert same(made, fresh)

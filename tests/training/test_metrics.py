@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,17 @@ def path(tmp_path: Path) -> Path:
 
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def test_a_full_disk_is_named(path: Path) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=rf"cannot write {path}: File too large"):
+            append_row(path, {"step": 4})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps(path) == [1, 2, 3]
 
 
 def test_rows_beyond_the_step_go(path: Path) -> None:

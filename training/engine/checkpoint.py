@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from sparse_forcing.errors import OutputError, SparseForcingError, WeightsError
-from sparse_forcing.files import sha256_file
+from sparse_forcing.files import find_system_error, sha256_file
 from sparse_forcing.processes import any_rank, barrier, from_first, rank, world_size
 from sparse_forcing.training.engine.parallel import full_state, shard_like
 from sparse_forcing.weights.safe_load import load_pt
@@ -55,9 +55,11 @@ class RandomState:
 
 
 class _Saving:
-    """Collects the first failure of this process, so that all processes keep calling collectives in step."""
+    """Collects the first failure of this process, so that all processes keep calling collectives in step; what was
+    written until then goes, for a full disk needs the room."""
 
-    def __init__(self) -> None:
+    def __init__(self, temporary: Path) -> None:
+        self.temporary = temporary
         self.error: Exception | None = None
 
     @contextmanager
@@ -70,6 +72,8 @@ class _Saving:
     def agree(self, what: str) -> None:
         """Raise on every process when one of them failed."""
         if any_rank(self.error is not None):
+            if rank() == 0:
+                shutil.rmtree(self.temporary, ignore_errors=True)
             raise OutputError(f"cannot save {what}: {self.error or 'another process failed'}") from self.error
 
 
@@ -80,7 +84,9 @@ def _write(path: Path, data: Any) -> None:
             _flush(file)
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
-        raise OutputError(f"cannot write {path} ({_size(data)} bytes): {str(error).splitlines()[0]}") from error
+        said = find_system_error(error)
+        reason = str(error).splitlines()[0] if said is None else said.strerror
+        raise OutputError(f"cannot write {path} ({_size(data)} bytes): {reason}") from error
 
 
 def _flush(file: Any) -> None:
@@ -126,7 +132,7 @@ def save_checkpoint(
         OutputError: what could not be written, and how many bytes it needs.
     """
     final, temporary = out / f"step-{step:08d}", out / f"{_TEMPORARY}{step:08d}"
-    saving = _Saving()
+    saving = _Saving(temporary)
     with saving.attempt():
         if rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from sparse_forcing.files import atomic_write_text
+from sparse_forcing.files import atomic_write_text, explain_full_disk
 from sparse_forcing.processes import barrier, rank
 from sparse_forcing.training.engine.parallel import mean_over_ranks
 
@@ -35,8 +35,8 @@ def forget_beyond(path: Path, step: int) -> None:
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row; a run that is killed meanwhile leaves a line that `forget_beyond` drops."""
-    with path.open("a") as file:
+    """Add a row; a run that is killed meanwhile leaves a line that `forget_beyond` drops. Raises OutputError."""
+    with explain_full_disk(path), path.open("a") as file:
         file.write(json.dumps(row) + "\n")
 
 

@@ -99,7 +99,8 @@ class RecallBenchConfig:
 
     worlds: kinds of worlds. gaps: in windows of the default memory. grounds: kinds of ground; by_ground: each in
     a cell of its own. count: worlds in a cell. num_frames: pixel frames of a world; the gap and 64 more where None.
-    split: of the looks that return. memories: in words (sparse_forcing.memory.config). positions: of all of them.
+    size: pixels to the side; the model's where None. split: of the looks that return. memories: in words
+    (sparse_forcing.memory.config). positions: of all of them.
     """
 
     model: str = ""
@@ -110,6 +111,7 @@ class RecallBenchConfig:
     by_ground: bool = False
     count: int = 200
     num_frames: int | None = None
+    size: int | None = None
     split: str = "train"
     memories: tuple[str, ...] = ("full", "window", "sparse")
     positions: Literal["absolute", "relative"] | None = None

@@ -112,6 +112,7 @@ def answer(
         tasks,
         seed=config.seed,
         batch_size=config.batch_size,
+        size=config.size,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
     )

@@ -108,18 +108,23 @@ def answer_tasks(
     *,
     seed: int,
     batch_size: int,
+    size: int | None = None,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
 ) -> Iterator[list[Answer]]:
-    """Answers, batch by batch; tasks that are given equally much go together."""
+    """Answers, batch by batch; tasks that are given equally much go together. size: pixels to the side; the model's
+    where None."""
+    side = size or pipe.defaults.height
     ordered = sorted(tasks, key=lambda task: task.given)
     for _, group in groupby(ordered, key=lambda task: task.given):
         members = list(group)
         for first in range(0, len(members), batch_size):
             batch = members[first : first + batch_size]
-            truth = np.stack([_truth(task.world, pipe.defaults.height) for task in batch])
+            truth = np.stack([world_frames(task.world, side).numpy() for task in batch])
             chunks = pipe.stream(
                 [task.world.story for task in batch],
+                height=side,
+                width=side,
                 video=truth[:, : batch[0].given],
                 num_frames=max(task.generated for task in batch),
                 memory=memory,
@@ -133,11 +138,6 @@ def answer_tasks(
                 held = max(held, chunk.cache_bytes)
             frames = np.concatenate(pieces, 1)
             yield [_judge(task, video, held // len(batch)) for task, video in zip(batch, frames)]
-
-
-def _truth(world: World, side: int) -> np.ndarray:
-    """[F, S, S, 3] in [0, 1]."""
-    return world_frames(world, side).numpy()
 
 
 def world_frames(world: World, side: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ ATTENTION_FLAGS = {
 ROLLOUT_FLAGS = {
     "model": "rollout, change, recall: embedded model or folder (default: tiny; recall: none)",
     "prompts": "rollout, change: held-out prompts (default: 200)",
-    "size": "rollout: pixels to the side (default: the model's)",
+    "size": "rollout, recall: pixels to the side (default: the model's)",
     "objects": "rollout: objects in a scene, 1 or 2 (default: 1)",
     "horizons": "rollout: multiples of the default clip to judge (default: 1)",
     "memories": "memories to compare (default: full window sink sparse; stream: full sparse); recall, stream: in "

@@ -45,7 +45,8 @@ def test_what_was_saved_without_its_optional_parts_loads_without_them(
     bare.save_pretrained(tmp_path / "model")
     loaded = load(tmp_path / "model")
     assert (loaded.text_encoder, loaded.tokenizer, loaded.scheduler) == (None, None, None)
-    np.testing.assert_array_equal(run(loaded, None, prompt_embeds=text, guidance_scale=1.0), expected)
+    # Weights are mapped where they lie in their file; products with numbers that lie askew may round otherwise.
+    np.testing.assert_allclose(run(loaded, None, prompt_embeds=text, guidance_scale=1.0), expected, rtol=0, atol=1e-6)
 
 
 def test_half_precision_is_saved_and_loaded(pipe: SparseForcingPipeline, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparse_forcing import SparseForcingPipeline
 from sparse_forcing.cli import main
@@ -16,6 +17,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench import returns
 from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.eval.bench.recall import list_cells, plan_cell, summarize, table
+from sparse_forcing.eval.bench.recall_figures import MARGIN, SCALE
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.config import parse_memory
 
@@ -104,13 +106,14 @@ def test_a_video_for_each_prompt_goes_on_as_it_would_alone(pipe: SparseForcingPi
 def test_the_command_writes_table_pictures_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", "tiny-base", "--worlds", "revisit", "--gaps", "0.5", "1", "--count", "3", "--seed", "1"]
     arguments += ["--memories", "full", "sparse:4,1,8,paper", "--num-inference-steps", "1", "--guidance-scale", "1"]
-    assert main(["bench", "recall", *arguments, "--output", str(tmp_path)]) == 0
+    assert main(["bench", "recall", *arguments, "--size", "32", "--output", str(tmp_path)]) == 0
     result = json.loads((tmp_path / "recall.json").read_text())
     assert set(result["memories"]) == {"full", "sparse:4,1,8,paper"}
     assert set(result["memories"]["full"]["cells"]) == {"revisit, gap 0.5", "revisit, gap 1"}
     assert table(result) == (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 1000
-    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    with Image.open(tmp_path / "sheet.png") as sheet:  # first and last sight, gap, true return, and two memories
+        assert sheet.size[0] == 6 * (32 * SCALE + MARGIN) + MARGIN
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["count"] == 3
 
 

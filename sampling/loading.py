@@ -18,7 +18,7 @@ from sparse_forcing.files import is_file, read_json
 from sparse_forcing.model.text import WordTextEncoder, load_tokenizer
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model.word_tokenizer import WordTokenizer
-from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults, usual_dtype
+from sparse_forcing.model_folder.folder import EMBEDDED_AUTOENCODERS, read_defaults, stored_dtype
 from sparse_forcing.weights.parts import (
     check_model,
     check_part,
@@ -90,7 +90,7 @@ def component_dtypes(
         )
     common = chosen.get("default") if isinstance(dtype, Mapping) else dtype
     types = {
-        "transformer": common or usual_dtype(folder, "cpu"),
+        "transformer": common or stored_dtype(folder),
         "text_encoder": common or (torch.float32 if defaults.text_encoder == "words" else None),
         "vae": torch.float32 if defaults.vae in EMBEDDED_AUTOENCODERS else common,
     }

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.config import build_config
+from sparse_forcing.devices import multiplies_bfloat16
 from sparse_forcing.errors import WeightsError
 from sparse_forcing.files import atomic_write_json, explain_full_disk, is_file, read_json
 from sparse_forcing.model.text import TextEncoder, UMT5TextEncoder, WordTextEncoder
@@ -111,11 +112,18 @@ def load_autoencoder(folder: Path, dtype: torch.dtype | None = None) -> VideoAut
 
 def usual_dtype(folder: Path, device: str) -> torch.dtype:
     """What a model's weights are computed in unless somebody says otherwise: bfloat16 on a GPU, as they are stored on a
-    CPU; the embedded models in float32, in which they were trained. Raises WeightsError."""
+    CPU that multiplies bfloat16, float32 on one that does not (its products take hundreds of times as long); the
+    embedded models in float32, in which they were trained. Raises WeightsError."""
+    if not device.startswith("cpu") and read_defaults(folder).vae not in EMBEDDED_AUTOENCODERS:
+        return torch.bfloat16
+    stored = stored_dtype(folder)
+    return stored if multiplies_bfloat16(torch.device(device)) else torch.float32
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """What most of a transformer's weights are stored in; float32 for the embedded models. Raises WeightsError."""
     if read_defaults(folder).vae in EMBEDDED_AUTOENCODERS:
         return torch.float32
-    if not device.startswith("cpu"):
-        return torch.bfloat16
     for path in sorted((folder / "transformer").glob("*.safetensors")):
         kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in _STORED]
         if kinds:

@@ -254,13 +254,21 @@ def test_causvid_denoises_at_the_timesteps_it_names() -> None:
     assert few_step_timesteps(PRESETS["self-forcing"].sampler).tolist()[1] == pytest.approx(937.5)
 
 
-def test_weights_are_computed_in_the_type_they_are_stored_in(wan: Path, tmp_path: Path) -> None:
+def test_weights_are_computed_in_the_type_they_are_stored_in(
+    wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast = {"cpu": True}
+    monkeypatch.setattr(
+        "sparse_forcing.model_folder.folder.multiplies_bfloat16", lambda device: fast.get(device.type, True)
+    )
     assert usual_dtype(wan, "cpu") == torch.float32
     assert usual_dtype(wan, "cuda") == torch.bfloat16
     assert usual_dtype(find_model("tiny"), "cuda") == torch.float32
     folder = edited(wan, tmp_path, "model_index.json")
     load_transformer(wan).to(torch.bfloat16).save_pretrained(folder / "transformer")
     assert usual_dtype(folder, "cpu") == torch.bfloat16
+    fast["cpu"] = False
+    assert usual_dtype(folder, "cpu") == torch.float32
     pipe = SparseForcingPipeline.from_pretrained(str(folder))
     assert (pipe.dtype, pipe.text_encoder.dtype, pipe.vae.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     frames = pipe("a cat", num_inference_steps=1, **VIDEO).frames

@@ -220,6 +220,23 @@ def test_frames_of_a_varying_rate_come_by_their_time(tmp_path: Path, name: str) 
     assert len(own) / info.fps == pytest.approx(5, abs=0.15)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_avi_shows_frames_in_order_and_those_that_stay_for_as_long(tmp_path: Path, codec: str) -> None:
+    """AVI stores neither times nor frames that stay on show."""
+    grown = np.stack([bar(seconds) for seconds in np.arange(24) / 4])
+    ordered = encode(tmp_path / "ordered.avi", grown, codec=codec, rate=4, options={"bf": "2"})
+    shown = [width(picture) for picture in read_video(ordered)[0]]
+    assert shown == pytest.approx([min(3 * number, 64) for number in range(24)], abs=1)
+    stays, at = tmp_path / "stays.avi", [0, 1, 5, 6, 7, 8]
+    encode(stays, grown[:6], codec=codec, rate=4, stamps=at, options={"bf": "0"})
+    assert [width(picture) for picture in read_video(stays, fps=4)[0]] == pytest.approx(
+        [0, 3, 3, 3, 3, 6, 9, 12, 15], abs=1
+    )
+    stays.write_bytes(stays.read_bytes()[: stays.stat().st_size * 9 // 10])
+    with pytest.raises(VideoError, match="damaged"):
+        read_video(stays)
+
+
 def test_a_frame_that_stays_is_shown_for_as_long(tmp_path: Path) -> None:
     pictures = [Image.fromarray(np.full((32, 32, 3), 20 * number, np.uint8)) for number in range(6)]
     pictures[0].save(

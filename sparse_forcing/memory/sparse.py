@@ -101,8 +101,8 @@ class SparseMemory(RolloutMemory):
 
     def _sharing(self, everything: SparseLayer) -> Hashable:
         """What the parts of `everything` depend on."""
-        plan = self.plan
-        return plan.layout.frames, plan.num_persistent, everything.num_window, everything.keys.data_ptr()
+        plan, place = self.plan, everything.keys.data_ptr()
+        return plan.layout.frames, plan.num_persistent, everything.num_window, place, everything.favour is None
 
     def distil_selectors(self, layers: frozenset[int]) -> None:
         if self.selection.selectors is None:
@@ -168,7 +168,7 @@ class SparseMemory(RolloutMemory):
         """Make `layers` the parts of `everything` again, after a chunk has begun."""
         layers = len(self.layers)
         everything.number_rows(self.layout, layers)
-        if self.fixed is not None and everything.keys.device.type == "cpu" and self.plan.uniform:
+        if self.fixed is not None and everything.keys.device.type == "cpu":
             everything.favour_slots(self.layout)
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape

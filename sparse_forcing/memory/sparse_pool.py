@@ -334,8 +334,10 @@ class SparseLayer:
             setattr(self, name, None if held is None else held.detach().clone())
 
     def favour_slots(self, layout: TileLayout) -> None:
-        """Say what every query block of the chunk lists whatever its scores: the persistent blocks, then its own."""
-        if self.slots.shape[2] < self.table.shape[2]:
+        """Say what every query block of the chunk lists whatever its scores: the persistent blocks, then its own. Not
+        while a slot is unused or a block may be short: then not all slots of a list can be read to their ends."""
+        if self.sizes is not None or self.slots.shape[2] < self.table.shape[2]:
+            self.favour = None
             return
         n = layout.num_blocks
         favour = self.keys.new_zeros(*self.table.shape[:2], n, self.table.shape[2])

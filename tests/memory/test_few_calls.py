@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,19 +19,24 @@ from sparse_forcing.sampling.rollout import rollout
 from tests.memory.conftest import CHANNELS, CHUNK, COLS, ROWS, Rollout
 
 SPARSE = {"tile": (3, 2, 3), "density": 0.5, "persistent_blocks": 3}
-CHUNKS = 6
+CHUNKS = (CHUNK,) * 6
 
 
-def video(run: Rollout, memory: SparseMemory, dtype: torch.dtype = torch.float64) -> Tensor:
+def video(
+    run: Rollout,
+    memory: SparseMemory,
+    dtype: torch.dtype = torch.float64,
+    chunks: tuple[int, ...] = CHUNKS,
+    **changes: Any,
+) -> Tensor:
     noise = SeededNoise(
         [torch.Generator().manual_seed(seed) for seed in (1, 2)],
         (CHANNELS, 2 * ROWS, 2 * COLS),
         torch.device("cpu"),
         dtype,
     )
-    parts = rollout(
-        run.model, run.text.to(dtype), [CHUNK] * CHUNKS, memory, noise, SamplerConfig(steps=2), unconditional_text=None
-    )
+    sampler = SamplerConfig(steps=2)
+    parts = rollout(run.model, run.text.to(dtype), list(chunks), memory, noise, sampler, **changes)
     return torch.cat([part.latents for part in parts], 1)
 
 
@@ -46,6 +53,32 @@ def test_blocks_chosen_in_few_calls_are_those_of_the_definition(retention: str) 
         steady.append(memory._all is not None and memory._all.favour is not None)
     assert steady == [True, False]
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_after_a_change_of_prompt_they_are_those_of_the_definition() -> None:
+    run, found = Rollout(selector_tokens=18), []
+    texts = {4: run.text.flip(1)}
+    for few in (True, False):
+        memory = run.make(MemoryConfig(window_frames=9, **SPARSE), horizon=9, selectors=run.model.selectors)
+        assert isinstance(memory, SparseMemory)
+        if not few:
+            memory.fixed = None
+        found.append(video(run, memory, text_at=texts.get, recache=True))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
+
+
+@torch.no_grad()
+def test_after_a_short_first_chunk_they_are_those_of_the_definition() -> None:
+    run, found = Rollout(selector_tokens=18), []
+    run.model.float()
+    for few in (True, False):
+        memory = run.make(MemoryConfig(**SPARSE), horizon=6, selectors=run.model.selectors)
+        assert isinstance(memory, SparseMemory)
+        if not few:
+            memory.fixed = None
+        found.append(video(run, memory, torch.float32, (1, *CHUNKS)))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ import io
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.media import container
-from sparse_forcing.media.video import iter_frames, iterate_video, probe, read_video, write_video
+from sparse_forcing.media.video import count_frames, iter_frames, iterate_video, probe, read_video, write_video
 from sparse_forcing.model_folder.folder import find_model, read_defaults
 from sparse_forcing.sampling.generation.conditioning import VideoFrames, read_start
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
@@ -254,6 +255,14 @@ def test_another_rate_keeps_the_speed(tmp_path: Path, own: int, wanted: int, cou
     assert (len(found), info.fps) == (count, wanted)
     seconds = np.arange(count) / wanted
     np.testing.assert_allclose([width(frame) for frame in found], speed * seconds, atol=speed / own + 1)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9, "8"])
+def test_a_rate_that_is_none_is_refused_and_loses_no_frames(tmp_path: Path, fps: Any) -> None:
+    path = encode(tmp_path / "v.mp4", corner(4))
+    for read in (read_video, count_frames, lambda path, fps: list(iter_frames(path, fps=fps))):
+        with pytest.raises(ConfigError, match="fps must be a number above 0"):
+            read(path, fps=fps)
 
 
 def test_pieces_are_bounded_and_hold_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

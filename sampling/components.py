@@ -344,7 +344,8 @@ class PipelineComponents(DiffusionPipeline, WanLoraLoaderMixin):
         asked for. Raises ConfigError for an embedded model's, which is small."""
         if not isinstance(encoder := self.text, UMT5TextEncoder):
             raise ConfigError("free_text_encoder: an embedded model's text encoder is a few megabytes; it stays")
-        prompts = prompt_list([*prompt_list(prompts or ""), self.defaults.negative_prompt])
+        given = [] if prompts in ((), []) else prompt_list(prompts, "prompts")
+        prompts = [*given, self.defaults.negative_prompt]
         self.known_texts.limit = None
         with torch.no_grad(), explain_memory_shortage("the text encoder read the prompts"):
             self.known_texts.learn(prompts, encoder)

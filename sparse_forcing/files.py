@@ -31,8 +31,9 @@ TEMPORARY_PREFIX = ".sf-tmp-"
 LOCK_NAME = ".sparse-forcing.lock"
 MAX_NAME_BYTES = 255
 _MACHINE = hashlib.sha256(os.uname().nodename.encode()).hexdigest()[:8]
-NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM})
-"""What the system says of a disk or a folder that takes no more."""
+NO_ROOM = frozenset({errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO, errno.EROFS})
+"""What the system says of a disk that takes no more."""
+_REFUSED = NO_ROOM | {errno.EACCES, errno.EPERM}
 
 
 def is_file(path: PathLike, error: type[SparseForcingError]) -> bool:
@@ -60,21 +61,23 @@ def find_system_error(error: BaseException | None) -> OSError | None:
     while error is not None and not isinstance(error, OSError):
         if quoted := re.search(r"\(os error (\d+)\)", str(error)):
             return OSError(int(quoted[1]), os.strerror(int(quoted[1])))
-        error = error.__context__
+        raised_by_torch = isinstance(error, RuntimeError) and not error.__suppress_context__
+        error = error.__context__ if raised_by_torch else error.__cause__
     return error
 
 
 @contextmanager
 def explain_full_disk(target: Path, size: int | None = None) -> Iterator[None]:
-    """While some library writes `target`: what a full or read-only disk says, or a folder that is gone, is an
-    OutputError about it; the rest passes through."""
+    """While some library writes `target`: what a disk says that is full or may not be written, or a folder that is
+    gone, is an OutputError about it; the rest passes through, and what was said of a file elsewhere."""
     try:
         yield
     except SparseForcingError:
         raise
     except Exception as error:
         said = find_system_error(error)
-        if said is not None and (said.errno in NO_ROOM or not target.parent.is_dir()):
+        here = said is not None and (said.filename is None or Path(said.filename).is_relative_to(target.parent))
+        if said is not None and here and (said.errno in _REFUSED or not target.parent.is_dir()):
             raise _cannot_write(target, said, size) from error
         raise
 
@@ -321,8 +324,8 @@ def output_lock(path: PathLike, *, shared: bool = False) -> Iterator[None]:
     try:
         sweep_temporaries(lock.parent)
         yield
-    finally:
         sweep_temporaries(lock.parent)  # of a run that was still dying when this one began
+    finally:
         # Unlinked while held: whoever opened the old file finds another inode under the name and starts over.
         if not shared:
             with suppress(OSError):
@@ -390,6 +393,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     try:  # whoever nobody has waited for has ended, too
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0] not in b"ZX"
     except OSError:
         return True

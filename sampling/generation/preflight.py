@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparse_forcing.config import constructor_settings
-from sparse_forcing.devices import resolve_device
+from sparse_forcing.devices import multiplies_bfloat16, resolve_device
 from sparse_forcing.errors import SparseForcingError, WeightsError
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention
@@ -163,8 +163,8 @@ def _dtype(config: GenerateConfig, device: str) -> torch.dtype:
         return getattr(torch, config.dtype)
     try:
         return usual_dtype(find_model(config.model), device)
-    except WeightsError:
-        return torch.bfloat16
+    except WeightsError:  # not downloaded yet
+        return torch.bfloat16 if multiplies_bfloat16(torch.device(device)) else torch.float32
 
 
 def cache_bytes(model: Outline, settings: Settings, latent_frames: int, size: int) -> int:

@@ -180,6 +180,9 @@ def _link_or_copy(source: str, target: str) -> str:
     try:
         os.link(source, target)
     except OSError:
-        with explain_full_disk(Path(target)):  # copytree would collect its errors into one that says nothing
-            shutil.copy2(source, target)
+        try:  # copytree would collect system errors into one that says nothing
+            with explain_full_disk(Path(target)):
+                shutil.copy2(source, target)
+        except OSError as error:
+            raise WeightsError(f"cannot read {source}: {error.strerror or error}") from error
     return target

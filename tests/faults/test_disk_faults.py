@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from sparse_forcing.cli import main
-from sparse_forcing.errors import OutputError
-from sparse_forcing.files import LOCK_NAME, check_writable, output_lock, sweep_temporaries
+from sparse_forcing.errors import OutputError, WeightsError
+from sparse_forcing.files import LOCK_NAME, check_writable, explain_full_disk, output_lock, sweep_temporaries
 from sparse_forcing.model_folder.folder import link_part
 from tests.wan_folder import write_wan
 
@@ -210,6 +210,25 @@ def test_parts_that_cannot_be_copied_are_named(
     monkeypatch.setattr(shutil, "copy2", refuse)
     with pytest.raises(OutputError, match=rf"cannot write .*new/.*: {os.strerror(refusal)}"):
         link_part(wan / "vae", tmp_path / "new")
+
+
+def test_a_part_that_cannot_be_read_is_named(wan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    with pytest.raises(WeightsError, match=rf"cannot read {wan / 'vae'}/.*: Permission denied"):
+        link_part(wan / "vae", tmp_path / "new")
+
+
+@pytest.mark.parametrize("bug", [KeyError("scale"), ValueError("unknown setting")])
+def test_a_mistake_beside_a_refused_file_is_not_blamed_on_the_disk(tmp_path: Path, bug: Exception) -> None:
+    with pytest.raises(type(bug)), explain_full_disk(tmp_path / "out"):
+        try:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        except PermissionError:
+            raise bug  # noqa: B904 it has nothing to do with what was refused
 
 
 def test_a_folder_that_cannot_be_written_is_not_created(tmp_path: Path) -> None:

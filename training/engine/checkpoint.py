@@ -85,7 +85,7 @@ def _write(path: Path, data: Any) -> None:
     except (OSError, RuntimeError) as error:
         # torch reports a full disk as a RuntimeError of its zip writer.
         said = find_system_error(error)
-        reason = str(error).splitlines()[0] if said is None else said.strerror
+        reason = str(error).splitlines()[0] if said is None else said.strerror or said
         raise OutputError(f"cannot write {path} ({_size(data)} bytes): {reason}") from error
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from sparse_forcing.errors import ConfigError
 from sparse_forcing.shards import check_shard
@@ -17,6 +17,14 @@ _OF_MEASURING = (
     "suite", "metrics", "weights", "mode", "plugins", "stand_ins", "static_filter", "cache", "workers", "device",
     "max_frames", "max_pixels",
 )  # fmt: skip
+_KINDS: tuple[tuple[str, type | tuple[type, ...], tuple[str, ...]], ...] = (
+    ("a pathlib.Path", Path, ("target", "output", "aggregate", "weights", "cache")),
+    ("a tuple", (tuple, list), ("metrics", "compare", "merge", "official_results", "plugins", "stand_ins", "shard")),
+    ("a whole number", int, ("workers", "max_frames", "max_pixels", "resamples")),
+    ("a number", (int, float), ("worker_timeout",)),
+)
+_MEMBERS: dict[str, type] = {name: str for name in ("metrics", "plugins", "stand_ins")}
+_MEMBERS |= {"shard": int} | {name: Path for name in ("compare", "merge", "official_results")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +83,7 @@ class EvaluateConfig:
     resamples: int = 2000
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.suite not in get_args(Suite):
             raise ConfigError(f"suite {self.suite!r} is unknown; choose one of {', '.join(get_args(Suite))}")
         if self.mode not in get_args(Mode):
@@ -84,6 +93,8 @@ class EvaluateConfig:
                 "give either a folder or manifest to evaluate, or --merge SHARDS, or --aggregate SCORES.json"
             )
         if self.shard is not None:
+            if len(self.shard) != 2:
+                raise ConfigError(f"shard must be two whole numbers, not {self.shard!r:.60}")
             check_shard(self.shard)
             self._refuse("--shard measures a part of the videos", ("merge", "aggregate", *_OF_RESULTS))
         if self.merge:
@@ -95,6 +106,20 @@ class EvaluateConfig:
             raise ConfigError(f"resamples may be up to {MOST_RESAMPLES}, not {self.resamples}")
         if not self.worker_timeout > 0:
             raise ConfigError(f"worker_timeout must be positive, not {self.worker_timeout}")
+
+    def _check_types(self) -> None:
+        """Refuse what a program of Python may give and the command line cannot."""
+        defaults = {field.name: field.default for field in fields(self)}
+        for wanted, kind, names in _KINDS:
+            for name in names:
+                value: Any = getattr(self, name)
+                if value is None and defaults[name] is None:
+                    continue
+                if not isinstance(value, kind) or isinstance(value, bool):
+                    raise ConfigError(f"{name} must be {wanted}, not {value!r:.60}")
+                for member in list(value) if name in _MEMBERS else []:
+                    if not isinstance(member, _MEMBERS[name]):
+                        raise ConfigError(f"{name} must hold {_MEMBERS[name].__name__} alone, not {member!r:.60}")
 
     def _refuse(self, why: str, names: tuple[str, ...]) -> None:
         """Raise ConfigError for a setting that has no effect."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from sparse_forcing.errors import SparseForcingError
 
 INTEGERS = (torch.int32, torch.int64, torch.int16, torch.int8, torch.uint8)
+LARGEST_SCALE = torch.finfo(torch.float32).max
 _asked: ContextVar[bool | None] = ContextVar("checked_values", default=None)
 
 
@@ -54,6 +55,17 @@ def reads_values(x: Tensor) -> bool:
     return asked and (on_cpu or not torch.cuda.is_current_stream_capturing())
 
 
+def require_tensors(operation: str, *, optional: tuple[str, ...] = (), **arguments: object) -> None:
+    """Refuse arguments that are no dense tensors, such as lists of Python; `optional` ones may be None."""
+    for name, x in arguments.items():
+        if x is None and name in optional:
+            continue
+        if not isinstance(x, Tensor):
+            raise SparseForcingError(f"{operation}: {name} is a {type(x).__name__}, expected a tensor")
+        if x.layout is not torch.strided:
+            raise SparseForcingError(f"{operation}: {name} has the layout {x.layout}, expected a dense tensor")
+
+
 def require_integers(operation: str, name: str, x: Tensor) -> None:
     """Refuse a tensor that is not of whole numbers: a mask or a score is easily taken for a list of slots."""
     if x.dtype not in INTEGERS:
@@ -77,7 +89,10 @@ def require_scale(operation: str, scale: float | None, head_dim: int) -> float:
     """The factor on the scores: 1 / sqrt(head_dim) where None, else positive and finite."""
     if scale is None:
         return head_dim**-0.5
-    scale = float(scale) if hasattr(scale, "__float__") else math.nan  # text has none
-    if not 0 < scale < math.inf:
+    try:
+        scale = float(scale) if hasattr(scale, "__float__") else math.nan  # text has none
+    except (ValueError, OverflowError, RuntimeError):  # of several numbers, or beyond all bounds
+        scale = math.inf
+    if not 0 < scale <= LARGEST_SCALE:
         raise SparseForcingError(f"{operation}: scale is {scale}, expected a positive, finite number or None")
     return scale

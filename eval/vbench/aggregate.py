@@ -21,6 +21,8 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.files import read_json
 from sparse_forcing.strict_json import is_number
 
+ROUNDING = 1e-5  # cosines of equal features in single precision are this near to 1, on either side
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
@@ -34,7 +36,8 @@ class Dimension:
 
     def accepts(self, score: object) -> bool:
         """Whether a raw score is one that this dimension can have."""
-        return is_number(score) and (-1.0 if self.cosine else 0.0) <= score <= 1.0  # type: ignore[operator]
+        low = -1.0 if self.cosine else 0.0
+        return is_number(score) and low - ROUNDING <= score <= 1.0 + ROUNDING  # type: ignore[operator]
 
     @property
     def span(self) -> str:

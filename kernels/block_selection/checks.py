@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError
-from sparse_forcing.kernels.values import require_integers, require_range, require_scale
+from sparse_forcing.kernels.values import require_integers, require_range, require_scale, require_tensors
 
 LARGEST_SLOT = 2**31 - 1  # lists are int32
 
 
 def check_pooling(x: Tensor, sizes: Tensor | None, weights: Tensor | None, projection: Tensor | None) -> None:
     """Refuse what `pool_blocks` cannot take."""
+    optional = ("sizes", "weights", "projection")
+    require_tensors("pool_blocks", optional=optional, x=x, sizes=sizes, weights=weights, projection=projection)
     if x.dim() != 5 or not x.is_floating_point():
         raise SparseForcingError(
             f"pool_blocks: x is {list(x.shape)} {x.dtype}, expected floating point [B, H, N, T, D]"
@@ -35,6 +37,9 @@ def check_pooling(x: Tensor, sizes: Tensor | None, weights: Tensor | None, proje
 
 def check_lists(persistent_slots: Tensor, window_slots: Tensor, selected: Tensor) -> None:
     """Refuse what `build_block_index` cannot take."""
+    require_tensors(
+        "build_block_index", persistent_slots=persistent_slots, window_slots=window_slots, selected=selected
+    )
     if selected.dim() != 4:
         raise SparseForcingError(f"build_block_index: selected is {list(selected.shape)}, expected [B, H, Nq, K]")
     B, H, _, _ = selected.shape
@@ -50,6 +55,7 @@ def check_choice(name: str, top_k: int, own: Tensor | None, blocks: Tensor) -> N
     """Refuse a number to keep or own positions that do not fit blocks [B, H, Nq, ...]."""
     if not isinstance(top_k, (int, torch.SymInt)) or top_k < 1:
         raise SparseForcingError(f"{name}: top_k is {top_k}, expected a whole number, at least 1")
+    require_tensors(name, optional=("own",), own=own)
     if own is not None:
         if own.shape != (blocks.shape[2],):
             raise SparseForcingError(f"{name}: own is {list(own.shape)}, expected one window position per query block")
@@ -70,6 +76,7 @@ def check_slots(operation: str, name: str, slots: Tensor, heads: tuple[int, int]
 
 def check_scale(operation: str, scale: float | None, query_blocks: Tensor, key_blocks: Tensor) -> float:
     """The factor on the scores; refuses blocks whose shapes do not fit."""
+    require_tensors(operation, query_blocks=query_blocks, key_blocks=key_blocks)
     for what, x in (("query_blocks", query_blocks), ("key_blocks", key_blocks)):
         if x.dim() != 4 or not x.is_floating_point() or x.shape[-1] != query_blocks.shape[-1] or not x.shape[-1]:
             raise SparseForcingError(

@@ -30,7 +30,7 @@ from sparse_forcing.kernels.block_selection.checks import (
     check_slots,
 )
 from sparse_forcing.kernels.block_selection.reference import Pools
-from sparse_forcing.kernels.values import checked_values, require_integers, require_range
+from sparse_forcing.kernels.values import checked_values, require_integers, require_range, require_tensors
 
 __all__ = [
     "BACKENDS",
@@ -89,6 +89,7 @@ def store_blocks(
         sizes: [n], see `pool_blocks`. weights: [H, T] of keys.
     """
     check_pooling(keys, sizes, weights, None)
+    require_tensors("store_blocks", values=values, rows=rows)
     if values.shape != keys.shape or rows.shape != keys.shape[:3]:
         raise SparseForcingError(
             f"store_blocks: values {list(values.shape)} and rows {list(rows.shape)} do not fit keys {list(keys.shape)}"
@@ -116,6 +117,7 @@ def select_blocks(scores: Tensor, top_k: int, own: Tensor | None = None, *, back
 
     Ties go to the lower position. own [Nq]: window position of each query block itself, always kept (-1: none).
     """
+    require_tensors("select_blocks", scores=scores)
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
             f"select_blocks: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nk]"
@@ -153,6 +155,7 @@ def choose_lists(
     backend: str = "auto",
 ) -> Tensor:
     """build_block_index(..., choose_blocks(...)) in one call; a fused backend does it in one launch."""
+    require_tensors("choose_lists", persistent_slots=persistent_slots, window_slots=window_slots)
     scale = check_scale("choose_lists", None, query_blocks, key_blocks)
     check_choice("choose_lists", top_k, own, query_blocks)
     B, H, _, _ = query_blocks.shape
@@ -183,6 +186,7 @@ def block_importance(scores_over_candidates: Tensor, query_sizes: Tensor | None 
     attention mass per token row; None gives every query block weight 1.
     """
     scores = scores_over_candidates
+    require_tensors("block_importance", optional=("query_sizes",), scores=scores, query_sizes=query_sizes)
     if scores.dim() != 4 or not scores.is_floating_point():
         raise SparseForcingError(
             f"block_importance: scores is {list(scores.shape)} {scores.dtype}, expected floating point [B, H, Nq, Nc]"
@@ -201,7 +205,13 @@ def update_persistent(
 
     Both keep the candidates' order (chronological when the candidates are); the earlier candidate wins a tie.
     """
-    if capacity < 0 or importance.shape != candidate_slots.shape or candidate_slots.dim() != 3:
+    require_tensors("update_persistent", candidate_slots=candidate_slots, importance=importance)
+    if (
+        not isinstance(capacity, (int, torch.SymInt))
+        or capacity < 0
+        or importance.shape != candidate_slots.shape
+        or candidate_slots.dim() != 3
+    ):
         raise SparseForcingError(
             f"update_persistent: capacity {capacity}, importance {list(importance.shape)} for candidates "
             f"{list(candidate_slots.shape)}; expected capacity >= 0 and equal shapes [B, H, Nc]"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_forcing.errors import ConfigError, SparseForcingError
+from sparse_forcing.errors import ConfigError
 from sparse_forcing.kernels.block_sparse_attention import reference
 from sparse_forcing.kernels.block_sparse_attention.cpu import small
 from sparse_forcing.kernels.block_sparse_attention.ops import (
@@ -27,8 +27,14 @@ from sparse_forcing.kernels.block_sparse_attention.ops import (
     forward_op,
     rest_shape,
 )
-from sparse_forcing.kernels.block_sparse_attention.problem import OPERATION, Problem, check_shapes, check_values
-from sparse_forcing.kernels.values import checked_values, require_scale
+from sparse_forcing.kernels.block_sparse_attention.problem import (
+    OPERATION,
+    Problem,
+    check_outcome,
+    check_shapes,
+    check_values,
+)
+from sparse_forcing.kernels.values import checked_values, require_scale, require_tensors
 
 __all__ = [
     "BACKENDS",
@@ -124,8 +130,12 @@ def block_sparse_attention_backward(
     Args:
         grad_out: gradient of `out`; out, lse: what the forward returned for the same arguments. Of 16-bit types this
             is less exact than autograd's own backward, which also keeps what rounding took from out.
+
+    Raises:
+        SparseForcingError: as the forward; or grad_out, out or lse have not the shape and type of what it returns.
     """
     problem = _problem(query, key_pool, value_pool, block_index, query_sizes, key_sizes, scale, num_persistent)
+    check_outcome(problem, grad_out, out, lse)
     chosen = resolve_backend(backend, query)
     if chosen == "reference" and not problem.empty:
         grads = reference.gradients(problem, grad_out, None)
@@ -184,9 +194,16 @@ def _problem(
     num_persistent: int,
 ) -> Problem:
     """The checked problem, heads broadcast."""
-    for what, x in (("query", query), ("key_pool", key_pool), ("value_pool", value_pool), ("block_index", block_index)):
-        if not isinstance(x, Tensor):
-            raise SparseForcingError(f"{OPERATION}: {what} is a {type(x).__name__}, expected a tensor")
+    require_tensors(
+        OPERATION,
+        optional=("query_sizes", "key_sizes"),
+        query=query,
+        key_pool=key_pool,
+        value_pool=value_pool,
+        block_index=block_index,
+        query_sizes=query_sizes,
+        key_sizes=key_sizes,
+    )
     B, H = query.shape[:2] if query.dim() == 5 else (0, 0)
     key_pool, value_pool = _broadcast_heads(key_pool, B, H), _broadcast_heads(value_pool, B, H)
     block_index = _broadcast_heads(block_index, B, H)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sparse_forcing.errors import SparseForcingError
-from sparse_forcing.kernels.values import reads_values, require_integers, require_range
+from sparse_forcing.kernels.values import reads_values, require_integers, require_range, require_tensors
 
 OPERATION = "block_sparse_attention"
 
@@ -79,6 +79,23 @@ def check_shapes(problem: Problem) -> None:
     for tensor in (key_pool, value_pool, block_index, query_sizes, key_sizes):
         if tensor is not None and tensor.device != query.device:
             raise SparseForcingError(f"{OPERATION}: inputs on {query.device} and {tensor.device}")
+
+
+def check_outcome(problem: Problem, grad_out: Tensor, out: Tensor, lse: Tensor) -> None:
+    """Refuse what is not the outcome of a problem, or no gradient of it: a backward would read beyond its end."""
+    require_tensors(OPERATION, grad_out=grad_out, out=out, lse=lse)
+    query = problem.query
+    exact = torch.promote_types(query.dtype, torch.float32)
+    for what, x, shape, dtype in (
+        ("grad_out", grad_out, query.shape, query.dtype),
+        ("out", out, query.shape, query.dtype),
+        ("lse", lse, query.shape[:4], exact),
+    ):
+        if x.shape != shape or x.dtype != dtype or x.device != query.device:
+            raise SparseForcingError(
+                f"{OPERATION}: {what} is {list(x.shape)} {x.dtype} on {x.device}, expected {list(shape)} {dtype} on "
+                f"{query.device}"
+            )
 
 
 def check_values(problem: Problem) -> None:

@@ -65,6 +65,8 @@ class Video:
         self.fps, self.constant = _rate(found.times, float(self._stream.average_rate or 0))
         if not 0 < self.fps <= MAX_FPS:
             raise VideoError(f"{path}: has a frame rate of {self.fps:g}, which must be above 0 and at most {MAX_FPS}")
+        # AVI stores no times of display, only places: the first frame shown has the first place, and so on.
+        self._times = found.times if container.format.name == "avi" else None
         self.last = 1 / self.fps if self.constant or not found.last > 0 else found.last
         self._frames = self._decode()
         first = next(self._frames, None)
@@ -79,10 +81,15 @@ class Video:
         count, end, time = 0, 0.0, 0.0
         with explain_decoding(self.path, "damaged video data"):
             for frame in self._frames:
-                time = count / self.fps if frame.time is None else float(frame.time)
+                time = self._time(count, frame)
                 end, count = max(end, time + 1 / self.fps), count + 1
                 yield time, frame
             self._check_complete(count, end)
+
+    def _time(self, count: int, frame: Any) -> float:
+        if self._times is not None and count < len(self._times):
+            return float(self._times[count])
+        return count / self.fps if frame.time is None else float(frame.time)
 
     def _decode(self) -> Iterator[Any]:
         decoder = self._decoder()
@@ -171,11 +178,13 @@ def check_size(path: PathLike, height: int, width: int) -> None:
 
 def _count_declared_frames(container: Any, stream: Any) -> int:
     """Frames that are shown, of those that the container says it stores; 0 if it does not say."""
-    if stream.frames and "mov" in container.format.name.split(
-        ","
-    ):  # its index is complete, and marks what an edit hides
+    kinds, frames = container.format.name.split(","), int(stream.frames)
+    if frames and "mov" in kinds:  # its index is complete, and marks what an edit hides
         return sum(not entry.is_discard for entry in stream.index_entries)
-    return int(stream.frames)
+    if frames and "avi" in kinds and (entries := list(stream.index_entries)):
+        # A place without data leaves the frame before it on show: it counts in the header, and is a gap of the index.
+        return frames - (entries[-1].timestamp - entries[0].timestamp + 1 - len(entries))
+    return frames
 
 
 class _Stamps(NamedTuple):
@@ -194,8 +203,9 @@ def _time_stamps(path: PathLike, container: Any) -> _Stamps:
     for packet in container.demux(stream):
         if packet.size and not packet.is_discard:
             count += 1
-            if packet.pts is not None:
-                stamps.append((packet.pts, packet.duration or 0))
+            stamp = packet.dts if container.format.name == "avi" else packet.pts
+            if stamp is not None:
+                stamps.append((stamp, packet.duration or 0))
         if count > MAX_PACKETS:
             raise VideoError(f"{path}: more than {MAX_PACKETS} frames")
     if len(stamps) < max(count, 2) or not stream.time_base:

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
 
-from sparse_forcing.errors import VideoError
+from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.files import PathLike
-from sparse_forcing.media.container import MAX_SIDE, Video, open_video
+from sparse_forcing.media.container import MAX_FPS, MAX_SIDE, Video, open_video
 from sparse_forcing.media.display import show
 from sparse_forcing.media.encode import VideoWriter, to_uint8, write_video
 
@@ -79,7 +80,9 @@ def iter_frames(
 
     Raises:
         VideoError: damaged data, a changing picture size, more than `max_frames` frames, or fewer frames than declared.
+        ConfigError: an `fps` that is no rate.
     """
+    _check_rate(fps)
     with open_video(path) as video:
         pictures = _pictures(video, max_frames)
         if fps is None and video.constant:
@@ -92,13 +95,20 @@ def iter_frames(
 
 
 def count_frames(path: PathLike, fps: float, *, max_frames: int = DEFAULT_MAX_FRAMES) -> int:
-    """How many frames `iter_frames` yields at `fps`: everything is decoded, nothing is kept. Raises VideoError."""
+    """How many frames `iter_frames` yields at `fps`: everything is decoded, nothing is kept. Raises as it does."""
+    _check_rate(fps)
     with open_video(path) as video:
         count = 0
         for count, _ in enumerate(at_rate(((time, None) for time, _ in video.frames()), fps, video.last), 1):
             if count > max_frames:
                 raise VideoError(f"{path}: more than {max_frames} frames; cut it or raise the limit")
         return count
+
+
+def _check_rate(fps: float | None) -> None:
+    """Refuse a wanted rate that is none: with NaN or 0 frames would be lost in silence."""
+    if fps is not None and not (isinstance(fps, Real) and 0 < fps <= MAX_FPS):
+        raise ConfigError(f"fps must be a number above 0 and at most {MAX_FPS}, not {fps!r:.60}")
 
 
 def _pictures(video: Video, max_frames: int) -> Iterator[tuple[float, np.ndarray]]:
@@ -181,6 +191,7 @@ def read_video(
     Raises:
         VideoError: see `iter_frames`; or the bounds are exceeded.
     """
+    _check_rate(fps)
     info = probe(path)
     limit = min(max_frames, max_pixels // (info.height * info.width))
     expected = info.frames if fps is None else int(info.duration * fps)

@@ -361,6 +361,25 @@ def test_another_video_takes_the_screen_without_a_word_of_the_first(visitors: Vi
     assert lines[-1] == "Finished after 1.2 s."
 
 
+def test_of_two_starts_at_once_one_video_is_made(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second click before the first one's video is known must still find that video and stop it."""
+    ask, delays, seen = visitors.room.ask, iter([0.1, 0.3]), []
+
+    def ask_slowly(size: int) -> Any:
+        time.sleep(next(delays))
+        return ask(size)
+
+    monkeypatch.setattr(visitors.room, "ask", ask_slowly)
+    visitors.room.limit = 100
+    visitors.pipe.on_chunk = lambda index: time.sleep(0.1)  # type: ignore[attr-defined]
+    clicks = [threading.Thread(target=lambda: seen.append(list(start(visitors, "one")))) for _ in range(2)]
+    for click in clicks:
+        click.start()
+    for click in clicks:
+        click.join(20)
+    assert sorted(sum(view.picture is not None for view in views) // 10 for views in seen) == [0, 1]
+
+
 def test_a_page_that_was_closed_without_a_word_is_noticed(visitors: Visitors, monkeypatch: pytest.MonkeyPatch) -> None:
     from sparse_forcing.cli.playground import visitors as module
 

@@ -6,6 +6,7 @@ import io
 import struct
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 
 from sparse_forcing.errors import ConfigError, VideoError
 from sparse_forcing.media import container
-from sparse_forcing.media.video import iter_frames, iterate_video, probe, read_video, write_video
+from sparse_forcing.media.video import count_frames, iter_frames, iterate_video, probe, read_video, write_video
 from sparse_forcing.model_folder.folder import find_model, read_defaults
 from sparse_forcing.sampling.generation.conditioning import VideoFrames, read_start
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
@@ -220,6 +221,23 @@ def test_frames_of_a_varying_rate_come_by_their_time(tmp_path: Path, name: str) 
     assert len(own) / info.fps == pytest.approx(5, abs=0.15)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_avi_shows_frames_in_order_and_those_that_stay_for_as_long(tmp_path: Path, codec: str) -> None:
+    """AVI stores neither times nor frames that stay on show."""
+    grown = np.stack([bar(seconds) for seconds in np.arange(24) / 4])
+    ordered = encode(tmp_path / "ordered.avi", grown, codec=codec, rate=4, options={"bf": "2"})
+    shown = [width(picture) for picture in read_video(ordered)[0]]
+    assert shown == pytest.approx([min(3 * number, 64) for number in range(24)], abs=1)
+    stays, at = tmp_path / "stays.avi", [0, 1, 5, 6, 7, 8]
+    encode(stays, grown[:6], codec=codec, rate=4, stamps=at, options={"bf": "0"})
+    assert [width(picture) for picture in read_video(stays, fps=4)[0]] == pytest.approx(
+        [0, 3, 3, 3, 3, 6, 9, 12, 15], abs=1
+    )
+    stays.write_bytes(stays.read_bytes()[: stays.stat().st_size * 9 // 10])
+    with pytest.raises(VideoError, match="damaged"):
+        read_video(stays)
+
+
 def test_a_frame_that_stays_is_shown_for_as_long(tmp_path: Path) -> None:
     pictures = [Image.fromarray(np.full((32, 32, 3), 20 * number, np.uint8)) for number in range(6)]
     pictures[0].save(
@@ -237,6 +255,14 @@ def test_another_rate_keeps_the_speed(tmp_path: Path, own: int, wanted: int, cou
     assert (len(found), info.fps) == (count, wanted)
     seconds = np.arange(count) / wanted
     np.testing.assert_allclose([width(frame) for frame in found], speed * seconds, atol=speed / own + 1)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("nan"), float("inf"), 1e9, "8"])
+def test_a_rate_that_is_none_is_refused_and_loses_no_frames(tmp_path: Path, fps: Any) -> None:
+    path = encode(tmp_path / "v.mp4", corner(4))
+    for read in (read_video, count_frames, lambda path, fps: list(iter_frames(path, fps=fps))):
+        with pytest.raises(ConfigError, match="fps must be a number above 0"):
+            read(path, fps=fps)
 
 
 def test_pieces_are_bounded_and_hold_every_frame(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,6 +92,12 @@ def test_negative_cosines_are_scores(tmp_path: Path) -> None:
             read_scores(write(tmp_path, {**HALF, name: value}))
 
 
+@pytest.mark.parametrize("one", [1.0000000000000004, 1.0000001])
+def test_the_consistency_of_a_still_video_is_a_score(tmp_path: Path, one: float) -> None:
+    """What cosines of equal features are in double and in single precision."""
+    assert read_scores(write(tmp_path, {**HALF, "subject_consistency": one}))[0]["subject_consistency"] == one
+
+
 def test_the_command_prints_json_and_exits_by_whether_there_is_a_total(tmp_path: Path, capsys) -> None:
     assert evaluate(EvaluateConfig(aggregate=write(tmp_path, HALF), json=True)) == 0
     printed = json.loads(capsys.readouterr().out)

@@ -246,3 +246,25 @@ def test_strips_have_no_motion_and_take_no_memory_for_it() -> None:
     strip = np.zeros((2, 16_384, 3), np.uint8)
     with pytest.raises(MeasurementError, match="as narrow as 16384x2"):
         dense_flow(strip, strip)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("target", "videos", "target must be a pathlib.Path"),
+        ("metrics", "contrast", "metrics must be a tuple"),
+        ("metrics", None, "metrics must be a tuple"),
+        ("compare", ("results.json",), "compare must hold Path alone"),
+        ("shard", "0/0", "shard must be a tuple"),
+        ("shard", (1, 2, 3), "shard must be two whole numbers"),
+        ("workers", 2.5, "workers must be a whole number"),
+        ("max_frames", float("nan"), "max_frames must be a whole number"),
+        ("max_pixels", "9", "max_pixels must be a whole number"),
+        ("worker_timeout", "5", "worker_timeout must be a number"),
+        ("weights", 4, "weights must be a pathlib.Path"),
+    ],
+)
+def test_options_of_other_types_are_one_line(option: str, value: Any, message: str) -> None:
+    """From Python; a bound that is NaN bounded nothing."""
+    with pytest.raises(ConfigError, match=message):
+        EvaluateConfig(**{"target": Path("videos"), option: value})

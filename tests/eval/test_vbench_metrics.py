@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -299,6 +300,16 @@ def test_what_a_detector_returns_counts_under_its_label_only() -> None:
     for mode in ("strict", "vbench-compatible"):
         resources = Resources(networks={"detector": strangers}, mode=mode)
         assert score("spatial_relationship", moving_disc(16), resources, prompt) == 0.0
+
+
+@pytest.mark.parametrize("answer", [[[box("bird", 0, 0)]], []])
+def test_answers_for_some_of_the_frames_are_no_measurement(answer: list[list[Detection]]) -> None:
+    detector = SimpleNamespace(detect=lambda frames, labels: answer)
+    captioner = SimpleNamespace(caption=lambda frames: ["an alley at night"] * len(answer))
+    resources = Resources(networks={"detector": detector, "captioner": captioner})
+    for name, text in (("object_class", "a bird"), ("color", "a red bicycle"), ("scene", "alley")):
+        with pytest.raises(MeasurementError, match=f"answered for {len(answer)} of 16 frames"):
+            score(name, moving_disc(16), resources, text)
 
 
 def test_spatial_relationship_checks_the_side_only_in_strict_mode() -> None:

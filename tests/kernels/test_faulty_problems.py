@@ -85,7 +85,9 @@ def test_what_is_no_tensor_or_of_8_bits(backend):
 
 
 @pytest.mark.parametrize("backend", ATTENTION)
-@pytest.mark.parametrize("scale", [0, 0.0, -1.0, NAN, float("inf"), "half"])
+@pytest.mark.parametrize(
+    "scale", [0, 0.0, -1.0, NAN, float("inf"), "half", 1e300, 10**400, 1j, torch.tensor([0.3, 0.2])]
+)
 def test_scales_that_are_none(scale, backend):
     with pytest.raises(SparseForcingError, match=r"scale is .*, expected a positive, finite number or None"):
         attend(backend, lists(0, 1), scale=scale)
@@ -116,6 +118,33 @@ def test_the_backward_call_refuses_what_the_forward_does(backend):
     got = block_sparse_attention(*tensors, index, backend=backend)
     with pytest.raises(SparseForcingError, match="lists slot 4 of a pool of 4"):
         block_sparse_attention_backward(got.out, *tensors, index + 1, out=got.out, lse=got.lse, backend=backend)
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("what", ["grad_out", "out", "lse"])
+@pytest.mark.parametrize("spoil", [lambda x: x[..., :-1], lambda x: x.double(), lambda x: x.to("meta"), lambda x: None])
+def test_the_backward_call_refuses_what_is_no_outcome(spoil, what, backend):
+    """Triton read beyond the end of what is too short."""
+    tensors, index = inputs(), lists(0, 3)
+    got = block_sparse_attention(*tensors, index, backend=backend)
+    given = {"grad_out": got.out, "out": got.out, "lse": got.lse}
+    with pytest.raises(SparseForcingError, match=f"block_sparse_attention: {what} is .* expected"):
+        grad_out, *rest = (given | {what: spoil(given[what])}).values()
+        block_sparse_attention_backward(grad_out, *tensors, index, out=rest[0], lse=rest[1], backend=backend)
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+@pytest.mark.parametrize("what", ["query_sizes", "key_sizes"])
+def test_sizes_are_tensors(what, backend):
+    with pytest.raises(SparseForcingError, match=f"{what} is a list, expected a tensor"):
+        attend(backend, lists(0, 3), **{what: [1, 2, 3]})
+
+
+@pytest.mark.parametrize("backend", ATTENTION)
+def test_sparse_tensors_are_refused(backend):
+    query, *pools = inputs()
+    with pytest.raises(SparseForcingError, match=r"query has the layout .*sparse_coo, expected a dense tensor"):
+        block_sparse_attention(query.to_sparse(), *pools, lists(0, 3), backend=backend)
 
 
 def test_values_are_read_where_that_is_asked_for_or_free():
@@ -380,6 +409,9 @@ def slots(*entries: int, dtype: torch.dtype = torch.int64) -> Tensor:
         ({"persistent_slots": slots(7, -1)}, "persistent_slots holds -1, expected 0 to"),
         ({"persistent_slots": slots(7)[0]}, r"persistent_slots is \[2, 1\], expected \[1, 2, P\]"),
         ({"persistent_slots": slots(7, dtype=torch.float64)}, "persistent_slots is .*float64, expected whole"),
+        ({"window_slots": [[[1, 2, 3, 4, 5]]]}, "window_slots is a list, expected a tensor"),
+        ({"own": [0, 1]}, "own is a list, expected a tensor"),
+        ({"query_blocks": None}, "query_blocks is a NoneType, expected a tensor"),
         ({"top_k": 2.5}, "top_k is 2.5, expected a whole number"),
         ({"top_k": 0}, "top_k is 0, expected a whole number, at least 1"),
         ({"own": torch.tensor([0.0, 1.0])}, "own is .*float32, expected whole numbers"),
@@ -399,6 +431,15 @@ def test_lists_are_not_made_of_what_does_not_fit(change, message, backend):
     selection.choose_lists(**good, backend=backend)
     with pytest.raises(SparseForcingError, match=f"choose_lists: {message}"):
         selection.choose_lists(**good | change, backend=backend)
+
+
+@pytest.mark.parametrize("backend", SELECTION)
+def test_pooling_and_updates_take_tensors_and_whole_numbers(backend):
+    with pytest.raises(SparseForcingError, match="pool_blocks: sizes is a list, expected a tensor"):
+        selection.pool_blocks(normal(1, 2, 3, 4, D), [4, 4, 1], backend=backend)
+    for capacity in (2.5, None, "2", -1):
+        with pytest.raises(SparseForcingError, match=f"update_persistent: capacity {capacity}"):
+            selection.update_persistent(slots(1, 2, 3), normal(1, 2, 3), capacity, backend=backend)
 
 
 def test_positions_outside_the_window_are_named():

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_forcing.errors import MeasurementError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
@@ -31,9 +32,11 @@ def _look_up(view: View, dimension: str) -> Any:
 
 
 def _detect(view: View, resources: Resources, labels: list[str]) -> list[list[Detection]]:
-    """What the detector finds under one of these labels, frame by frame."""
+    """What the detector finds under one of these labels, frame by frame. Raises MeasurementError if frames lack."""
     frames = view.pick(middle_frames(len(view), FRAMES))
     found = resources.network("detector").detect(frames, labels)
+    if len(found) != len(frames):
+        raise MeasurementError(f"the detector answered for {len(found)} of {len(frames)} frames")
     return [[detection for detection in frame if detection.label in labels] for frame in found]
 
 

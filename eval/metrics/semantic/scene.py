@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sparse_forcing.errors import MeasurementError
 from sparse_forcing.eval.measuring.registry import Measurement, metric
 from sparse_forcing.eval.measuring.resources import Resources
 from sparse_forcing.eval.measuring.view import View
@@ -20,7 +21,10 @@ def scene(view: View, resources: Resources) -> Measurement:
     if wanted is None:
         return Measurement(value=None, details={"reason": "not a VBench prompt of this dimension"})
     words = wanted["scene"]["scene"].split()
-    captions = resources.network("captioner").caption(view.pick(middle_frames(len(view), FRAMES)))
+    frames = view.pick(middle_frames(len(view), FRAMES))
+    captions = resources.network("captioner").caption(frames)
+    if len(captions) != len(frames):
+        raise MeasurementError(f"the captioner answered for {len(captions)} of {len(frames)} frames")
     hits = [all(_contains(caption, word, resources.compatible) for word in words) for caption in captions]
     return Measurement(value=float(np.mean(hits)), count=len(hits))
 

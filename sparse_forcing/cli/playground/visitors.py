@@ -126,6 +126,7 @@ class Visitors:
         self._seen: dict[str | None, float] = {}
         self._files: dict[str | None, Path] = {}
         self._count = 0
+        self._starting = threading.Lock()  # of two starts of one visitor at once, the later one stops the other
 
     def __enter__(self) -> Visitors:
         self._folder = tempfile.TemporaryDirectory(prefix="sparse-forcing-", ignore_cleanup_errors=True)
@@ -147,11 +148,12 @@ class Visitors:
         config = read_form(minutes, seed, memory, overlay)
         prompt = _text(prompt)
         settings = resolve_settings(config, self.pipe)
-        self._leave(session)
-        self._count += 1
-        file = Path(self._folder.name) / f"video-{self._count}.mp4"
-        place, began = self.room.ask(self._size_of(settings)), False
-        try:
+        size, began = self._size_of(settings), False
+        with self._starting:
+            self._leave(session)
+            self._count += 1
+            file = Path(self._folder.name) / f"video-{self._count}.mp4"
+            place = self.room.ask(size)
             video = LiveVideo(
                 self.pipe,
                 prompt,
@@ -163,6 +165,7 @@ class Visitors:
                 **self.options,
             )
             self.videos[session], self._files[session] = (video, place), file
+        try:
             for number in place.wait():
                 yield View(line=f"Waiting for room: number {number} in line.")
             if self.videos.get(session) != (video, place):

@@ -117,7 +117,7 @@ class EvaluateConfig:
                     continue
                 if not isinstance(value, kind) or isinstance(value, bool):
                     raise ConfigError(f"{name} must be {wanted}, not {value!r:.60}")
-                for member in list(value) if name in _MEMBERS else []:
+                for member in getattr(self, name) if name in _MEMBERS else ():
                     if not isinstance(member, _MEMBERS[name]):
                         raise ConfigError(f"{name} must hold {_MEMBERS[name].__name__} alone, not {member!r:.60}")
 

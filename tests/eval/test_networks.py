@@ -179,6 +179,21 @@ def test_tokenizer_equals_the_tokenizers_library(tmp_path: Path) -> None:
         assert ours.encode(text) == theirs.encode(text).ids, text
 
 
+def test_a_damaged_or_absurd_vocabulary_is_one_line(tmp_path: Path) -> None:
+    """A flipped bit, wherever it is, and a small file that unpacks to more than memory should hold."""
+    path = vocabulary(tmp_path)
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 16]) + good[place + 1 :])
+        try:
+            ClipTokenizer(path)
+        except WeightsError as error:
+            assert "vocabulary" in str(error) or "pair of symbols" in str(error)
+    path.write_bytes(gzip.compress(bytes(1 << 25)))
+    with pytest.raises(WeightsError, match="not CLIP's vocabulary, which is smaller"):
+        ClipTokenizer(path)
+
+
 def test_tokenizer_repairs_text_before_it_is_lower_cased(tmp_path: Path) -> None:
     tokenizer = ClipTokenizer(vocabulary(tmp_path))
     for broken, repaired in (

@@ -11,6 +11,7 @@ import gzip
 import html
 import importlib.util
 import itertools
+import zlib
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import torch
 from sparse_forcing.errors import ConfigError, WeightsError
 
 MERGES = 49_152 - 256 - 2  # of the file's lines, those CLIP was trained with
+MAX_BYTES = 1 << 24  # of the file unpacked, several times what CLIP's has
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORDS = regex.compile(
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+", regex.IGNORECASE
@@ -53,9 +55,13 @@ class ClipTokenizer:
 
         self._repair = fix_text
         try:
-            lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")
-        except (OSError, EOFError, UnicodeDecodeError) as error:
+            with gzip.open(path) as file:
+                content = file.read(MAX_BYTES + 1)
+            lines = content.decode("utf-8").split("\n")
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
             raise WeightsError(f"{path}: not a gzipped CLIP vocabulary ({error})") from error
+        if len(content) > MAX_BYTES:
+            raise WeightsError(f"{path}: not CLIP's vocabulary, which is smaller than {MAX_BYTES} bytes")
         merges = [tuple(line.split()) for line in lines[1 : MERGES + 1] if line]
         if not merges or any(len(pair) != 2 for pair in merges):
             raise WeightsError(f"{path}: expected one pair of symbols a line")

@@ -27,7 +27,8 @@ from sparse_forcing.sampling.starts import GivenFrames
 
 T = TypeVar("T")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-STATE = {"chunk", "start", "text", "unconditional_text", "memory", "noise", "recent", "decoder"}
+STATE_KEYS = set("chunk start text unconditional_text memory noise recent decoder".split())
+"""Of what `VideoChunk.state()` gives."""
 PromptChanges = Mapping[int, str | list[str]] | Callable[[int], str | list[str] | None]
 """New prompts by the pixel frame from which they hold, or a function that is asked with the first pixel frame of every
 chunk but the video's first and answers None to go on as before. A list has a prompt for each one the video began with.
@@ -89,9 +90,10 @@ def whole_number(name: str, value: Any, default: int) -> int:
 
 
 def check_most(name: str, value: Any) -> Any:
-    """`value` itself. Raises ConfigError when it is more than the flag of that name takes."""
+    """`value` itself. Raises ConfigError when it is more than the flag of that name takes; infinity is told apart
+    by whoever uses it."""
     if name in BOUNDS and (most := BOUNDS[name][1]) < value < math.inf:
-        raise ConfigError(f"{name}: at most {most:g}, got {value!s:.40}")
+        raise ConfigError(f"{name}: at most {most:.12g}, got {value!s:.40}")
     return value
 
 
@@ -208,7 +210,7 @@ def check_memory(memory: MemoryConfig, *, recache: bool) -> MemoryConfig:
 
 def check_state(state: Any) -> Mapping[str, Any] | None:
     """`resumed` itself, which may be None. Raises ConfigError for what is no state of a chunk."""
-    if state is not None and not (isinstance(state, Mapping) and state.keys() >= STATE):
+    if state is not None and not (isinstance(state, Mapping) and state.keys() >= STATE_KEYS):
         raise ConfigError(f"resumed: expected what `VideoChunk.state()` of an earlier stream gave, got {state!r:.60}")
     return state
 

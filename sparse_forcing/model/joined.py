@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparse_forcing.model.layers import RMSNorm, is_hooked, is_plain
 
-LARGEST = 1 << 19
+LARGEST_WEIGHT = 1 << 19
 """Numbers of a weight. With more, three products take as long as one, and what is laid together would be a second copy
 of what lies in the file that is mapped."""
 
@@ -32,7 +32,7 @@ class JoinedWeights:
         hooked) or too large to gain by it."""
         if not _are_plain(layers, norms) or any(x.weight.is_inference() for x in layers):
             return None
-        if any(x.weight.numel() > LARGEST for x in layers):
+        if any(x.weight.numel() > LARGEST_WEIGHT for x in layers):
             return None
         with torch.inference_mode(False), torch.no_grad():  # they stay what they were, whoever trains them later
             weight, bias, norm = _parts(layers, norms)

@@ -30,7 +30,7 @@ def raises_an_error(*_: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"num_frames": 10**12}, "num_frames: at most 1e\\+06, got 1000000000000"),
+        ({"num_frames": 10**12}, "num_frames: at most 1000000, got 1000000000000"),
         ({"num_frames": 2.5}, "num_frames: expected a whole number"),
         ({"height": 10**7}, "height: at most 16384"),
         ({"width": 10**7}, "width: at most 16384"),

@@ -15,16 +15,16 @@ from transformers import UMT5Config, UMT5EncoderModel
 from tests.wan_folder import write_beside
 
 
-def write_true_size(folder: Path) -> Path:
-    """The diffusers folder of plain Wan 2.1 1.3B, every part in bfloat16."""
+def write_true_size(folder: Path, *, num_layers: int = 30, ffn_dim: int = 8960, base_dim: int = 96) -> Path:
+    """The diffusers folder of plain Wan 2.1 1.3B, or of less of it, every part in bfloat16."""
     torch.manual_seed(0)
     wide = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
         WanTransformer3DModel(
-            num_attention_heads=12, ffn_dim=8960, num_layers=30, text_dim=4096, cross_attn_norm=True
+            num_attention_heads=12, ffn_dim=ffn_dim, num_layers=num_layers, text_dim=4096, cross_attn_norm=True
         ).save_pretrained(folder / "transformer")
-        AutoencoderKLWan().save_pretrained(folder / "vae")
+        AutoencoderKLWan(base_dim=base_dim).save_pretrained(folder / "vae")
         text = UMT5Config(vocab_size=60, d_model=4096, d_kv=8, d_ff=16, num_layers=1, num_heads=4)
         UMT5EncoderModel(text).eval().save_pretrained(folder / "text_encoder")
     finally:

@@ -18,7 +18,7 @@ from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.model_folder.live_bytes import peak_bytes
 from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
+from sparse_forcing.sampling.generation.preflight import GIB, answer, cache_bytes, needs, outline
 from sparse_forcing.sampling.generation.settings import explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.forked import Forked, json_of
@@ -142,6 +142,9 @@ def test_published_sizes_are_known_before_they_are_downloaded() -> None:
 
 
 def test_advice_makes_a_video_fit() -> None:
+    def shortage(config: GenerateConfig, limit: int) -> str | None:
+        return answer(config, outline(config), "cuda", limit).remark
+
     said = shortage(PUBLISHED, 10 * GIB)
     assert said is not None
     parser = Parser(prog="generate")

@@ -42,7 +42,7 @@ def measure(folder: Path, video: list[str]) -> tuple[int, dict[str, Any]]:
     words = ["--model", str(folder), "--device", "cpu", *video]
     done = subprocess.run([sys.executable, "-m", "sparse_forcing", "doctor", "--json", *words], capture_output=True)
     said = json.loads(done.stdout)
-    target = ["--num-inference-steps", "1", "--output", str(folder / "video.mp4")]
+    target = ["--num-inference-steps", "1", "--output", str(folder.parent / "video.mp4")]
     command = [sys.executable, "-m", "sparse_forcing", "generate", "a cat", *words, *target]
     done = subprocess.run([sys.executable, "-c", MEASURED, *command], capture_output=True)
     code, peak = map(int, done.stdout.split())

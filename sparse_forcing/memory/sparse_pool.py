@@ -148,7 +148,8 @@ class SparseLayer:
     own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks; None where pools are
         written out of place.
     favour: [B, H, n, S] what is added to the score of a slot before those of a query block are ranked, for
-        sparse_fixed; None while there are unused slots, which have no score.
+        sparse_fixed; None while there are unused slots, which have no score. rows: [B, H, S] where its tables hold what
+        is in a slot.
     packed_keys, packed_values: [B, H, S, T, D] int8, and packed_scales [B, H, S, 2, D] of both, of blocks that are
         kept in 8 bits; packed_at: [B, H, S] position that keys had when they were rounded. Then keys and values are one
         layer's pool, which all share: what a pass over a layer reads.
@@ -175,6 +176,7 @@ class SparseLayer:
     retention_head: Tensor | None = None
     own_rows: Tensor | None = None
     favour: Tensor | None = None
+    rows: Tensor | None = None
     packed_keys: Tensor | None = None
     packed_values: Tensor | None = None
     packed_scales: Tensor | None = None

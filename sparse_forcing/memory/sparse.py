@@ -254,7 +254,7 @@ class SparseMemory(RolloutMemory):
         if ends:
             self._finish(layer, state, selection.project(layer, pooled, "query").detach(), new)
             return None
-        compared = selection.compare(layer, state, pooled)
+        coarse, compared = selection.compare(layer, state, pooled, again=rebuilt)
         choices = {} if choices is None else choices
         if layer not in choices:
             choices[layer] = selection.lists(state, compared)
@@ -264,12 +264,8 @@ class SparseMemory(RolloutMemory):
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
             out = self._attend_to_pool(state, queries, index, measure=self.rule.measures_mass(clean))
-        if selection.selectors is not None and trains:
-            out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
-        elif selection.selectors is not None:
-            assert state.value_representatives is not None
-            pooled_values = gather_slots(state.value_representatives, state.slots)
-            out = layout.add_to_tokens(out, selection.attend_coarse(layer, compared, pooled_values))
+        if coarse is not None:
+            out = layout.add_to_tokens(out, coarse)
         self._measure(layer, state, queries.detach(), clean)
         if clean:
             self._finish(layer, state, compared.queries, new)

@@ -216,7 +216,7 @@ class SparseLayer:
             origin=numbers(),
             table=table,
             retained=torch.full((*table.shape, rule.state_size), rule.fresh, device=keys.device),
-            history=BlockHistory(place=table.int() * 0 - 1, kept_at=numbers()) if history else None,
+            history=BlockHistory(place=torch.full_like(table, -1), kept_at=numbers()) if history else None,
         )
         if plan.config.cache_dtype is not None:
             assert layers is not None, "blocks in 8 bits are written in place"
@@ -325,9 +325,9 @@ class SparseLayer:
     def number_rows(self, layout: TileLayout, layers: int) -> None:
         """Say where in the flattened pools of its layer the chunk's blocks lie."""
         slots = self.own_slots(layout)
-        heads = torch.arange(slots.shape[0] * slots.shape[1] // layers, device=slots.device)
-        first = (heads * self.table.shape[2]).repeat(layers).view(*slots.shape[:2], 1)
-        self.store("own_rows", first + slots)
+        first = torch.arange(0, self.table.numel() // layers, self.table.shape[2], device=slots.device)
+        rows = first.view(1, -1, 1) + slots.reshape(layers, -1, slots.shape[2])
+        self.store("own_rows", rows.view(slots.shape))
 
     def copy_representatives(self) -> None:
         """Go on with copies, which nobody else holds."""

@@ -132,7 +132,7 @@ def sample_chunk(
         return sample_scheduler(flow, x, own, after)
     if config.kind == "few_step":
         return sample_few_step(flow, x, *few_step_levels(config, x.device), fresh_noise, exit_step, after)
-    if config.kind == "euler":
+    if config.kind in ("euler", "diffusers_euler"):
         return sample_euler(flow, x, euler_levels(config, x.device), after)
     levels = wan_levels(config.steps) if config.kind == "wan_unipc" else None
     return sample_unipc(flow, x, config.steps, config.shift, levels, after)

@@ -23,17 +23,21 @@ WORK_OF_A_THREAD = 4e9  # operations of one pass; `tiny` at 64 x 64 pixels has 1
 _process_is_ours = False
 
 
-def own_process(environment: MutableMapping[str, str] = os.environ) -> None:
+def own_process(environment: MutableMapping[str, str] = os.environ) -> bool:
     """Say that this process is a command's own: its idle threads sleep, and `limit_threads` chooses their number.
 
     Nothing happens where torch is there already, for then somebody else imported it. Unless the user chose otherwise.
+
+    Returns:
+        Whether the process is the command's own.
     """
     global _process_is_ours
     if "torch" in sys.modules:
-        return
+        return False
     _process_is_ours = not any(environment.get(name) for name in COUNTS)
     if WAITING.isdisjoint(environment):
         environment.update(PASSIVE)
+    return True
 
 
 @contextmanager

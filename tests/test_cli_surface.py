@@ -41,9 +41,9 @@ SURFACE = {
     "--gap --ground --frame-noise --seed --json",
     "playground": "--model --device --text-encoder-device --dtype --weights --offload --tiny-vae "
     "--tiled-decoding --host --port --cache-gigabytes",
-    "doctor": "--kernels --config --stage --processes --vram --model --preset --num-frames --seconds --height --width "
-    "--guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --cache-dtype --tile "
-    "--text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --json",
+    "doctor": "--kernels --config --stage --processes --vram --model --device --preset --num-frames --seconds --height "
+    "--width --guidance-scale --chunk-frames --memory --window-frames --sink-frames --persistent-blocks --cache-dtype "
+    "--tile --text-encoder-device --dtype --weights --offload --tiny-vae --tiled-decoding --json",
 }
 WITHOUT_TORCH = """
 import sys

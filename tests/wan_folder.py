@@ -45,6 +45,12 @@ def write_wan(folder: Path, shift: float = 3.0) -> Path:
     AutoencoderKLWan(base_dim=4, z_dim=16).save_pretrained(folder / "vae")
     config = UMT5Config(vocab_size=60, d_model=TEXT_DIM, d_kv=8, d_ff=16, num_layers=2, num_heads=4)
     UMT5EncoderModel(config).eval().save_pretrained(folder / "text_encoder")
+    write_beside(folder, shift)
+    return folder
+
+
+def write_beside(folder: Path, shift: float) -> None:
+    """What a diffusers folder holds beside models: tokenizer, scheduler, index."""
     words = ["<pad>", "</s>", "<unk>", *"a cat dog red blue on the ball rolls slowly".split()]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -59,7 +65,6 @@ def write_wan(folder: Path, shift: float = 3.0) -> Path:
     index = {name: ["diffusers", kind] for name, kind in parts.items()}
     index |= {"text_encoder": ["transformers", "UMT5EncoderModel"], "tokenizer": ["transformers", "T5TokenizerFast"]}
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "WanPipeline", **index}))
-    return folder
 
 
 def wan_state(folder: Path) -> dict[str, Tensor]:

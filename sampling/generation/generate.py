@@ -155,14 +155,13 @@ def _generate_all(
 
 
 def _shortage(config: GenerateConfig) -> str | None:
-    """What to say before a model is loaded onto a GPU that is too small for the video."""
-    import torch
+    """What to say before a model is loaded onto a device that is too small for the video."""
+    from sparse_forcing.sampling.generation.preflight import answer, memory_limit, outline
 
-    if not resolve_device(config.device).startswith("cuda") or config.sequence_parallel:  # it counts one process alone
-        return None
-    from sparse_forcing.sampling.generation.preflight import shortage
-
-    return shortage(config, torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    device = resolve_device(config.device)
+    if config.sequence_parallel or (device == "cpu" and choose_defaults(config).vae != "wan"):
+        return None  # one process alone is counted; an embedded model is small for any CPU, and a second is long for it
+    return answer(config, outline(config), device, memory_limit(device)).remark
 
 
 def load_pipeline(config: GenerateConfig, prompts: Sequence[str] | None = None) -> SparseForcingPipeline:

@@ -115,7 +115,7 @@ class GenerateConfig:
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     preset: Preset | None = None
-    sampler: Literal["few_step", "euler", "unipc", "wan_unipc"] | None = None
+    sampler: Literal["few_step", "euler", "diffusers_euler", "unipc", "wan_unipc"] | None = None
     shift: float | None = None
     chunk_frames: int | None = None
     fps: float | None = None

@@ -1,12 +1,13 @@
 """What a video needs of a device's memory, before any weight is read: from configs and shapes alone.
 
 Weights and caches are counted; a pass and the decoder run on tensors without storage, with attention as fused kernels
-do it. What an allocator wastes comes on top: `HEADROOM`.
+do it. On a GPU what its allocator wastes comes on top (`HEADROOM`), on a CPU what the process holds in any case.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,15 +18,16 @@ import torch
 from sparse_forcing.config import constructor_settings
 from sparse_forcing.devices import multiplies_bfloat16, resolve_device
 from sparse_forcing.errors import SparseForcingError, WeightsError
+from sparse_forcing.machine_memory import held_bytes, obtainable_bytes
 from sparse_forcing.memory.config import MemoryConfig
 from sparse_forcing.model.attention import ParallelAttention
 from sparse_forcing.model.geometry import TileLayout, VideoGeometry
 from sparse_forcing.model.small.quantized import Storage, quantize_, stored_bytes
-from sparse_forcing.model.small.tiled_decode import decode_frames, is_tiled
+from sparse_forcing.model.small.tiled_decode import count_tiles, decode_frames, is_tiled
 from sparse_forcing.model.small.tiny_decoder import TinyDecoder
 from sparse_forcing.model.transformer import CausalWanTransformer3DModel
 from sparse_forcing.model_folder.defaults import PipelineConfig
-from sparse_forcing.model_folder.folder import find_model, usual_dtype
+from sparse_forcing.model_folder.folder import STORED, find_model, usual_dtype
 from sparse_forcing.model_folder.live_bytes import peak_bytes
 from sparse_forcing.model_folder.presets import PRESETS, preset
 from sparse_forcing.model_folder.recognise import read_table
@@ -33,13 +35,14 @@ from sparse_forcing.model_folder.sizes import ModelSizes, autoencoder_of, model_
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.placement import check_decoder
 from sparse_forcing.sampling.generation.settings import Settings, choose_defaults, resolve_settings
+from sparse_forcing.weights.safe_load import check_safetensors
 
 HEADROOM = 1.1
 GIB = 2**30
 _TINY = 9_844_611  # numbers of the tiny decoder
 _BLOCKS_AT_ONCE = 2  # one that computes, and the next one, which comes meanwhile
 _SCALE = 2  # bytes of a channel's in blocks of 8 bits
-_HELPS_ANYWHERE = {"memory", "cache_dtype", "weights"}  # on a CPU, too
+_HELPS_ANYWHERE = {"memory", "cache_dtype", "weights", "tiled_decoding", "height", "width"}  # on a CPU, too
 _DECODED = 3  # latent frames after which every further one needs what the one before did
 _SMALLER = ((480, 832), (320, 576), (256, 448))
 
@@ -49,8 +52,11 @@ class Needs:
     """Bytes on the device: weights of the three parts, the cache, what a denoising pass and decoding make meanwhile.
 
     text: keys and values of the prompt in every layer, which stay through the video.
+    process: what the process holds without a model; on a GPU nothing.
+    loading, reading: of a CPU, what the transformer's and umT5's files take beside the weights while those are read.
     text_stays: whether the text encoder is still there then; umT5 reads the prompts first and goes.
     by_turns: whether transformer and autoencoder wait in the CPU's memory while the other computes.
+    headroom: how many times what is counted is taken.
     """
 
     transformer: int
@@ -60,6 +66,10 @@ class Needs:
     text: int
     activations: int
     decoding: int
+    process: int = 0
+    loading: int = 0
+    reading: int = 0
+    headroom: float = HEADROOM
     text_stays: bool = False
     by_turns: bool = False
 
@@ -70,14 +80,19 @@ class Needs:
 
     @property
     def total(self) -> int:
-        """Weights, cache and the larger of what a pass and decoding make, which never run at once; or umT5 alone."""
+        """Weights, cache and the larger of what a pass and decoding make, which never run at once; or umT5 alone; or
+        weights while they are read."""
         passes, decodes = (self.transformer, self.activations), (self.autoencoder, self.decoding)
         if self.by_turns:
             video = self.cache + self.text + max(sum(passes), sum(decodes))
         else:
             video = self.cache + self.text + self.transformer + self.autoencoder + max(self.activations, self.decoding)
-        most = video + self.text_encoder if self.text_stays else max(video, self.text_encoder)
-        return round(HEADROOM * most)
+        loaded, text = self.transformer + self.autoencoder + self.loading, self.text_encoder
+        most = max(video, loaded) + text if self.text_stays else max(video, loaded, text + self.reading)
+        return self.process + round(self.headroom * most)
+
+
+_measured: dict[tuple[Any, ...], int] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,14 +103,15 @@ class Outline:
     geometry: VideoGeometry
     sizes: ModelSizes
     autoencoder: Any
-    measured: dict[Any, int] = dataclasses.field(default_factory=dict)  # runs without storage, which take a second each
+    folder: Path | None
 
     def measure(self, work: Callable[..., int], *settings: Any) -> int:
-        """`work(self, *settings)`, done once."""
-        key = (work, *settings)
-        if key not in self.measured:
-            self.measured[key] = work(self, *settings)
-        return self.measured[key]
+        """`work(self, *settings)`, done once for models of these sizes: a run without storage takes a second."""
+        sizes = getattr(self.autoencoder, "vae", self.autoencoder).config
+        key = (work, *settings, json.dumps([self.sizes.transformer, self.sizes.text_len, sizes], sort_keys=True))
+        if key not in _measured:
+            _measured[key] = work(self, *settings)
+        return _measured[key]
 
     @property
     def fps(self) -> float:
@@ -119,7 +135,7 @@ def outline(config: GenerateConfig) -> Outline:
     with torch.device("meta"):
         autoencoder = autoencoder_of(defaults.vae, vae)
     geometry = VideoGeometry.of(autoencoder, on_meta(sizes.transformer).config)
-    return Outline(defaults, defaults.fit_geometry(geometry), sizes, autoencoder)
+    return Outline(defaults, defaults.fit_geometry(geometry), sizes, autoencoder, folder)
 
 
 def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs:
@@ -127,9 +143,10 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
     settings = resolve_settings(config, model)  # type: ignore[arg-type]
     check_decoder(config, model.defaults)
     dtype = _dtype(config, device)
-    size = torch.empty((), dtype=dtype).element_size()
+    size, transformer = dtype.itemsize, on_meta(model.sizes.transformer)
     batch = 2 if settings.guidance_scale > 1 else 1
     elsewhere = config.text_encoder_device not in (None, config.device, device)
+    on_cpu = device.startswith("cpu")
     per_float = size / torch.finfo(torch.float32).bits * 8
     chunks = model.geometry.chunks(model.geometry.latent_frames(settings.num_frames))
     latent = model.geometry.latent_size(settings.height, settings.width)
@@ -143,9 +160,25 @@ def needs(config: GenerateConfig, model: Outline, device: str = "cuda") -> Needs
         decoding=model.measure(
             _decoding, max(chunks), latent, dtype, config.tiny_vae is not None, config.tiled_decoding, device
         ),
+        process=held_bytes() if on_cpu else 0,
+        loading=_while_read(model, "transformer", transformer, dtype, config) if on_cpu else 0,
+        reading=_while_read(model, "text_encoder", model.sizes.text, dtype, config) if on_cpu else 0,
+        headroom=1.0 if on_cpu else HEADROOM,
         text_stays=model.defaults.text_encoder == "words",
         by_turns=config.offload == "model",
     )
+
+
+def _while_read(model: Outline, part: str, network: torch.nn.Module, dtype: torch.dtype, config: GenerateConfig) -> int:
+    """Bytes beside a part's weights while they are read: its files, which are mapped while their numbers are brought to
+    another type, and what is given up when these come to rest in 8 bits."""
+    size = dtype.itemsize
+    wide = stored_bytes(network, size, None) - stored_bytes(network, size, config.weights)
+    files = [] if model.folder is None else sorted((model.folder / part).glob("*.safetensors"))
+    if {STORED.get(kind) for file in files for kind, _ in check_safetensors(file).values()} <= {dtype}:
+        return wide
+    sizes = [file.stat().st_size for file in files]
+    return wide + (sum(sizes) if part == "text_encoder" else max(sizes))  # transformers maps all at once
 
 
 def _on_device(model: Outline, size: int, config: GenerateConfig) -> int:
@@ -227,7 +260,10 @@ def _decoding(
         autoencoder.vae.use_tiling = tiled
         if is_tiled(autoencoder.vae, z):  # tiles wait elsewhere for their turn; their pixels are joined in the end
             tile = z[..., : autoencoder.vae.tile_sample_min_height // 8, : autoencoder.vae.tile_sample_min_width // 8]
-            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, []), device)
+            carried: list[Any] = []
+            one = peak_bytes(lambda: decode_frames(autoencoder.vae, tile, carried), device)
+            if device.startswith("cpu"):  # there they wait beside it
+                one += (count_tiles(autoencoder.vae, z) - 1) * sum(x.nbytes for x in carried if torch.is_tensor(x))
             return one + 4 * pixel_frame * autoencoder.temporal_stride * frames
     pixels = 2 * pixel_frame * autoencoder.temporal_stride * (frames - some)
     return peak_bytes(lambda: next(iter(decoder.decode_stream([z]))), device) + pixels
@@ -241,16 +277,16 @@ class _Change:
     flags: str
 
 
-def remedies(config: GenerateConfig, model: Outline, limit: int) -> list[str]:
+def remedies(config: GenerateConfig, model: Outline, limit: int, device: str = "cuda") -> list[str]:
     """Flags with which a video fits into `limit` bytes, those that cost least of it first and none in vain; empty where
     no flags make it fit."""
 
     def fits(changes: list[_Change]) -> bool:
         changed = {name: value for change in changes for name, value in change.settings.items()}
-        return needs(dataclasses.replace(config, **changed), model).total <= limit
+        return needs(dataclasses.replace(config, **changed), model, device).total <= limit
 
     chosen: list[_Change] = []
-    for change in _changes(config, model):
+    for change in _changes(config, model, device):
         chosen.append(change)
         if fits(chosen):
             break
@@ -262,8 +298,14 @@ def remedies(config: GenerateConfig, model: Outline, limit: int) -> list[str]:
     return [change.flags for change in chosen]
 
 
-def _changes(config: GenerateConfig, model: Outline) -> Iterator[_Change]:
-    """What can be given up, from what costs nothing to what is seen."""
+def _changes(config: GenerateConfig, model: Outline, device: str) -> Iterator[_Change]:
+    """What can be given up, from what costs nothing to what is seen; on a CPU there is nowhere to put things."""
+    for change in _all_changes(config, model):
+        if not device.startswith("cpu") or change.settings.keys() <= _HELPS_ANYWHERE:
+            yield change
+
+
+def _all_changes(config: GenerateConfig, model: Outline) -> Iterator[_Change]:
     if config.text_encoder_device is None:
         yield _Change({"text_encoder_device": "cpu"}, "--text-encoder-device cpu")
     if not model.geometry.whole_video and (config.memory or model.default_memory.kind) == "full":
@@ -294,8 +336,8 @@ def relief(config: GenerateConfig) -> tuple[str, list[str]]:
         saved = {
             change.flags: need.total
             - _without_text(needs(dataclasses.replace(config, **change.settings), model, device)).total
-            for change in _changes(config, model)
-            if "height" not in change.settings and (device != "cpu" or change.settings.keys() <= _HELPS_ANYWHERE)
+            for change in _changes(config, model, device)
+            if "height" not in change.settings
         }
     except SparseForcingError:
         return "", []
@@ -313,12 +355,36 @@ def _without_text(need: Needs) -> Needs:
     return need if need.text_stays else dataclasses.replace(need, text_encoder=0)
 
 
-def shortage(config: GenerateConfig, limit: int) -> str | None:
-    """One line when a video does not fit into `limit` bytes: what it needs, and what would make it fit."""
-    model = outline(config)
-    need = needs(config, model).total
-    if need <= limit:
-        return None
-    flags = remedies(config, model, limit)
-    advice = f"it fits with {' '.join(flags)}" if flags else "no setting that is known makes it fit"
-    return f"needs about {need / GIB:.1f} GiB, the device has {limit / GIB:.1f}: {advice}"
+def memory_limit(device: str) -> int | None:
+    """Bytes that a device has, of a CPU those this process can have; None where nobody tells."""
+    if not device.startswith("cuda"):
+        return obtainable_bytes() if device.startswith("cpu") else None
+    return torch.cuda.get_device_properties(torch.device(device)).total_memory
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """Whether a video fits: what it needs, of how much (None: unknown), and flags with which it fits if it does not."""
+
+    need: Needs
+    limit: int | None
+    flags: list[str]
+
+    @property
+    def fits(self) -> bool | None:
+        return None if self.limit is None else self.need.total <= self.limit
+
+    @property
+    def remark(self) -> str | None:
+        """One line where the video does not fit."""
+        if self.limit is None or self.fits:
+            return None
+        advice = f"it fits with {' '.join(self.flags)}" if self.flags else "no setting that is known makes it fit"
+        return f"needs about {self.need.total / GIB:.1f} GiB, the device has {self.limit / GIB:.1f}: {advice}"
+
+
+def answer(config: GenerateConfig, model: Outline, device: str, limit: int | None) -> Answer:
+    """What `doctor` says of a video and `generate` checks. Raises ConfigError for settings the model cannot take."""
+    need = needs(config, model, device)
+    fits = limit is None or need.total <= limit
+    return Answer(need=need, limit=limit, flags=[] if fits else remedies(config, model, limit or 0, device))

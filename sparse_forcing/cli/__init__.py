@@ -19,6 +19,7 @@ from sparse_forcing.cli.flags import Parser
 from sparse_forcing.devices import is_out_of_memory
 from sparse_forcing.errors import OutputError, SparseForcingError
 from sparse_forcing.files import NO_ROOM, find_system_error
+from sparse_forcing.machine_memory import return_what_is_freed
 from sparse_forcing.threads import own_process
 
 PROGRAM = "sparse-forcing"
@@ -34,7 +35,11 @@ COMMANDS = {
 }
 
 _FOR_LESS_MEMORY = "choose smaller pictures, fewer frames, or less at a time"
-MACHINE_TO_THEMSELVES = ("bench", "train", "reproduce")  # they measure it or fill it: their idle threads may spin
+MACHINE_TO_THEMSELVES = (
+    "bench",
+    "train",
+    "reproduce",
+)  # they measure or fill it: threads may spin, what is freed may stay
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,8 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run_module(module: str, arguments: Sequence[str], *, name: str | None = None) -> int:
     """Run a command's module; `name` is what its messages call it (default: `python -m` and the module)."""
-    if module.rpartition(".")[2] not in MACHINE_TO_THEMSELVES:
-        own_process()
+    if module.rpartition(".")[2] not in MACHINE_TO_THEMSELVES and own_process():
+        return_what_is_freed()
     name = name or f"python -m {module}"
     return _run_guarded(name, lambda: _command(name, module, list(arguments)))
 

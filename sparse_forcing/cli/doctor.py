@@ -21,7 +21,7 @@ from sparse_forcing.sampling.generation.jobs import GenerateConfig
 
 REQUIRED = ("torch", "diffusers", "transformers", "safetensors", "einops", "av", "imageio", "numpy", "yaml")
 _VIDEO = (
-    "model", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
+    "model", "device", "preset", "num_frames", "seconds", "height", "width", "guidance_scale", "chunk_frames", "memory",
     "window_frames", "sink_frames", "persistent_blocks", "cache_dtype", "tile", "text_encoder_device",
     "dtype", "weights", "offload", "tiny_vae", "tiled_decoding",
 )  # fmt: skip
@@ -51,7 +51,10 @@ def add_arguments(parser: Parser) -> None:
         help="with --config: how many share the work (default: the file's)",
     )
     parser.add_argument(
-        "--vram", type=number, metavar="GIB", help="with --model: memory to fit into (default: the GPU's)"
+        "--vram",
+        type=number,
+        metavar="GIB",
+        help="with --model: memory to fit into, of a GPU unless --device says cpu (default: what the device here has)",
     )
     add_config_flags(parser, GenerateConfig, {name: PREFLIGHT.get(name, FLAGS[name]) for name in _VIDEO})
     parser.add_argument("--json", action="store_true", help="print one JSON value instead of lines")
@@ -197,39 +200,39 @@ def _memory_report(config_path: Path, stage: str | None, processes: int | None, 
 
 
 def _preflight(arguments: argparse.Namespace) -> int:
-    """Print what a video needs on a GPU, part by part; returns 1 when it does not fit."""
-    import torch
-
+    """Print what a video needs on a device, part by part; returns 1 when it does not fit. With --vram alone the device
+    is a GPU that need not be here."""
+    from sparse_forcing.devices import resolve_device
     from sparse_forcing.kernels.compile_report import backend_status
     from sparse_forcing.sampling.generation.placement import check_placement
-    from sparse_forcing.sampling.generation.preflight import GIB, HEADROOM, needs, outline, remedies
+    from sparse_forcing.sampling.generation.preflight import GIB, answer, memory_limit, outline
 
     config = read_config(GenerateConfig, arguments)
+    elsewhere = arguments.vram is not None and config.device == "auto"
+    device = "cuda" if elsewhere else resolve_device(config.device)
     model = outline(config)
-    check_placement(config, model.defaults, "cuda")
-    need = needs(config, model)
-    limit = None if arguments.vram is None else round(arguments.vram * GIB)
-    if limit is None and torch.cuda.is_available():
-        limit = torch.cuda.get_device_properties(0).total_memory
+    check_placement(config, model.defaults, device)
+    limit = memory_limit(device) if arguments.vram is None else round(arguments.vram * GIB)
+    found = answer(config, model, device, limit)
+    need, fits = found.need, found.fits
     kind = config.memory or model.default_memory.kind
     sparse = kind == "sparse" and not model.geometry.whole_video
     kernels = [row["backend"] for row in backend_status() if row["status"] != "unavailable"] if sparse else ["dense"]
-    fits = None if limit is None else need.total <= limit
-    advice = remedies(config, model, limit) if limit is not None and not fits else []
     if arguments.json:
-        answer = {"bytes": need.parts, "total": need.total, "limit": limit, "fits": fits, "fits_with": advice}
-        print(json.dumps({**answer, "kernels": sorted(set(kernels)), "notes": model.sizes.notes}))
+        said = {"bytes": need.parts, "total": need.total, "limit": limit, "fits": fits, "fits_with": found.flags}
+        print(json.dumps({**said, "device": device, "kernels": sorted(set(kernels)), "notes": model.sizes.notes}))
         return int(fits is False)
     for name, size in need.parts.items():
         print(f"{name.replace('_', ' '):<13} {size / GIB:8.2f} GiB")
-    print(f"{'in all':<13} {need.total / GIB:8.2f} GiB, a tenth for the allocator included ({HEADROOM:g} times)")
+    wasted = f", a tenth for the allocator included ({need.headroom:g} times)" if need.headroom > 1 else ""
+    print(f"{'in all':<13} {need.total / GIB:8.2f} GiB at most on {device}{wasted}")
     print(f"attention by  {', '.join(sorted(set(kernels)))}")
     for note in model.sizes.notes:
         print(f"note: {note}")
     if limit is not None:
         print(f"{'fits' if fits else 'does not fit'} into {limit / GIB:.1f} GiB")
     if fits is False:
-        print(f"fits with {' '.join(advice)}" if advice else "no setting that is known makes it fit")
+        print(f"fits with {' '.join(found.flags)}" if found.flags else "no setting that is known makes it fit")
     return int(fits is False)
 
 

@@ -36,7 +36,7 @@ FLAGS = {
     "guidance_scale": "classifier-free guidance; 1 or less is none",
     "negative_prompt": "what guidance leads away from (default: the model's)",
     "preset": "how published weights are sampled (default: what the folder says of itself)",
-    "sampler": "few_step (Self-Forcing), euler, unipc (diffusers' grid) or wan_unipc (Wan's own)",
+    "sampler": "few_step (Self-Forcing), euler, diffusers_euler and unipc (diffusers' grids) or wan_unipc (Wan's own)",
     "shift": "of the noise levels towards noise",
     "chunk_frames": "latent frames generated at a time; plain Wan weights make all at once",
     "fps": "frames per second of the video (default: the model's)",

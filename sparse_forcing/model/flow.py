@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_forcing.errors import ConfigError
 
 NUM_TRAIN_TIMESTEPS = 1000
-SAMPLERS = ("few_step", "euler", "unipc", "wan_unipc")
+SAMPLERS = ("few_step", "euler", "diffusers_euler", "unipc", "wan_unipc")
 UNIPC = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "num_train_timesteps": NUM_TRAIN_TIMESTEPS}
 """What UniPC is told beside its shift; all else is as diffusers has it."""
 
@@ -94,8 +94,9 @@ class SamplerConfig:
     """How a chunk is denoised.
 
     Args:
-        kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler, unipc (diffusers'
-            grid), or wan_unipc (the grid of Wan's and Self-Forcing's own code, which starts just below 1).
+        kind: few_step (Self-Forcing: predict x0, add fresh noise at the next level), euler (even before the shift),
+            diffusers_euler and unipc (diffusers' grids), or wan_unipc (the grid of Wan's and Self-Forcing's own code,
+            which starts just below 1).
         steps: network evaluations per chunk (two per step with guidance).
         shift: the noise grid's shift towards high noise.
         step_list: few_step only: unshifted timesteps, e.g. 1000, 750, 500, 250; evenly spaced when None.
@@ -137,7 +138,11 @@ def few_step_timesteps(config: SamplerConfig) -> Tensor:
 
 
 def euler_sigmas(config: SamplerConfig) -> Tensor:
-    """[steps + 1] sigmas from 1 to 0, uniform before the shift."""
+    """[steps + 1] sigmas from 1 to 0, uniform before the shift; of `diffusers_euler` those of diffusers'
+    FlowMatchEulerDiscreteScheduler, whose last level above 0 is the shifted least one of its table, shifted again."""
+    if config.kind == "diffusers_euler":
+        least = shift_sigma(torch.tensor(1 / NUM_TRAIN_TIMESTEPS), config.shift).item()
+        return torch.cat([shift_sigma(torch.linspace(1, least, config.steps), config.shift), torch.zeros(1)])
     return shift_sigma(torch.linspace(1, 0, config.steps + 1), config.shift)
 
 

@@ -36,7 +36,7 @@ from sparse_forcing.weights.parts import check_part, load_part
 from sparse_forcing.weights.safe_load import MAX_CONFIG_BYTES, check_safetensors, not_finite
 
 EMBEDDED_MODELS = Path(__file__).parents[1] / "models"
-_STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+STORED = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _ORIGIN = ("_name_or_path", "name_or_path", "is_local", "local_files_only")
 EMBEDDED_AUTOENCODERS: dict[str, type] = {"patch": PatchAutoencoder, "token": TokenAutoencoder}
 
@@ -125,9 +125,9 @@ def stored_dtype(folder: Path) -> torch.dtype:
     if read_defaults(folder).vae in EMBEDDED_AUTOENCODERS:
         return torch.float32
     for path in sorted((folder / "transformer").glob("*.safetensors")):
-        kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in _STORED]
+        kinds = [dtype for dtype, _ in check_safetensors(path).values() if dtype in STORED]
         if kinds:
-            return _STORED[max(set(kinds), key=kinds.count)]
+            return STORED[max(set(kinds), key=kinds.count)]
     return torch.float32
 
 

@@ -29,6 +29,7 @@ SCHEDULERS = {"UniPCMultistepScheduler": "flow_shift", "FlowMatchEulerDiscreteSc
 """diffusers' schedulers that plain Wan is sampled by here, and what each calls its shift."""
 SELF_FORCING_SCHEDULER = "SelfForcingFlowMatchScheduler"
 WINDOW = ("local_attn_size", "sink_size")
+SELECTOR = "selector_tokens"
 CHUNK = ("num_frame_per_block", "num_frames_per_block")
 
 
@@ -90,7 +91,7 @@ def _plain(folder: Path, config: Mapping[str, Any]) -> PipelineConfig:
         return base
     shift = float(scheduler.get(SCHEDULERS[kind], 1.0))
     sampler = SamplerConfig(
-        kind="unipc" if kind == "UniPCMultistepScheduler" else "euler",
+        kind="unipc" if kind == "UniPCMultistepScheduler" else "diffusers_euler",
         steps=WAN_STEPS,
         shift=shift,
         guidance_scale=_DIFFUSERS_GUIDANCE,
@@ -99,7 +100,7 @@ def _plain(folder: Path, config: Mapping[str, Any]) -> PipelineConfig:
 
 
 def _causal(folder: Path, config: Mapping[str, Any]) -> PipelineConfig:
-    if config.get("selector_tokens"):
+    if config.get(SELECTOR):
         return replace(PRESETS["sparse-forcing"], chunk_frames=None)
     window, sink = (int(config.get(name) or 0) for name in WINDOW)
     chunk = next((int(config[name]) for name in CHUNK if config.get(name)), None)

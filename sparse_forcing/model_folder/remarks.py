@@ -23,12 +23,14 @@ from sparse_forcing.model_folder.recognise import (
     PLAIN,
     SCHEDULER,
     SCHEDULERS,
+    SELECTOR,
     SELF_FORCING_SCHEDULER,
     TRANSFORMER,
     WINDOW,
     is_part,
     read_table,
 )
+from sparse_forcing.weights.manifest import MANIFEST, unknown_entries
 
 _PARTS = ("transformer", "text_encoder", "tokenizer", "vae", "scheduler", "adapter")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")
@@ -41,6 +43,7 @@ _CLASSES = {
     "vae": ("AutoencoderKLWan", "PatchAutoencoder", "TokenAutoencoder"),
 }
 """Of what is loaded, whatever `model_index.json` calls it; of the other parts the configs are looked at."""
+_POSITIONS = "rope_max_seq_len"
 _QUANTIZED = "quantization_config"  # diffusers and transformers act on it
 _UMT5 = {"torch_dtype", "tokenizer_class", "output_past", "scalable_attention", "name_or_path", _QUANTIZED}
 """What configs of umT5 hold beside transformers' own settings: notes, and a property that every umT5 has."""
@@ -65,7 +68,9 @@ def folder_remarks(folder: Path) -> list[str]:
 
 
 def _remarks(folder: Path) -> Iterator[tuple[str | Path, str]]:
-    yield from _unknown(folder, TRANSFORMER, {*_parameters(CausalWanTransformer3DModel), *WINDOW, *CHUNK, _QUANTIZED})
+    yield from _transformer(folder)
+    if strange := unknown_entries(folder):
+        yield MANIFEST, f"not used: {', '.join(strange[:_SHOWN])}"
     yield from _other_parts(folder)
     yield from _index(folder)
     yield from _scheduler(folder)
@@ -82,6 +87,17 @@ def _unknown(folder: Path, place: str | Path, known: set[str]) -> Iterator[tuple
     """The settings of a config that are not `known`."""
     if strange := sorted(constructor_settings(read_table(folder / place)).keys() - known):
         yield place, f"not used: {', '.join(strange)}"
+
+
+def _transformer(folder: Path) -> Iterator[tuple[str | Path, str]]:
+    """Window and chunk are read of causal weights that nothing else says how to sample; -1 and 0 mean none anyway."""
+    config, ours = read_table(folder / TRANSFORMER), _parameters(CausalWanTransformer3DModel)
+    said = {name for name in (*WINDOW, *CHUNK) if config.get(name) in (None, 0, -1)}
+    if not (folder / PIPELINE_FILE).is_file() and config.get("_class_name") != PLAIN and not config.get(SELECTOR):
+        said |= {*WINDOW, *CHUNK}
+    yield from _unknown(folder, TRANSFORMER, {*ours, *said, _QUANTIZED})
+    if config.get(_POSITIONS, ours[_POSITIONS]) != ours[_POSITIONS]:
+        yield TRANSFORMER, f"not used: {_POSITIONS}={config[_POSITIONS]!s:.40}, positions are computed for any length"
 
 
 def _differing(settings: Mapping[str, Any], ours: Mapping[str, Any]) -> str:
@@ -138,8 +154,6 @@ def _scheduler(folder: Path) -> Iterator[tuple[str | Path, str]]:
         shift = SCHEDULERS[kind]
         if other := _differing(scheduler, {**ours, shift: scheduler.get(shift)}):
             yield SCHEDULER, f"not used: {other}"
-        if not unipc:
-            yield SCHEDULER, "Euler steps are taken on a grid that is even before the shift, which is not diffusers'"
 
 
 def _autoencoder(folder: Path) -> Iterator[tuple[str | Path, str]]:

@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from sparse_forcing.errors import ConfigError, WeightsError
 from sparse_forcing.files import PathLike, atomic_write_json, read_json, sha256_file
 
 MANIFEST = "manifest.json"
 MAX_BYTES = 4 << 20  # of a manifest
+_FILES = "files"
 _PARTS = ("transformer", "vae", "adapter", "scheduler")
 _SETTINGS = ("pipeline.json", "model_index.json")
 
@@ -23,7 +25,7 @@ def write_manifest(folder: PathLike) -> dict[str, str]:
     """Hash every file below `folder` into its manifest.json; return {relative path: SHA-256}. Raises OutputError."""
     root = Path(folder)
     hashes = {name: sha256_file(root / name) for name in _content(root)}
-    atomic_write_json(root / MANIFEST, {"files": hashes})
+    atomic_write_json(root / MANIFEST, {_FILES: hashes})
     return hashes
 
 
@@ -37,11 +39,7 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
     root = Path(folder)
     if not (root / MANIFEST).is_file():
         return None
-    try:
-        manifest = read_json(root / MANIFEST, max_bytes=MAX_BYTES)
-    except ConfigError as error:
-        raise WeightsError(f"{error}; the manifest is damaged") from error
-    hashes = manifest.get("files") if isinstance(manifest, dict) else None
+    hashes = _read(root).get(_FILES)
     if not isinstance(hashes, dict) or not all(isinstance(value, str) for value in hashes.values()):
         raise WeightsError(f"{root / MANIFEST}: not a manifest of SHA-256 sums")
     for name, expected in hashes.items():
@@ -55,6 +53,19 @@ def verify_manifest(folder: PathLike) -> dict[str, str] | None:
     if extra := sorted(name for name in set(_content(root)) - set(hashes) if name.rpartition("/")[0] in covered):
         raise WeightsError(f"{root / extra[0]}: not listed in {MANIFEST}; remove it or write the manifest again")
     return dict(hashes)
+
+
+def unknown_entries(folder: Path) -> list[str]:
+    """What a manifest says beside the hashes, by name; nothing here uses it. Raises WeightsError for a damaged one."""
+    return sorted(_read(folder).keys() - {_FILES}) if (folder / MANIFEST).is_file() else []
+
+
+def _read(root: Path) -> dict[str, Any]:
+    try:
+        manifest = read_json(root / MANIFEST, max_bytes=MAX_BYTES)
+    except ConfigError as error:
+        raise WeightsError(f"{error}; the manifest is damaged") from error
+    return manifest if isinstance(manifest, dict) else {}
 
 
 def folder_hash(folder: PathLike) -> str:

@@ -399,7 +399,7 @@ def test_every_command_of_the_page_on_real_weights(
     Path("self_forcing_dmd.yaml").write_text(YAML)
     torch.save(published(), "taew2_1.pth")
     commands = COMMAND.findall(PAGE.read_text(encoding="utf-8"))
-    assert len(commands) == 20
+    assert len(commands) == 21
     Path("prompts.txt").write_text("a red circle\na blue star\n")
     for command in commands:
         words = shlex.split(command)

@@ -17,6 +17,7 @@ from sparse_forcing.model_folder.adapters import Adapter, add_kept_adapters, wri
 from sparse_forcing.model_folder.folder import EMBEDDED_MODELS, load_transformer
 from sparse_forcing.model_folder.presets import PRESETS
 from sparse_forcing.model_folder.remarks import folder_remarks
+from sparse_forcing.weights.manifest import write_manifest
 from tests.wan_folder import load, write_wan
 
 INDEX, TRANSFORMER, VAE = "model_index.json", "transformer/config.json", "vae/config.json"
@@ -57,6 +58,12 @@ def test_folders_as_they_are_published_need_no_remark(folder: Path) -> None:
     ("name", "changes", "remark"),
     [
         (TRANSFORMER, {"attention_kind": "x", "quantization_config": {}}, "not used: attention_kind"),
+        (
+            TRANSFORMER,
+            {"rope_max_seq_len": 512},
+            "not used: rope_max_seq_len=512, positions are computed for any length",
+        ),
+        (TRANSFORMER, {"num_frame_per_block": 3, "local_attn_size": -1}, "not used: num_frame_per_block"),
         (VAE, {"depth_bands": 3}, "not used: depth_bands"),
         (VAE, {"_class_name": "AutoencoderKLOther"}, "not used: _class_name=AutoencoderKLOther, it is read as"),
         (TEXT, {"relative_shift": 3}, "not used: relative_shift"),
@@ -85,10 +92,9 @@ def test_a_setting_without_effect_is_one_line(folder: Path, name: str, changes: 
 def test_what_other_schedulers_say(folder: Path) -> None:
     path = folder / SCHEDULER
     path.write_text(json.dumps(EULER))
-    (grid,) = folder_remarks(folder)
-    assert "a grid that is even before the shift" in grid
+    assert folder_remarks(folder) == []
     path.write_text(json.dumps(EULER | {"use_dynamic_shifting": True, "base_shift": 0.5}))
-    assert folder_remarks(folder) == [f"{path}: not used: use_dynamic_shifting=True", grid]
+    assert folder_remarks(folder) == [f"{path}: not used: use_dynamic_shifting=True"]
     edit(folder, TRANSFORMER, _class_name="CausalWanTransformer3DModel")
     for unused in (EULER, {"_class_name": "Unheard"}):
         path.write_text(json.dumps(unused))
@@ -99,6 +105,26 @@ def test_what_other_schedulers_say(folder: Path) -> None:
     assert folder_remarks(folder) == []
     path.write_text(json.dumps(SELF_FORCING | {"sigma_min": 0.1}))
     assert folder_remarks(folder) == [f"{path}: not used: sigma_min=0.1"]
+
+
+def test_windows_and_chunks_are_used_only_where_nothing_else_says_how_to_sample(folder: Path) -> None:
+    says = {"num_frame_per_block": 3, "local_attn_size": 9, "sink_size": 3}
+    edit(folder, TRANSFORMER, _class_name="CausalWanTransformer3DModel", **says)
+    shutil.rmtree(folder / "scheduler")
+    assert folder_remarks(folder) == []
+    unused = f"{folder / TRANSFORMER}: not used: local_attn_size, num_frame_per_block, sink_size"
+    edit(folder, TRANSFORMER, selector_tokens=8)
+    assert folder_remarks(folder) == [unused]
+    edit(folder, TRANSFORMER, selector_tokens=None)
+    (folder / "pipeline.json").write_text("{}")
+    assert folder_remarks(folder) == [unused]
+
+
+def test_what_a_manifest_says_beside_hashes_is_one_line(folder: Path) -> None:
+    write_manifest(folder)
+    assert folder_remarks(folder) == []
+    edit(folder, "manifest.json", signature="x", made_by="y")
+    assert folder_remarks(folder) == [f"{folder / 'manifest.json'}: not used: made_by, signature"]
 
 
 def test_parts_and_files_that_are_not_used(folder: Path) -> None:

@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from tests.core.test_diffusers_pipeline import PROMPT, SHORT, load, make_pipe, make_wan, run
-
-
-@pytest.fixture(scope="module")
-def shared() -> SparseForcingPipeline:
-    return make_pipe()
-
-
-@pytest.fixture
-def pipe(shared: SparseForcingPipeline) -> SparseForcingPipeline:
-    return copy.deepcopy(shared)
+from tests.core.small_pipelines import PROMPT, SHORT, load, make_wan, run
 
 
 def test_a_call_shows_all_its_arguments() -> None:

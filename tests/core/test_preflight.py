@@ -18,11 +18,11 @@ from sparse_forcing.errors import SparseForcingError
 from sparse_forcing.model_folder.live_bytes import peak_bytes
 from sparse_forcing.sampling.generation import preflight
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
-from sparse_forcing.sampling.generation.preflight import GIB, cache_bytes, needs, outline, shortage
+from sparse_forcing.sampling.generation.preflight import GIB, answer, cache_bytes, needs, outline
 from sparse_forcing.sampling.generation.settings import explain_out_of_memory, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from tests.forked import Forked, json_of
-from tests.wan_folder import VIDEO
+from tests.wan_folder import VIDEO, WEIGHTS
 
 PUBLISHED = GenerateConfig(model="wan-1.3b", preset="self-forcing", device="cuda")
 
@@ -142,6 +142,9 @@ def test_published_sizes_are_known_before_they_are_downloaded() -> None:
 
 
 def test_advice_makes_a_video_fit() -> None:
+    def shortage(config: GenerateConfig, limit: int) -> str | None:
+        return answer(config, outline(config), "cuda", limit).remark
+
     said = shortage(PUBLISHED, 10 * GIB)
     assert said is not None
     parser = Parser(prog="generate")
@@ -180,6 +183,38 @@ def test_doctor_says_whether_a_video_fits(wan: Path, capsys: pytest.CaptureFixtu
         main(["doctor", "--model", str(wan), "--seconds", "2", "--height", "32", "--width", "32", "--vram", "1"]) == 0
     )
     assert "fits into 1.0 GiB" in capsys.readouterr().out
+
+
+def test_generate_asks_what_doctor_answers_about_this_cpu(
+    wan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--model", str(wan), "--device", "cpu", "--height", "32", "--width", "32", "--num-frames", "5"]
+    assert main(["doctor", *words, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["device"] == "cpu"
+    assert answer["total"] > answer["bytes"]["process"] > GIB // 8
+    assert answer["bytes"]["loading"] == 0  # float32 is what is stored
+    monkeypatch.setattr(preflight, "obtainable_bytes", lambda: GIB // 8)
+    assert main(["doctor", *words]) == 1
+    assert "does not fit into 0.1 GiB" in capsys.readouterr().out
+    assert main(["generate", "a cat", *words, "--num-inference-steps", "1", "--output", str(tmp_path / "v.mp4")]) == 0
+    assert "warning: needs about" in capsys.readouterr().err
+
+
+def test_files_of_another_type_lie_beside_the_weights_while_they_are_read(wan: Path) -> None:
+    config = GenerateConfig(model=str(wan), dtype="bfloat16", **VIDEO)
+    need, size = needs(config, outline(config), "cpu"), (wan / "transformer" / WEIGHTS).stat().st_size
+    assert need.loading == size
+    assert need.headroom == 1
+    small = needs(replace(config, dtype="float32", weights="int8"), outline(config), "cpu")
+    assert small.transformer + small.loading == 2 * need.transformer  # whole before it is rounded
+    assert needs(config, outline(config), "cuda").loading == 0
+
+
+def test_what_waits_between_chunks_is_on_a_cpu_too() -> None:
+    tiled = replace(PUBLISHED, tiled_decoding=True, dtype="float32")
+    on_a_gpu, on_a_cpu = (needs(tiled, outline(tiled), device).decoding for device in ("cuda", "cpu"))
+    assert on_a_cpu > 2 * on_a_gpu
 
 
 @pytest.mark.parametrize(

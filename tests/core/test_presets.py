@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from diffusers import (
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from sparse_forcing.config import build_config, read_settings
@@ -29,7 +35,7 @@ from sparse_forcing.sampling.generation.jobs import PRESETS as NAMES
 from sparse_forcing.sampling.generation.jobs import GenerateConfig
 from sparse_forcing.sampling.generation.settings import choose_defaults, chunk_remarks, resolve_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-from tests.wan_folder import VIDEO, write_wan
+from tests.wan_folder import VIDEO, load, write_wan
 
 LATENTS = (1, 3, 16, 4, 4)
 STEPS, GUIDANCE, SHIFT = 4, 5.0, 3.0
@@ -70,15 +76,20 @@ def test_names_on_the_command_line_are_the_presets() -> None:
     assert all(config.preset == name for name, config in PRESETS.items())
 
 
-def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPipeline) -> None:
+def diffusers_pipeline(folder: Path, scheduler: Any) -> WanPipeline:
     theirs = WanPipeline(
-        AutoTokenizer.from_pretrained(wan / "tokenizer"),
-        UMT5EncoderModel.from_pretrained(wan / "text_encoder"),
-        AutoencoderKLWan.from_pretrained(wan / "vae"),
-        UniPCMultistepScheduler.from_pretrained(wan / "scheduler"),
-        WanTransformer3DModel.from_pretrained(wan / "transformer"),
+        AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        AutoencoderKLWan.from_pretrained(folder / "vae"),
+        scheduler,
+        WanTransformer3DModel.from_pretrained(folder / "transformer"),
     )
     theirs.set_progress_bar_config(disable=True)
+    return theirs
+
+
+def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPipeline) -> None:
+    theirs = diffusers_pipeline(wan, UniPCMultistepScheduler.from_pretrained(wan / "scheduler"))
     noise = torch.randn(LATENTS, generator=torch.Generator().manual_seed(3))
     asked: dict[str, Any] = {"prompt": "a red ball", "negative_prompt": "blue", "num_inference_steps": STEPS, **VIDEO}
     expected = theirs(latents=noise.transpose(1, 2), guidance_scale=GUIDANCE, output_type="latent", **asked).frames
@@ -95,6 +106,18 @@ def test_plain_wan_is_sampled_as_diffusers_does(wan: Path, pipe: SparseForcingPi
     assert torch.equal(torch.cat(streamed, 2), pixels)
     shown = theirs(latents=noise.transpose(1, 2), guidance_scale=GUIDANCE, **asked).frames
     np.testing.assert_allclose(pipe(latents=noise, **asked).frames, shown, atol=9e-6)
+
+
+def test_euler_steps_of_a_folder_are_those_of_diffusers(wan: Path, tmp_path: Path) -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=7.0)
+    theirs, folder = diffusers_pipeline(wan, scheduler), tmp_path / "model"
+    shutil.copytree(wan, folder)
+    scheduler.save_pretrained(folder / "scheduler")
+    noise = torch.randn(LATENTS, generator=torch.Generator().manual_seed(3))
+    asked: dict[str, Any] = {"prompt": "a red ball", "num_inference_steps": STEPS, "output_type": "latent", **VIDEO}
+    expected = theirs(latents=noise.transpose(1, 2), negative_prompt="blue", guidance_scale=GUIDANCE, **asked).frames
+    found = load(folder)(latents=noise, negative_prompt="blue", **asked).frames
+    torch.testing.assert_close(found.transpose(1, 2), expected, atol=9e-6, rtol=0)
 
 
 def test_a_whole_video_is_one_chunk_that_nothing_is_kept_of(pipe: SparseForcingPipeline) -> None:
@@ -137,7 +160,7 @@ def test_chunks_of_plain_wan_are_warned_of_and_differ(wan: Path, pipe: SparseFor
         (
             "scheduler/scheduler_config.json",
             {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.0},
-            {"kind": "euler", "shift": 2.0},
+            {"kind": "diffusers_euler", "shift": 2.0},
         ),
         ("transformer/config.json", {"_class_name": "CausalWanTransformer3DModel"}, {"kind": "few_step", "steps": 4}),
     ],

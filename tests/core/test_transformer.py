@@ -39,8 +39,9 @@ def inputs(frames: int = 3, height: int = 4, width: int = 6) -> tuple[Tensor, Te
     [
         ({}, 825, 1_418_996_800),
         ({"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}, 1095, 14_288_491_584),
+        ({"num_attention_heads": 24, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}, 825, 4_999_787_712),
     ],
-    ids=["1.3B", "14B"],
+    ids=["1.3B", "14B", "5B"],
 )
 def test_released_sizes(sizes: dict, tensors: int, parameters: int) -> None:
     with torch.device("meta"):

@@ -19,6 +19,13 @@ def is_tiled(vae: Any, latents: Tensor) -> bool:
     return vae.use_tiling and (latents.shape[3] > height or latents.shape[4] > width)
 
 
+def count_tiles(vae: Any, latents: Tensor) -> int:
+    """Tiles of latents [B, C, f, h, w]."""
+    ratio = vae.spatial_compression_ratio
+    rows = range(0, latents.shape[3], vae.tile_sample_stride_height // ratio)
+    return len(rows) * len(range(0, latents.shape[4], vae.tile_sample_stride_width // ratio))
+
+
 def decode_tiles(vae: Any, latents: Tensor, carried: list[Any]) -> Tensor:
     """Pixels [B, 3, F, H, W] of the next latents [B, C, f, h, w] of a video, in the decoder's own numbers.
 

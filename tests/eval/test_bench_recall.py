@@ -113,7 +113,8 @@ def test_the_command_writes_table_pictures_and_json(tmp_path: Path, capsys: pyte
     assert table(result) == (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 1000
     with Image.open(tmp_path / "sheet.png") as sheet:  # first and last sight, gap, true return, and two memories
-        assert sheet.size[0] == 6 * (4 * 32 + MARGIN) + MARGIN and 4 * 32 >= LEAST_SIDE
+        assert sheet.size[0] == 6 * (4 * 32 + MARGIN) + MARGIN
+        assert 4 * 32 >= LEAST_SIDE
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["count"] == 3
 
 

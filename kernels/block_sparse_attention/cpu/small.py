@@ -75,9 +75,8 @@ def sums(
     """
     B, H, Nq, Tq, D = query.shape
     items, (table, rows) = B * H * Nq, keys
-    blocks = Buffer.of("stored keys", query.dtype).view(
-        len(rows), table.shape[1]
-    )  # values overwrite keys: half the cache
+    # values overwrite keys: half the cache
+    blocks = Buffer.of("stored keys", query.dtype).view(len(rows), table.shape[1])
     tokens = blocks.view(items, -1, D)
     torch.index_select(table, 0, rows, out=blocks)
     p = Buffer.of("scores", query.dtype).bmm(query.reshape(items, Tq, D), tokens.mT, factor=scale * LOG2E).exp2_()

@@ -50,7 +50,7 @@ def addresses(memory: RolloutMemory) -> list[int]:
 
 def steady(run: Rollout, config: MemoryConfig, horizon: int = 6) -> tuple[RolloutMemory, Any]:
     """A memory at its steady state and a function that makes any pass over (noisy latents, timestep)."""
-    memory = run.make(config, horizon=horizon)
+    memory = run.make(config, horizon=horizon, selectors=run.model.selectors)
     text = run.model.encode_text(run.text)
 
     def over(x: Tensor, timestep: Tensor, clean: bool = False) -> Tensor:
@@ -73,9 +73,11 @@ def latents(chunk: int) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", [*CONFIGS, "learned selector"])
 @torch.no_grad()
 def test_no_tensor_of_a_steady_memory_moves(run: Rollout, name: str) -> None:
+    if name == "learned selector":
+        run, name = Rollout(selector_tokens=18), "sparse"
     memory, over = steady(run, CONFIGS[name])
     places, shapes = [], []
     for chunk in range(1, LAST + 1):

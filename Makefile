@@ -18,12 +18,13 @@ PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(JOBS) --dist loadgroup
 # torch first and alone: whichever build of this range is at hand is taken, the small CPU build where there is no other.
 TORCH := torch>=2.9,<2.14
 
-.PHONY: demo test quick check docs format reproduce clean
+.PHONY: demo test quick check site docs style types format reproduce clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/sparse-forcing generate "$$PROMPT" --output $(OUTPUT) --check || test $$? -eq 1  # 1: a wrong picture, said above
 
-test: check
+test: $(VENV)/.installed-dev
+	$(MAKE) --jobs $(JOBS) check
 	$(PYTEST) $(TESTS)
 
 quick: $(VENV)/.installed-dev
@@ -33,13 +34,19 @@ reproduce: $(VENV)/.installed-dev
 	$(RUN) -m sparse_forcing.cli.reproduce --config training/configs/reproduce.yaml --output runs/reproduce \
 		--results $(RESULTS) $(REPRODUCE)
 
-docs: $(VENV)/.installed-dev
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+docs: site
 	$(RUN) -m pytest -p no:cacheprovider tests/test_api_reference.py
 
-check: $(VENV)/.installed-dev docs
+site: $(VENV)/.installed-dev
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+check: style types site
+
+style: $(VENV)/.installed-dev
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+
+types: $(VENV)/.installed-dev
 	$(RUN) -m mypy
 
 format: $(VENV)/.installed-dev

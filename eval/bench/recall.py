@@ -43,7 +43,8 @@ def run(config: RecallBenchConfig) -> int:
     pipe = SparseForcingPipeline.from_pretrained(config.model).to(resolve_device(config.device))
     default = replace(pipe.default_memory, positions=config.positions or pipe.default_memory.positions)
     memories = {name: parse_memory(name, default) for name in config.memories}
-    cells = {name: plan_cell(pipe, config, *cell) for name, cell in list_cells(config).items()}
+    asked = list_cells(config)
+    cells = {name: plan_cell(pipe, config, *cell) for name, cell in asked.items()}
     result: dict[str, Any] = {
         "model": config.model,
         "weights_sha256": pipe.weights_sha256,
@@ -67,21 +68,20 @@ def run(config: RecallBenchConfig) -> int:
     if out is not None:
         atomic_write_text(out / "recall.md", table(result))
         draw_curves(result, out / "recall.png")
-        for number, (cell, answers_by_memory) in enumerate(sheets.items()):
-            if number == len(sheets) - 1:
-                draw_sheet(answers_by_memory, cell, out / "sheet.png")
+        longest = max(cells, key=lambda cell: asked[cell][1])
+        draw_sheet(sheets[longest], longest, out / "sheet.png")
     print(json.dumps({k: v for k, v in result.items() if k != "memories"} | {"table": table(result)}))
     return 0
 
 
 def list_cells(config: RecallBenchConfig) -> dict[str, tuple[str, float, tuple[str, ...]]]:
-    """Kind of world, gap in windows and grounds of every cell, by its name."""
+    """Kind of world, gap in windows and grounds of every cell, by its name; shortest gaps first."""
     grounds = [(ground,) for ground in config.grounds] if config.by_ground else [config.grounds]
     return {
         f"{kind}, gap {gap:g}" + (f", {ground[0]}" if config.by_ground else ""): (kind, gap, ground)
         for kind in config.worlds
         for ground in grounds
-        for gap in config.gaps
+        for gap in sorted(config.gaps)
     }
 
 

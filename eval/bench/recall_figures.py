@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from sparse_forcing.eval.bench.returns import Answer, world_frames
 from sparse_forcing.eval.report.charts import color
 from sparse_forcing.files import atomic_path
 
-SCALE, MARGIN, LABEL = 2, 4, 170
+LEAST_SIDE, MARGIN = 112, 4  # pixels of a picture in the sheet, so that a memory's name fits above it
 
 
 def draw_curves(result: Mapping[str, Any], path: Path) -> None:
@@ -92,7 +93,8 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -
     the return that each memory generated."""
     names = list(answers)
     worlds = [one.task for one in answers[names[0]]]
-    side = answers[names[0]][0].frames.shape[1] * SCALE
+    pixels = answers[names[0]][0].frames.shape[1]
+    side = pixels * ceil(LEAST_SIDE / pixels)
     columns = 4 + len(names)
     width = columns * (side + MARGIN) + MARGIN
     sheet = Image.new("RGB", (width, len(worlds) * (side + MARGIN) + 40), "white")
@@ -102,7 +104,7 @@ def draw_sheet(answers: Mapping[str, Sequence[Answer]], cell: str, path: Path) -
         draw.text((MARGIN + column * (side + MARGIN), 4), f"{title[:22]}", fill="black")
     draw.text((MARGIN, 20), cell, fill="gray")
     for row, task in enumerate(worlds):
-        truth = (world_frames(task.world, side // SCALE).numpy() * 255).round().astype(np.uint8)
+        truth = (world_frames(task.world, pixels).numpy() * 255).round().astype(np.uint8)
         entry = task.entry
         at = min(entry.frames[0] + 3, entry.frames[1] - 1)
         shown = [truth[f] for f in (middle(entry.first_seen), entry.last_seen - 2, entry.last_seen + entry.gap // 2)]

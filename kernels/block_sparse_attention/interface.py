@@ -147,17 +147,20 @@ def block_sparse_attention_backward(
     return dq, dk, dv
 
 
-def full_lists_attention(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, block_index: Tensor, *, plus: Tensor
-) -> Tensor | None:
+def full_lists_attention(query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, *, plus: Tensor) -> Tensor | None:
     """`block_sparse_attention(...).out + plus` where nothing is padded and every list is full, without a gradient and
     without a check: in every layer of every pass of a small model these would cost a tenth of the attention.
 
-    plus: [B, H, Nq, 1, D]. None where no shorter way than `block_sparse_attention` is known.
+    Args:
+        keys, values: [R, T * D] blocks, wherever they lie in these tables; rows: [B, H, Nq, M] that the lists name.
+        plus: [B, H, Nq, 1, D].
+
+    Returns:
+        [B, Nq * Tq, H, D]; None where no shorter way than `block_sparse_attention` is known.
     """
-    if query.device.type != "cpu" or torch.compiler.is_compiling() or not small.is_small(query, key_pool, block_index):
+    if query.device.type != "cpu" or torch.compiler.is_compiling() or not small.is_small(query, keys.shape[1], rows):
         return None
-    return small.forward_plus(query, key_pool, value_pool, block_index, query.shape[-1] ** -0.5, plus)
+    return small.forward_plus(query, keys, values, rows, query.shape[-1] ** -0.5, plus)
 
 
 def why_unavailable(backend: str, query: Tensor) -> str | None:

@@ -169,7 +169,7 @@ class SparseMemory(RolloutMemory):
         layers = len(self.layers)
         everything.number_rows(self.layout, layers)
         if self.fixed is not None and everything.keys.device.type == "cpu":
-            everything.favour_slots(self.layout)
+            self.fixed.begin(everything, self.layout)
         if everything.queries is not None and everything.queries.shape[2] != self.layout.num_blocks:
             b, h, _, d = everything.queries.shape
             everything.queries = everything.queries.new_zeros(b, h, self.layout.num_blocks, d)
@@ -254,7 +254,7 @@ class SparseMemory(RolloutMemory):
         if ends:
             self._finish(layer, state, selection.project(layer, pooled, "query").detach(), new)
             return None
-        compared = selection.compare(layer, state, pooled)
+        coarse, compared = selection.compare(layer, state, pooled, again=rebuilt)
         choices = {} if choices is None else choices
         if layer not in choices:
             choices[layer] = selection.lists(state, compared)
@@ -264,12 +264,8 @@ class SparseMemory(RolloutMemory):
             out = RebuiltAttention.apply(query, key, value, pools, state.history, tables, layout)
         else:
             out = self._attend_to_pool(state, queries, index, measure=self.rule.measures_mass(clean))
-        if selection.selectors is not None and trains:
-            out = layout.add_to_tokens(out, selection.coarse(layer, state, pooled, again=rebuilt))
-        elif selection.selectors is not None:
-            assert state.value_representatives is not None
-            pooled_values = gather_slots(state.value_representatives, state.slots)
-            out = layout.add_to_tokens(out, selection.attend_coarse(layer, compared, pooled_values))
+        if coarse is not None:
+            out = layout.add_to_tokens(out, coarse)
         self._measure(layer, state, queries.detach(), clean)
         if clean:
             self._finish(layer, state, compared.queries, new)
@@ -278,22 +274,24 @@ class SparseMemory(RolloutMemory):
     def _attend_in_few_calls(
         self, fixed: FixedSelection, layer: int, query: Tensor, key: Tensor, value: Tensor, clean: bool, ends: bool
     ) -> Tensor | None:
-        layout, state = self.layout, self.layers[layer]
+        state = self.layers[layer]
         assert state is not None
-        own, blocks = fixed.layer(layer, state, layout), fixed.lay_out(layout, query, key, value)
-        pooled = own.write(blocks)
+        own = fixed.layer(layer, state, query, key, value)
+        pooled, measure = own.pool(), self.rule.measures_mass(clean)
         if clean:
+            own.keep()
             self._finish(layer, state, self.selection.project(layer, pooled, "query"), {})
         if ends:
             return None
         scores = own.scores(pooled)
         index, coarse = own.lists(scores, fixed.top_k), own.coarse(scores)
-        measure = self.rule.measures_mass(clean)
-        found = None if measure else fixed.attend(own, blocks, index, coarse)
+        found = None if measure else own.attend(index, coarse)
         if found is not None:
-            return layout.from_blocks(found)
+            return found
+        own.keep()
+        queries = self.layout.to_blocks(query)
         with trusted_values():
-            return layout.add_to_tokens(self._attend_to_pool(state, blocks.queries, index, measure=measure), coarse)
+            return self.layout.add_to_tokens(self._attend_to_pool(state, queries, index, measure=measure), coarse)
 
     def _attend_to_pool(self, state: SparseLayer, queries: Tensor, index: Tensor, *, measure: bool) -> Tensor:
         """[B, L, H, D]; with `measure` the slots' attention mass is left in the state."""

@@ -148,7 +148,8 @@ class SparseLayer:
     own_rows: [B, H, n] rows of one layer's flattened pools that hold the current chunk's blocks; None where pools are
         written out of place.
     favour: [B, H, n, S] what is added to the score of a slot before those of a query block are ranked, for
-        sparse_fixed; None while there are unused slots, which have no score.
+        sparse_fixed; None while there are unused slots, which have no score. rows: [B, H, S] where its tables hold what
+        is in a slot.
     packed_keys, packed_values: [B, H, S, T, D] int8, and packed_scales [B, H, S, 2, D] of both, of blocks that are
         kept in 8 bits; packed_at: [B, H, S] position that keys had when they were rounded. Then keys and values are one
         layer's pool, which all share: what a pass over a layer reads.
@@ -175,6 +176,7 @@ class SparseLayer:
     retention_head: Tensor | None = None
     own_rows: Tensor | None = None
     favour: Tensor | None = None
+    rows: Tensor | None = None
     packed_keys: Tensor | None = None
     packed_values: Tensor | None = None
     packed_scales: Tensor | None = None
@@ -214,7 +216,7 @@ class SparseLayer:
             origin=numbers(),
             table=table,
             retained=torch.full((*table.shape, rule.state_size), rule.fresh, device=keys.device),
-            history=BlockHistory(place=table.int() * 0 - 1, kept_at=numbers()) if history else None,
+            history=BlockHistory(place=torch.full_like(table, -1), kept_at=numbers()) if history else None,
         )
         if plan.config.cache_dtype is not None:
             assert layers is not None, "blocks in 8 bits are written in place"
@@ -323,9 +325,9 @@ class SparseLayer:
     def number_rows(self, layout: TileLayout, layers: int) -> None:
         """Say where in the flattened pools of its layer the chunk's blocks lie."""
         slots = self.own_slots(layout)
-        heads = torch.arange(slots.shape[0] * slots.shape[1] // layers, device=slots.device)
-        first = (heads * self.table.shape[2]).repeat(layers).view(*slots.shape[:2], 1)
-        self.store("own_rows", first + slots)
+        first = torch.arange(0, self.table.numel() // layers, self.table.shape[2], device=slots.device)
+        rows = first.view(1, -1, 1) + slots.reshape(layers, -1, slots.shape[2])
+        self.store("own_rows", rows.view(slots.shape))
 
     def copy_representatives(self) -> None:
         """Go on with copies, which nobody else holds."""

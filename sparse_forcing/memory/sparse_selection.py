@@ -113,13 +113,36 @@ class BlockSelection:
 
         return checkpoint(pool, tokens, use_reentrant=False, preserve_rng_state=False)
 
-    @torch.no_grad()
-    def compare(self, layer: int, state: SparseLayer, pooled_queries: Tensor) -> QueriesAndKeys:
-        """Queries and keys of one pass, mapped once for all that asks."""
-        keys = gather_slots(state.representatives, state.slots)
-        return QueriesAndKeys(
-            self.project(layer, pooled_queries, "query").detach(), self.project(layer, keys, "key").detach()
-        )
+    def compare(
+        self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool
+    ) -> tuple[Tensor | None, QueriesAndKeys]:
+        """(coarse branch, queries and keys of one pass, mapped once for all that asks and without a gradient).
+
+        The branch is [B, H, n, 1, D], gated attention of the query blocks over the representatives of everything in
+        memory; None without a learned selector.
+
+        again: compute it once more in the backward pass instead of keeping what it computes with.
+        """
+        if self.selectors is None:
+            return None, QueriesAndKeys(pooled_queries.detach(), gather_slots(state.representatives, state.slots))
+        values = state.value_representatives
+        assert values is not None
+        inputs = layer, pooled_queries, state.representatives, values, state.slots
+        if again:
+            coarse, *compared = checkpoint(self._coarse, *inputs, use_reentrant=False, preserve_rng_state=False)
+        else:
+            coarse, *compared = self._coarse(*inputs)
+        return coarse, QueriesAndKeys(*compared)
+
+    def _coarse(
+        self, layer: int, pooled_queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        assert self.selectors is not None
+        queries = self.project(layer, pooled_queries, "query")
+        keys = self.project(layer, gather_slots(keys, slots), "key")
+        found = coarse_attention(queries, keys, gather_slots(values, slots))
+        gated = self.selectors[layer].gate.to(found.dtype)[:, None, None] * found
+        return gated.unsqueeze(3), queries.detach(), keys.detach()
 
     @torch.no_grad()
     def lists(self, state: SparseLayer, compared: QueriesAndKeys) -> Tensor:
@@ -147,26 +170,3 @@ class BlockSelection:
         if retention:
             assert selector.retention is not None
             state.store("retention_head", selector.retention.pack())
-
-    def coarse(self, layer: int, state: SparseLayer, pooled_queries: Tensor, *, again: bool) -> Tensor:
-        """[B, H, n, 1, D] gated attention of the query blocks over the representatives of everything in memory.
-
-        again: compute it once more in the backward pass instead of keeping what it computes with.
-        """
-        assert state.value_representatives is not None
-        inputs = layer, pooled_queries, state.representatives, state.value_representatives, state.slots
-        if again:
-            return checkpoint(self._coarse_over, *inputs, use_reentrant=False, preserve_rng_state=False)
-        return self._coarse_over(*inputs)
-
-    def _coarse_over(self, layer: int, pooled_queries: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> Tensor:
-        compared = QueriesAndKeys(
-            self.project(layer, pooled_queries, "query"), self.project(layer, gather_slots(keys, slots), "key")
-        )
-        return self.attend_coarse(layer, compared, gather_slots(values, slots))
-
-    def attend_coarse(self, layer: int, compared: QueriesAndKeys, values: Tensor) -> Tensor:
-        """`coarse` of queries and keys that have been mapped, and pooled values [B, H, P + W, D]."""
-        assert self.selectors is not None
-        found = coarse_attention(*compared, values)
-        return (self.selectors[layer].gate.to(found.dtype)[:, None, None] * found).unsqueeze(3)

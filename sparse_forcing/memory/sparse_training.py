@@ -35,7 +35,7 @@ HISTORY_POOLS = 4
 class BlockHistory:
     """Finished chunks of one layer as constants, and where their blocks lie in its pool.
 
-    keys, values: [B, H, n, T, D] of each chunk, in the order of time; place: [B, H, S] int32, which block of the
+    keys, values: [B, H, n, T, D] of each chunk, in the order of time; place: [B, H, S], which block of the
     history is in a slot (the current chunk's come after the last finished one), -1 in an unused one;
     kept_at: [B, H, S] position in time that the block's keys have here.
     """
@@ -62,7 +62,7 @@ class BlockHistory:
 
     def with_current(self, slots: Tensor, position: Tensor) -> BlockHistory:
         """The current chunk lies in `slots` [B, H, n], its blocks at `position` [B, H, n]."""
-        number = torch.arange(slots.shape[2], dtype=torch.int32, device=slots.device) + self.blocks
+        number = torch.arange(self.blocks, self.blocks + slots.shape[2], device=slots.device)
         place = self.place.scatter(2, slots, number.expand(slots.shape))
         return replace(self, place=place, kept_at=self.kept_at.scatter(2, slots, position))
 
@@ -75,7 +75,7 @@ class BlockHistory:
         slots = position.shape[2]
         if self.blocks <= HISTORY_POOLS * slots:
             return self
-        place = torch.arange(slots, dtype=torch.int32, device=position.device).expand_as(position)
+        place = torch.arange(slots, device=position.device).expand_as(position)
         return BlockHistory(place=place, kept_at=position).with_chunk(*pool)
 
     def pools(self, keys: Tensor, position: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -85,7 +85,7 @@ class BlockHistory:
             b, h, _, t, d = keys.shape
             shape = b, h, self.place.shape[2], t, d
             return keys.new_zeros(shape), keys.new_zeros(shape)
-        place = self.place.clamp(0, self.blocks - 1).long()
+        place = self.place.clamp(0, self.blocks - 1)
         moved = None if position is None else self.count_moved_frames(position)
         return rebuild(self.keys, place, moved), rebuild(self.values, place)
 
@@ -169,7 +169,7 @@ class RebuiltAttention(torch.autograd.Function):
         saved, layout = ctx.saved_tensors, ctx.layout  # read once: checkpointing computes them again each time
         (*own, out, lse, index, key_sizes, place, moved), chunks = saved[:9], saved[9:]
         query, key, value, out, grad = (layout.to_blocks(x) for x in (*own, out, grads[0]))
-        used = place.clamp(min=0).long()
+        used = place.clamp(min=0)
         keys = rebuild((*chunks[: len(chunks) // 2], key), used, moved)
         values = rebuild((*chunks[len(chunks) // 2 :], value), used)
         found = block_sparse_attention_backward(

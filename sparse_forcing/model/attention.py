@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,35 @@ class TokenOrder(NamedTuple):
 
     order: Tensor
     inverse: Tensor
+
+    def arrange(self, tokens: Tensor) -> Tensor:
+        """Frame-major tokens [B, L, C] in this order."""
+        return _take(tokens, self.order, self.inverse)
+
+    def restore(self, tokens: Tensor) -> Tensor:
+        """Tokens [B, L, C] in this order, frame-major again."""
+        return _take(tokens, self.inverse, self.order)
+
+
+def _take(tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    if tokens.requires_grad and torch.is_grad_enabled():
+        return _Permutation.apply(tokens, order, inverse)
+    return tokens[:, order]
+
+
+class _Permutation(torch.autograd.Function):
+    """tokens[:, order], whose gradient is taken back by the inverse order: autograd, which cannot know that no place is
+    taken twice, would add up what comes from each."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return tokens[:, order]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _take(grads[0], inverse, order), None, None
 
 
 class AttentionPolicy(Protocol):

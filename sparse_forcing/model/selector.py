@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sparse_forcing.kernels.block_selection.interface import block_scores
+from sparse_forcing.model.attention import dense_attention
 
 HIDDEN = 16
 
@@ -97,7 +97,8 @@ def map_heads(pooled: Tensor, projection: Tensor) -> Tensor:
 
 def coarse_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of block representatives: [B, H, n, D] over [B, H, W, D] -> [B, H, n, D]."""
-    return (block_scores(query, key).softmax(-1) @ value.to(torch.promote_types(value.dtype, torch.float32))).to(query)
+    tokens = (x.to(query.dtype).transpose(1, 2) for x in (query, key, value))
+    return dense_attention(*tokens).transpose(1, 2)
 
 
 def selection_loss(scores: Tensor, mass: Tensor) -> Tensor:

@@ -354,7 +354,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             what = "sequence parallelism" if order is None else "tile order"
             raise ConfigError(f"timestep: {what} needs one timestep per sample and pass, got one per frame")
         if order is not None:
-            tokens = tokens[:, order.order]
+            tokens = order.arrange(tokens)
         if parallel is not None:
             tokens, rotary, attention = parallel.split(tokens, rotary, attention)
         for layer, (block, text) in enumerate(zip(self.blocks, texts, strict=True)):
@@ -366,7 +366,7 @@ class CausalWanTransformer3DModel(ModelMixin, ConfigMixin, PeftAdapterMixin, Cac
             return None
         if parallel is not None:
             tokens = parallel.join(tokens, count)
-        return tokens if order is None else tokens[:, order.inverse]
+        return tokens if order is None else order.restore(tokens)
 
     @staticmethod
     def _group(timestep: Tensor, frames: int, expand: bool = False) -> Tensor:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import av
@@ -27,8 +24,7 @@ from sparse_forcing.model.vae import PatchAutoencoder
 from sparse_forcing.model_folder.folder import PipelineConfig
 from sparse_forcing.sampling.generation import conditioning, generate
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.forked import Forked
 
 
 @pytest.fixture(scope="module")
@@ -94,20 +90,9 @@ def test_same_seed_same_bytes_in_another_process_and_company(model: Path, tmp_pa
     arguments = ["generate", "a red ball", "--model", str(model), "--seed", "3"]
     assert main([*arguments, "--output", str(tmp_path / "one.mp4")]) == 0
     folder = tmp_path / "many"
-    command = [
-        sys.executable,
-        "-m",
-        "sparse_forcing",
-        "generate",
-        "a ball",
-        "a red ball",
-        "--num-samples",
-        "2",
-        "--seed",
-        "2",
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    subprocess.run([*command, "--model", str(model), "--output", str(folder)], cwd=ROOT, env=environment, check=True)
+    several = ["generate", "a ball", "a red ball", "--model", str(model), "--num-samples", "2", "--seed", "2"]
+    code, output = Forked(tmp_path / "log", main, [*several, "--output", str(folder)]).finish()
+    assert code == 0, output
     assert digest(folder / "0001-a-red-ball-seed3.mp4") == digest(tmp_path / "one.mp4")
     assert digest(folder / "0001-a-red-ball-seed2.mp4") != digest(tmp_path / "one.mp4")
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +17,9 @@ from sparse_forcing.media.video import read_video
 from sparse_forcing.sampling.generation import generate
 from sparse_forcing.sampling.generation.clip import Clip
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
+from tests.forked import Forked
 from tests.training.conftest import make_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 SEGMENT, CHUNKS, FRAMES = 20, 6, 46  # chunks of eight frames; segments and chunks end at different frames
 MEASURED = ("time_to_first_frame", "wall_seconds", "model_load_seconds", "seconds_per_chunk")
 MEASURED += ("decode_seconds_per_chunk", "generated_fps_without_decoding", "generated_fps_with_decoding")
@@ -167,29 +165,28 @@ def test_a_checkpoint_of_another_run_is_refused_in_one_line(
 @pytest.mark.slow
 def test_killed(model: Path, tmp_path: Path) -> None:
     """SIGKILL once three chunks are committed, at whatever the process is doing then."""
-    plain, video = tmp_path / "plain.mp4", tmp_path / "c.mp4"
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    folder = tmp_path / "videos"
+    plain, video = folder / "plain.mp4", folder / "c.mp4"
 
-    def start(path: Path, *flags: str) -> subprocess.Popen[bytes]:
-        words = [sys.executable, "-m", "sparse_forcing", *command(model, path, *flags)]
-        return subprocess.Popen(words, env=environment, cwd=ROOT, stderr=subprocess.PIPE)
+    def start(path: Path, *flags: str) -> Forked:
+        return Forked(tmp_path / f"{path.stem}.log", main, command(model, path, *flags))
 
-    assert start(plain).wait(120) == 0
+    code, said = start(plain).finish()
+    assert code == 0, said
     process = start(video, "--resume", "--checkpoint-every", "1")
-    manifest, deadline = tmp_path / "resume" / "c" / "manifest.json", time.monotonic() + 120
+    manifest, deadline = folder / "resume" / "c" / "manifest.json", time.monotonic() + 120
     while "state-00000003" not in (manifest.read_text() if manifest.exists() else ""):
-        assert process.poll() is None
+        assert process.running
         assert time.monotonic() < deadline
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.finish()[0] == -signal.SIGKILL
     assert not video.exists()
-    again = start(video, "--resume")
-    said = again.communicate(timeout=120)[1].decode()
-    assert again.returncode == 0
+    code, said = start(video, "--resume").finish()
+    assert code == 0, said
     assert "goes on from frame" in said
     assert_same(video, plain)
-    assert files_below(tmp_path) == ["c.json", "c.mp4", "plain.json", "plain.mp4"]
+    assert files_below(folder) == ["c.json", "c.mp4", "plain.json", "plain.mp4"]
 
 
 @pytest.mark.usefixtures("loaded")

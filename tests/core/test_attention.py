@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_forcing.model.attention import ParallelAttention, block_causal_mask, dense_attention, teacher_forcing_mask
+from sparse_forcing.model.attention import (
+    ParallelAttention,
+    TokenOrder,
+    block_causal_mask,
+    dense_attention,
+    teacher_forcing_mask,
+)
 
 TOKENS = 3
 
@@ -63,3 +69,12 @@ def test_bfloat16_on_a_cpu_is_computed_in_float32() -> None:
     found = dense_attention(*qkv)
     assert found.dtype == torch.bfloat16
     assert (found.double() - exact).abs().max() <= 2**-8 * exact.abs().max()
+
+
+def test_gradients_of_an_order_of_tokens_are_those_of_indexing() -> None:
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(0))
+    layout, x = TokenOrder(order, order.argsort()), torch.randn(2, 7, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.equal(layout.arrange(x), x[:, order])
+    assert torch.equal(layout.restore(layout.arrange(x)), x)
+    assert torch.autograd.gradcheck(layout.arrange, x)
+    assert torch.autograd.gradgradcheck(lambda x: layout.restore(x).square(), x)

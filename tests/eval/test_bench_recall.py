@@ -17,7 +17,7 @@ from sparse_forcing.errors import ConfigError
 from sparse_forcing.eval.bench import returns
 from sparse_forcing.eval.bench.options import RecallBenchConfig
 from sparse_forcing.eval.bench.recall import list_cells, plan_cell, summarize, table
-from sparse_forcing.eval.bench.recall_figures import MARGIN, SCALE
+from sparse_forcing.eval.bench.recall_figures import LEAST_SIDE, MARGIN
 from sparse_forcing.memory import MemoryConfig
 from sparse_forcing.memory.config import parse_memory
 
@@ -113,7 +113,8 @@ def test_the_command_writes_table_pictures_and_json(tmp_path: Path, capsys: pyte
     assert table(result) == (tmp_path / "recall.md").read_text()
     assert (tmp_path / "recall.png").stat().st_size > 1000
     with Image.open(tmp_path / "sheet.png") as sheet:  # first and last sight, gap, true return, and two memories
-        assert sheet.size[0] == 6 * (32 * SCALE + MARGIN) + MARGIN
+        assert sheet.size[0] == 6 * (4 * 32 + MARGIN) + MARGIN
+        assert 4 * 32 >= LEAST_SIDE
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["settings"]["count"] == 3
 
 

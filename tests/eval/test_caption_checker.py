@@ -216,7 +216,7 @@ def test_main_prints_json(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "clips"), [(64, 500), (128, 125)])
+@pytest.mark.parametrize(("side", "clips"), [(64, 200), (128, 50)])
 def test_ground_truth_accuracy_reaches_its_targets(side: int, clips: int):
     assert ground_truth_accuracy(clips, side=side, seed=21)["all"] >= 0.99
     assert ground_truth_accuracy(clips * 3 // 5, side=side, seed=22, degraded=True)["all"] >= 0.98

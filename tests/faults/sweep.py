@@ -235,12 +235,8 @@ def _kill(pid: int) -> None:
         pass
 
 
-def tell(line: str) -> None:
-    print(line, flush=True)
-
-
-def sweep(rounds: int, seed: int = 0, kinds: Sequence[str] = (), say: Callable[[str], object] = tell) -> int:
-    """Returns how many rounds lost something; `say` is told what."""
+def sweep(rounds: int, seed: int = 0, kinds: Sequence[str] = ()) -> int:
+    """Returns how many rounds lost something; prints what."""
     with tempfile.TemporaryDirectory() as folder:
         work, lost = Sweep(Path(folder), seed), 0
         kinds = kinds or [*work.kills, *work.flips]
@@ -249,10 +245,10 @@ def sweep(rounds: int, seed: int = 0, kinds: Sequence[str] = (), say: Callable[[
             kind = kinds[number % len(kinds)]
             try:
                 work.round(kind)
-                say(f"{number + 1}/{rounds} {kind}: well")
+                print(f"{number + 1}/{rounds} {kind}: well", flush=True)
             except Lost as error:
                 lost += 1
-                say(f"{number + 1}/{rounds} {kind}: LOST: {error}")
+                print(f"{number + 1}/{rounds} {kind}: LOST: {error}", flush=True)
     return lost
 
 

@@ -19,8 +19,8 @@ from sparse_forcing.kernels.block_sparse_attention.interface import block_sparse
 from sparse_forcing.kernels.values import checked_values, reads_values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ATTENTION = ("reference", "cpu", *(["triton"] if INTERPRETED else []))
-SELECTION = ("reference", *(["triton"] if INTERPRETED else []))
+ATTENTION = ("triton",) if INTERPRETED else ("reference", "cpu")
+SELECTION = ("triton",) if INTERPRETED else ("reference",)
 B, H, NQ, TQ, S, T, D = 1 if INTERPRETED else 2, 2, 3, 5, 4, 6, 8  # the interpreter is slow
 NAN = float("nan")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -68,16 +69,23 @@ def test_after_a_change_of_prompt_they_are_those_of_the_definition() -> None:
     torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize(
+    ("tile", "chunks"),
+    [((3, 2, 3), (1, *CHUNKS)), ((1, 2, 3), (*(1,) * 9, *CHUNKS))],
+    ids=["first", "many"],
+)
 @torch.no_grad()
-def test_after_a_short_first_chunk_they_are_those_of_the_definition() -> None:
-    run, found = Rollout(selector_tokens=18), []
+def test_with_short_chunks_they_are_those_of_the_definition(
+    tile: tuple[int, int, int], chunks: tuple[int, ...]
+) -> None:
+    run, found = Rollout(selector_tokens=math.prod(tile)), []
     run.model.float()
     for few in (True, False):
-        memory = run.make(MemoryConfig(**SPARSE), horizon=6, selectors=run.model.selectors)
+        memory = run.make(MemoryConfig(**SPARSE | {"tile": tile}), horizon=6, selectors=run.model.selectors)
         assert isinstance(memory, SparseMemory)
         if not few:
             memory.fixed = None
-        found.append(video(run, memory, torch.float32, (1, *CHUNKS)))
+        found.append(video(run, memory, torch.float32, chunks))
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-4)
 
 

@@ -169,7 +169,7 @@ def moment_of(feed: Feed, layer: int, sample: int, head: int, known: dict[int, B
         known[first + i] = Block(first + i, frame, key[i, :size], value[i, :size])
     numbers = state.origin.gather(2, state.slots)[sample, head].tolist()
     pooled = selection.pool(layout, layer, layout.to_blocks(feed.seen[-1][0]), "query")
-    slots = selection.lists(state, selection.compare(layer, state, pooled))[sample, head].long()
+    slots = selection.lists(state, selection.compare(layer, state, pooled, again=False)[1])[sample, head].long()
     lists = [set(row) for row in state.origin[sample, head][slots].tolist()]
     made = selection.selectors
     return Moment(

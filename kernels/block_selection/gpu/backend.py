@@ -124,20 +124,24 @@ def _pool_differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, Te
     """With u_t = w_t / sum |w|:  dx_t = u_t dc,  du_t = <dc, x_t>,  dw_t = (du_t - sign(w_t) sum_s du_s u_s) / sum
     |w|."""
     x, sizes, weights = ctx.saved_tensors
-    grad, T = grad.float(), x.shape[3]
+    T = x.shape[3]
+    if weights is None and sizes is None:
+        return (grad / T).to(x.dtype).unsqueeze(-2).expand_as(x), None, None, None
     w = torch.ones((1, 1, 1, T), device=x.device) if weights is None else weights.float()[:, None, :]
     valid = valid_tokens(sizes, T)
     if valid is not None:
         w = w * valid
-    total = w.abs().sum(-1, keepdim=True)
+    total = torch.linalg.vector_norm(w, 1, -1, keepdim=True)
     total = total.masked_fill(total == 0, 1)
     u = w / total
     grad_x = (u.unsqueeze(-1) * grad.unsqueeze(-2)).to(x.dtype) if ctx.needs_input_grad[0] else None
     grad_w = None
     if ctx.needs_input_grad[2]:
-        values = x.float() if valid is None else x.float().masked_fill(~valid.unsqueeze(-1), 0)
-        du = torch.einsum("bhnd,bhntd->bhnt", grad, values)
-        dw = (du - w.sign() * (du * u).sum(-1, keepdim=True)) / total
+        values = x.to(torch.float32, memory_format=torch.contiguous_format)
+        if valid is not None:
+            values = values.masked_fill(~valid.unsqueeze(-1), 0)
+        du = (values @ grad.float().unsqueeze(-1)).squeeze(-1)
+        dw = torch.addcmul(du, w.sign(), (du * u).sum(-1, keepdim=True), value=-1) / total
         grad_w = (dw if valid is None else dw * valid).sum(dim=(0, 2)).to(weights.dtype)
     return grad_x, None, grad_w, None
 

@@ -21,12 +21,12 @@ def takes(problem: Problem) -> bool:
     query, pool, _, index, query_sizes, key_sizes, _, _ = problem
     if query_sizes is not None or key_sizes is not None or torch.compiler.is_compiling() or type(query) is not Tensor:
         return False
-    return is_small(query, pool, index) and int(index.amin()) >= 0
+    return is_small(query, pool.shape[3] * pool.shape[4], index) and int(index.amin()) >= 0
 
 
-def is_small(query: Tensor, pool: Tensor, index: Tensor) -> bool:
-    """Whether these lists are so short that they are best gathered at once."""
-    gathered = 2 * index.numel() * pool.shape[3] * pool.shape[4] * query.element_size()
+def is_small(query: Tensor, block_numbers: int, index: Tensor) -> bool:
+    """Whether these lists of blocks, each of so many numbers, are so short that they are best gathered at once."""
+    gathered = 2 * index.numel() * block_numbers * query.element_size()
     return query.dtype == torch.float32 and gathered <= GATHERED_BYTES * torch.get_num_threads()
 
 
@@ -35,47 +35,55 @@ def forward(
 ) -> tuple[Tensor, Tensor] | None:
     """(out [B, H, Nq, Tq, D], lse [B, H, Nq, Tq]) of full blocks and full lists, which are not checked here; in legend
     and meaning those of problem.py. None where `sums` is."""
-    found = sums(query, key_pool, value_pool, index, scale)
+    B, H, _, _ = index.shape
+    rows: dict[tuple[int, int], Tensor] = {}
+
+    def listed(pool: Tensor) -> tuple[Tensor, Tensor]:
+        table, steps = as_table(pool)
+        if steps not in rows:
+            rows[steps] = (index + first_rows(B, H, *steps, 1).view(B, H, 1, 1)).flatten()
+        return table, rows[steps]
+
+    found = sums(query, listed(key_pool), listed(value_pool), scale)
     return None if found is None else (found[0].div_(found[1]), found[1].squeeze(-1).log_())
 
 
 def forward_plus(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float, plus: Tensor
+    query: Tensor, keys: Tensor, values: Tensor, rows: Tensor, scale: float, plus: Tensor
 ) -> Tensor | None:
-    """out + plus [B, H, Nq, 1, D], None likewise; it lies in memory as [B, Nq, Tq, H, D], in the order of tokens that
-    the layers after it read."""
-    found = sums(query, key_pool, value_pool, index, scale)
+    """out + plus [B, H, Nq, 1, D] as [B, Nq * Tq, H, D], in the order of tokens that the layers after it read; of lists
+    of `rows` [B, H, Nq, M] of the tables keys and values. None where `sums` is."""
+    listed = rows.flatten()
+    found = sums(query, (keys, listed), (values, listed), scale)
     if found is None:
         return None
     B, H, Nq, Tq, D = query.shape
-    return torch.addcdiv(plus, *found, out=query.new_empty(B, Nq, Tq, H, D).permute(0, 3, 1, 2, 4))
+    out = query.new_empty(B, Nq, Tq, H, D)
+    torch.addcdiv(plus, *found, out=out.permute(0, 3, 1, 2, 4))
+    return out.flatten(1, 2)
 
 
 def sums(
-    query: Tensor, key_pool: Tensor, value_pool: Tensor, index: Tensor, scale: float
+    query: Tensor, keys: tuple[Tensor, Tensor], values: tuple[Tensor, Tensor], scale: float
 ) -> tuple[Tensor, Tensor] | None:
     """(values summed by their weights [B, H, Nq, Tq, D], weights summed [B, H, Nq, Tq, 1]), a weight being exp(score).
+
+    keys, values: a table [R, T * D] and the rows [B * H * Nq * M] of it that the lists name.
 
     None where a weight is too large or a sum too small to be exact without its row's maximum, or no number: the other
     path gives what is due.
     """
     B, H, Nq, Tq, D = query.shape
-    items, keys = B * H * Nq, index.shape[3] * key_pool.shape[3]
-    rows: dict[tuple[int, int], Tensor] = {}
-    blocks = Buffer.of("stored keys", query.dtype).view(items, keys, D)  # values overwrite keys: half the cache
-
-    def gather_listed(pool: Tensor) -> None:
-        table, steps = as_table(pool)
-        if steps not in rows:
-            rows[steps] = (index + first_rows(B, H, *steps, 1).view(B, H, 1, 1)).flatten()
-        torch.index_select(table, 0, rows[steps], out=blocks.view(-1, table.shape[1]))
-
-    gather_listed(key_pool)
-    q = query.reshape(items, Tq, D)
-    p = Buffer.of("scores", query.dtype).bmm(q, blocks.mT, factor=scale * LOG2E).exp2_()
+    items, (table, rows) = B * H * Nq, keys
+    # values overwrite keys: half the cache
+    blocks = Buffer.of("stored keys", query.dtype).view(len(rows), table.shape[1])
+    tokens = blocks.view(items, -1, D)
+    torch.index_select(table, 0, rows, out=blocks)
+    p = Buffer.of("scores", query.dtype).bmm(query.reshape(items, Tq, D), tokens.mT, factor=scale * LOG2E).exp2_()
     total = p.sum(-1, keepdim=True)
     least, most = (float(x) for x in total.aminmax())
     if not (1 / SAFE_SUM < least and most < SAFE_SUM):
         return None
-    gather_listed(value_pool)
-    return torch.bmm(p, blocks).view(query.shape), total.view(B, H, Nq, Tq, 1)
+    table, rows = values
+    torch.index_select(table, 0, rows, out=blocks)
+    return torch.bmm(p, tokens).view(query.shape), total.view(B, H, Nq, Tq, 1)

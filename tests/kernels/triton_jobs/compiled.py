@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Collection
 
 import pytest
 import torch
@@ -37,14 +38,23 @@ BARS = {
 ATTENTION = ("forward", "backward_d")
 
 
-def compiled(name: str, *, only: str = "", **shape: object) -> dict[str, dict]:
-    """label -> figures of the launches whose label starts with `only`."""
-    rows = {}
+def compiled(name: str, chosen: Callable[[list[str]], Collection[str]] = list, **shape: object) -> dict[str, dict]:
+    """label -> figures of the launches whose labels are chosen (all, unless told)."""
     with report.compile_for(name):
-        for label, launch in report.examples(name, **shape):
-            if label.startswith(only):
-                rows[label] = report.describe(report.compile_launch(launch), name, launch)
-    return rows
+        launches = dict(report.examples(name, **shape))
+        found = {label: launches[label] for label in chosen(list(launches))}
+        return {label: report.describe(report.compile_launch(x), name, x) for label, x in found.items()}
+
+
+def attention(labels: list[str]) -> list[str]:
+    return [label for label in labels if label.startswith(ATTENTION)]
+
+
+def hardest(labels: list[str]) -> list[str]:
+    """Attention where NVIDIA's compiler needs most: registers for ragged blocks, shared memory for mass."""
+    hard = [label for label in attention(labels) if label.endswith((" ragged", " mass"))]
+    kernels = {label.split()[0] for label in hard}
+    return hard + [label for label in attention(labels) if label.split()[0] not in kernels]
 
 
 def check_kernel(name: str, label: str, row: dict) -> None:
@@ -72,10 +82,9 @@ def check_figures(name: str, rows: dict[str, dict]) -> None:
 
 
 def test_plain_hopper_forward_meets_its_bar():
-    rows = compiled("sm_90", only="forward_tma")
+    rows = compiled("sm_90", lambda _: ["forward_tma"])
     check_figures("sm_90", rows)
-    for label, row in rows.items():
-        check_kernel("sm_90", label, row)
+    check_kernel("sm_90", "forward_tma", rows["forward_tma"])
     assert rows["forward_tma"]["slots"] <= 357
 
 
@@ -96,9 +105,7 @@ def test_hopper_kernels_meet_their_bars():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_other_architectures_compile_clean(name):
-    with report.compile_for(name):
-        everything = report.examples(name)
-        rows = {label: report.describe(report.compile_launch(launch), name, launch) for label, launch in everything}
+    rows = compiled(name)
     if SAME_COMPILER:
         assert set(rows) == set(RECORDED["kernels"][name])
     check_figures(name, rows)
@@ -120,17 +127,17 @@ def test_other_architectures_compile_clean(name):
 )
 def test_wide_heads_and_float32_do_not_spill(name, head_dim, dtype):
     """The largest head dim, whose dk and dv need 32-token tiles and so leave Hopper's 64-row instruction; float32."""
-    for kind in ("forward", "backward_d"):
-        for label, row in compiled(name, only=kind, head_dim=head_dim, dtype=dtype).items():
-            assert (row["spills"], row["local"]) == (0, 0), (name, label, row)
-            assert row["programs"] >= 1, (name, label, row)
-            if dtype != torch.float32:
-                assert row["tensor"], (name, label, row)
+    chosen = hardest if report.TARGETS[name].backend == "cuda" else attention
+    for label, row in compiled(name, chosen, head_dim=head_dim, dtype=dtype).items():
+        assert (row["spills"], row["local"]) == (0, 0), (name, label, row)
+        assert row["programs"] >= 1, (name, label, row)
+        if dtype != torch.float32:
+            assert row["tensor"], (name, label, row)
 
 
 @pytest.mark.slow
 def test_sixty_token_blocks_cost_little_more():
-    rows = compiled("sm_90", only="forward_tma", tokens=60)
+    rows = compiled("sm_90", lambda _: ["forward_tma"], tokens=60)
     check_kernel("sm_90", "forward_tma", rows["forward_tma"])
     assert rows["forward_tma"]["slots"] <= 357 + 10
 

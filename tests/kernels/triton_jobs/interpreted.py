@@ -70,8 +70,8 @@ def test_largest_head_dim():
 @pytest.mark.parametrize(
     "p",
     [
-        pytest.param(problem(1, 2, 2, 40, 4, 37, 24, 3, ragged=True, seed=2), id="float32"),
-        pytest.param(problem(1, 2, 2, 70, 3, 90, 24, 2, dtype=F16, ragged=True, seed=2), id="float16-128-tokens"),
+        pytest.param(problem(1, 1, 2, 40, 4, 37, 24, 3, ragged=True, seed=2), id="float32"),
+        pytest.param(problem(1, 1, 2, 70, 3, 90, 24, 2, dtype=F16, ragged=True, seed=2), id="float16-128-tokens"),
         pytest.param(problem(1, 1, 2, 60, 3, 60, 136, 2, dtype=BF16, ragged=True, seed=2), id="bfloat16-head-dim-136"),
     ],
 )
@@ -111,7 +111,7 @@ LARGE = [30 / 32**0.5, 30.0]
 @pytest.mark.parametrize("scale", LARGE)
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_large_logits_in_16_bits(dtype, scale):
-    p = problem(1, 6, 3, 16, 5, 16, 32, 3, dtype=dtype, scale=scale, lengths=[3, 2, 3])
+    p = problem(1, 2, 3, 16, 5, 16, 32, 3, dtype=dtype, scale=scale, lengths=[3, 2, 3])
     wanted = answer(p, through_lse=False)
     check(p, measured(p, "pointer", "pointer", through_lse=False), wanted)
     rounded = measured(p, "pointer", "pointer", through_lse=False, keep_rest=False)
@@ -128,7 +128,7 @@ def test_large_logits_in_16_bits_on_hopper():
 @pytest.mark.parametrize("scale", LARGE)
 def test_large_logits_in_float32(scale):
     """1e-6, or as good as float32 scores allow: 1.5 times the error of float64 arithmetic on such scores."""
-    p = problem(1, 12, 3, 16, 5, 16, 32, 3, scale=scale, lengths=[3, 3, 3])
+    p = problem(1, 4, 3, 16, 5, 16, 32, 3, scale=scale, lengths=[3, 3, 3])
     wanted = answer(p, through_lse=False)
     found, best = measured(p, "pointer", "pointer", through_lse=False), float32_scores(p)
     for name, tensor in found.items():

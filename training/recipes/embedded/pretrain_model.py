@@ -106,6 +106,8 @@ def make_models(config: PretrainConfig) -> tuple[EmbeddedAutoencoder, TextToVide
     """Autoencoder and model: fresh, or those of `init_from`, or its model and an `autoencoder` whose latents begin like
     those it knows."""
     if config.init_from is None:
+        with torch.device("meta"):
+            TextToVideo(config, [1.0] * config.latent_channels)  # refuses what cannot be before clips are drawn
         vae, latent_std = make_autoencoder(config)
         return vae, TextToVideo(config, latent_std)
     from sparse_forcing.sampling.pipeline import SparseForcingPipeline

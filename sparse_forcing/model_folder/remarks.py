@@ -90,11 +90,12 @@ def _unknown(folder: Path, place: str | Path, known: set[str]) -> Iterator[tuple
 
 
 def _transformer(folder: Path) -> Iterator[tuple[str | Path, str]]:
-    """Window and chunk are read of causal weights that nothing else says how to sample; -1 and 0 mean none anyway."""
+    """Window and chunk are read of causal weights that nothing else says how to sample, a sink beside a window; -1, 0
+    mean none anyway."""
     config, ours = read_table(folder / TRANSFORMER), _parameters(CausalWanTransformer3DModel)
     said = {name for name in (*WINDOW, *CHUNK) if config.get(name) in (None, 0, -1)}
     if not (folder / PIPELINE_FILE).is_file() and config.get("_class_name") != PLAIN and not config.get(SELECTOR):
-        said |= {*WINDOW, *CHUNK}
+        said |= {*CHUNK, WINDOW[0]} | ({WINDOW[1]} if WINDOW[0] not in said else set())
     yield from _unknown(folder, TRANSFORMER, {*ours, *said, _QUANTIZED})
     if config.get(_POSITIONS, ours[_POSITIONS]) != ours[_POSITIONS]:
         yield TRANSFORMER, f"not used: {_POSITIONS}={config[_POSITIONS]!s:.40}, positions are computed for any length"

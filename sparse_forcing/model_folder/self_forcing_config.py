@@ -62,7 +62,9 @@ def read_inference_settings(path: Path) -> InferenceSettings:
     """
     settings = _Settings(path, read_settings(path))
     kwargs, adapter = settings.group("model_kwargs"), settings.group("adapter")
-    shift = kwargs.get("timestep_shift", (int, float), settings.get("timestep_shift", (int, float), 8.0))
+    shift = kwargs.get("timestep_shift", (int, float))
+    if shift is None:
+        shift = settings.get("timestep_shift", (int, float), 8.0)
     try:
         sampler, remarks = _sampler(settings, float(shift))
         chunk = settings.get("num_frame_per_block", int, 1)
@@ -79,6 +81,8 @@ def read_inference_settings(path: Path) -> InferenceSettings:
         )
     except ConfigError as error:
         raise error if str(error).startswith(str(path)) else ConfigError(f"{path}: {error}") from error
+    if sink and window <= 0:
+        remarks.append(f"{path}: model_kwargs.sink_size {sink} has no effect without local_attn_size")
     rank, alpha = adapter.get("rank", int, 0), adapter.get("alpha", (int, float), 0)
     ema = settings.get("use_ema", bool)
     if unused := [*settings.rest(), *kwargs.rest(), *adapter.rest()]:
@@ -94,13 +98,13 @@ def read_inference_settings(path: Path) -> InferenceSettings:
 def _sampler(settings: _Settings, shift: float) -> tuple[SamplerConfig, list[str]]:
     steps = settings.get("denoising_step_list", list)
     guidance = settings.get("guidance_scale", (int, float))
-    warp = settings.get("warp_denoising_step", bool, False)
     if not steps:  # their multi-step pipeline
         scale = 1.0 if guidance is None else float(guidance)
         count = settings.get("sampling_steps", int, WAN_STEPS)
         return SamplerConfig(kind="wan_unipc", steps=count, shift=shift, guidance_scale=scale), []
     if not all(type(step) is int for step in steps):
         raise ConfigError(f"denoising_step_list: whole numbers are needed, got {steps!r:.60}")
+    warp = settings.get("warp_denoising_step", bool, False)
     listed = tuple(steps[:-1] if steps[-1] == 0 else steps)  # a closing 0 is no step
     if not listed:
         raise ConfigError("denoising_step_list: holds no step")

@@ -19,6 +19,7 @@ from torch import Tensor
 from sparse_forcing.cli import main
 from sparse_forcing.model_folder.folder import load_transformer, read_defaults
 from sparse_forcing.model_folder.keys import to_diffusers, wan_to_diffusers_key
+from sparse_forcing.model_folder.self_forcing_config import read_inference_settings
 from sparse_forcing.sampling.pipeline import SparseForcingPipeline
 from sparse_forcing.weights.manifest import verify_manifest
 from tests.taehv_file import published
@@ -189,6 +190,21 @@ def test_yaml_settings_are_read_into_the_folder(
         load_file(tmp_path / "m/transformer" / WEIGHTS)[first], load_file(wan / "transformer" / WEIGHTS)[first] + 1
     )
     assert main(["generate", "a cat", "--model", str(tmp_path / "m"), "--output", str(tmp_path / "c.mp4"), *FLAGS]) == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "remark"),
+    [
+        ("model_kwargs: {sink_size: 2, local_attn_size: -1}", "sink_size 2 has no effect without local_attn_size"),
+        ("timestep_shift: 3.0\nmodel_kwargs: {timestep_shift: 5.0}", "not used here: timestep_shift"),
+        ("warp_denoising_step: true", "not used here: warp_denoising_step"),
+        ("denoising_step_list: [1000, 500]\nsampling_steps: 20", "not used here: sampling_steps"),
+    ],
+)
+def test_what_yaml_says_in_vain_is_named(tmp_path: Path, lines: str, remark: str) -> None:
+    (tmp_path / "c.yaml").write_text(lines + "\n")
+    (said,) = read_inference_settings(tmp_path / "c.yaml").remarks
+    assert said.endswith(remark)
 
 
 @pytest.mark.parametrize("form", ["wan", "self-forcing"])

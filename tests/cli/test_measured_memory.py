@@ -32,7 +32,7 @@ MOST = {  # sizes of a model, its video, and what takes most of its memory
     "loading": ({"num_layers": 8, "base_dim": 4}, [*ONE_CHUNK, "64", "--width", "64"]),
     "cache": (
         {"num_layers": 12, "ffn_dim": 64, "base_dim": 4},
-        ["--preset", "self-forcing", "--num-frames", "117", "--height", "256", "--width", "448"],
+        ["--preset", "self-forcing", "--num-frames", "45", "--height", "256", "--width", "448"],
     ),
 }
 

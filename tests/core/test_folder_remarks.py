@@ -112,6 +112,9 @@ def test_windows_and_chunks_are_used_only_where_nothing_else_says_how_to_sample(
     edit(folder, TRANSFORMER, _class_name="CausalWanTransformer3DModel", **says)
     shutil.rmtree(folder / "scheduler")
     assert folder_remarks(folder) == []
+    edit(folder, TRANSFORMER, local_attn_size=-1)
+    assert folder_remarks(folder) == [f"{folder / TRANSFORMER}: not used: sink_size"]
+    edit(folder, TRANSFORMER, **says)
     unused = f"{folder / TRANSFORMER}: not used: local_attn_size, num_frame_per_block, sink_size"
     edit(folder, TRANSFORMER, selector_tokens=8)
     assert folder_remarks(folder) == [unused]

@@ -16,6 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 _BLOCK = 16 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 8
 """Channels of a block: as many float32 numbers as a register holds."""
+_COLUMNS_UNTIL = 20480
+"""Channels x the next two sizes of a single sample up to which torch convolves by columns, with kernels this small."""
+_SMALL_KERNEL = 3
 
 
 class _FusedAttention(TorchFunctionMode):
@@ -28,10 +31,16 @@ class _FusedAttention(TorchFunctionMode):
 
 
 def _convolution_scratch(x: Tensor, weight: Tensor, out: Tensor) -> int:
-    """Bytes that oneDNN, by which torch convolves float32 on a CPU, takes beside `out`: a copy of the input whose
-    channels lie in blocks, while the result lies in such blocks, too. Kernels of one number are plain products."""
+    """Bytes that torch takes beside `out` to convolve float32 on a CPU; kernels of one number are plain products.
+
+    Small inputs are laid out as columns: for each place of the result all numbers that it is made of. Others go to
+    oneDNN: a copy of the input whose channels lie in blocks, while the result lies in such blocks, too.
+    """
     if x.dtype != torch.float32 or weight[0, 0].numel() == 1:
         return 0
+    single = len(x) == 1 and x.shape[1] == weight.shape[1]  # one sample, one group
+    if single and min(weight.shape[-2:]) <= _SMALL_KERNEL and math.prod(x.shape[:4]) <= _COLUMNS_UNTIL:
+        return out.nbytes // out.shape[1] * weight[0].numel()
     held, made = (y.nbytes // y.shape[1] * math.ceil(y.shape[1] / _BLOCK) * _BLOCK for y in (x, out))
     return max(held + made - out.nbytes, made)
 

@@ -63,7 +63,7 @@ def print_peak(channels: int, made: int) -> int:
     torch.backends.cpu.get_cpu_capability() != "AVX2" or not Path("/proc/self/clear_refs").exists(),
     reason="asks Linux for the peak of a process; what kernels for other CPUs take was not measured",
 )
-@pytest.mark.parametrize(("channels", "made"), [(24, 24), (20, 20), (24, 3)])
+@pytest.mark.parametrize(("channels", "made"), [(24, 24), (20, 20), (24, 3), (8, 8), (14, 4), (15, 4)])
 def test_convolutions_on_a_cpu_take_what_is_counted(channels: int, made: int, tmp_path: Path) -> None:
     code, output = Forked(tmp_path / "log.txt", print_peak, channels, made).finish()
     assert code == 0, output

@@ -41,7 +41,7 @@ def test_the_example_goes_through_the_table(example: str, run) -> None:
     table.test_the_set_is_bounded_and_holds_what_left_the_window(example, 5)
     table.test_what_is_gone_never_comes_back(example)
     table.test_choices_repeat_and_do_not_depend_on_the_batch(example, table.RAGGED, torch.float32)
-    table.test_training_keeps_the_blocks_of_inference(run, example, "detached", table.RAGGED)
+    table.test_training_keeps_the_blocks_of_inference(run, example, table.RAGGED, ["detached"])
     table.test_state_of_a_slot_begins_anew_with_its_block(example)
 
 
